@@ -1,0 +1,32 @@
+"""Babai's certificate (arXiv 2507.18553): when no code is clipped and scales are fixed before the sweep, each row obeys
+
+    ||q - w*||² in the metric H + λI  ≤  1/4 Σ_j d_j s_j²
+
+because GPTQ's sweep is Babai's nearest plane on the lattice with basis (H+λI)^{1/2} diag(s), and the loss is the
+additive sum Σ_j d_j (v_j - q_j)². The bound is tight; the mean loss is about a third of it. A ratio above one with no
+clipped code is a bug, so it is asserted here and never passed on.
+"""
+
+from nearplane.core.errors import NumericalError
+from nearplane.core.grid import Certificate
+
+# Rounding of v/s at the last bit may exceed a half by this much in float32.
+SLACK = 1e-4
+
+
+def ratio(certificate: Certificate) -> float:
+    """Achieved loss over the bound, summed over rows."""
+    return float(certificate.loss.sum() / certificate.bound.sum().clamp_min(1e-300))
+
+
+def verify(certificate: Certificate) -> None:
+    """Raise NumericalError when a row breaks the bound although nothing was clipped."""
+    if certificate.clipped or not certificate.fixed_scales:
+        return
+    excess = certificate.loss - certificate.bound * (1 + SLACK)
+    if bool((excess > 0).any()):
+        row = int(excess.argmax())
+        raise NumericalError(
+            f"row {row} has loss {float(certificate.loss[row]):.6g} above Babai's bound {float(certificate.bound[row]):.6g} "
+            "with no code clipped: this is a bug in the solver, please report it with the report.json of this run."
+        )

@@ -1,0 +1,13 @@
+"""The errors a user can meet. The command line prints their text as one sentence and exits with status 2."""
+
+
+class NearplaneError(Exception):
+    """Something the user can mend: its text says what happened, where, and what to do."""
+
+
+class SettingError(NearplaneError, ValueError):
+    """A setting that has no meaning, or two settings that exclude each other."""
+
+
+class NumericalError(NearplaneError):
+    """The numbers of one layer cannot be solved; the text names likely causes and remedies."""

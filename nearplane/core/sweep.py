@@ -1,0 +1,183 @@
+"""The sweep: round one column, push its error into the columns not yet rounded.
+
+With ``H + λI = T diag(d) Tᵀ``, ``M = T - I`` (``core/factor.py``), target W and rounded weight Q:
+
+    v_j = w_j + Σ_{i<j} (w_i - q_i) M[i,j]        q_j = round_to_grid(v_j)
+
+This is GPTQ (arXiv 2210.17323) written left-looking: a column is completed by one look back at all earlier error, and
+no later column is ever rewritten. GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) move the target itself while
+sweeping: after column i every later target gains ``v_i P[i,j]``; that matrix is the optional ``push``.
+
+Differs from the published code in: (1) one Cholesky and no inverse; (2) left-looking, in panels; (3) arrays are stored
+transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid-block reads compensated, not stale, weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.factor import Factor
+from nearplane.core.grid import Certificate, Grid, Quantized, decode, encode, fit, group_index
+
+Carry = Literal["value", "code", "clamped"]
+
+# Columns that share one look back; results do not depend on it, except where Push.carry says so.
+PANEL = 128
+# Columns inside a panel that are completed one by one; larger leaves cost memory traffic, smaller ones launches.
+LEAF = 16
+
+
+@dataclass(frozen=True)
+class Push:
+    """Targets move while sweeping: ``w_j += x_i matrix[i,j]`` for i < j, with x_i chosen by ``carry``.
+
+    Inside one published block of 128 columns x_i is always the compensated value v_i. Across blocks: ``value`` keeps
+    v_i (the consistent form), ``code`` takes the rounded q_i (GPTAQ as released), ``clamped`` takes v_i clamped to its
+    group's range (ResComp as released, "allw").
+    """
+
+    matrix: Float[Tensor, "in in"]  # strictly upper, columns in solve order
+    carry: Carry = "value"
+    block: int = 128
+
+
+def sweep(
+    target: Float[Tensor, "out in"],
+    factor: Factor,
+    grid: Grid,
+    scales: tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]] | None = None,
+    *,
+    push: Push | None = None,
+    importance: Float[Tensor, "in"] | None = None,
+    panel: int = PANEL,
+) -> Quantized:
+    """Round ``target`` column by column in ``factor.order``.
+
+    ``scales``: scale and zero of every group, fixed beforehand ("static groups"); None fits each group to the
+    compensated weights when the sweep reaches it ("dynamic groups", natural order only). ``importance`` is diag(H) for
+    ``grid.fit == "hessian"``. Codes do not depend on ``panel``.
+    """
+    state = _State(target, factor, grid, scales, push, importance)
+    n = target.shape[1]
+    width = grid.group_width(n)
+    cuts = set(range(0, n, panel)) | {n}
+    if scales is None:
+        cuts |= set(range(0, n, width))
+    if push is not None:
+        cuts |= set(range(0, n, push.block))
+    edges = sorted(cuts)
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        state.look_back(a, b)
+        if scales is None and a % width == 0:
+            state.fit_group(a, min(a + width, n), b)
+        state.round_panel(a, b)
+    return state.result()
+
+
+class _State:
+    """The arrays of one sweep, all (in, out) in solve order, and the three things done to a panel [a, b)."""
+
+    def __init__(
+        self,
+        target: Tensor,
+        factor: Factor,
+        grid: Grid,
+        scales: tuple[Tensor, Tensor] | None,
+        push: Push | None,
+        importance: Tensor | None,
+    ) -> None:
+        out, n = target.shape
+        self.factor, self.grid, self.push = factor, grid, push
+        self.target = target.T[factor.order]  # a copy: becomes the moving target w'
+        self.value = self.target.new_empty(0, out)  # v of the current panel
+        self.error = torch.zeros_like(self.target)  # w' - q
+        self.source = torch.zeros_like(self.target) if push else None  # x of Push
+        self.codes = torch.empty(n, out, dtype=torch.uint8, device=target.device)
+        self.group = group_index(factor.order, grid)
+        self.groups: list[int] = self.group.tolist()
+        self.importance = importance
+        shape = (grid.group_count(n), out)
+        self.fixed = scales is not None
+        self.scale = target.new_ones(shape) if scales is None else scales[0].T.contiguous()
+        self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
+        self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
+        self.clipped = 0
+
+    def look_back(self, a: int, b: int) -> None:
+        """Bring panel [a, b) up to date with every column before it: one GEMM (two with a push)."""
+        if self.push is not None and self.source is not None and a:
+            self.target[a:b].addmm_(self.push.matrix[:a, a:b].T, self.source[:a])
+        self.value = torch.addmm(self.target[a:b], self.factor.feedback[:a, a:b].T, self.error[:a])
+
+    def fit_group(self, a: int, b: int, panel_end: int) -> None:
+        """Fit the group [a, b) to its conditional optimum given the columns already rounded.
+
+        In look-back form that is ``W_g + F (I + M_gg)⁻¹`` with F what [a, b) receives from earlier error. Columns past
+        the panel have not been completed yet and are looked up here.
+        """
+        received = self.value - self.target[a:panel_end]
+        moved = self.target[a:b].clone()
+        if b > panel_end:
+            late = self.factor.feedback[:a, panel_end:b].T @ self.error[:a]
+            received = torch.cat([received, late])
+            if self.push is not None and self.source is not None:
+                moved[panel_end - a :].addmm_(self.push.matrix[:a, panel_end:b].T, self.source[:a])
+        unit = self.factor.feedback[a:b, a:b].T  # (I + M_gg) transposed, its unit diagonal implied
+        solved = torch.linalg.solve_triangular(unit, received, upper=False, unitriangular=True)
+        weights = None if self.importance is None else self.importance[self.factor.order[a:b]]
+        group = self.groups[a]
+        self.scale[group], self.zero[group] = fit((moved + solved).T, self.grid, weights)
+
+    def round_panel(self, a: int, b: int) -> None:
+        """Round the columns of [a, b), completing each from the ones just rounded."""
+        value, feedback = self.value, self.factor.feedback
+        scale, zero = self.scale[self.group[a:b]], self.zero[self.group[a:b]]
+        for leaf in range(a, b, LEAF):
+            end = min(leaf + LEAF, b)
+            if leaf > a:
+                if self.push is not None and self.source is not None:
+                    moved = self.push.matrix[a:leaf, leaf:end].T @ self.source[a:leaf]
+                    self.target[leaf:end] += moved
+                    value[leaf - a : end - a] += moved
+                value[leaf - a : end - a].addmm_(feedback[a:leaf, leaf:end].T, self.error[a:leaf])
+            for j in range(leaf, end):
+                v = value[j - a]
+                if j > leaf:
+                    if self.push is not None and self.source is not None:
+                        moved = self.push.matrix[leaf:j, j] @ self.source[leaf:j]
+                        self.target[j] += moved
+                        v += moved
+                    v += feedback[leaf:j, j] @ self.error[leaf:j]
+                code = encode(v, scale[j - a], zero[j - a], self.grid)
+                self.codes[j] = code
+                torch.sub(self.target[j], decode(code, scale[j - a], zero[j - a]), out=self.error[j])
+                if self.source is not None:
+                    self.source[j] = v
+        self._settle(a, b, scale, zero)
+
+    def _settle(self, a: int, b: int, scale: Tensor, zero: Tensor) -> None:
+        """Account for a finished panel, and choose what it carries on."""
+        least, greatest = self.grid.code_range
+        reach = (self.value / scale).round_().add_(zero)
+        self.clipped += int(((reach < least) | (reach > greatest)).sum())
+        rounded = decode(self.codes[a:b].to(scale.dtype), scale, zero)
+        pivots = self.factor.pivots[a:b, None]
+        self.loss += (pivots * (self.value - rounded).square_()).sum(0)
+        self.bound += (pivots * scale.square()).sum(0) / 4
+        if self.push is not None and self.source is not None and b % self.push.block == 0:
+            block = slice(b - self.push.block, b)
+            s, z = self.scale[self.group[block]], self.zero[self.group[block]]
+            if self.push.carry == "code":
+                self.source[block] = decode(self.codes[block].to(s.dtype), s, z)
+            elif self.push.carry == "clamped":
+                self.source[block] = self.source[block].clamp((least - z) * s, (greatest - z) * s)
+
+    def result(self) -> Quantized:
+        """Codes back in storage order."""
+        codes = torch.empty_like(self.codes)
+        codes[self.factor.order] = self.codes
+        certificate = Certificate(self.loss, self.bound, self.clipped, self.fixed)
+        return Quantized(codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.to(torch.uint8).contiguous(), certificate)

@@ -1,0 +1,16 @@
+"""The family. One file a method; the table below is the whole registry.
+
+A method is a frozen dataclass whose fields are its options. A user's own class needs no entry here:
+``quantize(method=Mine())``, or ``--method package.module:Mine`` on the command line.
+"""
+
+from nearplane.methods.base import Method
+from nearplane.methods.gptaq import GPTAQ
+from nearplane.methods.gptq import GPTQ
+from nearplane.methods.obq import OBQ
+from nearplane.methods.rescomp import ResComp
+from nearplane.methods.rtn import RTN
+
+METHODS: dict[str, type[Method]] = {"rtn": RTN, "obq": OBQ, "gptq": GPTQ, "gptaq": GPTAQ, "rescomp": ResComp}
+
+__all__ = ["GPTAQ", "GPTQ", "METHODS", "OBQ", "RTN", "Method", "ResComp"]

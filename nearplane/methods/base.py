@@ -1,0 +1,84 @@
+"""What a method is: the whole contract, and the part that every sweeping method shares."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.certificate import verify
+from nearplane.core.errors import SettingError
+from nearplane.core.factor import Factor, Order, factorize
+from nearplane.core.grid import Grid, Quantized, fit_groups
+from nearplane.core.moments import Moments
+from nearplane.core.sweep import Push, sweep
+
+Need = Literal["H", "D"]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What calibration must measure: nothing, H, or H and D."""
+        ...
+
+    def prepare(self, moments: Moments) -> Any:
+        """Work that depends on the input only, done once for all linears that read it."""
+        ...
+
+    def solve(self, weight: Float[Tensor, "out in"], state: Any, grid: Grid) -> Quantized:
+        """Solve one weight with what ``prepare`` returned."""
+        ...
+
+
+class Prepared(NamedTuple):
+    """What a sweeping method prepares once per input."""
+
+    factor: Factor
+    importance: Float[Tensor, "in"]  # diag(H), undamped
+    push: Push | None = None
+    shift: Float[Tensor, "in in"] | None = None  # target gains W @ shift, columns in solve order
+
+
+@dataclass(frozen=True)
+class Sweeping:
+    """Options and steps that GPTQ, GPTAQ and ResComp share."""
+
+    order: Order = "activation"
+    """Order in which columns are solved; on disk they stay where they were."""
+    damp_percent: float = 0.01
+    """Damping of the Hessian, as a fraction of its mean diagonal."""
+    static_groups: bool = True
+    """Fit every scale before the sweep; --no-static-groups fits each group when the sweep reaches it (natural order)."""
+
+    def __post_init__(self) -> None:
+        if self.order not in ("natural", "activation", "pivot"):
+            raise SettingError(f"order must be natural, activation or pivot; got {self.order!r}.")
+        if not 0 <= self.damp_percent <= 1:
+            raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
+        if not self.static_groups and self.order != "natural":
+            raise SettingError(
+                f"order={self.order} solves columns of all groups mixed, so groups must be static; "
+                "use static_groups, or order=natural."
+            )
+
+    def _factor(self, moments: Moments) -> Factor:
+        moments.check()
+        return factorize(moments.H, order=self.order, damp_percent=self.damp_percent)
+
+    def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
+        """Fit the groups, sweep, and check Babai's certificate. ``weight`` has the dtype of the moments."""
+        importance = state.importance if grid.fit == "hessian" else None
+        scales = fit_groups(weight, grid, importance) if self.static_groups else None
+        order = state.factor.order
+        target = weight
+        if state.shift is not None:
+            target = weight.clone()
+            target[:, order] += weight[:, order] @ state.shift
+        solved = sweep(target, state.factor, grid, scales, push=state.push, importance=importance)
+        if solved.certificate is not None and state.push is None:
+            verify(solved.certificate)
+        return solved

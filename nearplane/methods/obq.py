@@ -1,0 +1,93 @@
+"""OBQ (Frantar & Alistarh 2022, arXiv 2208.11580): the ancestor, kept as the reference.
+
+Per row, round the weight of least ``(w - q)² / [H⁻¹]_qq``, push its error optimally into the rest, eliminate it from the
+row's own inverse, repeat. O(out · in³): small layers only. GPTQ is OBQ in one order for all rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.errors import SettingError
+from nearplane.core.factor import Factor, factorize
+from nearplane.core.grid import Grid, Quantized, decode, encode, fit_groups
+from nearplane.core.moments import Moments
+from nearplane.methods.base import Need
+
+# Beyond this many multiply-adds (about ten minutes on two cores) the reference is the wrong tool.
+MOST_WORK = 2e12
+# Rows are solved together while their inverses fit in about this many numbers.
+CHUNK_NUMBERS = 1 << 26
+
+
+@dataclass(frozen=True)
+class OBQ:
+    """Greedy optimal brain quantization, row by row; a reference for small layers."""
+
+    damp_percent: float = 0.01
+    """Damping of the Hessian, as a fraction of its mean diagonal."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"H"})
+
+    def prepare(self, moments: Moments) -> tuple[Factor, Float[Tensor, "in"], Float[Tensor, "in in"]]:
+        """The damped factor (for its checks), diag(H) and the inverse."""
+        moments.check()
+        factor = factorize(moments.H, damp_percent=self.damp_percent)
+        unit = factor.feedback + torch.eye(len(moments.H), dtype=moments.H.dtype, device=moments.H.device)
+        root = unit * factor.pivots.sqrt()  # upper, root @ root.T = H + λI
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        half = torch.linalg.solve_triangular(root, eye, upper=True)
+        return factor, moments.H.diagonal(), half.T @ half
+
+    def solve(
+        self,
+        weight: Float[Tensor, "out in"],
+        state: tuple[Factor, Float[Tensor, "in"], Float[Tensor, "in in"]],
+        grid: Grid,
+    ) -> Quantized:
+        """Codes of every row on static groups."""
+        out, n = weight.shape
+        if out * n**3 > MOST_WORK:
+            raise SettingError(
+                f"obq costs out·in³, {out * n**3:.0e} steps for a {out} x {n} layer; it is the reference for small "
+                "layers. Use --method gptq, which is the same update in one order for all rows."
+            )
+        scale, zero = fit_groups(weight, grid, state[1] if grid.fit == "hessian" else None)
+        codes = torch.empty(out, n, dtype=torch.uint8, device=weight.device)
+        group = torch.arange(n, device=weight.device) // grid.group_width(n)
+        step = max(1, CHUNK_NUMBERS // n**2)
+        for a in range(0, out, step):
+            part = slice(a, a + step)
+            codes[part] = eliminate(weight[part], state[2], scale[part][:, group], zero[part][:, group], grid)
+        return Quantized(codes, scale, zero.to(torch.uint8))
+
+
+def eliminate(
+    weight: Float[Tensor, "rows in"],
+    inverse: Float[Tensor, "in in"],
+    scale: Float[Tensor, "rows in"],
+    zero: Float[Tensor, "rows in"],
+    grid: Grid,
+) -> Float[Tensor, "rows in"]:
+    """Greedy elimination of every row at once, each with its own inverse."""
+    rows, n = weight.shape
+    w, inv = weight.clone(), inverse.expand(rows, n, n).clone()
+    codes = torch.zeros_like(w)
+    row = torch.arange(rows, device=w.device)
+    left = torch.ones(rows, n, dtype=torch.bool, device=w.device)
+    for _ in range(n):
+        code = encode(w, scale, zero, grid)
+        error = w - decode(code, scale, zero)
+        diagonal = inv.diagonal(dim1=1, dim2=2)
+        q = (error.square() / diagonal).masked_fill_(~left, torch.inf).argmin(1)
+        codes[row, q] = code[row, q]
+        column, pivot = inv[row, q], diagonal[row, q].clone()
+        w -= (error[row, q] / pivot)[:, None] * column
+        inv -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
+        inv[row, q, q] = 1.0  # eliminated: only keeps the division above finite
+        left[row, q] = False
+    return codes

@@ -1,0 +1,71 @@
+"""ResComp (Li et al. 2026, arXiv 2604.07955): GPTQ or GPTAQ, plus a compensation-aware error.
+
+After column q every later target gains ``(W_q - v_q) R[q, :]`` with ``R = α₂ striu((D+H) Uᵀ) U``: the layer's output is
+matched to the original weights', not to the compensated ones'. The sum with GPTAQ's ``v_q P[q, :]`` splits into a
+part known before the sweep and one push:
+
+    W_q R + v_q (P - R)    ->    shift = R,  push = P - R
+
+Differs from the published code as GPTAQ does (``methods/gptaq.py``). Across blocks the released form takes the rounded
+columns at 2 bits ("org") and, at 3 bits and more, the values before rounding clamped to the group's range ("allw").
+On GPTQ (base="gptq") there is no reference stream and D is zero.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.errors import SettingError
+from nearplane.core.grid import Grid, Quantized
+from nearplane.core.moments import Moments
+from nearplane.core.sweep import Push
+from nearplane.methods.base import Need, Prepared, Sweeping
+from nearplane.methods.gptaq import Variant, drift_push
+
+
+@dataclass(frozen=True)
+class ResComp(Sweeping):
+    """GPTQ or GPTAQ with the compensation-aware error of each rounded column."""
+
+    alpha: float = 0.25
+    """Share of GPTAQ's drift term P (base=gptaq)."""
+    alpha2: float = 0.25
+    """Share of the compensation-aware term R."""
+    base: Literal["gptaq", "gptq"] = "gptaq"
+    """The method it extends."""
+    variant: Variant = "consistent"
+    """consistent: the compensated value drives both terms everywhere; released: as the published code does it."""
+    carry: Literal["auto", "org", "allw"] = "auto"
+    """What the released form carries across blocks; auto is the published choice: org at 2 bits, allw above."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, allowed in (
+            ("base", ("gptaq", "gptq")),
+            ("variant", ("consistent", "released")),
+            ("carry", ("auto", "org", "allw")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise SettingError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}.")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"H", "D"}) if self.base == "gptaq" else frozenset({"H"})
+
+    def prepare(self, moments: Moments) -> Prepared:
+        """The factor, P and R, for all linears that read this input."""
+        factor = self._factor(moments)
+        drift = torch.zeros_like(moments.H) if self.base == "gptq" else moments.drift()
+        R = drift_push(factor, drift + moments.H).mul_(self.alpha2)
+        P = drift_push(factor, drift).mul_(self.alpha if self.base == "gptaq" else 0.0)
+        return Prepared(factor, moments.H.diagonal(), Push(P.sub_(R)), R)
+
+    def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
+        """As ``Sweeping.solve``; the released carry depends on the bits."""
+        if self.variant == "released" and state.push is not None:
+            org = self.carry == "org" or (self.carry == "auto" and grid.storage_bits == 2)
+            state = state._replace(push=Push(state.push.matrix, "code" if org else "clamped"))
+        return super().solve(weight, state, grid)

@@ -1,0 +1,30 @@
+"""RTN, round to nearest: every weight to its nearest grid point. No data; the baseline of all others."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.grid import Grid, Quantized, encode, fit_groups
+from nearplane.core.moments import Moments
+from nearplane.methods.base import Need
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Round to nearest; reads no calibration data."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset()
+
+    def prepare(self, moments: Moments) -> None:
+        """Nothing depends on the input."""
+
+    def solve(self, weight: Float[Tensor, "out in"], state: None, grid: Grid) -> Quantized:
+        """``Q = round(W)``."""
+        scale, zero = fit_groups(weight, grid)
+        group = torch.arange(weight.shape[1], device=weight.device) // grid.group_width(weight.shape[1])
+        codes = encode(weight, scale[:, group], zero[:, group], grid)
+        return Quantized(codes.to(torch.uint8), scale, zero.to(torch.uint8))
