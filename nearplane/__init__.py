@@ -2,10 +2,14 @@
 
 from importlib.metadata import version
 
-from nearplane.api import Calibration, Evaluation, Grid, NearplaneError, Report, evaluate, load, quantize
-from nearplane.core.grid import Quantized
+from nearplane.api import evaluate, load, quantize
+from nearplane.calibrate.data import Calibration
+from nearplane.core.errors import NearplaneError
+from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
+from nearplane.evaluate.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, ResComp
+from nearplane.report import Report
 
 __version__ = version("nearplane")
 

@@ -64,7 +64,10 @@ class Grid:
             raise SettingError(f"group_size must be positive, or -1 for one scale per row; got {self.group_size}.")
         if self.bits == "ternary" and not self.sym:
             raise SettingError("a ternary grid {-s, 0, s} is symmetric by definition; use --sym.")
-        for field, allowed in (("fit", ("minmax", "mse", "hessian")), ("scale_dtype", ("float32", "float16", "bfloat16"))):
+        for field, allowed in (
+            ("fit", ("minmax", "mse", "hessian")),
+            ("scale_dtype", ("float32", "float16", "bfloat16")),
+        ):
             if getattr(self, field) not in allowed:
                 raise SettingError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}.")
 
@@ -105,7 +108,8 @@ def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """The weight that the codes stand for, in the dtype of the scales."""
     width = grid.group_width(quantized.codes.shape[1])
     group = torch.arange(quantized.codes.shape[1], device=quantized.codes.device) // width
-    return decode(quantized.codes.to(quantized.scale.dtype), quantized.scale[:, group], quantized.zero[:, group])
+    dtype = quantized.scale.dtype
+    return decode(quantized.codes.to(dtype), quantized.scale[:, group], quantized.zero[:, group].to(dtype))
 
 
 def fit(
@@ -133,7 +137,9 @@ def fit(
             weights = importance[part] if grid.fit == "hessian" and importance is not None else None
             scale[part], zero[part] = _search(rows[part], low[part], high[part], grid, weights)
     if not bool(scale.isfinite().all()):
-        raise NumericalError(f"a scale leaves the range of {grid.scale_dtype}; store this model in bfloat16 or float32.")
+        raise NumericalError(
+            f"a scale leaves the range of {grid.scale_dtype}; store this model in bfloat16 or float32."
+        )
     return scale.reshape(weight.shape[:-1]), zero.reshape(weight.shape[:-1])
 
 
@@ -172,9 +178,7 @@ def round_scale(scale: Float[Tensor, "*shape"], grid: Grid) -> Float[Tensor, "*s
     return scale.to(stored).to(scale.dtype).clamp_min(torch.finfo(stored).smallest_normal)
 
 
-def _search(
-    rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Shrink each row's range while its error falls."""
     penalty: Callable[[Tensor], Tensor]
     if importance is None:

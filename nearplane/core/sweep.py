@@ -13,6 +13,7 @@ transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -69,7 +70,7 @@ def sweep(
     if push is not None:
         cuts |= set(range(0, n, push.block))
     edges = sorted(cuts)
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
         state.look_back(a, b)
         if scales is None and a % width == 0:
             state.fit_group(a, min(a + width, n), b)
@@ -180,4 +181,6 @@ class _State:
         codes = torch.empty_like(self.codes)
         codes[self.factor.order] = self.codes
         certificate = Certificate(self.loss, self.bound, self.clipped, self.fixed)
-        return Quantized(codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.to(torch.uint8).contiguous(), certificate)
+        return Quantized(
+            codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.to(torch.uint8).contiguous(), certificate
+        )

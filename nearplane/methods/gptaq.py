@@ -33,7 +33,8 @@ def drift_push(factor: Factor, D: Float[Tensor, "in in"]) -> Float[Tensor, "in i
     unit = factor.feedback
     half = torch.linalg.solve_triangular(unit.T, D, upper=False, left=False, unitriangular=True).triu_(1)
     half /= factor.pivots
-    return torch.linalg.solve_triangular(unit, half, upper=True, left=False, unitriangular=True)
+    push: Tensor = torch.linalg.solve_triangular(unit, half, upper=True, left=False, unitriangular=True)
+    return push
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ row's own inverse, repeat. O(out · in³): small layers only. GPTQ is OBQ in one
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,14 @@ MOST_WORK = 2e12
 CHUNK_NUMBERS = 1 << 26
 
 
+class Inverse(NamedTuple):
+    """What OBQ prepares once per input."""
+
+    factor: Factor  # of H + λI in natural order; its pivots certify that H is positive definite
+    importance: Float[Tensor, "in"]  # diag(H), undamped
+    inverse: Float[Tensor, "in in"]
+
+
 @dataclass(frozen=True)
 class OBQ:
     """Greedy optimal brain quantization, row by row; a reference for small layers."""
@@ -33,22 +42,17 @@ class OBQ:
     def needs(self) -> frozenset[Need]:
         return frozenset({"H"})
 
-    def prepare(self, moments: Moments) -> tuple[Factor, Float[Tensor, "in"], Float[Tensor, "in in"]]:
-        """The damped factor (for its checks), diag(H) and the inverse."""
+    def prepare(self, moments: Moments) -> Inverse:
+        """``(H + λI)⁻¹``."""
         moments.check()
         factor = factorize(moments.H, damp_percent=self.damp_percent)
         unit = factor.feedback + torch.eye(len(moments.H), dtype=moments.H.dtype, device=moments.H.device)
         root = unit * factor.pivots.sqrt()  # upper, root @ root.T = H + λI
         eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
         half = torch.linalg.solve_triangular(root, eye, upper=True)
-        return factor, moments.H.diagonal(), half.T @ half
+        return Inverse(factor, moments.H.diagonal(), half.T @ half)
 
-    def solve(
-        self,
-        weight: Float[Tensor, "out in"],
-        state: tuple[Factor, Float[Tensor, "in"], Float[Tensor, "in in"]],
-        grid: Grid,
-    ) -> Quantized:
+    def solve(self, weight: Float[Tensor, "out in"], state: Inverse, grid: Grid) -> Quantized:
         """Codes of every row on static groups."""
         out, n = weight.shape
         if out * n**3 > MOST_WORK:
@@ -56,13 +60,13 @@ class OBQ:
                 f"obq costs out·in³, {out * n**3:.0e} steps for a {out} x {n} layer; it is the reference for small "
                 "layers. Use --method gptq, which is the same update in one order for all rows."
             )
-        scale, zero = fit_groups(weight, grid, state[1] if grid.fit == "hessian" else None)
+        scale, zero = fit_groups(weight, grid, state.importance if grid.fit == "hessian" else None)
         codes = torch.empty(out, n, dtype=torch.uint8, device=weight.device)
         group = torch.arange(n, device=weight.device) // grid.group_width(n)
         step = max(1, CHUNK_NUMBERS // n**2)
         for a in range(0, out, step):
             part = slice(a, a + step)
-            codes[part] = eliminate(weight[part], state[2], scale[part][:, group], zero[part][:, group], grid)
+            codes[part] = eliminate(weight[part], state.inverse, scale[part][:, group], zero[part][:, group], grid)
         return Quantized(codes, scale, zero.to(torch.uint8))
 
 

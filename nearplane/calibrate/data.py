@@ -1,0 +1,151 @@
+"""Text -> token windows, seeded and hashed.
+
+The text is tokenized once, as a whole, without padding; calibration takes ``nsamples`` windows of ``seqlen`` tokens at
+seeded random places (the GPTQ convention), evaluation takes consecutive windows. Without a dataset the text is CPython's
+own language reference (``pydoc_data.topics``, in every interpreter): three topics of four calibrate, the fourth is held out.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearplane.core.errors import NearplaneError, SettingError
+
+# Names that users of other toolkits type -> (hub id, configuration, text column); splits by part.
+NAMED = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
+    "c4": ("allenai/c4", "en", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+}
+Part = Literal["calibration", "evaluation"]
+
+
+class Text(NamedTuple):
+    """A text and where it came from."""
+
+    content: str
+    origin: str
+
+
+class Tokens(NamedTuple):
+    """Windows of token ids and what identifies them."""
+
+    ids: Tensor  # (windows, seqlen), int64
+    origin: str
+    text_tokens: int  # tokens in the whole text
+    sha256: str  # of the windows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens the solver sees."""
+
+    dataset: str | None = None
+    """Text file (.txt, or .jsonl with a "text" field) or dataset name (wikitext2, c4, ptb, or a hub id); none: embedded text."""
+    nsamples: int = 128
+    """Windows of text to calibrate on."""
+    seqlen: int = 512
+    """Tokens per window; GPU users often take 2048."""
+    seed: int = 0
+    """Seed of the windows' places."""
+
+    def __post_init__(self) -> None:
+        if self.nsamples < 1 or self.seqlen < 2:
+            raise SettingError(
+                f"nsamples must be at least 1 and seqlen at least 2; got {self.nsamples} and {self.seqlen}."
+            )
+
+    def load(self, tokenizer: Any, longest: int | None = None) -> Tokens:
+        """``nsamples`` seeded windows; ``longest`` is the model's own limit of positions."""
+        text = read_text(self.dataset, "calibration")
+        ids = tokenize(tokenizer, text)
+        seqlen = min(self.seqlen, longest or self.seqlen)
+        if len(ids) < seqlen:
+            raise NearplaneError(
+                f"calibration text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}; "
+                "give a longer text or a smaller --seqlen."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        start = torch.randint(0, len(ids) - seqlen + 1, (self.nsamples,), generator=generator)
+        windows = ids[start[:, None] + torch.arange(seqlen)]
+        return Tokens(windows, text.origin, len(ids), digest(windows))
+
+
+def read_text(dataset: str | None, part: Part) -> Text:
+    """The text of a file, a named dataset, or the embedded text (None or "embedded")."""
+    if dataset is None or dataset == "embedded":
+        return _embedded(part)
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        raise NearplaneError(f"dataset {dataset} is a folder; give one .txt or .jsonl file, or a dataset name.")
+    if path.suffix in (".txt", ".jsonl", ".json", ".raw", ".tokens") or path.is_absolute():
+        raise NearplaneError(f"dataset file {dataset} does not exist.")
+    return _from_hub(dataset, part)
+
+
+def tokenize(tokenizer: Any, text: Text) -> Tensor:
+    """Token ids of the whole text, with whatever special tokens the tokenizer itself adds at its ends."""
+    if not text.content.strip():
+        raise NearplaneError(f"text {text.origin} is empty.")
+    ids: list[int] = tokenizer(text.content, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def digest(ids: Tensor) -> str:
+    """SHA-256 of token windows: equal runs have equal digests."""
+    return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def _embedded(part: Part) -> Text:
+    from pydoc_data.topics import topics
+
+    held_out = part == "evaluation"
+    chosen = [body for i, (_, body) in enumerate(sorted(topics.items())) if (i % 4 == 3) == held_out]
+    which = "held-out quarter" if held_out else "three quarters"
+    return Text("\n\n".join(chosen), f"embedded text (CPython's language reference, {which})")
+
+
+def _from_file(path: Path) -> Text:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NearplaneError(f"dataset file {path} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise NearplaneError(f"dataset file {path} cannot be read ({error.strerror}).") from error
+    if path.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(content.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise NearplaneError(f'{path}, line {number}: not a JSON object with a "text" field.') from error
+        content = "\n\n".join(rows)
+    return Text(content, str(path))
+
+
+def _from_hub(name: str, part: Part) -> Text:
+    try:
+        import datasets
+    except ImportError as error:
+        raise NearplaneError(
+            f"dataset {name}: no such file, and reading datasets by name needs: pip install 'nearplane[datasets]'."
+        ) from error
+    hub, config, column = NAMED.get(name, (name, None, "text"))
+    split = "train" if part == "calibration" else ("validation" if name == "c4" else "test")
+    try:
+        rows = datasets.load_dataset(hub, config, split=split, streaming=True)
+        content = "\n\n".join(row[column] for row in rows.take(20_000))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise NearplaneError(
+            f"dataset {name}: no such file, and the hub gave nothing ({type(error).__name__}: {str(error)[:120]})."
+        ) from error
+    return Text(content, f"{name} ({split})")

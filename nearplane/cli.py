@@ -1,0 +1,231 @@
+"""The command line. Flags are derived from the dataclasses they set (Grid, Calibration, the method's own), never listed
+twice. A NearplaneError becomes one sentence on standard error and exit status 2.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nearplane import __version__
+from nearplane.api import Dtype, FormatName, evaluate, quantize
+from nearplane.calibrate.data import Calibration
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.grid import Grid
+from nearplane.inspection import inspect
+from nearplane.methods import METHODS, Method
+
+# Names that users of other toolkits type; one name inside.
+ALIASES = {
+    "--wbits": "--bits", "--w-bit": "--bits", "--num-bits": "--bits", "--nbits": "--bits",
+    "--groupsize": "--group-size", "--q-group-size": "--group-size",
+    "--percdamp": "--damp-percent", "--dampening-frac": "--damp-percent",
+    "--nsample": "--nsamples", "--num-calibration-samples": "--nsamples", "--max-seq-length": "--seqlen",
+    "--output-dir": "--out", "--model-id": "--model",
+}  # fmt: skip
+# Switches of other toolkits that stand for a flag and its value.
+SWITCHES = {
+    "--act-order": ["--order", "activation"], "--actorder": ["--order", "activation"], "--desc-act": ["--order", "activation"],
+    "--asym": ["--no-sym"], "--true-sequential": [],
+}  # fmt: skip
+
+USAGE = f"""nearplane {__version__}: quantize transformers by error compensation.
+
+  nearplane quantize MODEL OUT [--bits 3] [--method gptaq]   write a quantized checkpoint
+  nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement
+  nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
+
+MODEL is a local transformers folder, a hub id, or "demo". Each command explains itself with --help.
+Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsamples 16
+"""
+
+
+@dataclass
+class _Quantize:
+    """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
+
+    Calibrates block by block on a text, in the memory of one block and the hidden states. OUT appears complete or not at all.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A local transformers folder, a hub id, or "demo"."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; must not exist, or be empty."""
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "gptaq"
+    """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
+    format: FormatName = "compressed-tensors"
+    """Checkpoint format."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class _Eval:
+    """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement."""
+
+    model: tyro.conf.Positional[str]
+    """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
+    dataset: str | None = None
+    """Text file or dataset name; none: the held-out part of the embedded text."""
+    seqlen: int = 2048
+    """Tokens per window, cut to the model's own limit."""
+    windows: int | None = None
+    """Read only this many windows."""
+    reference: str | None = None
+    """The original model, to compare with."""
+    device: str = "auto"
+    """Where to compute."""
+    dtype: str = "float32"
+    """Computation dtype."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class _Inspect:
+    """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer. Computes nothing."""
+
+    model: tyro.conf.Positional[str]
+    """A transformers folder, a hub id, or "demo"."""
+    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
+    """The grid that sizes after quantization are computed for."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {"quantize": _quantize, "eval": _eval, "inspect": _inspect}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"nearplane {__version__}")
+        return 0
+    try:
+        if argv[0] not in commands:
+            raise SettingError(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}.")
+        commands[argv[0]](_canonical(argv[1:]))
+    except NearplaneError as error:
+        print(f"nearplane: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("nearplane: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quantize(argv: list[str]) -> None:
+    kind, default = _method_class(argv)
+    options = [
+        ("options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=default)),
+        ("grid", tyro.conf.OmitArgPrefixes[Grid], field(default_factory=Grid)),
+        ("calibration", tyro.conf.OmitArgPrefixes[Calibration], field(default_factory=Calibration)),
+    ]
+    command = make_dataclass("Quantize", options, bases=(_Quantize,))
+    command.__doc__ = _Quantize.__doc__
+    args: Any = _parse(command, "quantize", argv)
+    report = quantize(
+        args.model,
+        args.out,
+        method=args.options,
+        grid=args.grid,
+        calibration=args.calibration,
+        format=args.format,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    totals, size = report.totals, report.bytes
+    print(f"{args.out}: {totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight")
+    print(
+        f"size {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB ({size['dense'] / 1e6:.1f} MB left dense)"
+    )
+    if totals["mean_error"] is not None:
+        print(f"mean error {totals['mean_error']:.4f} of each linear's output energy")
+    print("time " + ", ".join(f"{phase} {seconds:.1f}s" for phase, seconds in report.seconds.items()))
+    for event in report.events:
+        print(f"note: {event}")
+
+
+def _eval(argv: list[str]) -> None:
+    args = _parse(_Eval, "eval", argv)
+    result = evaluate(
+        args.model,
+        dataset=args.dataset,
+        seqlen=args.seqlen,
+        windows=args.windows,
+        reference=args.reference,
+        device=args.device,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        progress=True,
+    )
+    if args.json:
+        print(json.dumps({"model": args.model, **result.as_dict()}))
+        return
+    print(f"perplexity {result.perplexity:.4f}")
+    if result.kl is not None and result.top1 is not None and result.reference_perplexity is not None:
+        print(f"reference perplexity {result.reference_perplexity:.4f}")
+        print(f"mean KL(reference || model) {result.kl:.5f} nats per token, top-1 agreement {100 * result.top1:.2f}%")
+    print(f"protocol: {result.protocol}")
+
+
+def _inspect(argv: list[str]) -> None:
+    args = _parse(_Inspect, "inspect", argv)
+    print(inspect(args.model, args.grid, trust_remote_code=args.trust_remote_code))
+
+
+def _parse(command: Any, name: str, argv: list[str]) -> Any:
+    return tyro.cli(command, prog=f"nearplane {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _canonical(argv: list[str]) -> list[str]:
+    """Known aliases under the one name used inside; underscores become dashes."""
+    result: list[str] = []
+    for word in argv:
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in SWITCHES and not equals:
+            result += SWITCHES[flag]
+        else:
+            result.append(ALIASES.get(flag, flag) + equals + value)
+    return result
+
+
+def _method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:
+    """The class that --method names: its fields become flags."""
+    name = next((b for a, b in pairwise(argv) if a == "--method"), None)
+    name = name or next((a.partition("=")[2] for a in argv if a.startswith("--method=")), "gptaq")
+    if name in METHODS:
+        return METHODS[name], METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
+    sys.path.insert(0, "")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
+    if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
+        raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
+    return kind, kind

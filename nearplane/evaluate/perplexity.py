@@ -1,0 +1,126 @@
+"""Perplexity, and with a reference model the divergence from it.
+
+Protocol: the whole text is tokenized once and cut into consecutive windows of ``seqlen`` tokens; each window is read on its
+own, its first token is not scored. perplexity = exp(mean negative log-likelihood of the scored tokens).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearplane.calibrate.data import digest, read_text, tokenize
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.evaluate.divergence import Divergence
+from nearplane.progress import track
+
+# Logits are compared this many positions at a time: vocabularies are large, memory is not.
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and how."""
+
+    perplexity: float
+    tokens: int  # scored
+    windows: int
+    seqlen: int
+    dataset: str
+    sha256: str  # of the windows
+    kl: float | None = None  # mean KL(reference || model) per token, in nats
+    top1: float | None = None  # share of tokens whose most likely successor agrees
+    reference_perplexity: float | None = None
+
+    @property
+    def protocol(self) -> str:
+        """One line that lets somebody else repeat the measurement."""
+        return (
+            f"{self.dataset}; tokenized once, {self.windows} consecutive windows of {self.seqlen} tokens, "
+            f"first token of each unscored: {self.tokens} tokens scored"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "protocol": self.protocol}
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    dataset: str | None = None,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    reference: nn.Module | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Perplexity of ``model`` on a text; with ``reference`` also mean KL divergence per token and top-1 agreement.
+
+    ``windows`` limits how many windows are read. ``seqlen`` is cut to the model's own limit of positions.
+    """
+    if seqlen < 2 or (windows is not None and windows < 1):
+        raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
+    seqlen = min(seqlen, longest_input(model) or seqlen)
+    text = read_text(dataset, "evaluation")
+    ids = tokenize(tokenizer, text)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise NearplaneError(f"text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}.")
+    count = min(count, windows or count)
+    batch = ids[: count * seqlen].view(count, seqlen)
+    nll, reference_nll, divergence = 0.0, 0.0, Divergence()
+    with torch.inference_mode():
+        for window in track(batch, "eval", enabled=progress):
+            logits = _logits(model, window)
+            nll += _nll(logits, window)
+            if reference is not None:
+                expected = _logits(reference, window)
+                reference_nll += _nll(expected, window)
+                for a in range(0, seqlen - 1, CHUNK):
+                    part = slice(a, min(a + CHUNK, seqlen - 1))
+                    divergence.add(expected[part], logits[part])
+    scored = count * (seqlen - 1)
+    if not math.isfinite(nll):
+        raise NearplaneError("the model's loss is not finite: its weights or its dtype are broken.")
+    return Evaluation(
+        perplexity=_exp(nll / scored),
+        tokens=scored,
+        windows=count,
+        seqlen=seqlen,
+        dataset=text.origin,
+        sha256=digest(batch),
+        kl=divergence.kl if reference is not None else None,
+        top1=divergence.top1 if reference is not None else None,
+        reference_perplexity=_exp(reference_nll / scored) if reference is not None else None,
+    )
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Positions the model was made for, where its configuration says."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else None
+
+
+def _logits(model: nn.Module, window: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    logits = model(input_ids=window[None].to(device), use_cache=False).logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _nll(logits: Tensor, window: Tensor) -> float:
+    total = 0.0
+    target = window[1:].to(logits.device)
+    for a in range(0, len(target), CHUNK):
+        part = slice(a, min(a + CHUNK, len(target)))
+        loss = nn.functional.cross_entropy(logits[part].float(), target[part], reduction="sum")
+        total += float(loss)
+    return total
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

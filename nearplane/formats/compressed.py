@@ -1,0 +1,91 @@
+"""compressed-tensors ``pack-quantized``, the default output: what vLLM, SGLang and transformers load.
+
+Codes are packed along the input columns of each row, zeros (asymmetric only) along the output rows. The library
+shifts codes and zeros to signed before it subtracts them, so unsigned ones are stored as they are.
+Ternary weights are 2-bit symmetric ones that never use code 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearplane.core.grid import Grid, Quantized, ScaleDtype
+from nearplane.formats.base import check, tail_reason
+from nearplane.formats.bits import pack
+
+# The release of the library whose reading of these tensors is the one described here.
+LAYOUT_VERSION = "0.17.0"
+SCALE_DTYPES: dict[torch.dtype, ScaleDtype] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """``weight_packed``, ``weight_scale``, ``weight_shape`` and, asymmetric, ``weight_zero_point``."""
+
+    name: str = "compressed-tensors"
+
+    def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
+        """Holds every grid."""
+        return None
+
+    def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
+        """A tail group has its own scale on disk, but the library refuses to multiply it out."""
+        reason = tail_reason(grid, shape[1])
+        return reason and f"{reason}. Only nearplane loads such a weight; vLLM, SGLang and transformers refuse it."
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> ScaleDtype:
+        """The model's own: loaders cast scales to it."""
+        return SCALE_DTYPES.get(model_dtype, "float32")
+
+    def tensors(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
+        """int32 (out, words), scale (out, groups), int64 (2,), and int32 (words, groups) of zeros if asymmetric."""
+        codes, scale, zero, _ = check(name, quantized, grid)
+        tensors = {
+            f"{name}.weight_packed": pack(codes, grid.storage_bits),
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        }
+        if not grid.sym:  # a zero point beside a symmetric weight makes vLLM refuse the checkpoint
+            tensors[f"{name}.weight_zero_point"] = pack(zero.T, grid.storage_bits).T.contiguous()
+        return tensors
+
+    def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """One group for all linear layers. The library refuses keys it does not know, so ``settings`` stay out."""
+        channel = grid.group_size == -1
+        weights = {
+            "num_bits": grid.storage_bits,
+            "type": "int",
+            "symmetric": grid.sym,
+            "strategy": "channel" if channel else "group",
+            "group_size": None if channel else grid.group_size,
+            "dynamic": False,
+            "actorder": None,
+            "block_structure": None,
+            "observer": "minmax",
+            "observer_kwargs": {},
+        }
+        group = {
+            "targets": ["Linear"],
+            "format": "pack-quantized",
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "version": LAYOUT_VERSION,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(ignore),
+            "kv_cache_scheme": None,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}

@@ -1,0 +1,79 @@
+"""What ``inspect`` prints: the anatomy of a model, or the grids of a quantized checkpoint."""
+
+from pathlib import Path
+
+from nearplane.core.grid import Grid
+from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.models.discover import Block, discover
+from nearplane.models.source import locate, open_source
+
+
+def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -> str:
+    """A text for people: blocks, stages, shapes, what is quantized and what is not, bytes before and after."""
+    folder = locate(model)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.quantization is not None:
+        return _quantized(model, checkpoint)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    blocks = discover(source)
+    lines = [f"{model}: {source.config.model_type}, {len(blocks)} blocks, stored in {str(source.dtype)[6:]}"]
+    for first, last, block in _runs(blocks):
+        lines.append(f"\n{block.name if first == last else f'blocks {first} to {last}, each like {block.name}'}")
+        for number, stage in enumerate(block.stages, 1):
+            lines.append(f"  stage {number}, {stage[0].shape[1]} inputs")
+            for site in stage:
+                name = site.name.removeprefix(block.name + ".")
+                lines.append(f"    {name:<32} {site.shape[0]} x {site.shape[1]}" + ("  (transposed)" * site.transposed))
+        for name in block.unreached:
+            lines.append(f"  not reached by the probe, stays dense: {name.removeprefix(block.name + '.')}")
+    sites = {source.names[s.name + ".weight"]: s for b in blocks for s in b.sites}
+    before = sum(source.store.nbytes(n) for n in source.store.names)
+    inside = sum(source.store.nbytes(n) for n in sites)
+    weights = sum(s.shape[0] * s.shape[1] for s in sites.values())
+    width = source.dtype.itemsize
+    after = before - inside + sum(_packed_bytes(s.shape, grid, width) for s in sites.values())
+    lines.append(f"\nquantized: {weights:,} weights in {len(sites)} linears")
+    lines.append(f"left dense: {(before - inside) // width:,} parameters, the largest:")
+    dense = sorted((n for n in source.store.names if n not in sites), key=source.store.nbytes, reverse=True)
+    lines += [f"    {n:<48} {list(source.store.shape(n))}" for n in dense[:3]]
+    lines.append(f"bytes before {before:,}, after {after:,} ({grid.bits} bits, group_size {grid.group_size})")
+    return "\n".join(lines)
+
+
+def _runs(blocks: list[Block]) -> list[tuple[int, int, Block]]:
+    """Consecutive blocks with equal stages, as (first, last, the first block)."""
+    runs: list[tuple[int, int, Block]] = []
+    for number, block in enumerate(blocks):
+        if runs and _anatomy(runs[-1][2]) == _anatomy(block):
+            runs[-1] = (runs[-1][0], number, runs[-1][2])
+        else:
+            runs.append((number, number, block))
+    return runs
+
+
+def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int]]]]:
+    return [[(site.name.removeprefix(block.name), site.shape) for site in stage] for stage in block.stages]
+
+
+def _packed_bytes(shape: tuple[int, int], grid: Grid, width: int) -> int:
+    """Codes, scales and zeros of one weight on disk."""
+    out, columns = shape
+    groups = grid.group_count(columns)
+    words = -(-columns * grid.storage_bits // 32)
+    zeros = 0 if grid.sym else 4 * -(-out * grid.storage_bits // 32) * groups
+    return 4 * out * words + width * out * groups + zeros
+
+
+def _quantized(model: str | Path, checkpoint: Checkpoint) -> str:
+    lines = [
+        f"{model}: quantized, {checkpoint.format}, {len(checkpoint.layers)} linears, {len(checkpoint.dense)} dense tensors"
+    ]
+    for name, layer in checkpoint.layers.items():
+        grid = layer.grid
+        kind = "symmetric" if grid.sym else "asymmetric"
+        lines.append(
+            f"  {name:<48} {layer.shape[0]} x {layer.shape[1]}  {grid.bits} bits, group {grid.group_size}, {kind}"
+        )
+    total = sum(checkpoint.store.nbytes(n) for n in checkpoint.store.names)
+    lines.append(f"bytes {total:,}")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""Discovery: blocks and stages of any transformer, found by one probe forward instead of a table of models.
+
+Blocks: the ``nn.ModuleList`` as long as the configuration says. Stages: linears of a block that receive the same tensor
+(storage, offset, shape, stride) form one stage and share one Hessian; the order of calls is the order of stages. Blocks of
+equal structure are probed once, so that only one block per kind is ever read from disk.
+"""
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nearplane.core.errors import NearplaneError
+from nearplane.models.source import Source
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight to quantize. Its module stores it as (out, in), or transposed (GPT-2's Conv1D)."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool = False
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The (out, in) view of the live weight."""
+        weight = model.get_submodule(self.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+
+Stage = list[Site]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: its stages in call order, and the linears that the probe did not reach."""
+
+    name: str
+    stages: list[Stage]
+    unreached: list[str] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, in call order."""
+        return [site for stage in self.stages for site in stage]
+
+
+class Stop(Exception):
+    """Ends a forward pass once it has shown what was asked."""
+
+
+def discover(source: Source) -> list[Block]:
+    """Blocks of the model with their stages, in order. Reads one block per kind of structure."""
+    names = block_names(source)
+    found: dict[Any, tuple[list[Stage], list[str], Any]] = {}
+    blocks: list[Block] = []
+    cpu, dtype = torch.device("cpu"), torch.float32
+
+    def probe(k: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        module, name = source.model.get_submodule(names[k]), names[k]
+        kind = _structure(module)
+        if kind not in found:
+            source.load(name, cpu, dtype)
+            with _record(module) as calls:
+                output = original(*args, **kwargs)
+            stages = _stages(calls)
+            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c[0] for c in calls}]
+            found[kind] = stages, unreached, output_rest(output)
+            source.unload(name)
+        stages, unreached, rest = found[kind]
+        rename = [[Site(f"{name}.{s.name}", s.shape, s.transposed) for s in stage] for stage in stages]
+        blocks.append(Block(name, rename, [f"{name}.{n}" for n in unreached]))
+        if k == len(names) - 1:
+            raise Stop
+        return with_rest(hidden_of(args, kwargs), rest)
+
+    load_outside(source, names, cpu, dtype)
+    tokens = torch.arange(1, PROBE_TOKENS + 1)[None] % source.config.get_text_config().vocab_size
+    with patched(source.model, names, probe):
+        try:
+            source.model(input_ids=tokens, use_cache=False)
+        except Stop:
+            pass
+    if len(blocks) != len(names):
+        raise NearplaneError(
+            f"{source.folder}: the model's forward ran {len(blocks)} of its {len(names)} blocks; this architecture "
+            f"({source.config.model_type}) is not supported."
+        )
+    return blocks
+
+
+def block_names(source: Source) -> list[str]:
+    """Module names of the transformer blocks."""
+    depth = source.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in source.model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and any(is_linear(m) for m in module.modules())
+    ]
+    if not lists:
+        raise NearplaneError(
+            f"{source.folder}: no list of {depth} blocks was found in {type(source.model).__name__}; "
+            "this architecture is not supported."
+        )
+    # Some models keep small per-layer lists beside the blocks: the blocks are where the parameters are.
+    name, module = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    return [f"{name}.{i}" for i in range(len(module))]
+
+
+def load_outside(source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Load everything that runs before or between blocks: all but the blocks and an output head of its own."""
+    head = source.model.get_output_embeddings()  # type: ignore[operator]
+    head_name = next((n for n, m in source.model.named_modules() if m is head), None)
+    inside = [*blocks] if head_name is None else [*blocks, head_name]
+    source.load("", device, dtype, skip=inside)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Modules whose weight can become a site."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+@contextmanager
+def patched(model: nn.Module, names: list[str], run: Callable[..., Any]) -> Iterator[None]:
+    """Replace every block's forward by ``run(k, original, *args, **kwargs)`` for the time being."""
+    modules = [model.get_submodule(name) for name in names]
+
+    def bind(k: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda _self, *args, **kwargs: run(k, original, *args, **kwargs)
+
+    for k, module in enumerate(modules):
+        module.forward = types.MethodType(bind(k, module.forward), module)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state a block is called with."""
+    value = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def output_hidden(output: Any) -> Tensor:
+    """The hidden state a block returned."""
+    value = output[0] if isinstance(output, tuple) else output
+    assert isinstance(value, Tensor)
+    return value
+
+
+def output_rest(output: Any) -> tuple[Any, ...] | None:
+    """What a block returned besides its hidden state; None when it returned the bare tensor."""
+    return output[1:] if isinstance(output, tuple) else None
+
+
+def with_rest(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
+    """A block's output in the shape its model expects."""
+    return hidden if rest is None else (hidden, *rest)
+
+
+@contextmanager
+def _record(module: nn.Module) -> Iterator[list[tuple[str, nn.Module, Tensor]]]:
+    """Every call of a linear with its input; the tensors are kept alive, so that storage identifies them."""
+    calls: list[tuple[str, nn.Module, Tensor]] = []
+    hooks = []
+    for name, child in module.named_modules():
+        if is_linear(child):
+
+            def hook(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                calls.append((name, m, args[0]))
+
+            hooks.append(child.register_forward_pre_hook(hook))
+    try:
+        yield calls
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _stages(calls: list[tuple[str, nn.Module, Tensor]]) -> list[Stage]:
+    """Group calls by input tensor, first call first."""
+    stages: dict[Any, Stage] = {}
+    seen: set[str] = set()
+    for name, module, x in calls:
+        if name in seen:
+            continue
+        seen.add(name)
+        key = (x.data_ptr(), x.shape, x.stride())
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        transposed = isinstance(module, Conv1D)
+        out, width = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+        stages.setdefault(key, []).append(Site(name, (out, width), transposed))
+    return list(stages.values())
+
+
+def _structure(module: nn.Module) -> Any:
+    """What makes two blocks alike: classes, names and shapes of everything inside."""
+    return tuple(
+        (name, type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters(recurse=False)))
+        for name, m in module.named_modules()
+    )

@@ -1,0 +1,74 @@
+"""Load any folder as an ordinary transformers model: an original, or a checkpoint we or others quantized."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.formats.read import open_checkpoint
+from nearplane.models.source import build_skeleton, locate, read_config
+
+
+def load_model(
+    model: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model, its quantized linears dequantized to ``dtype``. No other quantization package is needed.
+
+    Raises NearplaneError with one sentence for anything that cannot be read.
+    """
+    folder = locate(model)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.quantization is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    skeleton = build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+    state: dict[str, Tensor] = {}
+    for name in checkpoint.dense:
+        value = checkpoint.store.get(name)
+        state[name] = value.to(dtype) if value.is_floating_point() else value
+    for name in checkpoint.layers:
+        weight = checkpoint.weight(name).to(dtype)
+        state[name + ".weight"] = weight.T.contiguous() if _is_conv1d(skeleton, name) else weight
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
+    return _assemble(type(skeleton), config, state, dtype, folder).to(device).eval()
+
+
+def _assemble(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> nn.Module:
+    """Let transformers place the tensors: names, ties and buffers are its business."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise NearplaneError(f"{folder} does not fit its config.json ({reason}).") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
+    if wrong:
+        raise NearplaneError(f"{folder} lacks {len(wrong)} weights that config.json asks for, the first: {wrong[0]}.")
+    result: nn.Module = model
+    return result
+
+
+def _is_conv1d(skeleton: nn.Module, disk_name: str) -> bool:
+    """Whether a layer stored under this name is GPT-2's transposed kind."""
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    modules = dict(skeleton.named_modules())
+    for name in (disk_name, disk_name.removeprefix(prefix + "."), f"{prefix}.{disk_name}"):
+        if name in modules:
+            return isinstance(modules[name], Conv1D)
+    return False

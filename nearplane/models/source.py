@@ -1,0 +1,229 @@
+"""Where a model comes from: id or folder -> meta skeleton, lazy weights, tokenizer.
+
+The skeleton is the model's own class with every parameter on the meta device; ``load`` brings the parameters of one module
+to life from disk and ``unload`` sends them back, so that nothing is resident but what is being worked on.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.formats.store import Store
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class Source:
+    """A model on disk. ``model`` is its skeleton; ``names`` maps each parameter or buffer to its name on disk."""
+
+    name: str
+    folder: Path
+    config: Any
+    store: Store
+    model: nn.Module
+    names: dict[str, str]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        return load_tokenizer(self.folder)
+
+    def raw_config(self) -> dict[str, Any]:
+        """config.json as it stands on disk."""
+        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return raw
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most of the checkpoint's numbers are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in set(self.names.values()):
+            dtype = self.store.dtype(name)
+            sizes[dtype] = sizes.get(dtype, 0) + self.store.nbytes(name)
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the folder holds an already quantized checkpoint."""
+        return "quantization_config" in self.raw_config() or (self.folder / "quantize_config.json").exists()
+
+    def tensor(self, parameter: str) -> Tensor:
+        """One stored parameter, checked for NaN and Inf."""
+        value = self.store.get(self.names[parameter])
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            bad = int((~value.isfinite()).sum())
+            raise NumericalError(
+                f"weight {parameter} holds {bad} NaN or Inf values; the checkpoint is broken, download or convert it again."
+            )
+        return value
+
+    def load(self, prefix: str, device: torch.device, dtype: torch.dtype, *, skip: Iterable[str] = ()) -> None:
+        """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``."""
+        for name in self._below(prefix):
+            if any(name.startswith(s + ".") for s in skip):
+                continue
+            value = self.tensor(name)
+            self._set(name, value.to(device, dtype) if value.is_floating_point() else value.to(device))
+        module = self.model.get_submodule(prefix)
+        for path, buffer in list(module.named_buffers()):
+            if not buffer.is_meta:
+                owner, _, leaf = path.rpartition(".")
+                module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    def unload(self, prefix: str) -> None:
+        """Send the parameters below ``prefix`` back to the meta device."""
+        for name in self._below(prefix):
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if leaf in module._parameters:
+                value = module._parameters[leaf]
+                assert value is not None
+                module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+    def _below(self, prefix: str) -> list[str]:
+        return [name for name in self.names if not prefix or name.startswith(prefix + ".")]
+
+    def _set(self, name: str, value: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """Open a local transformers folder, a hub id or ``demo``. No weight is read.
+
+    Raises NearplaneError with one sentence for a missing, unreadable, pickled, remote-code or unknown model.
+    """
+    folder = locate(model)
+    store = Store(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
+    return Source(str(model), folder, config, store, skeleton, _disk_names(skeleton, store, folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NearplaneError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+
+
+def locate(model: str | Path) -> Path:
+    """The local folder of a model given as a folder, a hub id or ``demo``."""
+    if str(model) == "demo":
+        from nearplane.models.demo import demo_folder
+
+        return demo_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
+    if not HUB_ID.fullmatch(str(model)):
+        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
+    return _from_hub(str(model))
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except HFValidationError as error:
+        raise NearplaneError(f"{model}: no such folder, and not a valid hub id.") from error
+    except HfHubHTTPError as error:
+        raise NearplaneError(f"{model}: no such folder, and the hub refused it ({_first_line(error)}).") from error
+    except OSError as error:  # no network, and nothing in the cache
+        raise NearplaneError(
+            f"{model}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
+            "download it where there is a network and give the folder."
+        ) from error
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, refusing code that the folder itself would run."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NearplaneError(f"{folder} has no config.json; MODEL must be a transformers folder.") from error
+    except (OSError, ValueError) as error:
+        raise NearplaneError(f"{path} cannot be read as JSON ({_first_line(error)}).") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise NearplaneError(f"{path} names no model_type; it is not a transformers configuration.")
+    known = raw["model_type"] in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if not known and "auto_map" in raw and not trust_remote_code:
+        raise NearplaneError(
+            f"{folder} runs its own Python code (trust_remote_code); read that code, then pass --trust-remote-code."
+        )
+    if not known and "auto_map" not in raw:
+        raise NearplaneError(
+            f"{path}: transformers {transformers.__version__} does not know model_type {raw['model_type']!r}."
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NearplaneError(f"{path} is not a usable configuration ({_first_line(error)}).") from error
+
+
+def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model with parameters on the meta device and real (computed) buffers."""
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise NearplaneError(
+            f"{folder}: {config.model_type} is not a causal language model in transformers {transformers.__version__}."
+        )
+    config.dtype = torch.float32
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        raise NearplaneError(f"{folder}: no model can be built from its config.json ({_first_line(error)}).") from error
+    return model.eval()
+
+
+def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
+    """Name on disk of every parameter. transformers' own renamings are applied: old names, a base model's prefix."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
+    on_disk = {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in sorted(store.names)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names: dict[str, str] = {}
+    missing: list[str] = []
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name in on_disk and name in state:
+            if store.shape(on_disk[name]) != tuple(value.shape):
+                found, asked = list(store.shape(on_disk[name])), list(value.shape)
+                raise NearplaneError(f"{folder}: {on_disk[name]} has shape {found}, config.json asks for {asked}.")
+            names[name] = on_disk[name]
+        elif value.is_meta and name not in tied:
+            missing.append(name)
+    if missing:
+        raise NearplaneError(
+            f"{folder} lacks {len(missing)} weights that config.json asks for, the first: {missing[0]}."
+        )
+    return names
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,148 @@
+"""What a run did: settings, versions, hashes, and per linear what a person needs to judge the result."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearplane.core.certificate import ratio
+from nearplane.core.factor import Factor
+from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode
+from nearplane.core.moments import Moments
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = ("nearplane", "torch", "transformers", "safetensors")
+    return {
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One solved weight."""
+
+    name: str
+    shape: tuple[int, int]
+    error: float | None  # ‖(Q-W)X‖² / ‖WX‖² on the calibration inputs; None when no data was read
+    rtn_error: float | None  # the same with every weight rounded to nearest on the same scales
+    weight_error: float  # ‖Q-W‖² / ‖W‖²
+    bound_ratio: float | None  # loss over Babai's bound (core/certificate.py); indicative when codes were clipped
+    clipped: int | None  # codes that would have left the grid before clipping
+    damp_percent: float | None
+    damp_raised: int
+    tokens: int
+    dropped: int
+    seconds: float
+
+
+@dataclass
+class Report:
+    """The record of one run, written as ``report.json`` beside the checkpoint."""
+
+    model: str
+    settings: dict[str, Any]
+    out: str = ""
+    versions: dict[str, str] = field(default_factory=environment)
+    data: dict[str, Any] = field(default_factory=dict)
+    linears: list[LinearRow] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    dense: list[dict[str, Any]] = field(default_factory=list)  # large parameters not quantized, with the reason
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        weight: Tensor,
+        quantized: Quantized,
+        grid: Grid,
+        moments: Moments | None,
+        factor: Factor | None,
+        seconds: float,
+    ) -> LinearRow:
+        """Measure one solved weight against its original."""
+        delta = dequantize(quantized, grid).to(weight.dtype).sub_(weight)
+        error = rtn_error = None
+        if moments is not None:
+            power = _energy(weight, moments.H)
+            error = _energy(delta, moments.H) / power if power > 0 else 0.0
+            rtn_error = _energy(_rounded(weight, quantized, grid).sub_(weight), moments.H) / power if power > 0 else 0.0
+        certificate = quantized.certificate
+        norm = float(weight.square().sum())
+        row = LinearRow(
+            name=name,
+            shape=(weight.shape[0], weight.shape[1]),
+            error=error,
+            rtn_error=rtn_error,
+            weight_error=float(delta.square().sum()) / norm if norm > 0 else 0.0,
+            bound_ratio=None if certificate is None else ratio(certificate),
+            clipped=None if certificate is None else certificate.clipped,
+            damp_percent=None if factor is None else factor.damp_percent,
+            damp_raised=0 if factor is None else factor.raised,
+            tokens=0 if moments is None else moments.tokens,
+            dropped=0 if moments is None else moments.dropped,
+            seconds=seconds,
+        )
+        self.linears.append(row)
+        if row.error is not None and row.rtn_error is not None and row.error > row.rtn_error > 0:
+            self.events.append(f"{name}: error {row.error:.3g} is above round-to-nearest's {row.rtn_error:.3g}")
+        return row
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """The figures a person asks for first."""
+        errors = [row.error for row in self.linears if row.error is not None]
+        weights = sum(row.shape[0] * row.shape[1] for row in self.linears)
+        return {
+            "linears": len(self.linears),
+            "weights_quantized": weights,
+            "mean_error": sum(errors) / len(errors) if errors else None,
+            "mean_weight_error": sum(r.weight_error for r in self.linears) / max(1, len(self.linears)),
+            "clipped": sum(row.clipped or 0 for row in self.linears),
+            "damp_raised": sum(row.damp_raised for row in self.linears),
+            "dropped_tokens": sum(row.dropped for row in self.linears),
+            "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights and "quantized" in self.bytes else None,
+            "seconds": sum(self.seconds.values()),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "totals": self.totals}
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
+
+
+def _energy(weight: Tensor, H: Tensor) -> float:
+    """``tr(W H Wᵀ)``: mean squared output over the calibration tokens."""
+    return float((weight @ H).mul_(weight).sum())
+
+
+def _rounded(weight: Tensor, quantized: Quantized, grid: Grid) -> Tensor:
+    """The weight rounded to nearest on the scales of the solution."""
+    group = torch.arange(weight.shape[1], device=weight.device) // grid.group_width(weight.shape[1])
+    scale, zero = quantized.scale[:, group].to(weight.dtype), quantized.zero[:, group].to(weight.dtype)
+    return decode(encode(weight, scale, zero, grid), scale, zero)

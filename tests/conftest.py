@@ -1,0 +1,26 @@
+"""Run-time checks of shapes and dtypes, reproducible examples, and threads that do not fight over cores."""
+
+import sys
+from pathlib import Path
+
+import jaxtyping
+import torch
+from hypothesis import HealthCheck, settings
+
+# Annotations such as Float[Tensor, "out in"] are asserted at every call of these packages. The hook rewrites modules as
+# they are imported, so it must come before the first import of any of them.
+CHECKED = ("nearplane.core", "nearplane.methods")
+early = [name for name in sys.modules if name.startswith(CHECKED)]
+assert not early, f"imported before their type checks could be installed: {early}"
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+# tests/oracles.py is shared by the folders below, under any of pytest's import modes.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# Small matrices: a second thread costs more than it brings, and pytest-xdist fills the other cores.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "nearplane", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("nearplane")

@@ -1,0 +1,211 @@
+"""The whole walk, model folder to checkpoint to model, on tiny random models."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import nearplane
+from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, Quantized, ResComp
+from nearplane.core.grid import dequantize
+from nearplane.models.discover import discover
+from nearplane.models.source import open_source
+from nearplane.stream import stream
+
+KINDS = ["llama", "qwen3", "gemma2", "gpt2", "opt", "bloom", "phi", "phi3", "gpt_neox", "cohere", "mpt", "falcon"]
+FEW = Calibration(nsamples=12, seqlen=24)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("walk")
+    (folder / "text.txt").write_text(tiny.text(2000))
+    return tiny.save(tiny.build("llama"), folder / "model")
+
+
+def calibration(folder: Path, **settings: Any) -> Calibration:
+    return dataclasses.replace(FEW, dataset=str(folder.parent / "text.txt"), **settings)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=tiny.tokens(2, 20, seed=5), use_cache=False).logits
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bit_rtn_stays_close_to_the_original(kind: str, tmp_path: Path) -> None:
+    model = tiny.build(kind)
+    folder = tiny.save(model, tmp_path / "model")
+    report = nearplane.quantize(
+        folder, tmp_path / "out", method=RTN(), grid=Grid(bits=8, group_size=32), progress=False
+    )
+    found = logits(nearplane.load(tmp_path / "out"))
+    expected = logits(model)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert not torch.equal(found, expected)
+    assert report.totals["linears"] == sum(len(block.sites) for block in discover(open_source(folder)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "cohere", "opt"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq_v2"])
+def test_what_is_written_is_what_was_solved(kind: str, format: Any, tmp_path: Path) -> None:
+    """Every linear of the loaded checkpoint equals its solved codes; everything else is untouched."""
+    model = tiny.build(kind)
+    folder = tiny.save(model, tmp_path / "model")
+    grid = Grid(bits=4, group_size=32, sym=False)
+    solved: dict[str, torch.Tensor] = {}
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy(RTN):
+        def solve(self, weight: torch.Tensor, state: None, grid: Grid) -> Quantized:
+            quantized = super().solve(weight, state, grid)
+            solved[str(len(solved))] = dequantize(quantized, grid)
+            return quantized
+
+    dtype = "float16" if format == "gptq_v2" else "auto"
+    nearplane.quantize(folder, tmp_path / "out", method=Spy(), grid=grid, format=format, dtype=dtype, progress=False)
+    loaded, original = nearplane.load(tmp_path / "out"), model.state_dict()
+    sites = [site for block in discover(open_source(folder)) for site in block.sites]
+    assert len(sites) == len(solved)
+    for site, expected in zip(sites, solved.values(), strict=True):
+        torch.testing.assert_close(site.weight(loaded).float(), expected, rtol=2e-3, atol=1e-6)
+    quantized = {site.name + ".weight" for site in sites}
+    for name, value in loaded.state_dict().items():
+        if name not in quantized:
+            torch.testing.assert_close(value, original[name], rtol=1e-3, atol=1e-4)
+
+
+def test_moments_are_those_of_the_partly_quantized_model(llama: Path) -> None:
+    """True-sequential: H of a late stage is measured behind all rounding before it; D compares with the original."""
+    source, ids = open_source(llama), tiny.tokens(6, 16)
+    grid, method = Grid(bits=2, group_size=32, sym=False), RTN()
+    plain, rounded = nearplane.load(llama), nearplane.load(llama)
+    site_name = "model.layers.1.mlp.down_proj"
+    blocks = discover(source)
+    for opened in stream(source, blocks, ids, device=torch.device("cpu"), dtype=torch.float32, reference=True):
+        for stage in opened.stages:
+            if stage[0].name == site_name:
+                measured = opened.observe(stage, frozenset({"H", "D"}))
+            for site in stage:
+                quantized = method.solve(opened.weight(site), None, grid)
+                opened.replace(site, quantized, grid)
+                if site.name != site_name:
+                    rounded.get_submodule(site.name).weight.data = dequantize(quantized, grid)
+    inputs = {}
+    for name, model in (("x", plain), ("xhat", rounded)):
+        model.get_submodule(site_name).register_forward_pre_hook(
+            lambda _m, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1).double())
+        )
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    xhat, x = inputs["xhat"], inputs["x"]
+    assert measured.tokens == len(xhat) == 96 and measured.dropped == 0
+    torch.testing.assert_close(measured.H.double(), xhat.T @ xhat / 96, rtol=1e-4, atol=1e-5)
+    assert measured.D is not None
+    torch.testing.assert_close(measured.D.double(), (x - xhat).T @ xhat / 96, rtol=1e-3, atol=1e-4)
+    assert (x - xhat).norm() > 0.05 * x.norm()
+
+
+METHODS = [
+    GPTQ(),
+    GPTQ(order="natural", static_groups=False),
+    GPTQ(order="pivot"),
+    GPTAQ(),
+    GPTAQ(variant="released"),
+    ResComp(),
+    ResComp(base="gptq"),
+    OBQ(),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_every_method_beats_rounding(method: Any, llama: Path, tmp_path: Path) -> None:
+    grid = Grid(bits=3, group_size=32, sym=False)
+    report = nearplane.quantize(
+        llama, tmp_path / "out", method=method, grid=grid, calibration=calibration(llama), progress=False
+    )
+    assert len(report.linears) == 14
+    for row in report.linears:
+        assert row.error is not None and row.rtn_error is not None
+        assert 0 < row.error < row.rtn_error
+        assert row.tokens == 12 * 24
+        assert row.damp_percent == 0.01
+    assert logits(nearplane.load(tmp_path / "out")).isfinite().all()
+
+
+def test_same_seed_same_bytes_and_another_seed_differs(llama: Path, tmp_path: Path) -> None:
+    grid = Grid(bits=3, group_size=32)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        nearplane.quantize(llama, tmp_path / name, grid=grid, calibration=calibration(llama, seed=seed), progress=False)
+    weights = [next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_report_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
+    grid = Grid(bits=4, group_size=32)
+    report = nearplane.quantize(llama, tmp_path / "out", grid=grid, calibration=calibration(llama), progress=False)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["settings"]["method"]["name"] == "GPTAQ"
+    assert stored["settings"]["grid"]["bits"] == 4
+    assert stored["data"]["tokens"] == 288 and len(stored["data"]["sha256"]) == 64
+    assert stored["versions"]["torch"] == torch.__version__
+    assert len(stored["linears"]) == 14
+    for key in ("error", "rtn_error", "bound_ratio", "clipped", "damp_percent", "tokens", "seconds"):
+        assert all(row[key] is not None for row in stored["linears"])
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert abs(size - stored["bytes"]["after"]) < 0.1 * size
+    assert {row["name"] for row in stored["dense"]} == {"model.embed_tokens.weight", "lm_head.weight"}
+    # 4 bits and one float32 scale for 32 weights; the shape tensor is not free in so small a layer.
+    assert 5 <= report.totals["bits_per_weight"] < 5.1
+
+
+def test_damping_that_had_to_be_raised_is_reported(llama: Path, tmp_path: Path) -> None:
+    """Eight tokens for 64 inputs, undamped: the Hessian is singular until damping is raised."""
+    report = nearplane.quantize(
+        llama,
+        tmp_path / "out",
+        method=GPTQ(damp_percent=0.0),
+        grid=Grid(bits=4, group_size=32),
+        calibration=calibration(llama, nsamples=1, seqlen=8),
+        progress=False,
+    )
+    assert any("damping raised" in event for event in report.events)
+    assert report.totals["damp_raised"] > 0
+    assert max(row.damp_percent or 0 for row in report.linears) > 0
+
+
+def test_a_method_of_ones_own(llama: Path, tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Diagonal:
+        """RTN that remembers how much data it saw."""
+
+        strength: float = 0.5
+        needs = frozenset({"H"})
+
+        def prepare(self, moments: Moments) -> int:
+            return moments.tokens
+
+        def solve(self, weight: torch.Tensor, state: int, grid: Grid) -> Quantized:
+            assert state == 288
+            return RTN().solve(weight, None, grid)
+
+    report = nearplane.quantize(
+        llama,
+        tmp_path / "out",
+        method=Diagonal(),  # type: ignore[arg-type]
+        grid=Grid(bits=4, group_size=32),
+        calibration=calibration(llama),
+        progress=False,
+    )
+    assert report.settings["method"] == {"name": "Diagonal", "strength": 0.5}
+
+
+def test_tail_groups_round_trip_and_are_noted(llama: Path, tmp_path: Path) -> None:
+    report = nearplane.quantize(llama, tmp_path / "out", method=RTN(), grid=Grid(bits=4, group_size=48), progress=False)
+    assert any("divide" in event for event in report.events)
+    assert logits(nearplane.load(tmp_path / "out")).isfinite().all()

@@ -1,0 +1,57 @@
+"""Tiny random models of many architectures, saved as ordinary transformers folders with a tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+VOCABULARY = 128
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 96, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
+    "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 64, "rotary_dim": 8,
+    "ffn_dim": 96, "word_embed_proj_dim": 64, "d_model": 64, "num_layers": 2, "attention_heads": 4, "n_layers": 2, "n_heads": 4,
+    "max_seq_len": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# Where a configuration class computes a field from others and refuses it.
+REFUSED = {"falcon": ("head_dim", "num_kv_heads")}
+EXTRA: dict[str, dict[str, Any]] = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96}}
+
+
+def build(kind: str, seed: int = 0, **settings: Any) -> Any:
+    """A random model of one model_type, weights large enough that its layers do something."""
+    default = transformers.AutoConfig.for_model(kind)
+    sizes = {k: v for k, v in SIZES.items() if hasattr(default, k) and k not in REFUSED.get(kind, ())}
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, **EXTRA.get(kind, {}), **settings})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+    return model
+
+
+def save(model: Any, folder: Path) -> Path:
+    """Write the model and a word-level tokenizer of its vocabulary."""
+    transformers.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def text(words: int, seed: int = 0) -> str:
+    """A text of that many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (words,), generator=generator)
+    return " ".join(f"w{i}" for i in ids.tolist())
+
+
+def tokens(samples: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token windows."""
+    return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
