@@ -1,6 +1,6 @@
 """nearplane: quantize transformers by error compensation."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
@@ -11,7 +11,7 @@ from nearplane.evaluate.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, ResComp
 from nearplane.report import Report
 
-__version__ = version("nearplane")
+__version__ = _version("nearplane")
 
 __all__ = [
     "GPTAQ",

@@ -21,6 +21,7 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.inspection import inspect
 from nearplane.methods import METHODS, Method
+from nearplane.narration import summary
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -152,16 +153,7 @@ def _quantize(argv: list[str]) -> None:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    totals, size = report.totals, report.bytes
-    print(f"{args.out}: {totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight")
-    print(
-        f"size {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB ({size['dense'] / 1e6:.1f} MB left dense)"
-    )
-    if totals["mean_error"] is not None:
-        print(f"mean error {totals['mean_error']:.4f} of each linear's output energy")
-    print("time " + ", ".join(f"{phase} {seconds:.1f}s" for phase, seconds in report.seconds.items()))
-    for event in report.events:
-        print(f"note: {event}")
+    print(summary(report))
 
 
 def _eval(argv: list[str]) -> None:

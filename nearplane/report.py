@@ -60,7 +60,7 @@ class Report:
     linears: list[LinearRow] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     dense: list[dict[str, Any]] = field(default_factory=list)  # large parameters not quantized, with the reason
-    bytes: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("before", "after", "quantized", "dense"), 0))
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(
@@ -119,11 +119,12 @@ class Report:
             "linears": len(self.linears),
             "weights_quantized": weights,
             "mean_error": sum(errors) / len(errors) if errors else None,
+            "mean_rtn_error": sum(row.rtn_error or 0.0 for row in self.linears) / len(errors) if errors else None,
             "mean_weight_error": sum(r.weight_error for r in self.linears) / max(1, len(self.linears)),
             "clipped": sum(row.clipped or 0 for row in self.linears),
             "damp_raised": sum(row.damp_raised for row in self.linears),
             "dropped_tokens": sum(row.dropped for row in self.linears),
-            "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights and "quantized" in self.bytes else None,
+            "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights else 0.0,
             "seconds": sum(self.seconds.values()),
         }
 

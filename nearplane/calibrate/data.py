@@ -2,7 +2,7 @@
 
 The text is tokenized once, as a whole, without padding; calibration takes ``nsamples`` windows of ``seqlen`` tokens at
 seeded random places (the GPTQ convention), evaluation takes consecutive windows. Without a dataset the text is CPython's
-own language reference (``pydoc_data.topics``, in every interpreter): three topics of four calibrate, the fourth is held out.
+own language reference (``pydoc_data.topics``, in every interpreter): two topics of three calibrate, the third is held out.
 """
 
 import hashlib
@@ -107,8 +107,13 @@ def _embedded(part: Part) -> Text:
     from pydoc_data.topics import topics
 
     held_out = part == "evaluation"
-    chosen = [body for i, (_, body) in enumerate(sorted(topics.items())) if (i % 4 == 3) == held_out]
-    which = "held-out quarter" if held_out else "three quarters"
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for i, (_, body) in enumerate(sorted(topics.items())):
+        parts[i % 3 == 2] += body.split("\n\n")
+    # Topics quote each other: a paragraph that calibration has seen is not held out.
+    seen = set(parts[False]) if held_out else set()
+    chosen = [paragraph for paragraph in parts[held_out] if paragraph not in seen]
+    which = "held-out third" if held_out else "two thirds"
     return Text("\n\n".join(chosen), f"embedded text (CPython's language reference, {which})")
 
 

@@ -1,0 +1,38 @@
+"""The walk by hand: the loop inside nearplane.quantize, written by a user who wants to see every layer.
+
+python examples/own_loop.py MODEL [TEXT_FILE]
+"""
+
+import sys
+
+import torch
+
+from nearplane import GPTQ, Calibration, Grid
+from nearplane.core.certificate import ratio
+from nearplane.models.discover import discover
+from nearplane.models.source import open_source
+from nearplane.stream import stream
+
+
+def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 128) -> list[tuple[str, float]]:
+    """Solve every linear and return (name, loss over Babai's bound); writes nothing."""
+    source = open_source(model)
+    tokens = Calibration(dataset=text, nsamples=nsamples, seqlen=seqlen).load(source.tokenizer)
+    method, grid = GPTQ(), Grid(bits=4, group_size=32)
+    results = []
+    cpu = torch.device("cpu")
+    for block in stream(source, discover(source), tokens.ids, device=cpu, dtype=torch.float32, reference=False):
+        for stage in block.stages:
+            moments = block.observe(stage, method.needs)  # one pass over the samples
+            state = method.prepare(moments)  # factor once ...
+            for site in stage:  # ... solve q, k and v
+                quantized = method.solve(block.weight(site), state, grid)
+                block.replace(site, quantized, grid)  # later stages see the rounded weight
+                if quantized.certificate is not None:
+                    results.append((site.name, ratio(quantized.certificate)))
+    return results
+
+
+if __name__ == "__main__":
+    for name, value in walk(*sys.argv[1:3]):
+        print(f"{name:<48} loss / bound {value:.3f}")

@@ -1,0 +1,52 @@
+"""What a run says while it works: the head, one line per stage that a person can judge, the summary."""
+
+from nearplane.models.discover import Block, Stage
+from nearplane.progress import CONSOLE
+from nearplane.report import LinearRow, Report
+
+
+def announce(report: Report, blocks: list[Block]) -> None:
+    """Say what is about to happen, and what "error" means."""
+    settings, data = report.settings, report.data
+    method, grid = dict(settings["method"]), settings["grid"]
+    say = CONSOLE.print
+    say(f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}")
+    say(f"method {method.pop('name')} " + " ".join(f"{k}={v}" for k, v in method.items()))
+    say(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
+    amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "tokens" in data else ""
+    say(f"calibration {data['origin']}{amount}")
+    say(
+        "error: ‖(Q-W)X‖²/‖WX‖², the worst linear of the stage; (rtn): the same if every weight were rounded to nearest"
+    )
+    for event in report.events:
+        say(f"note: {event}")
+
+
+def stage_line(block: Block, stage: Stage, rows: list[LinearRow]) -> str:
+    """One line a person can judge."""
+    names = "+".join(site.name.removeprefix(block.name + ".").rpartition(".")[2] for site in stage)
+    seconds = sum(row.seconds for row in rows)
+    if rows[0].error is None:
+        return f"{block.name} {names:<28} weight error {max(r.weight_error for r in rows):.4f}  {seconds:.1f}s"
+    worst = max(rows, key=lambda row: row.error or 0.0)
+    line = f"{block.name} {names:<28} error {worst.error:.4f} (rtn {worst.rtn_error:.4f})"
+    if worst.clipped is not None:
+        weights = sum(row.shape[0] * row.shape[1] for row in rows)
+        line += f"  clipped {100 * sum(row.clipped or 0 for row in rows) / weights:.1f}%"
+    if worst.bound_ratio is not None:
+        line += f"  loss/bound {worst.bound_ratio:.2f}"
+    return f"{line}  {worst.tokens} tokens  {seconds:.1f}s"
+
+
+def summary(report: Report) -> str:
+    """What came of it."""
+    totals, size = report.totals, report.bytes
+    lines = [
+        f"{report.out}: {totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight",
+        f"size {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB ({size['dense'] / 1e6:.1f} MB of it dense)",
+    ]
+    if totals["mean_error"] is not None:
+        lines.append(f"mean error {totals['mean_error']:.4f} (rtn {totals['mean_rtn_error']:.4f}), over all linears")
+    lines.append("time " + ", ".join(f"{phase} {seconds:.1f}s" for phase, seconds in report.seconds.items()))
+    lines += [f"note: {event}" for event in report.events]
+    return "\n".join(lines)

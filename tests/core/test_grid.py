@@ -1,0 +1,292 @@
+"""fit, encode and decode against plain loops over Python floats."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
+from nearplane.core.grid import (
+    Certificate,
+    Grid,
+    Quantized,
+    decode,
+    dequantize,
+    encode,
+    fit,
+    fit_groups,
+    group_index,
+)
+
+ALL_BITS = [2, 3, 4, 5, 8, "ternary"]
+
+
+def weights(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def levels(grid):
+    """Least code, greatest code, zero of a symmetric grid."""
+    return (1, 3, 2) if grid.bits == "ternary" else (0, 2**grid.bits - 1, 2 ** (grid.bits - 1))
+
+
+def stored(x, dtype="float32"):
+    """A Python float as a checkpoint of this dtype holds it."""
+    return torch.tensor(x, dtype=torch.float64).to(getattr(torch, dtype)).double().item()
+
+
+def slow_range(w, grid, p=1.0):
+    """Scale and zero of one group whose range is shrunk to p, in Python floats."""
+    least, greatest, middle = levels(grid)
+    low, high = min(0.0, *w) * p, max(0.0, *w) * p
+    if grid.sym:
+        low, high = -max(-low, high), max(-low, high)
+    s = (high - low) / (greatest - least)
+    s = stored(s, grid.scale_dtype) if s > 0 else 1.0
+    z = middle if grid.sym else min(max(round(-low / s), least), greatest)
+    return s, z
+
+
+def slow_round(w, s, z, grid):
+    least, greatest, _ = levels(grid)
+    return min(max(round(w / s) + z, least), greatest)  # Python rounds ties to even, as torch does
+
+
+def slow_fit(w, grid, importance=None):
+    """One group by the definition of section 4: the published search, penalty by penalty."""
+    if grid.fit == "minmax":
+        return slow_range(w, grid)
+    best = (math.inf, None)
+    for i in range(80):
+        s, z = slow_range(w, grid, 1 - i / 100)
+        errors = [s * (slow_round(x, s, z, grid) - z) - x for x in w]
+        if grid.fit == "mse":
+            total = sum(abs(e) ** 2.4 for e in errors)
+        else:
+            total = sum(h * e * e for h, e in zip(importance, errors, strict=True))
+        if total < best[0]:
+            best = (total, (s, z))
+    return best[1]
+
+
+@pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_fit_matches_a_slow_loop(bits, sym, how):
+    if bits == "ternary" and not sym:
+        pytest.skip("no such grid")
+    grid = Grid(bits=bits, sym=sym, fit=how)
+    w = weights(6, 13, seed=3) + torch.tensor([0, 0, 2.0, -2.0, 9.0, -9.0])[:, None]  # the last rows have one sign only
+    importance = weights(13, seed=4).exp()
+    scale, zero = fit(w, grid, importance if how == "hessian" else None)
+    for row, s, z in zip(w.tolist(), scale.tolist(), zero.tolist(), strict=True):
+        expected = slow_fit(row, grid, importance.tolist())
+        assert (s, z) == pytest.approx(expected, rel=1e-12)
+
+
+def test_hessian_fit_follows_the_important_column():
+    # Two levels matter: with all the weight on the small column, the range must shrink towards it.
+    w = torch.tensor([[0.31, -1.0]], dtype=torch.float64)
+    grid = Grid(bits=2, fit="hessian")
+    error = []
+    for importance in ([1.0, 0.0], [0.0, 1.0]):
+        s, z = fit(w, grid, torch.tensor(importance, dtype=torch.float64))
+        q = decode(encode(w, s[:, None], z[:, None], grid), s[:, None], z[:, None])
+        error.append((q - w).abs()[0].tolist())
+    assert error[0][0] < error[1][0] and error[1][1] < error[0][1]
+
+
+def test_importance_may_differ_by_row_and_survives_chunking():
+    grid = Grid(bits=3, fit="hessian")
+    w, importance = weights(3000, 40, seed=1), weights(3000, 40, seed=2).exp()  # more than one chunk of the search
+    scale, zero = fit(w, grid, importance)
+    for r in (0, 1637, 1638, 1639, 2999):
+        s, z = fit(w[r], grid, importance[r])
+        assert torch.equal(scale[r], s) and torch.equal(zero[r], z)
+
+
+def test_shape_of_the_batch_does_not_matter():
+    grid = Grid(bits=3, sym=False)
+    w = weights(4, 5, 7)
+    scale, zero = fit(w, grid)
+    flat = fit(w.reshape(20, 7), grid)
+    assert torch.equal(scale.reshape(-1), flat[0]) and torch.equal(zero.reshape(-1), flat[1])
+
+
+@pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("sym", [True, False])
+def test_all_zero_group_gets_scale_one_and_stays_zero(bits, sym, how):
+    if bits == "ternary" and not sym:
+        pytest.skip("no such grid")
+    grid = Grid(bits=bits, sym=sym, fit=how)
+    w = torch.zeros(2, 5)
+    scale, zero = fit(w, grid, torch.ones(5))
+    assert torch.equal(scale, torch.ones(2))
+    code = encode(w, scale[:, None], zero[:, None], grid)
+    assert not decode(code, scale[:, None], zero[:, None]).any()
+
+
+def test_hessian_fit_of_a_dead_group_keeps_the_full_range():
+    grid = Grid(bits=4, fit="hessian")
+    w = weights(3, 8)
+    scale, _ = fit(w, grid, torch.zeros(8, dtype=torch.float64))
+    assert torch.equal(scale, fit(w, Grid(bits=4, fit="minmax"))[0])
+
+
+@given(n=st.integers(1, 20), size=st.sampled_from([-1, 1, 3, 8, 32]), how=st.sampled_from(["minmax", "mse", "hessian"]))
+def test_groups_are_fitted_one_by_one_and_the_tail_on_its_own(n, size, how):
+    grid = Grid(bits=3, group_size=size, fit=how, sym=False)
+    w, importance = weights(3, n), weights(n, seed=1).exp()
+    scale, zero = fit_groups(w, grid, importance)
+    width = n if size == -1 else size
+    starts = list(range(0, n, width))
+    assert scale.shape == zero.shape == (3, len(starts)) == (3, grid.group_count(n))
+    for k, a in enumerate(starts):
+        s, z = fit(w[:, a : a + width], grid, importance[a : a + width])
+        assert torch.equal(scale[:, k], s) and torch.equal(zero[:, k], z)
+
+
+def test_groups_are_contiguous_on_disk_whatever_the_order():
+    order = torch.tensor([6, 0, 5, 2, 1, 4, 3])
+    assert group_index(order, Grid(group_size=3)).tolist() == [2, 0, 1, 0, 0, 1, 1]
+    assert group_index(order, Grid(group_size=-1)).tolist() == [0] * 7
+    assert group_index(order, Grid(group_size=100)).tolist() == [0] * 7
+
+
+def test_ternary_has_three_levels_on_two_bits():
+    grid = Grid(bits="ternary", fit="minmax")
+    w = torch.tensor([[-3.0, -1.0, 0.0, 1.4, 1.6, 3.0]])
+    scale, zero = fit(w, grid)
+    assert scale.tolist() == [3.0] and zero.tolist() == [2.0]
+    code = encode(w, scale[:, None], zero[:, None], grid)
+    assert code.tolist() == [[1, 2, 2, 2, 3, 3]]
+    assert decode(code, scale[:, None], zero[:, None]).tolist() == [[-3, 0, 0, 0, 3, 3]]
+    assert grid.storage_bits == 2 and grid.code_range == (1, 3)
+    wild = encode(weights(50) * 100, scale, zero, grid)
+    assert set(wild.tolist()) <= {1, 2, 3}
+
+
+@given(bits=st.sampled_from(ALL_BITS), seed=st.integers(0, 99))
+def test_encode_picks_the_nearest_allowed_level(bits, seed):
+    grid = Grid(bits=bits, sym=bits == "ternary")
+    least, greatest, _ = levels(grid)
+    w = weights(4, 9, seed=seed) * 3
+    s, z = weights(4, 1, seed=seed + 1).exp(), torch.full((4, 1), float(least + 1), dtype=torch.float64)
+    allowed = torch.arange(least, greatest + 1, dtype=torch.float64)
+    distance = (s * (allowed - z)).unsqueeze(1) - w.unsqueeze(2)
+    assert torch.equal(encode(w, s, z, grid), allowed[distance.abs().argmin(2)])
+
+
+def test_ties_go_to_even_before_the_zero_is_added():
+    grid, one = Grid(bits=4, sym=False), torch.ones(1)
+    value = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    assert (encode(value, one, one * 7, grid) - 7).tolist() == [-2, -2, 0, 0, 2, 2]
+    assert (encode(value, one, one * 8, grid) - 8).tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+def test_codes_are_clamped_to_the_range():
+    grid, one = Grid(bits=3), torch.ones(1)
+    assert encode(torch.tensor([-99.0, -4.4, 3.4, 99.0]), one, one * 4, grid).tolist() == [0, 0, 7, 7]
+
+
+def test_encode_leaves_its_arguments_alone():
+    w, s, z = weights(5), torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    before = w.clone()
+    encode(w, s, z, Grid())
+    fit(w[None], Grid())
+    assert torch.equal(w, before) and s == 1 and z == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("how", ["minmax", "mse"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_scale_is_rounded_to_its_stored_dtype_before_a_code_is_chosen(dtype, how, sym):
+    grid = Grid(bits=8, sym=sym, fit=how, scale_dtype=dtype)
+    w = weights(8, 31) + 2.0
+    scale, zero = fit(w, grid)
+    assert torch.equal(scale.to(getattr(torch, dtype)).double(), scale)
+    for row, s, z in zip(w.tolist(), scale.tolist(), zero.tolist(), strict=True):
+        assert (s, z) == slow_fit(row, grid)  # the zero, too, belongs to the rounded scale
+
+
+def test_a_scale_too_large_for_its_dtype_is_an_error_that_says_so():
+    w = torch.full((1, 4), 1e7)
+    with pytest.raises(NumericalError, match="float16"):
+        fit(w, Grid(bits=2, fit="minmax", scale_dtype="float16"))
+    fit(w, Grid(bits=2, fit="minmax", scale_dtype="bfloat16"))
+
+
+def test_a_scale_never_rounds_to_zero():
+    w = torch.full((1, 4), 1e-12)
+    scale, zero = fit(w, Grid(fit="minmax", scale_dtype="float16"))
+    assert scale > 0
+    assert encode(w, scale[:, None], zero[:, None], Grid()).isfinite().all()
+
+
+def test_every_value_inside_an_asymmetric_range_is_within_half_a_scale():
+    grid = Grid(bits=4, sym=False, fit="minmax")
+    w = weights(20, 30)
+    s, z = (t[:, None] for t in fit(w, grid))
+    # The zero is itself rounded, so an end of the range may lie half a step outside: one whole step there.
+    assert bool(((decode(encode(w, s, z, grid), s, z) - w).abs() <= s * (1 + 1e-9)).all())
+    inside = (w > s * (0.5 - z)) & (w < s * (14.5 - z))
+    assert bool(((decode(encode(w, s, z, grid), s, z) - w).abs() <= s / 2 * (1 + 1e-9))[inside].all())
+
+
+@pytest.mark.parametrize("size", [-1, 4, 5, 64])
+def test_dequantize_gives_every_column_its_group(size):
+    grid = Grid(bits=4, group_size=size, sym=False)
+    w = weights(3, 10)
+    scale, zero = fit_groups(w, grid)
+    codes = torch.randint(0, 16, (3, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    got = dequantize(Quantized(codes, scale, zero.to(torch.uint8)), grid)
+    width = 10 if size == -1 else size
+    for r in range(3):
+        for j in range(10):
+            s, z = scale[r, j // width].item(), zero[r, j // width].item()
+            assert got[r, j].item() == pytest.approx(s * (codes[r, j].item() - z), rel=1e-12)
+
+
+def test_hessian_fit_without_calibration_is_refused():
+    with pytest.raises(SettingError, match="reads no calibration data"):
+        fit(torch.ones(2, 4), Grid(fit="hessian"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 4.0},
+        {"bits": "binary"},
+        {"group_size": 0},
+        {"group_size": -2},
+        {"bits": "ternary", "sym": False},
+        {"fit": "best"},
+        {"scale_dtype": "float64"},
+    ],
+)
+def test_bad_settings_are_refused(bad):
+    # Grid is checked by beartype in tests, so a value outside its annotation may be refused there first.
+    with pytest.raises((SettingError, TypeError)) as caught:
+        Grid(**bad)
+    if isinstance(caught.value, SettingError):
+        assert isinstance(caught.value, NearplaneError) and str(next(iter(bad.values()))) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"bits": "ternary", "sym": False}]
+)
+def test_bad_settings_of_the_right_type_raise_setting_errors(bad):
+    with pytest.raises(SettingError):
+        Grid(**bad)
+
+
+def test_certificate_is_optional():
+    empty = torch.zeros(1, 1)
+    assert Quantized(empty.to(torch.uint8), empty, empty.to(torch.uint8)).certificate is None
+    assert Certificate(torch.zeros(1), torch.zeros(1), 0, True).fixed_scales

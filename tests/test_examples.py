@@ -1,0 +1,64 @@
+"""The examples run as their docstrings say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny
+
+import nearplane
+from nearplane.cli import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(tiny.text(1500))
+    return tiny.save(tiny.build("llama"), tmp_path / "model")
+
+
+def test_own_loop(model: Path) -> None:
+    results = load("own_loop").walk(str(model), str(model.parent / "text.txt"), nsamples=4, seqlen=32)
+    assert len(results) == 14 and all(0 < value < 1 for _, value in results)
+
+
+def test_own_method_from_the_command_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent))
+    words = [str(model), str(model.parent / "out"), "--method", "examples.own_method:Cautious", "--caution", "2"]
+    words += ["--dataset", str(model.parent / "text.txt"), "--nsamples", "2", "--seqlen", "32", "--group-size", "32"]
+    assert main(["quantize", *words]) == 0
+    report = (model.parent / "out" / "report.json").read_text()
+    assert '"caution": 2.0' in report
+    # 64 inputs, 64 tokens: 0.01 * (1 + 2 * 64 / 64)
+    assert '"damp_percent": 0.03' in report
+
+
+def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = load("demo")
+    text = str(model.parent / "text.txt")
+    monkeypatch.setattr(demo, "CALIBRATION", nearplane.Calibration(dataset=text, nsamples=4, seqlen=32))
+    monkeypatch.setattr(demo, "GRID", nearplane.Grid(bits=3, group_size=32, sym=False))
+
+    def quantize(name: str, *args: object, **kwargs: object) -> nearplane.Report:
+        return nearplane.quantize(model, *args, **kwargs)  # type: ignore[arg-type]
+
+    def evaluate(name: str, **kwargs: object) -> nearplane.Evaluation:
+        return nearplane.evaluate(model if name == "demo" else name, dataset=text, seqlen=64)
+
+    monkeypatch.setattr(demo, "quantize", quantize)
+    monkeypatch.setattr(demo, "evaluate", evaluate)
+    demo.main(tmp_path / "demo-out")
+    assert (tmp_path / "demo-out" / "gptaq" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "demo-out" / "rtn" / "report.json").exists()
