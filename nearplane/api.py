@@ -11,7 +11,6 @@ from torch import nn
 from nearplane.calibrate.data import Calibration, Tokens
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
-from nearplane.core.moments import Moments
 from nearplane.evaluate.perplexity import Evaluation, longest_input
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats import FORMATS
@@ -29,8 +28,6 @@ from nearplane.stream import OpenBlock, stream
 FormatName = Literal["compressed-tensors", "gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
-# A stage that loses more than this share of its tokens to NaN or Inf calibrates on something else than the text.
-MOST_DROPPED = 0.05
 # Files that make a folder a usable model, besides weights and config.json.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
               "generation_config.json", "*.jinja", "preprocessor_config.json", "LICENSE*")  # fmt: skip
@@ -209,7 +206,11 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
         if plan.method.needs:
             with report.timed("observe"):
                 moments = block.observe(stage, plan.method.needs)
-            _check_tokens(where, moments, report)
+            moments.check()
+            if moments.dropped:
+                report.events.append(
+                    f"{where}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation"
+                )
             with report.timed("prepare"):
                 state = plan.method.prepare(moments)
         factor = getattr(state, "factor", None)
@@ -231,19 +232,6 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
     return rows
-
-
-def _check_tokens(where: str, moments: Moments, report: Report) -> None:
-    """Dropped tokens are counted and reported, and too many are an error."""
-    if not moments.dropped:
-        return
-    total = moments.tokens + moments.dropped
-    report.events.append(f"{where}: {moments.dropped} of {total} tokens dropped, NaN or Inf in the activation")
-    if moments.dropped > MOST_DROPPED * total:
-        raise NumericalError(
-            f"{moments.dropped} of {total} calibration tokens have NaN or Inf in this layer's input. Likely causes: a broken "
-            "weight before it, or a dtype too narrow for this model (try --dtype bfloat16 or float32)."
-        )
 
 
 def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:

@@ -111,7 +111,7 @@ def _embedded(part: Part) -> Text:
     for i, (_, body) in enumerate(sorted(topics.items())):
         parts[i % 3 == 2] += body.split("\n\n")
     # Topics quote each other: a paragraph that calibration has seen is not held out.
-    seen = set(parts[False]) if held_out else set()
+    seen = "\n\n".join(parts[False]) if held_out else ""
     chosen = [paragraph for paragraph in parts[held_out] if paragraph not in seen]
     which = "held-out third" if held_out else "two thirds"
     return Text("\n\n".join(chosen), f"embedded text (CPython's language reference, {which})")

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nearplane.core.errors import NumericalError
 
+# An input that loses more than this share of its tokens to NaN or Inf calibrates on something else than the text.
+MOST_DROPPED = 0.05
+
 
 @dataclass
 class Moments:
@@ -64,9 +67,14 @@ class Moments:
 
     def check(self) -> None:
         """Raise NumericalError where no solver could give a meaningful answer."""
-        if self.tokens == 0:
-            cause = f" ({self.dropped} tokens were dropped as non-finite)" if self.dropped else ""
-            raise NumericalError(f"no calibration token reached this input{cause}.")
+        total = self.tokens + self.dropped
+        if total == 0:
+            raise NumericalError("no calibration token reached this input.")
+        if self.dropped > MOST_DROPPED * total:
+            raise NumericalError(
+                f"{self.dropped} of {total} calibration tokens have NaN or Inf in this layer's input. Likely causes: a "
+                "broken weight before it, or a dtype too narrow for this model's activations."
+            )
         if not bool(self.H.isfinite().all()) or (self.D is not None and not bool(self.D.isfinite().all())):
             raise NumericalError(
                 "the Hessian overflowed; likely an activation far outside float32's square root. "
