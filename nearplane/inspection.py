@@ -56,12 +56,12 @@ def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int]]]]:
 
 
 def _packed_bytes(shape: tuple[int, int], grid: Grid, width: int) -> int:
-    """Codes, scales and zeros of one weight on disk."""
+    """Codes, scales, zeros and the shape of one weight as compressed-tensors stores it."""
     out, columns = shape
     groups = grid.group_count(columns)
     words = -(-columns * grid.storage_bits // 32)
     zeros = 0 if grid.sym else 4 * -(-out * grid.storage_bits // 32) * groups
-    return 4 * out * words + width * out * groups + zeros
+    return 4 * out * words + width * out * groups + zeros + 16
 
 
 def _quantized(model: str | Path, checkpoint: Checkpoint) -> str:

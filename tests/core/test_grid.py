@@ -290,3 +290,10 @@ def test_certificate_is_optional():
     empty = torch.zeros(1, 1)
     assert Quantized(empty.to(torch.uint8), empty, empty.to(torch.uint8)).certificate is None
     assert Certificate(torch.zeros(1), torch.zeros(1), 0, True).fixed_scales
+
+
+def test_the_search_reaches_its_deepest_step():
+    # Only the first column counts, and one step of the grid is exactly that weight at p = 0.21, the last of 80 tries.
+    w = torch.tensor([[0.14, 1.0]], dtype=torch.float64)
+    scale, _ = fit(w, Grid(bits=2, fit="hessian"), torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert scale.item() == pytest.approx(0.14, rel=1e-6)

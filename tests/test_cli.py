@@ -1,0 +1,307 @@
+"""The command line: what it says, and that bad input is one clear sentence, exit status 2 and nothing written."""
+
+import json
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+from nearplane.cli import main
+
+GRID = ["--group-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(tiny.text(1500))
+    return tiny.save(tiny.build("llama"), folder / "model")
+
+
+@pytest.fixture
+def data(model: Path) -> list[str]:
+    return ["--dataset", str(model.parent / "text.txt"), "--nsamples", "4", "--seqlen", "32", *GRID]
+
+
+def copy(model: Path, folder: Path) -> Path:
+    """The model, to be broken."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit(folder: Path, **tensors: Any) -> Path:
+    """Change some weights of a copied model."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, change in tensors.items():
+        key = name.replace("__", ".")
+        state[key] = change(state[key].clone())
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def configure(folder: Path, **settings: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str], out: Path | None = None) -> str:
+    """Run, and check the manner of the refusal; returns its sentence."""
+    try:
+        status = main(words)
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    message = capsys.readouterr().err
+    assert status == 2
+    assert "Traceback" not in message
+    if out is not None:
+        assert not out.exists()
+    return " ".join(message.split())
+
+
+def test_quantize_eval_inspect(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(model), str(out), "--bits", "3", "--no-sym", "--method", "gptq", *data]) == 0
+    printed = capsys.readouterr()
+    assert "14 linears" in printed.out and "MB ->" in printed.out
+    assert "model.layers.1 down_proj" in printed.err and "(rtn" in printed.err
+    words = ["--dataset", str(model.parent / "text.txt"), "--seqlen", "64", "--windows", "4"]
+    assert main(["eval", str(out), "--reference", str(model), "--json", *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["windows"] == 4 and result["kl"] > 0 and 0 < result["top1"] <= 1 and "protocol" in result
+    assert main(["eval", str(model), *words]) == 0
+    assert "protocol: " in capsys.readouterr().out
+    assert main(["inspect", str(model)]) == 0
+    printed = capsys.readouterr()
+    assert "stage 4, 96 inputs" in printed.out and "mlp.down_proj" in printed.out and "14 linears" in printed.out
+    assert main(["inspect", str(out)]) == 0
+    assert "3 bits, group 32, asymmetric" in capsys.readouterr().out
+
+
+def test_inspect_predicts_the_size(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    grid = ["--bits", "3", "--no-sym", "--group-size", "32"]
+    assert main(["inspect", str(model), *grid]) == 0
+    printed = capsys.readouterr().out
+    assert main(["quantize", str(model), str(out), "--method", "rtn", *grid]) == 0
+    after = json.loads((out / "report.json").read_text())["bytes"]["after"]
+    assert f"after {after:,}" in printed
+
+
+def test_aliases_reach_the_one_name(model: Path, data: list[str], tmp_path: Path) -> None:
+    words = [
+        "--wbits",
+        "3",
+        "--groupsize",
+        "32",
+        "--percdamp=0.02",
+        "--act-order",
+        "--true-sequential",
+        "--method=gptq",
+    ]
+    rest = data[: -len(GRID)]
+    assert main(["quantize", str(model), str(tmp_path / "out"), *words, *rest]) == 0
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert settings["grid"]["bits"] == 3 and settings["grid"]["group_size"] == 32
+    assert settings["method"]["damp_percent"] == 0.02 and settings["method"]["order"] == "activation"
+
+
+@pytest.mark.parametrize("method", ["rtn", "obq", "gptq", "gptaq", "rescomp"])
+@pytest.mark.parametrize("bits", ["2", "ternary"])
+def test_every_method_from_the_command_line(
+    method: str, bits: str, model: Path, data: list[str], tmp_path: Path
+) -> None:
+    data = GRID if method == "rtn" else data
+    assert main(["quantize", str(model), str(tmp_path / "out"), "--method", method, "--bits", bits, *data]) == 0
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0 and main(["--help"]) == 0 and main(["--version"]) == 0
+    with pytest.raises(SystemExit) as exit:
+        main(["quantize", "--help", "--method", "rescomp"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--alpha2", "--variant", "--damp-percent", "--bits", "--fit", "--nsamples", "--seed", "--dtype"):
+        assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--method", "gptz"], "unknown method 'gptz'"),
+        (["--method", "no.such:Thing"], "cannot be imported"),
+        (["--method", "json:JSONDecoder"], "is not a class with needs, prepare and solve"),
+        (["--bits", "9"], "bits must be 2 to 8"),
+        (["--bits", "three"], "--bits"),
+        (["--bits", "ternary", "--no-sym"], "symmetric by definition"),
+        (["--group-size", "0"], "group_size must be positive"),
+        (["--order", "sideways"], "--order"),
+        (["--no-static-groups"], "groups must be static"),
+        (["--damp-percent", "7"], "damp_percent is a fraction"),
+        (["--format", "gguf"], "--format"),
+        (["--device", "abacus"], "not usable here"),
+        (["--nsamples", "0"], "nsamples must be at least 1"),
+        (["--alpha2", "0.5"], "--alpha2"),  # an option of another method
+        (["--dataset", "missing.txt"], "does not exist"),
+        (["--format", "gptq", "--bits", "3", "--no-sym"], "gptq_v2"),
+        (["--format", "gptq", "--group-size", "40"], "32"),
+        (["--method", "rtn", "--fit", "hessian"], "reads no calibration data"),
+    ],
+)
+def test_settings_that_cannot_work(
+    words: list[str], says: str, model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = set(words[::2])
+    defaults = [w for a, b in zip(data[::2], data[1::2], strict=True) if a not in given for w in (a, b)]
+    defaults = GRID if "rtn" in words else defaults
+    assert says in refused(["quantize", str(model), str(out), *words, *defaults], capsys, out)
+
+
+def test_models_that_cannot_be_opened(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+
+    def says(folder: Path | str) -> str:
+        return refused(["quantize", str(folder), str(out), "--method", "rtn", *GRID], capsys, out)
+
+    assert "no such folder" in says("./nowhere")
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in says(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in says(tmp_path / "empty")
+    truncated = copy(model, tmp_path / "truncated")
+    whole = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors" in says(truncated)
+    (truncated / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    assert "model.safetensors" in says(truncated)
+    pickled = copy(model, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(b"PK")
+    assert "pickle" in says(pickled)
+    remote = configure(copy(model, tmp_path / "remote"), model_type="own", auto_map={"AutoConfig": "own.Config"})
+    assert "trust_remote_code" in says(remote)
+    unknown = configure(copy(model, tmp_path / "unknown"), model_type="llamma")
+    assert "does not know model_type 'llamma'" in says(unknown)
+    garbled = copy(model, tmp_path / "garbled")
+    (garbled / "config.json").write_text("{")
+    assert "config.json" in says(garbled)
+    wider = configure(copy(model, tmp_path / "wider"), hidden_size=128)
+    assert "shape" in says(wider)
+    deeper = configure(copy(model, tmp_path / "deeper"), num_hidden_layers=3)
+    assert "lacks" in says(deeper)
+    encoder = configure(copy(model, tmp_path / "encoder"), model_type="vit")
+    assert "not a causal language model" in says(encoder)
+    quantized = configure(copy(model, tmp_path / "quantized"), quantization_config={"quant_method": "gptq"})
+    assert "quantized already" in says(quantized)
+
+
+def test_an_offline_hub_id(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    assert "hub cannot be reached" in refused(["quantize", "nobody/no-such-model", str(out)], capsys, out)
+    assert "hub cannot be reached" in refused(["eval", "nobody/no-such-model"], capsys)
+
+
+def test_out_must_be_empty(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    assert "not empty" in refused(["quantize", str(model), str(tmp_path / "out"), "--method", "rtn"], capsys)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    (tmp_path / "file").write_text("x")
+    assert "file" in refused(["quantize", str(model), str(tmp_path / "file"), "--method", "rtn"], capsys)
+
+
+def poison(value: torch.Tensor) -> torch.Tensor:
+    value[0, 0] = torch.nan
+    return value
+
+
+def test_a_nan_weight_is_named_and_nothing_stays(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = edit(copy(model, tmp_path / "broken"), **{name.replace(".", "__"): poison})
+    for method, extra in (("rtn", GRID), ("gptaq", data)):
+        out = tmp_path / "out"
+        message = refused(["quantize", str(broken), str(out), "--method", method, *extra], capsys, out)
+        assert name in message and "NaN or Inf" in message
+    assert name in refused(["eval", str(broken), *data[:2], "--seqlen", "32"], capsys)
+
+
+def test_non_finite_activations_name_the_layer(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = {
+        "model__layers__0__mlp__gate_proj__weight": lambda w: w * 1e30,
+        "model__layers__0__mlp__up_proj__weight": lambda w: w * 1e30,
+    }
+    broken = edit(copy(model, tmp_path / "huge"), **huge)
+    out = tmp_path / "out"
+    message = refused(["quantize", str(broken), str(out), "--method", "gptq", *data], capsys, out)
+    assert "model.layers.0.mlp.down_proj" in message and ("NaN or Inf" in message or "overflow" in message)
+
+
+def test_calibration_text_too_short(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for content, says in (("w3 w4 w5", "fewer than one window"), ("", "is empty")):
+        (tmp_path / "short.txt").write_text(content)
+        words = ["quantize", str(model), str(out), "--dataset", str(tmp_path / "short.txt"), "--seqlen", "32", *GRID]
+        assert says in refused(words, capsys, out)
+
+
+def test_interrupt_leaves_nothing(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nearplane.methods import GPTQ
+
+    solved: list[int] = []
+    solve = GPTQ.solve
+
+    def interrupt(self: GPTQ, *args: Any) -> Any:
+        solved.append(1)
+        if len(solved) == 9:
+            raise KeyboardInterrupt
+        return solve(self, *args)
+
+    monkeypatch.setattr(GPTQ, "solve", interrupt)
+    out = tmp_path / "out"
+    assert main(["quantize", str(model), str(out), "--method", "gptq", *data]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_hessian_that_stays_indefinite(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nearplane.methods import GPTQ
+
+    prepare = GPTQ.prepare
+
+    def indefinite(self: GPTQ, moments: Any) -> Any:
+        moments.H[0, 1] = moments.H[1, 0] = 1e6 * moments.H.diagonal().max()
+        return prepare(self, moments)
+
+    monkeypatch.setattr(GPTQ, "prepare", indefinite)
+    out = tmp_path / "out"
+    message = refused(["quantize", str(model), str(out), "--method", "gptq", *data], capsys, out)
+    assert (
+        "model.layers.0.self_attn.q_proj" in message
+        and "not positive definite" in message
+        and "Likely causes" in message
+    )
