@@ -19,6 +19,7 @@ class Cautious(GPTQ):
 
     def prepare(self, moments: Moments) -> Prepared:
         """As GPTQ, with its own damping."""
+        moments.check()
         scarcity = self.caution * len(moments.H) / max(1, moments.tokens)
         damp_percent = min(1.0, self.damp_percent * (1 + scarcity))
         factor = factorize(moments.H, order=self.order, damp_percent=damp_percent)

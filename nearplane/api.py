@@ -192,6 +192,8 @@ def _plan(
     for block in blocks:
         for site in block.sites:
             reason = FORMATS[format].supports(grid, site.shape)
+            if site.transposed and not FORMATS[format].holds_conv1d:
+                reason = f"{format} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
             if reason is not None:
                 raise SettingError(f"{site.name}: {reason}.")
     tokens = calibration.load(source.tokenizer, longest_input(source.model)) if method.needs else None
@@ -246,7 +248,9 @@ def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
         value = value.to(plan.stored) if value.is_floating_point() else value
         report.bytes["dense"] += value.nbytes
         if value.dim() >= 2:
-            report.dense.append({"name": name, "bytes": value.nbytes, "reason": "not a linear of a block"})
+            missed = any(name == source.names.get(linear + ".weight") for b in plan.blocks for linear in b.unreached)
+            reason = "the probe forward did not reach it" if missed else "not a linear of a block"
+            report.dense.append({"name": name, "bytes": value.nbytes, "reason": reason})
         writer.put({name: value})
     report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
     quantized = set(sites.values())

@@ -16,7 +16,7 @@ def announce(report: Report, blocks: list[Block]) -> None:
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "tokens" in data else ""
     say(f"calibration {data['origin']}{amount}")
     say(
-        "error: ‖(Q-W)X‖²/‖WX‖², the worst linear of the stage; (rtn): the same if every weight were rounded to nearest"
+        "error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): the same if every weight were rounded to nearest"
     )
     for event in report.events:
         say(f"note: {event}")

@@ -36,10 +36,12 @@ class LinearRow:
 
     name: str
     shape: tuple[int, int]
-    error: float | None  # ‖(Q-W)X‖² / ‖WX‖² on the calibration inputs; None when no data was read
+    error: float | None  # ‖(Q-W)X̂‖² / ‖WX̂‖² on the quantized model's inputs; None when no data was read
     rtn_error: float | None  # the same with every weight rounded to nearest on the same scales
     weight_error: float  # ‖Q-W‖² / ‖W‖²
-    bound_ratio: float | None  # loss over Babai's bound (core/certificate.py); indicative when codes were clipped
+    bound_ratio: (
+        float | None
+    )  # loss of the method's own target over Babai's bound; rows with clipped codes may exceed 1
     clipped: int | None  # codes that would have left the grid before clipping
     damp_percent: float | None
     damp_raised: int
@@ -89,7 +91,7 @@ class Report:
             rtn_error=rtn_error,
             weight_error=float(delta.square().sum()) / norm if norm > 0 else 0.0,
             bound_ratio=None if certificate is None else ratio(certificate),
-            clipped=None if certificate is None else certificate.clipped,
+            clipped=None if certificate is None else int(certificate.clipped.sum()),
             damp_percent=None if factor is None else factor.damp_percent,
             damp_raised=0 if factor is None else factor.raised,
             tokens=0 if moments is None else moments.tokens,

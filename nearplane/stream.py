@@ -2,7 +2,8 @@
 
 Two hidden-state streams start equal at the first block: the quantized stream runs through current weights, the
 reference stream through the original ones. Each block is run by the model's *own* forward with the other blocks stubbed
-out, so masks, positions and whatever a model does between blocks are always its own; no call is imitated.
+out, so masks, positions and whatever a model does between blocks are its own; no call is imitated. What a block returns
+beside its hidden state is kept from its first run.
 """
 
 from collections.abc import Iterator
@@ -84,10 +85,11 @@ class OpenBlock:
             if "D" in needs:
                 with self._reference_weights(), capture(module) as seen:
                     walk.streams[1].run(self.k, batch, walk.rests)
-                x = torch.cat(seen)
+                x = torch.cat(seen) if seen else None
             with capture(module) as seen:
                 walk.streams[0].run(self.k, batch, walk.rests)
-            moments.add(torch.cat(seen), x)
+            if seen:
+                moments.add(torch.cat(seen), x)
         return moments
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:

@@ -41,9 +41,9 @@ def logits(model: Any) -> torch.Tensor:
 def test_8_bit_rtn_stays_close_to_the_original(kind: str, tmp_path: Path) -> None:
     model = tiny.build(kind)
     folder = tiny.save(model, tmp_path / "model")
-    report = nearplane.quantize(
-        folder, tmp_path / "out", method=RTN(), grid=Grid(bits=8, group_size=32), progress=False
-    )
+    format: Any = "gptq" if kind == "gpt2" else "compressed-tensors"
+    grid = Grid(bits=8, group_size=32)
+    report = nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=grid, format=format, progress=False)
     found = logits(nearplane.load(tmp_path / "out"))
     expected = logits(model)
     assert (found - expected).norm() < 0.05 * expected.norm()
@@ -51,8 +51,10 @@ def test_8_bit_rtn_stays_close_to_the_original(kind: str, tmp_path: Path) -> Non
     assert report.totals["linears"] == sum(len(block.sites) for block in discover(open_source(folder)))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "cohere", "opt"])
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq_v2"])
+WRITTEN = [(kind, format) for kind in ("llama", "cohere", "opt") for format in ("compressed-tensors", "gptq_v2")]
+
+
+@pytest.mark.parametrize(("kind", "format"), [*WRITTEN, ("gpt2", "gptq_v2")])
 def test_what_is_written_is_what_was_solved(kind: str, format: Any, tmp_path: Path) -> None:
     """Every linear of the loaded checkpoint equals its solved codes; everything else is untouched."""
     model = tiny.build(kind)
@@ -209,3 +211,11 @@ def test_tail_groups_round_trip_and_are_noted(llama: Path, tmp_path: Path) -> No
     report = nearplane.quantize(llama, tmp_path / "out", method=RTN(), grid=Grid(bits=4, group_size=48), progress=False)
     assert any("divide" in event for event in report.events)
     assert logits(nearplane.load(tmp_path / "out")).isfinite().all()
+
+
+def test_conv1d_is_refused_where_loaders_would_not_find_it(tmp_path: Path) -> None:
+    """transformers looks for compressed-tensors in nn.Linear only and fills GPT-2's Conv1D with random weights."""
+    folder = tiny.save(tiny.build("gpt2"), tmp_path / "model")
+    with pytest.raises(nearplane.NearplaneError, match="random weights; use gptq"):
+        nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
+    assert not (tmp_path / "out").exists()

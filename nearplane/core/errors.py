@@ -5,7 +5,7 @@ class NearplaneError(Exception):
     """Something the user can mend: its text says what happened, where, and what to do."""
 
 
-class SettingError(NearplaneError, ValueError):
+class SettingError(NearplaneError):
     """A setting that has no meaning, or two settings that exclude each other."""
 
 

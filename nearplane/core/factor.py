@@ -46,13 +46,13 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
         lower, info = torch.linalg.cholesky_ex(damped[reverse[:, None], reverse])
         if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
             break
-        if max(damp_percent, 1e-4) * RAISE > MOST_DAMP_PERCENT * (1 + 1e-9):
+        if damp_percent >= MOST_DAMP_PERCENT:
             raise NumericalError(
                 f"the Hessian is not positive definite even with damp_percent={damp_percent:g}. Likely causes: "
                 "activations of very different size in float32, far fewer tokens than inputs, or a broken layer before "
                 "this one. Use more calibration tokens, a larger damp_percent, or check the model's activations."
             )
-        damp_percent = max(damp_percent, 1e-4) * RAISE
+        damp_percent = min(max(damp_percent, 1e-4) * RAISE, MOST_DAMP_PERCENT)
         raised += 1
     upper = lower.flip(0, 1)
     root = upper.diagonal().clone()

@@ -27,10 +27,9 @@ CHUNK_WEIGHTS = 1 << 16
 class Certificate(NamedTuple):
     """Babai's certificate of one solved weight (``core/certificate.py`` says what it means)."""
 
-    loss: Float[Tensor, "out"]  # achieved, per row: ||q - w*||^2 in the metric H + damping
-    bound: Float[Tensor, "out"]  # 1/4 sum_j d_j s_j^2, an upper limit when no code was clipped
-    clipped: int  # codes that would have left the range before clipping
-    fixed_scales: bool  # False: scales were fitted during the sweep, and the bound is only indicative
+    loss: Float[Tensor, "out"]  # achieved, per row: ||q - w*||^2 in the metric H + damping, w* the (moved) target
+    bound: Float[Tensor, "out"]  # 1/4 sum_j d_j s_j^2, an upper limit where no code was clipped
+    clipped: Int[Tensor, "out"]  # codes of the row that would have left the range before clipping
 
 
 class Quantized(NamedTuple):
@@ -126,6 +125,8 @@ def fit(
             raise SettingError("fit='hessian' weights errors by diag(H), and this method reads no calibration data.")
         importance = importance.expand_as(weight).reshape(rows.shape)
     low, high = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
+    if not bool((high - low).isfinite().all()):
+        raise NumericalError("the weights to be quantized hold NaN or Inf.")
     if grid.sym:
         high = torch.maximum(-low, high)
         low = -high
@@ -138,7 +139,7 @@ def fit(
             scale[part], zero[part] = _search(rows[part], low[part], high[part], grid, weights)
     if not bool(scale.isfinite().all()):
         raise NumericalError(
-            f"a scale leaves the range of {grid.scale_dtype}; store this model in bfloat16 or float32."
+            f"a scale leaves the range of {grid.scale_dtype}; use --format compressed-tensors with --dtype bfloat16."
         )
     return scale.reshape(weight.shape[:-1]), zero.reshape(weight.shape[:-1])
 
@@ -175,7 +176,10 @@ def _grid_of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
 def round_scale(scale: Float[Tensor, "*shape"], grid: Grid) -> Float[Tensor, "*shape"]:
     """Scales as the checkpoint will hold them: rounded to ``grid.scale_dtype``, never to zero."""
     stored: torch.dtype = getattr(torch, grid.scale_dtype)
-    return scale.to(stored).to(scale.dtype).clamp_min(torch.finfo(stored).smallest_normal)
+    least = torch.finfo(stored).smallest_normal
+    if stored == torch.float16:  # weights below 1e-4 are common enough to need its subnormals
+        least *= torch.finfo(stored).eps
+    return scale.to(stored).to(scale.dtype).clamp_min(least)
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:

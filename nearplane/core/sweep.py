@@ -33,16 +33,17 @@ LEAF = 16
 
 @dataclass(frozen=True)
 class Push:
-    """Targets move while sweeping: ``w_j += x_i matrix[i,j]`` for i < j, with x_i chosen by ``carry``.
+    """Targets move while sweeping: ``w_j += x_i matrix[i,j] + w_i shift[i,j]`` for i < j, w_i the original column.
 
-    Inside one published block of 128 columns x_i is always the compensated value v_i. Across blocks: ``value`` keeps
-    v_i (the consistent form), ``code`` takes the rounded q_i (GPTAQ as released), ``clamped`` takes v_i clamped to its
-    group's range (ResComp as released, "allw").
+    Inside one published block of 128 columns x_i is always the compensated value v_i. Across blocks ``carry`` chooses:
+    ``value`` keeps v_i (the consistent form), ``code`` takes the rounded q_i (GPTAQ as released), ``clamped`` takes v_i
+    clamped to its group's range (ResComp as released, "allw").
     """
 
     matrix: Float[Tensor, "in in"]  # strictly upper, columns in solve order
     carry: Carry = "value"
     block: int = 128
+    shift: Float[Tensor, "in in"] | None = None  # strictly upper, columns in solve order
 
 
 def sweep(
@@ -96,22 +97,30 @@ class _State:
         self.value = self.target.new_empty(0, out)  # v of the current panel
         self.error = torch.zeros_like(self.target)  # w' - q
         self.source = torch.zeros_like(self.target) if push else None  # x of Push
+        self.weight = self.target.clone() if push and push.shift is not None else None  # w of Push
         self.codes = torch.empty(n, out, dtype=torch.uint8, device=target.device)
         self.group = group_index(factor.order, grid)
         self.groups: list[int] = self.group.tolist()
         self.importance = importance
         shape = (grid.group_count(n), out)
-        self.fixed = scales is not None
         self.scale = target.new_ones(shape) if scales is None else scales[0].T.contiguous()
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
-        self.clipped = 0
+        self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
 
     def look_back(self, a: int, b: int) -> None:
-        """Bring panel [a, b) up to date with every column before it: one GEMM (two with a push)."""
-        if self.push is not None and self.source is not None and a:
-            self.target[a:b].addmm_(self.push.matrix[:a, a:b].T, self.source[:a])
+        """Bring panel [a, b) up to date with every column before it."""
+        self.target[a:b] += self.moved(a, b, until=a)
         self.value = torch.addmm(self.target[a:b], self.factor.feedback[:a, a:b].T, self.error[:a])
+
+    def moved(self, a: int, b: int, until: int) -> Tensor | float:
+        """How far columns before ``until`` push the targets of [a, b)."""
+        if self.push is None or self.source is None:
+            return 0.0
+        result = self.push.matrix[:until, a:b].T @ self.source[:until]
+        if self.push.shift is not None and self.weight is not None:
+            result.addmm_(self.push.shift[:until, a:b].T, self.weight[:until])
+        return result
 
     def fit_group(self, a: int, b: int, panel_end: int) -> None:
         """Fit the group [a, b) to its conditional optimum given the columns already rounded.
@@ -120,21 +129,24 @@ class _State:
         the panel have not been completed yet and are looked up here.
         """
         received = self.value - self.target[a:panel_end]
-        moved = self.target[a:b].clone()
+        target = self.target[a:panel_end]
         if b > panel_end:
-            late = self.factor.feedback[:a, panel_end:b].T @ self.error[:a]
-            received = torch.cat([received, late])
-            if self.push is not None and self.source is not None:
-                moved[panel_end - a :].addmm_(self.push.matrix[:a, panel_end:b].T, self.source[:a])
+            received = torch.cat([received, self.factor.feedback[:a, panel_end:b].T @ self.error[:a]])
+            target = torch.cat([target, self.target[panel_end:b] + self.moved(panel_end, b, until=a)])
         unit = self.factor.feedback[a:b, a:b].T  # (I + M_gg) transposed, its unit diagonal implied
         solved = torch.linalg.solve_triangular(unit, received, upper=False, unitriangular=True)
         weights = None if self.importance is None else self.importance[self.factor.order[a:b]]
         group = self.groups[a]
-        self.scale[group], self.zero[group] = fit((moved + solved).T, self.grid, weights)
+        self.scale[group], self.zero[group] = fit((target + solved).T, self.grid, weights)
 
     def round_panel(self, a: int, b: int) -> None:
         """Round the columns of [a, b), completing each from the ones just rounded."""
         value, feedback = self.value, self.factor.feedback
+        if self.push is not None and self.push.shift is not None and self.weight is not None:
+            # Original columns are known before they are rounded: the panel's own share comes in one GEMM.
+            moved = self.push.shift[a:b, a:b].T @ self.weight[a:b]
+            self.target[a:b] += moved
+            value += moved
         scale, zero = self.scale[self.group[a:b]], self.zero[self.group[a:b]]
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
@@ -163,7 +175,7 @@ class _State:
         """Account for a finished panel, and choose what it carries on."""
         least, greatest = self.grid.code_range
         reach = (self.value / scale).round_().add_(zero)
-        self.clipped += int(((reach < least) | (reach > greatest)).sum())
+        self.clipped += ((reach < least) | (reach > greatest)).sum(0)
         rounded = decode(self.codes[a:b].to(scale.dtype), scale, zero)
         pivots = self.factor.pivots[a:b, None]
         self.loss += (pivots * (self.value - rounded).square_()).sum(0)
@@ -180,7 +192,7 @@ class _State:
         """Codes back in storage order."""
         codes = torch.empty_like(self.codes)
         codes[self.factor.order] = self.codes
-        certificate = Certificate(self.loss, self.bound, self.clipped, self.fixed)
+        certificate = Certificate(self.loss, self.bound, self.clipped)
         return Quantized(
             codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.to(torch.uint8).contiguous(), certificate
         )

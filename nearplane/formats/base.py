@@ -24,6 +24,10 @@ class Format(Protocol):
     def name(self) -> str:
         """What the user calls it, and the key in ``FORMATS``."""
 
+    @property
+    def holds_conv1d(self) -> bool:
+        """Whether loaders look for this format in GPT-2's transposed Conv1D, too."""
+
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
 

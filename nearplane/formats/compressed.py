@@ -27,6 +27,11 @@ class CompressedTensors:
 
     name: str = "compressed-tensors"
 
+    @property
+    def holds_conv1d(self) -> bool:
+        """Its targets are nn.Linear: transformers leaves a Conv1D without weights, and does not say so."""
+        return False
+
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Holds every grid."""
         return None

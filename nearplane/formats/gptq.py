@@ -28,6 +28,11 @@ class GPTQ:
 
     name: Literal["gptq", "gptq_v2"] = "gptq"
 
+    @property
+    def holds_conv1d(self) -> bool:
+        """Its readers convert Conv1D and nn.Linear alike."""
+        return True
+
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Widths 2, 3, 4 and 8, sides that are multiples of 32, no tail group; version 1 symmetric only."""
         if grid.storage_bits not in WIDTHS:

@@ -40,7 +40,6 @@ class Prepared(NamedTuple):
     factor: Factor
     importance: Float[Tensor, "in"]  # diag(H), undamped
     push: Push | None = None
-    shift: Float[Tensor, "in in"] | None = None  # target gains W @ shift, columns in solve order
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,7 @@ class Sweeping:
         """Fit the groups, sweep, and check Babai's certificate. ``weight`` has the dtype of the moments."""
         importance = state.importance if grid.fit == "hessian" else None
         scales = fit_groups(weight, grid, importance) if self.static_groups else None
-        order = state.factor.order
-        target = weight
-        if state.shift is not None:
-            target = weight.clone()
-            target[:, order] += weight[:, order] @ state.shift
-        solved = sweep(target, state.factor, grid, scales, push=state.push, importance=importance)
-        if solved.certificate is not None and state.push is None:
+        solved = sweep(weight, state.factor, grid, scales, push=state.push, importance=importance)
+        if solved.certificate is not None:
             verify(solved.certificate)
         return solved

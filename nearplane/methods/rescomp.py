@@ -2,16 +2,16 @@
 
 After column q every later target gains ``(W_q - v_q) R[q, :]`` with ``R = α₂ striu((D+H) Uᵀ) U``: the layer's output is
 matched to the original weights', not to the compensated ones'. The sum with GPTAQ's ``v_q P[q, :]`` splits into a
-part known before the sweep and one push:
+push by the compensated value and one by the original weight:
 
-    W_q R + v_q (P - R)    ->    shift = R,  push = P - R
+    v_q (P - R) + W_q R    ->    Push(matrix=P - R, shift=R)
 
 Differs from the published code as GPTAQ does (``methods/gptaq.py``). Across blocks the released form takes the rounded
 columns at 2 bits ("org") and, at 3 bits and more, the values before rounding clamped to the group's range ("allw").
 On GPTQ (base="gptq") there is no reference stream and D is zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -61,11 +61,11 @@ class ResComp(Sweeping):
         drift = torch.zeros_like(moments.H) if self.base == "gptq" else moments.drift()
         R = drift_push(factor, drift + moments.H).mul_(self.alpha2)
         P = drift_push(factor, drift).mul_(self.alpha if self.base == "gptaq" else 0.0)
-        return Prepared(factor, moments.H.diagonal(), Push(P.sub_(R)), R)
+        return Prepared(factor, moments.H.diagonal(), Push(P.sub_(R), shift=R))
 
     def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
         """As ``Sweeping.solve``; the released carry depends on the bits."""
         if self.variant == "released" and state.push is not None:
             org = self.carry == "org" or (self.carry == "auto" and grid.storage_bits == 2)
-            state = state._replace(push=Push(state.push.matrix, "code" if org else "clamped"))
+            state = state._replace(push=replace(state.push, carry="code" if org else "clamped"))
         return super().solve(weight, state, grid)

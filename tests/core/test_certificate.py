@@ -6,8 +6,8 @@ from nearplane.core.errors import NumericalError
 from nearplane.core.grid import Certificate
 
 
-def certificate(loss, bound, clipped=0, fixed=True):
-    return Certificate(torch.tensor(loss), torch.tensor(bound), clipped, fixed)
+def certificate(loss, bound, clipped=None):
+    return Certificate(torch.tensor(loss), torch.tensor(bound), torch.tensor(clipped or [0] * len(loss)))
 
 
 def test_ratio_sums_over_rows():
@@ -35,6 +35,7 @@ def test_a_loss_within_rounding_of_the_bound_passes():
     verify(certificate([1.00001], [1.0]))
 
 
-def test_nothing_is_claimed_for_clipped_codes_or_fitted_scales():
-    verify(certificate([2.0], [1.0], clipped=1))
-    verify(certificate([2.0], [1.0], fixed=False))
+def test_nothing_is_claimed_for_rows_with_clipped_codes_but_all_for_the_others():
+    verify(certificate([2.0, 0.5], [1.0, 1.0], clipped=[1, 0]))
+    with pytest.raises(NumericalError, match="row 1"):
+        verify(certificate([3.0, 2.0], [1.0, 1.0], clipped=[1, 0]))

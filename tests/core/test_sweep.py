@@ -152,7 +152,7 @@ def test_panel_changes_no_code(panel, static, pushed):
     assert differing(got.codes, reference.codes) == 0
     torch.testing.assert_close(got.scale, reference.scale, rtol=1e-7, atol=0)
     torch.testing.assert_close(got.certificate.loss, reference.certificate.loss, rtol=1e-9, atol=0)
-    assert got.certificate.clipped == reference.certificate.clipped
+    assert torch.equal(got.certificate.clipped, reference.certificate.clipped)
 
 
 @pytest.mark.parametrize("carry", ["code", "clamped"])
@@ -229,7 +229,6 @@ def test_additive_loss_is_the_loss(*, n, size, order, static, panel, seed):
     got = run(p, grid, order=order if static else "natural", static=static, panel=panel)
     Q = oracles.values(got.codes, (got.scale, got.zero), grid)
     torch.testing.assert_close(got.certificate.loss, oracles.loss(p.W, Q, damped(p.H)), rtol=1e-8, atol=1e-12)
-    assert got.certificate.fixed_scales == static
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -245,7 +244,7 @@ def test_bound_and_clipped_count_match_their_definitions(order):
     bound = sum(d[i] * scales[0][:, j // 64] ** 2 for i, j in enumerate(perm)) / 4
     torch.testing.assert_close(got.bound, bound, rtol=1e-9, atol=0)
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-9, atol=0)
-    assert got.clipped == expected.clipped > 0
+    assert int(got.clipped.sum()) == expected.clipped > 0
 
 
 @given(
@@ -259,7 +258,7 @@ def test_certificate_holds_on_unclipped_lattices(n, size, order, seed):
     grid = Grid(bits=8, group_size=size)
     solved = sweep(p.W, factorize(p.H, order=order), grid, wide_scales(4, grid.group_count(n), seed))
     certificate = solved.certificate
-    assert certificate.clipped == 0 and certificate.fixed_scales
+    assert int(certificate.clipped.sum()) == 0
     Q = oracles.values(solved.codes, (solved.scale, solved.zero), grid)
     assert bool((oracles.loss(p.W, Q, damped(p.H)) <= certificate.bound * (1 + 1e-9)).all())
 
@@ -312,7 +311,7 @@ def test_exhaustive_search_is_never_beaten(order, n):
             assert float(got.certificate.loss[r]) == pytest.approx(float(losses[index]), rel=1e-9)
             assert float(got.certificate.loss[r]) >= float(losses.min()) * (1 - 1e-9)
             gap |= bool(losses[index] > losses.min() * 1.001)
-            if got.certificate.clipped == 0:
+            if int(got.certificate.clipped.sum()) == 0:
                 assert float(losses.min()) <= float(got.certificate.bound[r])
     assert gap or n < 3  # greedy is not optimal somewhere, so that the comparison is not an equality in disguise
 
@@ -336,7 +335,7 @@ def test_codes_of_a_symmetric_grid_stay_in_range_when_everything_is_clipped():
     grid = Grid(bits=3, group_size=-1)
     tiny = torch.full((3, 1), 1e-6, dtype=torch.float64), torch.full((3, 1), 4.0, dtype=torch.float64)
     got = sweep(p.W, factorize(p.H), grid, tiny)
-    assert got.certificate.clipped == 60
+    assert int(got.certificate.clipped.sum()) == 60
     assert set(got.codes.flatten().tolist()) == {0, 7}
 
 

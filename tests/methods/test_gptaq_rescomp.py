@@ -88,14 +88,16 @@ def test_gptaq_released_matches_the_published_loop(shape, options):
     torch.testing.assert_close(got.scale, want.scale, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("block", [1, 40, 128, 1000])
-@pytest.mark.parametrize("options", settings_of(True) + settings_of(False), ids=str)
+# A dynamic group across a block border reads stale columns in the published loop: blocks that divide, or hold, the groups.
+BLOCKS = [(block, options) for block in (1, 40, 1000) for options in settings_of(True) + settings_of(False)]
+BLOCKS += [(128, options) for options in settings_of(True)]
+
+
+@pytest.mark.parametrize(("block", "options"), BLOCKS, ids=str)
 def test_gptaq_consistent_is_the_loop_at_any_block_size(block, options):
     p = problem(6, 160, seed=7)
     static = options.get("static_groups", True)
     grid = Grid(bits=3, group_size=40)  # a multiple of 1 and 40; at 128 only static groups, which need no alignment
-    if not static and block == 128:
-        pytest.skip("a group across a block border reads stale columns in the published loop")
     want = expected(p, grid, options["order"], static, block=block)
     assert differing(solve(GPTAQ(**options), p, grid).codes, want.codes) == 0
 
@@ -218,4 +220,4 @@ def test_the_push_lowers_the_asymmetric_loss_on_a_fine_grid():
     Q = (got.codes.double() - 128) * 0.05
     before = (p.W @ p.Xhat - p.W @ p.X).square().sum()
     after = (Q @ p.Xhat - p.W @ p.X).square().sum()
-    assert got.certificate.clipped == 0 and after < before
+    assert int(got.certificate.clipped.sum()) == 0 and after < before

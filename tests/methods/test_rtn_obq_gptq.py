@@ -53,7 +53,7 @@ def test_gptq_with_static_groups(how, options, size):
     expected = published(p.W, A, grid, order=column_order(A, options["order"]), scales=scales)
     got = solve(GPTQ(damp_percent=0.05, **options), p, grid)
     assert differing(got.codes, expected.codes) == 0
-    assert got.certificate.clipped == expected.clipped and got.certificate.fixed_scales
+    assert int(got.certificate.clipped.sum()) == expected.clipped
 
 
 @pytest.mark.parametrize("how", ["mse", "hessian"])
@@ -67,7 +67,6 @@ def test_gptq_with_dynamic_groups(how, size):
     expected = published(p.W, damped(p.H), grid, importance=importance, block=block)
     got = solve(GPTQ(order="natural", static_groups=False), p, grid)
     assert differing(got.codes, expected.codes) == 0
-    assert not got.certificate.fixed_scales
 
 
 @pytest.mark.parametrize("order", ["natural", "activation", "pivot"])
