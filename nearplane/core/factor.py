@@ -38,12 +38,12 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
     mean = float(H.diagonal().mean())
     raised = 0
     while True:
-        damped = H.clone()
-        damped.diagonal().add_(damp_percent * mean)
-        chosen = choose_order(damped, order)
+        chosen = choose_order(H, order, damp_percent * mean)
         # Reversing rows and columns turns the lower Cholesky factor into the upper one that a left-to-right sweep needs.
         reverse = chosen.flip(0)
-        lower, info = torch.linalg.cholesky_ex(damped[reverse[:, None], reverse])
+        damped = H.flip(0, 1) if order == "natural" else H.index_select(0, reverse).index_select(1, reverse)
+        damped.diagonal().add_(damp_percent * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
             break
         if damp_percent >= MOST_DAMP_PERCENT:
@@ -60,8 +60,8 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
     return Factor(feedback, root.square_(), chosen, damp_percent * mean, damp_percent, raised)
 
 
-def choose_order(H: Float[Tensor, "in in"], order: Order) -> Int[Tensor, "in"]:
-    """The column to solve at each position.
+def choose_order(H: Float[Tensor, "in in"], order: Order, damp: float = 0.0) -> Int[Tensor, "in"]:
+    """The column to solve at each position; ``damp`` is what will be added to the diagonal.
 
     ``activation``: descending diag(H), GPTQ's act-order. ``pivot``: the reverse of a min-pivot LDL elimination, which
     lowers the sum of pivots and so Babai's bound (arXiv 2507.18553).
@@ -70,22 +70,23 @@ def choose_order(H: Float[Tensor, "in in"], order: Order) -> Int[Tensor, "in"]:
         return torch.arange(len(H), device=H.device)
     if order == "activation":
         return torch.argsort(H.diagonal(), descending=True, stable=True)
-    return _min_pivot(H).flip(0)
+    return _min_pivot(H, damp).flip(0)
 
 
-def _min_pivot(H: Tensor) -> Tensor:
+def _min_pivot(H: Tensor, damp: float) -> Tensor:
     """Elimination order that takes the smallest remaining diagonal of the Schur complement each time.
 
     Left-looking: a column of the factor is formed when it is chosen, only the diagonal is updated throughout.
     """
     n = len(H)
-    diagonal = H.diagonal().clone()
+    diagonal = H.diagonal() + damp
     columns = torch.zeros_like(H)  # row k: column k of the unscaled factor
     picked = torch.empty(n, dtype=torch.long, device=H.device)
     for k in range(n):
         p = int(diagonal.argmin())
         picked[k] = p
         column = H[p] - columns[:k, p] @ columns[:k]
+        column[p] += damp
         root = diagonal[p].clamp_min(torch.finfo(H.dtype).tiny).sqrt()
         columns[k] = column.div_(root)
         diagonal -= columns[k].square()

@@ -93,7 +93,8 @@ class _State:
     ) -> None:
         out, n = target.shape
         self.factor, self.grid, self.push = factor, grid, push
-        self.target = target.T[factor.order]  # a copy: becomes the moving target w'
+        # A copy, which becomes the moving target w'. Transposing first makes the gather one of whole rows.
+        self.target = target.T.contiguous().index_select(0, factor.order)
         self.value = self.target.new_empty(0, out)  # v of the current panel
         self.error = torch.zeros_like(self.target)  # w' - q
         self.source = torch.zeros_like(self.target) if push else None  # x of Push
@@ -147,7 +148,7 @@ class _State:
             moved = self.push.shift[a:b, a:b].T @ self.weight[a:b]
             self.target[a:b] += moved
             value += moved
-        scale, zero = self.scale[self.group[a:b]], self.zero[self.group[a:b]]
+        scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
             if leaf > a:
