@@ -3,8 +3,8 @@
     python benchmarks/sweep.py [--threads 1] [--shapes 2048x4096 4096x4096] [--rounds 3] [--json sweep.json]
 
 Both get the same weight, Hessian, 4-bit grid with static groups of 128 and natural order, on the same threads in one run,
-in turn; the median of the rounds counts. The floor is in³/3 multiply-adds for the Cholesky factor and out·in² / 2 for the
-sweep (every column looks back at all earlier ones), at the multiply-add rate of a plain GEMM measured in the same run.
+in turn; the median of the rounds counts. The floor is in³/6 multiply-adds (in³/3 FLOPs) for the Cholesky factor and
+out·in²/2 (out·in² FLOPs) for the sweep, which looks back at all earlier columns, at the rate of a GEMM measured in the run.
 """
 
 import argparse
