@@ -39,9 +39,9 @@ class LinearRow:
     error: float | None  # ‖(Q-W)X̂‖² / ‖WX̂‖² on the quantized model's inputs; None when no data was read
     rtn_error: float | None  # the same with every weight rounded to nearest on the same scales
     weight_error: float  # ‖Q-W‖² / ‖W‖²
-    bound_ratio: (
-        float | None
-    )  # loss of the method's own target over Babai's bound; rows with clipped codes may exceed 1
+    loss: float | None  # Σ_j d_j (v_j - q_j)² over all rows: what the sweep minimized
+    bound: float | None  # Babai's bound on it (core/certificate.py)
+    bound_ratio: float | None  # loss / bound; rows with clipped codes may exceed 1
     clipped: int | None  # codes that would have left the grid before clipping
     damp_percent: float | None
     damp_raised: int
@@ -90,6 +90,8 @@ class Report:
             error=error,
             rtn_error=rtn_error,
             weight_error=float(delta.square().sum()) / norm if norm > 0 else 0.0,
+            loss=None if certificate is None else float(certificate.loss.sum()),
+            bound=None if certificate is None else float(certificate.bound.sum()),
             bound_ratio=None if certificate is None else ratio(certificate),
             clipped=None if certificate is None else int(certificate.clipped.sum()),
             damp_percent=None if factor is None else factor.damp_percent,

@@ -157,7 +157,7 @@ def test_report_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
     assert stored["data"]["tokens"] == 288 and len(stored["data"]["sha256"]) == 64
     assert stored["versions"]["torch"] == torch.__version__
     assert len(stored["linears"]) == 14
-    for key in ("error", "rtn_error", "bound_ratio", "clipped", "damp_percent", "tokens", "seconds"):
+    for key in ("error", "rtn_error", "loss", "bound", "bound_ratio", "clipped", "damp_percent", "tokens", "seconds"):
         assert all(row[key] is not None for row in stored["linears"])
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert abs(size - stored["bytes"]["after"]) < 0.1 * size
