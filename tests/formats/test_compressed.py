@@ -61,8 +61,9 @@ def test_transformers_gives_the_same_logits(write_llama, bits: int, size: int) -
 
 
 @pytest.mark.parametrize("size", [-1, 32])
-def test_transformers_gives_the_same_logits_asymmetric(write_llama, size: int) -> None:
-    written = write_llama(Grid(4, size, sym=False, fit="minmax"))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_transformers_gives_the_same_logits_asymmetric(write_llama, bits: int, size: int) -> None:
+    written = write_llama(Grid(bits, size, sym=False, fit="minmax"))
     config = CompressedTensorsConfig(dequantize=True)
     loaded = AutoModelForCausalLM.from_pretrained(written.folder, dtype=torch.float32, quantization_config=config)
     with torch.no_grad():
