@@ -1,32 +1,26 @@
 """The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
 
 import time
-from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
 
-from nearplane.calibrate.data import Calibration, Tokens
+from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
-from nearplane.evaluate.perplexity import Evaluation, longest_input
+from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
-from nearplane.formats import FORMATS
-from nearplane.formats.base import Format
 from nearplane.formats.write import Writer
 from nearplane.methods import GPTAQ, Method
-from nearplane.models.discover import Block, Stage, discover, is_linear
+from nearplane.models.discover import Stage, is_linear
 from nearplane.models.load import load_model
-from nearplane.models.source import Source, load_tokenizer, locate, open_source
+from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
+from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
 from nearplane.progress import bar
 from nearplane.report import LinearRow, Report
-from nearplane.stream import OpenBlock, stream
-
-FormatName = Literal["compressed-tensors", "gptq", "gptq_v2"]
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+from nearplane.stream import OpenBlock
 
 # Files that make a folder a usable model, besides weights and config.json.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -53,7 +47,7 @@ def quantize(
     computation is float32 whatever is stored. Raises NearplaneError for whatever cannot work; nothing half-written stays.
     """
     writer = Writer(Path(out))
-    plan = _plan(
+    plan = make_plan(
         model, method or GPTAQ(), grid or Grid(), calibration or Calibration(), format, device, dtype, trust_remote_code
     )
     report = Report(str(model), plan.settings, str(out), data=plan.data)
@@ -82,7 +76,7 @@ def load(
     path: str | Path, *, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False
 ) -> nn.Module:
     """The transformers model in a folder, quantized by us or others (compressed-tensors, GPTQ) or not at all."""
-    return load_model(path, device=_device(device), dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+    return load_model(path, device=pick_device(device), dtype=pick_dtype(dtype), trust_remote_code=trust_remote_code)
 
 
 def evaluate(
@@ -98,106 +92,15 @@ def evaluate(
     progress: bool = False,
 ) -> Evaluation:
     """Perplexity of a folder or hub id; with ``reference`` also KL divergence per token and top-1 agreement."""
+    if seqlen < 2 or (windows is not None and windows < 1):
+        raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded = load(model, **settings)
     original = None if reference is None else load(reference, **settings)
-    tokenizer = load_tokenizer(locate(model))
+    tokenizer = load_tokenizer(locate(model), trust_remote_code=trust_remote_code)
     return evaluate_model(
         loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, progress=progress
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything decided before the first block is opened."""
-
-    source: Source
-    blocks: list[Block]
-    tokens: Tokens | None
-    method: Method
-    grid: Grid
-    calibration: Calibration
-    format: Format
-    stored: torch.dtype
-    compute: torch.dtype
-    device: torch.device
-
-    def stream(self) -> Any:
-        """The walk over blocks."""
-        ids = None if self.tokens is None else self.tokens.ids
-        reference = "D" in self.method.needs
-        return stream(self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference)
-
-    def disk_name(self, site: str) -> str:
-        """A site's name in the checkpoint."""
-        return self.source.names[site + ".weight"].removesuffix(".weight")
-
-    def warnings(self) -> list[str]:
-        """What this run can do but a user should know before it starts."""
-        shapes = sorted({site.shape for block in self.blocks for site in block.sites})
-        notes = [self.format.warn(self.grid, shape) for shape in shapes]
-        unreached = [
-            f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
-        ]
-        return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """For the report."""
-        options: dict[str, Any] = (
-            asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
-        )
-        return {
-            "method": {"name": type(self.method).__name__, **options},
-            "grid": asdict(self.grid),
-            "calibration": asdict(self.calibration) if self.tokens is not None else None,
-            "format": self.format.name,
-            "stored_dtype": str(self.stored).removeprefix("torch."),
-            "compute_dtype": str(self.compute).removeprefix("torch."),
-            "device": str(self.device),
-        }
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """For the report."""
-        if self.tokens is None:
-            return {"origin": "none: this method reads no calibration data"}
-        windows, seqlen = self.tokens.ids.shape
-        return {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen} | {
-            key: value for key, value in self.tokens._asdict().items() if key != "ids"
-        }
-
-
-def _plan(
-    model: str | Path,
-    method: Method,
-    grid: Grid,
-    calibration: Calibration,
-    format: str,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-) -> Plan:
-    """Open the source and settle every choice; refuse, before any compute, what cannot work."""
-    where = _device(device)
-    if format not in FORMATS:
-        raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    if source.quantized:
-        raise SettingError(f"{model} is quantized already; give the original model.")
-    stored = source.dtype if dtype == "auto" else _dtype(dtype)
-    compute = torch.float32 if where.type == "cpu" else source.dtype
-    grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
-    blocks = discover(source)
-    for block in blocks:
-        for site in block.sites:
-            reason = FORMATS[format].supports(grid, site.shape)
-            if site.transposed and not FORMATS[format].holds_conv1d:
-                reason = f"{format} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
-            if reason is not None:
-                raise SettingError(f"{site.name}: {reason}.")
-    tokens = calibration.load(source.tokenizer, longest_input(source.model)) if method.needs else None
-    return Plan(source, blocks, tokens, method, grid, calibration, FORMATS[format], stored, compute, where)
 
 
 def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, report: Report) -> list[LinearRow]:
@@ -224,6 +127,11 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
             with report.timed("solve"):
                 quantized = plan.method.solve(weight, state, plan.grid)
             seconds = time.perf_counter() - start
+            if quantized.codes.shape != weight.shape:
+                given, wanted = list(quantized.codes.shape), list(weight.shape)
+                raise SettingError(
+                    f"{type(plan.method).__name__} returned codes of shape {given} for a weight of {wanted}"
+                )
             with report.timed("measure"):
                 rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, seconds))
             block.replace(site, quantized, plan.grid)
@@ -268,27 +176,9 @@ def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     writer.json("config.json", config | dtype | {"quantization_config": quantization})
     for name, content in plan.format.extra_files(quantization).items():
         writer.json(name, content)
-    for pattern in COMPANIONS:
+    for pattern in (*COMPANIONS, *(["*.py"] if source.trust_remote_code else [])):
         for path in sorted(source.folder.glob(pattern)):
             if path.is_file():
                 writer.copy(path)
     writer.json("report.json", report.as_dict())
     writer.finish()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
-    return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "float16", "bfloat16", "float64"):
-        raise SettingError(f"dtype must be float32, float16 or bfloat16; got {name!r}.")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -5,23 +5,27 @@ twice. A NearplaneError becomes one sentence on standard error and exit status 2
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import tyro
 
 from nearplane import __version__
-from nearplane.api import Dtype, FormatName, evaluate, quantize
+from nearplane.api import evaluate, quantize
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.inspection import inspect
 from nearplane.methods import METHODS, Method
 from nearplane.narration import summary
+from nearplane.plan import Dtype, FormatName
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -29,7 +33,6 @@ ALIASES = {
     "--groupsize": "--group-size", "--q-group-size": "--group-size",
     "--percdamp": "--damp-percent", "--dampening-frac": "--damp-percent",
     "--nsample": "--nsamples", "--num-calibration-samples": "--nsamples", "--max-seq-length": "--seqlen",
-    "--output-dir": "--out", "--model-id": "--model",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {
@@ -55,9 +58,9 @@ class _Quantize:
     Calibrates block by block on a text, in the memory of one block and the hidden states. OUT appears complete or not at all.
     """
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A local transformers folder, a hub id, or "demo"."""
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to write; must not exist, or be empty."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "gptaq"
     """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
@@ -75,7 +78,7 @@ class _Quantize:
 class _Eval:
     """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement."""
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
     dataset: str | None = None
     """Text file or dataset name; none: the held-out part of the embedded text."""
@@ -97,9 +100,11 @@ class _Eval:
 
 @dataclass
 class _Inspect:
-    """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer. Computes nothing."""
+    """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer.
 
-    model: tyro.conf.Positional[str]
+    Quantizes nothing: it reads one block of each kind and runs 8 tokens through it."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A transformers folder, a hub id, or "demo"."""
     grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
     """The grid that sizes after quantization are computed for."""
@@ -117,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"nearplane {__version__}")
         return 0
+    transformers.logging.set_verbosity_error()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
     try:
         if argv[0] not in commands:
             raise SettingError(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}.")
@@ -126,6 +134,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a file or folder that the system will not give us
+        print(f"nearplane: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("nearplane: interrupted; nothing was written.", file=sys.stderr)
         return 130
@@ -135,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
 def _quantize(argv: list[str]) -> None:
     kind, default = _method_class(argv)
     options = [
-        ("options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=default)),
+        ("method_options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=default)),
         ("grid", tyro.conf.OmitArgPrefixes[Grid], field(default_factory=Grid)),
         ("calibration", tyro.conf.OmitArgPrefixes[Calibration], field(default_factory=Calibration)),
     ]
@@ -145,7 +156,7 @@ def _quantize(argv: list[str]) -> None:
     report = quantize(
         args.model,
         args.out,
-        method=args.options,
+        method=args.method_options,
         grid=args.grid,
         calibration=args.calibration,
         format=args.format,
@@ -197,6 +208,10 @@ def _canonical(argv: list[str]) -> list[str]:
             continue
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
+        if flag == "--scale-dtype":
+            raise SettingError(
+                "scales are stored in the dtype that --format and --dtype imply; there is no flag for it."
+            )
         if flag in SWITCHES and not equals:
             result += SWITCHES[flag]
         else:
@@ -206,12 +221,15 @@ def _canonical(argv: list[str]) -> list[str]:
 
 def _method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:
     """The class that --method names: its fields become flags."""
-    name = next((b for a, b in pairwise(argv) if a == "--method"), None)
-    name = name or next((a.partition("=")[2] for a in argv if a.startswith("--method=")), "gptaq")
+    given = [b for a, b in pairwise(argv) if a == "--method"]
+    given += [a.partition("=")[2] for a in argv if a.startswith("--method=")]
+    if len(given) > 1:
+        raise SettingError(f"--method is given {len(given)} times; give it once.")
+    name = given[0] if given else "gptaq"
     if name in METHODS:
         return METHODS[name], METHODS[name]
     module, _, attribute = name.partition(":")
-    if not attribute:
+    if not attribute or not module:
         raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
     sys.path.insert(0, "")
     try:
@@ -220,4 +238,8 @@ def _method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:
         raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
     if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
         raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
+    try:
+        kind()
+    except TypeError as error:
+        raise SettingError(f"method {name!r} needs a default for every field ({error}).") from error
     return kind, kind

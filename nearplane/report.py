@@ -1,13 +1,11 @@
 """What a run did: settings, versions, hashes, and per linear what a person needs to judge the result."""
 
-import json
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +101,8 @@ class Report:
         self.linears.append(row)
         if row.error is not None and row.rtn_error is not None and row.error > row.rtn_error > 0:
             self.events.append(f"{name}: error {row.error:.3g} is above round-to-nearest's {row.rtn_error:.3g}")
+        if row.bound_ratio is not None and row.bound_ratio > 1:
+            self.events.append(f"{name}: loss {row.bound_ratio:.1f} times Babai's bound, {row.clipped} codes clipped")
         return row
 
     @contextmanager
@@ -135,10 +135,6 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "totals": self.totals}
-
-    def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
 
 
 def _energy(weight: Tensor, H: Tensor) -> float:

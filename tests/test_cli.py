@@ -141,6 +141,12 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--method", "gptz"], "unknown method 'gptz'"),
         (["--method", "no.such:Thing"], "cannot be imported"),
+        (["--method", ":x"], "unknown method"),
+        (["--method", "rtn", "--method", "gptq"], "given 2 times"),
+        (["--scale-dtype", "float16"], "there is no flag"),
+        (["--alpha", "nan"], "alpha is a share"),
+        (["--seed", "99999999999999999999999"], "seed must be"),
+        (["--device", "meta"], "not usable here"),
         (["--method", "json:JSONDecoder"], "is not a class with needs, prepare and solve"),
         (["--bits", "9"], "bits must be 2 to 8"),
         (["--bits", "three"], "--bits"),
@@ -194,6 +200,8 @@ def test_models_that_cannot_be_opened(model: Path, tmp_path: Path, capsys: pytes
     assert "trust_remote_code" in says(remote)
     unknown = configure(copy(model, tmp_path / "unknown"), model_type="llamma")
     assert "does not know model_type 'llamma'" in says(unknown)
+    for number, absurd in enumerate(({"num_attention_heads": 0}, {"hidden_size": "many"}, {"model_type": ["llama"]})):
+        says(configure(copy(model, tmp_path / f"absurd{number}"), **absurd))
     garbled = copy(model, tmp_path / "garbled")
     (garbled / "config.json").write_text("{")
     assert "config.json" in says(garbled)
@@ -248,8 +256,8 @@ def test_non_finite_activations_name_the_layer(
     model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huge = {
-        "model__layers__0__mlp__gate_proj__weight": lambda w: w * 1e30,
-        "model__layers__0__mlp__up_proj__weight": lambda w: w * 1e30,
+        "model__layers__0__mlp__gate_proj__weight": lambda w: w * 1e15,
+        "model__layers__0__mlp__up_proj__weight": lambda w: w * 1e15,
     }
     broken = edit(copy(model, tmp_path / "huge"), **huge)
     out = tmp_path / "out"
@@ -305,3 +313,97 @@ def test_a_hessian_that_stays_indefinite(
         and "not positive definite" in message
         and "Likely causes" in message
     )
+
+
+def test_what_is_copied_is_checked_before_any_compute(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head that no block reads, and a dense weight that its new dtype cannot hold."""
+    out = tmp_path / "out"
+    head = edit(copy(model, tmp_path / "head"), lm_head__weight=poison)
+    message = refused(["quantize", str(head), str(out), "--method", "rtn", *GRID], capsys, out)
+    assert "lm_head.weight" in message and "quantize " not in message.split("nearplane:")[0]
+    large = edit(copy(model, tmp_path / "large"), model__norm__weight=lambda w: w * 1e6)
+    words = ["quantize", str(large), str(out), "--method", "rtn", "--dtype", "float16", *GRID]
+    assert "model.norm.weight does not fit the range of float16" in refused(words, capsys, out)
+
+
+def test_our_own_output_is_recognised(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for format in ("compressed-tensors", "gptq"):
+        done, again = tmp_path / format, tmp_path / f"{format}-again"
+        assert main(["quantize", str(model), str(done), "--method", "rtn", "--format", format, *GRID]) == 0
+        assert "quantized already" in refused(["quantize", str(done), str(again)], capsys, again)
+
+
+def test_fused_experts_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save(tiny.build("mixtral", num_local_experts=2), tmp_path / "moe")
+    assert "merges weights" in refused(["quantize", str(folder), str(tmp_path / "out")], capsys, tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tiny.save(tiny.build("llama", vocab_size=64), tmp_path / "small")
+    text = ["--dataset", str(model.parent / "text.txt"), "--seqlen", "32"]
+    assert "do not belong together" in refused(["eval", str(small), *text], capsys)
+    words = ["quantize", str(small), str(tmp_path / "out"), "--nsamples", "2", *GRID, *text]
+    assert "do not belong together" in refused(words, capsys, tmp_path / "out")
+    assert "do not belong together" in refused(["eval", str(model), "--reference", str(small), *text], capsys)
+
+
+def test_a_folder_that_cannot_be_written_says_so_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    (tmp_path / "out").mkdir()
+    message = refused(["quantize", str(model), str(tmp_path / "out"), "--method", "rtn", *GRID], capsys)
+    assert "cannot be written to" in message and "q_proj" not in message
+
+
+def test_obq_refuses_a_large_layer_before_it_starts(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nearplane.methods.obq.MOST_WORK", 64 * 64**3)
+    out = tmp_path / "out"
+    message = refused(["quantize", str(model), str(out), "--method", "obq", *data], capsys, out)
+    assert "gate_proj" in message and "out·in³" in message and "tokens" not in message
+
+
+def test_unused_tensors_and_a_cut_window_are_noted(
+    model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shallow = configure(copy(model, tmp_path / "shallow"), num_hidden_layers=1)
+    words = [*data[:2], "--nsamples", "2", "--seqlen", "500", *GRID]
+    assert main(["quantize", str(shallow), str(tmp_path / "out"), "--method", "gptq", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "9 stored tensors belong to no parameter" in printed and "seqlen cut to 64" in printed
+    assert main(["eval", str(shallow), *data[:2], "--seqlen", "32"]) == 0
+    assert "9 tensors that its model does not use" in capsys.readouterr().err
+
+
+def test_the_certificate_and_the_python_surface_refuse_nonsense(model: Path, tmp_path: Path) -> None:
+    from nearplane import GPTAQ, RTN, Calibration, Grid, NearplaneError, Quantized, quantize
+
+    class Wrong(RTN):
+        def solve(self, weight: torch.Tensor, state: None, grid: Grid) -> Quantized:
+            return super().solve(weight[:, :32], state, grid)
+
+    class Greedy(RTN):
+        needs = frozenset({"X"})  # type: ignore[assignment]
+
+    for method, says in (
+        ("gptq", "must be an object"),
+        (RTN, "must be an object"),
+        (Greedy(), "may need"),
+        (Wrong(), "shape"),
+    ):
+        with pytest.raises(NearplaneError, match=says):
+            quantize(model, tmp_path / "out", method=method, grid=Grid(group_size=32), progress=False)  # type: ignore[arg-type]
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(NearplaneError, match="alpha is a share"):
+        GPTAQ(alpha=float("nan"))
+    with pytest.raises(NearplaneError, match="seed"):
+        Calibration(seed=2**80)

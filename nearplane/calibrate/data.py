@@ -60,6 +60,9 @@ class Calibration:
                 f"nsamples must be at least 1 and seqlen at least 2; got {self.nsamples} and {self.seqlen}."
             )
 
+        if not 0 <= self.seed < 2**63:
+            raise SettingError(f"seed must be 0 to 2**63 - 1; got {self.seed}.")
+
     def load(self, tokenizer: Any, longest: int | None = None) -> Tokens:
         """``nsamples`` seeded windows; ``longest`` is the model's own limit of positions."""
         text = read_text(self.dataset, "calibration")

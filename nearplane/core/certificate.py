@@ -22,6 +22,8 @@ def ratio(certificate: Certificate) -> float:
 
 def verify(certificate: Certificate) -> None:
     """Raise NumericalError when a row breaks the bound although nothing in it was clipped."""
+    if not bool((certificate.loss.isfinite() & certificate.bound.isfinite()).all()):
+        raise NumericalError("the loss is not finite: this weight or its Hessian is too large for float32.")
     excess = certificate.loss - certificate.bound * (1 + SLACK)
     excess = excess.masked_fill(certificate.clipped > 0, 0)
     if bool((excess > 0).any()):

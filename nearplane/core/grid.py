@@ -54,7 +54,7 @@ class Grid:
     fit: Fit = "mse"
     """How a group's range is chosen: its extremes, least weight error, or least error weighted by diag(H)."""
     scale_dtype: ScaleDtype = "float32"
-    """What scales are rounded to *before* a code is chosen: the dtype they are stored in."""
+    """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
 
     def __post_init__(self) -> None:
         if self.bits != "ternary" and (not isinstance(self.bits, int) or not 2 <= self.bits <= 8):

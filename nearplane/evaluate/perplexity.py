@@ -70,6 +70,11 @@ def evaluate(
     if count == 0:
         raise NearplaneError(f"text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}.")
     count = min(count, windows or count)
+    check_vocabulary(ids, model)
+    if reference is not None:
+        check_vocabulary(ids, reference)
+        if model.get_output_embeddings().weight.shape[0] != reference.get_output_embeddings().weight.shape[0]:  # type: ignore[operator]
+            raise SettingError("model and reference have vocabularies of different size; they cannot be compared.")
     batch = ids[: count * seqlen].view(count, seqlen)
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
     with torch.inference_mode():
@@ -105,6 +110,16 @@ def longest_input(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 1 else None
 
 
+def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
+    """Raise NearplaneError when the tokenizer makes ids that the model has no embedding for."""
+    config: Any = model.config
+    size = config.get_text_config().vocab_size
+    if int(ids.max()) >= size:
+        raise NearplaneError(
+            f"the tokenizer makes token {int(ids.max())}, the model's vocabulary has {size}: they do not belong together."
+        )
+
+
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
     device = next(model.parameters()).device
     logits = model(input_ids=window[None].to(device), use_cache=False).logits[0]
@@ -123,4 +138,6 @@ def _nll(logits: Tensor, window: Tensor) -> float:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    if value > 700:
+        raise NearplaneError(f"the mean loss is {value:.0f} nats per token, perplexity overflows: the model is broken.")
+    return math.exp(value)

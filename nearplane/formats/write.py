@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +49,12 @@ class Writer:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._created.insert(0, folder)
+            # A folder that cannot be written to must say so now, not after hours of solving.
+            with tempfile.TemporaryFile(dir=self.out):
+                pass
         except OSError as error:
             self._remove()
-            raise NearplaneError(f"folder {self.out} cannot be created: {error}.") from error
+            raise NearplaneError(f"folder {self.out} cannot be written to: {error}.") from error
         return self
 
     def __exit__(
@@ -82,7 +86,7 @@ class Writer:
 
     def json(self, name: str, obj: Any) -> None:
         """Write a JSON file of this name."""
-        self.text(name, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+        self.text(name, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def copy(self, path: Path) -> None:
         """Copy a file under its own name; what a link points to, not the link."""

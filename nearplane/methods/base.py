@@ -58,6 +58,9 @@ class Sweeping:
             raise SettingError(f"order must be natural, activation or pivot; got {self.order!r}.")
         if not 0 <= self.damp_percent <= 1:
             raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
+        for share in ("alpha", "alpha2"):
+            if not 0 <= getattr(self, share, 0) <= 1:
+                raise SettingError(f"{share} is a share, 0 to 1; got {getattr(self, share)}.")
         if not self.static_groups and self.order != "natural":
             raise SettingError(
                 f"order={self.order} solves columns of all groups mixed, so groups must be static; "

@@ -42,6 +42,16 @@ class OBQ:
     def needs(self) -> frozenset[Need]:
         return frozenset({"H"})
 
+    def refuses(self, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this (out, in) shape is too large; asked before a run starts."""
+        work = shape[0] * shape[1] ** 3
+        if work <= MOST_WORK:
+            return None
+        return (
+            f"obq costs out·in³, {work:.0e} steps for a {shape[0]} x {shape[1]} layer; it is the reference for small "
+            "layers. Use gptq, which is the same update in one order for all rows"
+        )
+
     def prepare(self, moments: Moments) -> Inverse:
         """``(H + λI)⁻¹``."""
         moments.check()
@@ -55,11 +65,9 @@ class OBQ:
     def solve(self, weight: Float[Tensor, "out in"], state: Inverse, grid: Grid) -> Quantized:
         """Codes of every row on static groups."""
         out, n = weight.shape
-        if out * n**3 > MOST_WORK:
-            raise SettingError(
-                f"obq costs out·in³, {out * n**3:.0e} steps for a {out} x {n} layer; it is the reference for small "
-                "layers. Use --method gptq, which is the same update in one order for all rows."
-            )
+        reason = self.refuses((out, n))
+        if reason is not None:
+            raise SettingError(reason + ".")
         scale, zero = fit_groups(weight, grid, state.importance if grid.fit == "hessian" else None)
         codes = torch.empty(out, n, dtype=torch.uint8, device=weight.device)
         group = torch.arange(n, device=weight.device) // grid.group_width(n)

@@ -14,7 +14,6 @@ On GPTQ (base="gptq") there is no reference stream and D is zero.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,9 +57,11 @@ class ResComp(Sweeping):
     def prepare(self, moments: Moments) -> Prepared:
         """The factor, P and R, for all linears that read this input."""
         factor = self._factor(moments)
-        drift = torch.zeros_like(moments.H) if self.base == "gptq" else moments.drift()
-        R = drift_push(factor, drift + moments.H).mul_(self.alpha2)
-        P = drift_push(factor, drift).mul_(self.alpha if self.base == "gptaq" else 0.0)
+        if self.base == "gptq":
+            R = drift_push(factor, moments.H).mul_(self.alpha2)
+            return Prepared(factor, moments.H.diagonal(), Push(-R, shift=R))
+        R = drift_push(factor, moments.drift() + moments.H).mul_(self.alpha2)
+        P = drift_push(factor, moments.drift()).mul_(self.alpha)
         return Prepared(factor, moments.H.diagonal(), Push(P.sub_(R), shift=R))
 
     def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.errors import NearplaneError, NumericalError
 from nearplane.formats.read import open_checkpoint
 from nearplane.models.source import build_skeleton, locate, read_config
+from nearplane.progress import CONSOLE
 
 
 def load_model(
@@ -25,7 +26,7 @@ def load_model(
 
     Raises NearplaneError with one sentence for anything that cannot be read.
     """
-    folder = locate(model)
+    folder = locate(model, trust_remote_code=trust_remote_code)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     if checkpoint.quantization is not None and hasattr(config, "quantization_config"):
@@ -50,16 +51,25 @@ def _assemble(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dty
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise NearplaneError(f"{folder} does not fit its config.json ({reason}).") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    wrong = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
-    if wrong:
-        raise NearplaneError(f"{folder} lacks {len(wrong)} weights that config.json asks for, the first: {wrong[0]}.")
+    if info["mismatched_keys"]:
+        name, found, asked = sorted(info["mismatched_keys"])[0]
+        raise NearplaneError(f"{folder}: {name} has shape {list(found)}, config.json asks for {list(asked)}.")
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise NearplaneError(
+            f"{folder} lacks {len(missing)} weights that config.json asks for, the first: {missing[0]}."
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        CONSOLE.print(f"note: {folder} holds {len(unused)} tensors that its model does not use, the first: {unused[0]}")
     result: nn.Module = model
     return result
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.store import Store
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -36,11 +37,12 @@ class Source:
     store: Store
     model: nn.Module
     names: dict[str, str]
+    trust_remote_code: bool = False
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def raw_config(self) -> dict[str, Any]:
         """config.json as it stands on disk."""
@@ -55,11 +57,6 @@ class Source:
             dtype = self.store.dtype(name)
             sizes[dtype] = sizes.get(dtype, 0) + self.store.nbytes(name)
         return max(sizes, key=lambda dtype: sizes[dtype])
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the folder holds an already quantized checkpoint."""
-        return "quantization_config" in self.raw_config() or (self.folder / "quantize_config.json").exists()
 
     def tensor(self, parameter: str) -> Tensor:
         """One stored parameter, checked for NaN and Inf."""
@@ -111,22 +108,27 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
 
     Raises NearplaneError with one sentence for a missing, unreadable, pickled, remote-code or unknown model.
     """
-    folder = locate(model)
+    folder = locate(model, trust_remote_code=trust_remote_code)
     store = Store(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
+        raise SettingError(f"{model} is quantized already; give the original model.")
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
-    return Source(str(model), folder, config, store, skeleton, _disk_names(skeleton, store, folder))
+    names = _disk_names(skeleton, store, folder)
+    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model folder."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NearplaneError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}).") from error
+        raise NearplaneError(
+            f"{folder} has no tokenizer that transformers can load ({type(error).__name__})."
+        ) from error
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     """The local folder of a model given as a folder, a hub id or ``demo``."""
     if str(model) == "demo":
         from nearplane.models.demo import demo_folder
@@ -139,15 +141,15 @@ def locate(model: str | Path) -> Path:
         raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
     if not HUB_ID.fullmatch(str(model)):
         raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
-    return _from_hub(str(model))
+    return _from_hub(str(model), HUB_PATTERNS + ["*.py"] * trust_remote_code)
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except HFValidationError as error:
         raise NearplaneError(f"{model}: no such folder, and not a valid hub id.") from error
     except HfHubHTTPError as error:
@@ -168,7 +170,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise NearplaneError(f"{folder} has no config.json; MODEL must be a transformers folder.") from error
     except (OSError, ValueError) as error:
         raise NearplaneError(f"{path} cannot be read as JSON ({_first_line(error)}).") from error
-    if not isinstance(raw, dict) or "model_type" not in raw:
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise NearplaneError(f"{path} names no model_type; it is not a transformers configuration.")
     known = raw["model_type"] in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     if not known and "auto_map" in raw and not trust_remote_code:
@@ -181,7 +183,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise NearplaneError(f"{path} is not a usable configuration ({_first_line(error)}).") from error
 
 
@@ -218,6 +220,11 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)
+    if missing and any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
+        raise NearplaneError(
+            f"{folder}: transformers merges weights of {type(model).__name__} while loading (fused experts, {missing[0]}); "
+            "nearplane does not quantize such models yet."
+        )
     if missing:
         raise NearplaneError(
             f"{folder} lacks {len(missing)} weights that config.json asks for, the first: {missing[0]}."

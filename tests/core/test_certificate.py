@@ -30,6 +30,12 @@ def test_one_bad_row_is_not_averaged_away():
         verify(bad)
 
 
+def test_a_loss_that_is_not_finite_is_an_error():
+    for loss, bound in (([float("nan")], [1.0]), ([1.0], [float("inf")])):
+        with pytest.raises(NumericalError, match="not finite"):
+            verify(certificate(loss, bound, clipped=[3]))
+
+
 def test_a_loss_within_rounding_of_the_bound_passes():
     verify(certificate([1.0, 0.3], [1.0, 1.0]))
     verify(certificate([1.00001], [1.0]))

@@ -290,3 +290,12 @@ def test_the_search_reaches_its_deepest_step():
     w = torch.tensor([[0.14, 1.0]], dtype=torch.float64)
     scale, _ = fit(w, Grid(bits=2, fit="hessian"), torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert scale.item() == pytest.approx(0.14, rel=1e-6)
+
+
+def test_small_scales_keep_the_precision_of_float16_subnormals():
+    w = weights(4, 64, seed=9) * 1e-5
+    exact = fit(w, Grid(bits=4, fit="minmax"))[0]
+    stored = fit(w, Grid(bits=4, fit="minmax", scale_dtype="float16"))[0]
+    assert float(stored.max()) < torch.finfo(torch.float16).smallest_normal
+    torch.testing.assert_close(stored, exact, rtol=0.1, atol=0)
+    assert torch.equal(stored, stored.half().to(stored.dtype)) and bool((stored > 0).all())

@@ -1,0 +1,177 @@
+"""Everything decided before the first block is opened; whatever cannot work is refused here, in one sentence."""
+
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from nearplane.calibrate.data import Calibration, Tokens
+from nearplane.core.errors import NumericalError, SettingError
+from nearplane.core.grid import Grid
+from nearplane.evaluate.perplexity import check_vocabulary, longest_input
+from nearplane.formats import FORMATS
+from nearplane.formats.base import Format
+from nearplane.methods import Method
+from nearplane.models.discover import Block, discover
+from nearplane.models.source import Source, open_source
+from nearplane.stream import stream
+
+FormatName = Literal["compressed-tensors", "gptq", "gptq_v2"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before the first block is opened."""
+
+    source: Source
+    blocks: list[Block]
+    tokens: Tokens | None
+    method: Method
+    grid: Grid
+    calibration: Calibration
+    format: Format
+    stored: torch.dtype
+    compute: torch.dtype
+    device: torch.device
+
+    def stream(self) -> Any:
+        """The walk over blocks."""
+        ids = None if self.tokens is None else self.tokens.ids
+        reference = "D" in self.method.needs
+        return stream(self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference)
+
+    def disk_name(self, site: str) -> str:
+        """A site's name in the checkpoint."""
+        return self.source.names[site + ".weight"].removesuffix(".weight")
+
+    def warnings(self) -> list[str]:
+        """What this run can do but a user should know before it starts."""
+        shapes = sorted({site.shape for block in self.blocks for site in block.sites})
+        notes = [self.format.warn(self.grid, shape) for shape in shapes]
+        unreached = [
+            f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
+        ]
+        notes += [self._foreign_linear(), self._unused(), self._shortened()]
+        return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
+
+    def _foreign_linear(self) -> str | None:
+        kinds = {
+            type(self.source.model.get_submodule(s.name)) for b in self.blocks for s in b.sites if not s.transposed
+        }
+        own = sorted(kind.__name__ for kind in kinds if kind is not nn.Linear)
+        if not own or self.format.name != "compressed-tensors":
+            return None
+        return f"this model computes with {', '.join(own)}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
+
+    def _unused(self) -> str | None:
+        unused = sorted(self.source.store.names - set(self.source.names.values()))
+        return (
+            f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}"
+            if unused
+            else None
+        )
+
+    def _shortened(self) -> str | None:
+        if self.tokens is None or self.tokens.ids.shape[1] == self.calibration.seqlen:
+            return None
+        return f"seqlen cut to {self.tokens.ids.shape[1]}, the model's limit of positions"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        options: dict[str, Any] = (
+            asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
+        )
+        return {
+            "method": {"name": type(self.method).__name__, **options},
+            "grid": asdict(self.grid),
+            "calibration": asdict(self.calibration) if self.tokens is not None else None,
+            "format": self.format.name,
+            "stored_dtype": str(self.stored).removeprefix("torch."),
+            "compute_dtype": str(self.compute).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """For the report."""
+        if self.tokens is None:
+            return {"origin": "none: this method reads no calibration data"}
+        windows, seqlen = self.tokens.ids.shape
+        return {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen} | {
+            key: value for key, value in self.tokens._asdict().items() if key != "ids"
+        }
+
+
+def make_plan(
+    model: str | Path,
+    method: Method,
+    grid: Grid,
+    calibration: Calibration,
+    format: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+) -> Plan:
+    """Open the source and settle every choice; refuse, before any compute, what cannot work."""
+    where = pick_device(device)
+    if format not in FORMATS:
+        raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
+    if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
+        raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
+    if not set(method.needs) <= {"H", "D"}:
+        raise SettingError(f"a method may need 'H' and 'D'; {type(method).__name__} needs {sorted(method.needs)}.")
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    stored = source.dtype if dtype == "auto" else pick_dtype(dtype)
+    compute = torch.float32 if where.type == "cpu" else source.dtype
+    grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
+    blocks = discover(source)
+    for block in blocks:
+        for site in block.sites:
+            reason = FORMATS[format].supports(grid, site.shape)
+            if site.transposed and not FORMATS[format].holds_conv1d:
+                reason = f"{format} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
+            reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
+            if reason is not None:
+                raise SettingError(f"{site.name}: {reason}.")
+    tokens = calibration.load(source.tokenizer, longest_input(source.model)) if method.needs else None
+    if tokens is not None:
+        check_vocabulary(tokens.ids, source.model)
+    _check_dense(source, blocks, stored)
+    return Plan(source, blocks, tokens, method, grid, calibration, FORMATS[format], stored, compute, where)
+
+
+def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> None:
+    """What is copied must be finite, and stay so in the dtype it is stored in."""
+    sites = {source.names[site.name + ".weight"] for block in blocks for site in block.sites}
+    for name in sorted(source.store.names - sites):
+        value = source.store.get(name)
+        if not value.is_floating_point():
+            continue
+        if not bool(value.isfinite().all()):
+            raise NumericalError(
+                f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
+            )
+        if not bool(value.to(stored).isfinite().all()):
+            raise NumericalError(f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype.")
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "float16", "bfloat16", "float64"):
+        raise SettingError(f"dtype must be float32, float16 or bfloat16; got {name!r}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
