@@ -26,9 +26,9 @@ from nearplane.core.grid import Certificate, Grid, Quantized, decode, encode, fi
 Carry = Literal["value", "code", "clamped"]
 
 # Columns that share one look back; results do not depend on it, except where Push.carry says so.
-PANEL = 128
+PANEL = 256
 # Columns inside a panel that are completed one by one; larger leaves cost memory traffic, smaller ones launches.
-LEAF = 16
+LEAF = 32
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class _State:
         self.factor, self.grid, self.push = factor, grid, push
         # A copy, which becomes the moving target w'. Transposing first makes the gather one of whole rows.
         self.target = target.T.contiguous().index_select(0, factor.order)
-        self.value = self.target.new_empty(0, out)  # v of the current panel
+        self.start, self.value = 0, self.target[:0]  # the current panel: its first column, its v
         self.error = torch.zeros_like(self.target)  # w' - q
-        self.source = torch.zeros_like(self.target) if push else None  # x of Push
-        self.weight = self.target.clone() if push and push.shift is not None else None  # w of Push
+        self.source = torch.zeros_like(self.target if push else self.target[:0])  # x of Push
+        self.weight = self.target.clone() if push and push.shift is not None else self.target[:0]  # w of Push
         self.codes = torch.empty(n, out, dtype=torch.uint8, device=target.device)
         self.group = group_index(factor.order, grid)
         self.groups: list[int] = self.group.tolist()
@@ -111,16 +111,27 @@ class _State:
 
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
-        self.target[a:b] += self.moved(a, b, until=a)
-        self.value = torch.addmm(self.target[a:b], self.factor.feedback[:a, a:b].T, self.error[:a])
+        self.start, self.value = a, self.target[a:b].clone()
+        self.receive(a, b, 0, a)
 
-    def moved(self, a: int, b: int, until: int) -> Tensor | float:
-        """How far columns before ``until`` push the targets of [a, b)."""
-        if self.push is None or self.source is None:
-            return 0.0
-        result = self.push.matrix[:until, a:b].T @ self.source[:until]
-        if self.push.shift is not None and self.weight is not None:
-            result.addmm_(self.push.shift[:until, a:b].T, self.weight[:until])
+    def receive(self, a: int, b: int, since: int, until: int) -> None:
+        """Complete columns [a, b) of the panel with what the solved columns [since, until) send them."""
+        if since == until:
+            return
+        value = self.value[a - self.start : b - self.start]
+        if self.push is not None:
+            moved = self.moved(a, b, since, until)
+            self.target[a:b] += moved
+            value += moved
+        value.addmm_(self.factor.feedback[since:until, a:b].T, self.error[since:until])
+
+    def moved(self, a: int, b: int, since: int, until: int) -> Tensor:
+        """How far the columns [since, until) push the targets of [a, b)."""
+        if self.push is None:
+            return torch.zeros_like(self.target[a:b])
+        result = self.push.matrix[since:until, a:b].T @ self.source[since:until]
+        if self.push.shift is not None:
+            result.addmm_(self.push.shift[since:until, a:b].T, self.weight[since:until])
         return result
 
     def fit_group(self, a: int, b: int, panel_end: int) -> None:
@@ -133,7 +144,7 @@ class _State:
         target = self.target[a:panel_end]
         if b > panel_end:
             received = torch.cat([received, self.factor.feedback[:a, panel_end:b].T @ self.error[:a]])
-            target = torch.cat([target, self.target[panel_end:b] + self.moved(panel_end, b, until=a)])
+            target = torch.cat([target, self.target[panel_end:b] + self.moved(panel_end, b, 0, a)])
         unit = self.factor.feedback[a:b, a:b].T  # (I + M_gg) transposed, its unit diagonal implied
         solved = torch.linalg.solve_triangular(unit, received, upper=False, unitriangular=True)
         weights = None if self.importance is None else self.importance[self.factor.order[a:b]]
@@ -141,34 +152,18 @@ class _State:
         self.scale[group], self.zero[group] = fit((target + solved).T, self.grid, weights)
 
     def round_panel(self, a: int, b: int) -> None:
-        """Round the columns of [a, b), completing each from the ones just rounded."""
-        value, feedback = self.value, self.factor.feedback
-        if self.push is not None and self.push.shift is not None and self.weight is not None:
-            # Original columns are known before they are rounded: the panel's own share comes in one GEMM.
-            moved = self.push.shift[a:b, a:b].T @ self.weight[a:b]
-            self.target[a:b] += moved
-            value += moved
+        """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
-            if leaf > a:
-                if self.push is not None and self.source is not None:
-                    moved = self.push.matrix[a:leaf, leaf:end].T @ self.source[a:leaf]
-                    self.target[leaf:end] += moved
-                    value[leaf - a : end - a] += moved
-                value[leaf - a : end - a].addmm_(feedback[a:leaf, leaf:end].T, self.error[a:leaf])
+            self.receive(leaf, end, a, leaf)
             for j in range(leaf, end):
-                v = value[j - a]
-                if j > leaf:
-                    if self.push is not None and self.source is not None:
-                        moved = self.push.matrix[leaf:j, j] @ self.source[leaf:j]
-                        self.target[j] += moved
-                        v += moved
-                    v += feedback[leaf:j, j] @ self.error[leaf:j]
+                self.receive(j, j + 1, leaf, j)
+                v = self.value[j - a]
                 code = encode(v, scale[j - a], zero[j - a], self.grid)
                 self.codes[j] = code
                 torch.sub(self.target[j], decode(code, scale[j - a], zero[j - a]), out=self.error[j])
-                if self.source is not None:
+                if self.push is not None:
                     self.source[j] = v
         self._settle(a, b, scale, zero)
 
@@ -181,7 +176,7 @@ class _State:
         pivots = self.factor.pivots[a:b, None]
         self.loss += (pivots * (self.value - rounded).square_()).sum(0)
         self.bound += (pivots * scale.square()).sum(0) / 4
-        if self.push is not None and self.source is not None and b % self.push.block == 0:
+        if self.push is not None and b % self.push.block == 0:
             block = slice(b - self.push.block, b)
             s, z = self.scale[self.group[block]], self.zero[self.group[block]]
             if self.push.carry == "code":
