@@ -4,7 +4,6 @@ The skeleton is the model's own class with every parameter on the meta device; `
 to life from disk and ``unload`` sends them back, so that nothing is resident but what is being worked on.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
-from nearplane.formats.store import Store
+from nearplane.formats.store import Store, read_json
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -46,8 +45,7 @@ class Source:
 
     def raw_config(self) -> dict[str, Any]:
         """config.json as it stands on disk."""
-        raw: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return raw
+        return read_json(self.folder / "config.json")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,13 +162,8 @@ def _from_hub(model: str, patterns: list[str]) -> Path:
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration, refusing code that the folder itself would run."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NearplaneError(f"{folder} has no config.json; MODEL must be a transformers folder.") from error
-    except (OSError, ValueError) as error:
-        raise NearplaneError(f"{path} cannot be read as JSON ({_first_line(error)}).") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = read_json(path)
+    if not isinstance(raw.get("model_type"), str):
         raise NearplaneError(f"{path} names no model_type; it is not a transformers configuration.")
     known = raw["model_type"] in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     if not known and "auto_map" in raw and not trust_remote_code:
