@@ -160,6 +160,7 @@ def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> No
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. SettingError when it cannot hold a tensor."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -171,7 +172,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "float16", "bfloat16", "float64"):
+    """The dtype of that name; SettingError for any other than the three that checkpoints are stored in."""
+    if name not in ("float32", "float16", "bfloat16"):
         raise SettingError(f"dtype must be float32, float16 or bfloat16; got {name!r}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -71,7 +71,7 @@ class OpenBlock:
         self.original = {s.name: s.weight(model).clone() for s in self.block.sites} if len(walk.streams) == 2 else {}
 
     def weight(self, site: Site) -> Tensor:
-        """The original weight, (out, in), float32 (float64 in a float64 walk)."""
+        """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
         return site.weight(self.walk.source.model).to(self.walk.solve_dtype).contiguous()
 
     def observe(self, stage: Stage, needs: frozenset[Need]) -> Moments:
