@@ -8,7 +8,7 @@ from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
 from nearplane.evaluate.perplexity import Evaluation
-from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, ResComp
+from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
 from nearplane.report import Report
 
 __version__ = _version("nearplane")
@@ -23,6 +23,7 @@ __all__ = [
     "Grid",
     "Method",
     "Moments",
+    "NearPlane",
     "NearplaneError",
     "Quantized",
     "Report",

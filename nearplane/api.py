@@ -12,7 +12,7 @@ from nearplane.core.grid import Grid
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
-from nearplane.methods import GPTAQ, Method
+from nearplane.methods import Method, NearPlane
 from nearplane.models.discover import Stage, is_linear
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
@@ -43,12 +43,19 @@ def quantize(
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
-    GPTAQ() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
+    NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. Raises NearplaneError for whatever cannot work; nothing half-written stays.
     """
     writer = Writer(Path(out))
     plan = make_plan(
-        model, method or GPTAQ(), grid or Grid(), calibration or Calibration(), format, device, dtype, trust_remote_code
+        model,
+        method or NearPlane(),
+        grid or Grid(),
+        calibration or Calibration(),
+        format,
+        device,
+        dtype,
+        trust_remote_code,
     )
     report = Report(str(model), plan.settings, str(out), data=plan.data)
     report.events += plan.warnings()

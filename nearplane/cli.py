@@ -42,7 +42,7 @@ SWITCHES = {
 
 USAGE = f"""nearplane {__version__}: quantize transformers by error compensation.
 
-  nearplane quantize MODEL OUT [--bits 3] [--method gptaq]   write a quantized checkpoint
+  nearplane quantize MODEL OUT [--bits 3] [--method gptq]   write a quantized checkpoint
   nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
 
@@ -62,7 +62,7 @@ class _Quantize:
     """A local transformers folder, a hub id, or "demo"."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to write; must not exist, or be empty."""
-    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "gptaq"
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
     """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
     format: FormatName = "compressed-tensors"
     """Checkpoint format."""
@@ -225,7 +225,7 @@ def _method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:
     given += [a.partition("=")[2] for a in argv if a.startswith("--method=")]
     if len(given) > 1:
         raise SettingError(f"--method is given {len(given)} times; give it once.")
-    name = given[0] if given else "gptaq"
+    name = given[0] if given else "nearplane"
     if name in METHODS:
         return METHODS[name], METHODS[name]
     module, _, attribute = name.partition(":")

@@ -47,6 +47,10 @@ def stage_line(block: Block, stage: Stage, rows: list[LinearRow]) -> str:
         line += f"  clipped {100 * sum(row.clipped or 0 for row in rows) / weights:.1f}%"
     if worst.bound_ratio is not None:
         line += f"  loss/bound {worst.bound_ratio:.2f}"
+    if worst.alpha is not None:
+        line += f"  α {worst.alpha:.2f}"
+    if any(row.rejected for row in rows):
+        line += f"  {sum(row.rejected or 0 for row in rows)} rounds rejected"
     return f"{line}  {worst.tokens} tokens  {seconds:.1f}s"
 
 
@@ -59,6 +63,10 @@ def summary(report: Report) -> str:
     ]
     if totals["mean_error"] is not None:
         lines.append(f"mean error {totals['mean_error']:.4f} (rtn {totals['mean_rtn_error']:.4f}), over all linears")
+    if totals["rounds"] or totals["rejected_rounds"]:
+        lines.append(
+            f"refinement rounds: {totals['rounds']} kept, {totals['rejected_rounds']} rejected on held-out tokens"
+        )
     lines.append("time " + ", ".join(f"{phase} {seconds:.1f}s" for phase, seconds in report.seconds.items()))
     lines += [f"note: {event}" for event in report.events]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS
 from nearplane.formats.base import Format
 from nearplane.methods import Method
+from nearplane.methods.base import Need
 from nearplane.models.discover import Block, discover
 from nearplane.models.source import Source, open_source
 from nearplane.stream import stream
@@ -40,7 +41,7 @@ class Plan:
     def stream(self) -> Any:
         """The walk over blocks."""
         ids = None if self.tokens is None else self.tokens.ids
-        reference = "D" in self.method.needs
+        reference = bool(self.method.needs & {"D", "R"})
         return stream(self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference)
 
     def disk_name(self, site: str) -> str:
@@ -122,8 +123,9 @@ def make_plan(
         raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
     if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
         raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
-    if not set(method.needs) <= {"H", "D"}:
-        raise SettingError(f"a method may need 'H' and 'D'; {type(method).__name__} needs {sorted(method.needs)}.")
+    if not set(method.needs) <= set(get_args(Need)):
+        known = ", ".join(get_args(Need))
+        raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")
     source = open_source(model, trust_remote_code=trust_remote_code)
     stored = source.dtype if dtype == "auto" else pick_dtype(dtype)
     compute = torch.float32 if where.type == "cpu" else source.dtype

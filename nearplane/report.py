@@ -43,6 +43,9 @@ class LinearRow:
     clipped: int | None  # codes that would have left the grid before clipping
     damp_percent: float | None
     damp_raised: int
+    alpha: float | None  # share of the exact target's step that held-out tokens wanted
+    rounds: int | None  # refinement rounds kept
+    rejected: int | None  # refinement rounds undone: they raised the held-out loss
     tokens: int
     dropped: int
     seconds: float
@@ -78,9 +81,13 @@ class Report:
         error = rtn_error = None
         if moments is not None:
             power = _energy(weight, moments.H)
-            error = _energy(delta, moments.H) / power if power > 0 else 0.0
-            rtn_error = _energy(_rounded(weight, quantized, grid).sub_(weight), moments.H) / power if power > 0 else 0.0
-        certificate = quantized.certificate
+            rtn = _rounded(weight, quantized, grid).sub_(weight)
+            error, rtn_error = (_energy(d, moments.H) / power if power > 0 else 0.0 for d in (delta, rtn))
+            # A method that corrects drift leaves W on purpose: it is judged on what it minimizes.
+            loss, rtn_loss = (_energy(d, moments.H) - 2 * _wanted(d, weight, moments) for d in (delta, rtn))
+            if loss > rtn_loss and rtn_error > 0:
+                self.events.append(f"{name}: error {error:.3g} is above round-to-nearest's {rtn_error:.3g}")
+        certificate, course = quantized.certificate, quantized.course
         norm = float(weight.square().sum())
         row = LinearRow(
             name=name,
@@ -94,13 +101,14 @@ class Report:
             clipped=None if certificate is None else int(certificate.clipped.sum()),
             damp_percent=None if factor is None else factor.damp_percent,
             damp_raised=0 if factor is None else factor.raised,
+            alpha=None if course is None else course.alpha,
+            rounds=None if course is None else course.rounds,
+            rejected=None if course is None else course.rejected,
             tokens=0 if moments is None else moments.tokens,
             dropped=0 if moments is None else moments.dropped,
             seconds=seconds,
         )
         self.linears.append(row)
-        if row.error is not None and row.rtn_error is not None and row.error > row.rtn_error > 0:
-            self.events.append(f"{name}: error {row.error:.3g} is above round-to-nearest's {row.rtn_error:.3g}")
         if row.bound_ratio is not None and row.bound_ratio > 1:
             self.events.append(f"{name}: loss {row.bound_ratio:.1f} times Babai's bound, {row.clipped} codes clipped")
         return row
@@ -127,6 +135,8 @@ class Report:
             "mean_weight_error": sum(r.weight_error for r in self.linears) / max(1, len(self.linears)),
             "clipped": sum(row.clipped or 0 for row in self.linears),
             "damp_raised": sum(row.damp_raised for row in self.linears),
+            "rounds": sum(row.rounds or 0 for row in self.linears),
+            "rejected_rounds": sum(row.rejected or 0 for row in self.linears),
             "dropped_tokens": sum(row.dropped for row in self.linears),
             "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights else 0.0,
             "seconds": sum(self.seconds.values()),
@@ -140,6 +150,12 @@ class Report:
 def _energy(weight: Tensor, H: Tensor) -> float:
     """``tr(W H Wᵀ)``: mean squared output over the calibration tokens."""
     return float((weight @ H).mul_(weight).sum())
+
+
+def _wanted(delta: Tensor, weight: Tensor, moments: Moments) -> float:
+    """``⟨Q - W, W D + R⟩``: what of the drift the change takes up; ‖QX̂ - WX - R‖² falls by twice as much."""
+    taken = 0.0 if moments.R is None else float((delta * moments.R).sum())
+    return taken if moments.D is None else taken + float((delta * (weight @ moments.D)).sum())
 
 
 def _rounded(weight: Tensor, quantized: Quantized, grid: Grid) -> Tensor:

@@ -4,59 +4,33 @@ Two hidden-state streams start equal at the first block: the quantized stream ru
 reference stream through the original ones. Each block is run by the model's *own* forward with the other blocks stubbed
 out, so masks, positions and whatever a model does between blocks are its own; no call is imitated. What a block returns
 beside its hidden state is kept from its first run.
+
+A forward pauses where a stage begins and goes on when the stage is solved (``calibrate/forward.py``), so that a block
+costs each stream one forward, not one per stage. All batches are then on their way at once; where that would hold more
+than ``IN_FLIGHT_BYTES`` every stage is reached by a forward of its own instead, with the same result.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearplane.calibrate.observe import capture
+from nearplane.calibrate.forward import Forward, Stream, hooked
+from nearplane.calibrate.observe import Measuring, residual_drift
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 from nearplane.models import discover
-from nearplane.models.discover import Block, Site, Stage, Stop
+from nearplane.models.discover import Block, Site, Stage
 from nearplane.models.source import Source
 
 # Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
 BATCH_TOKENS = 2048
-
-
-class Stream:
-    """One hidden state per batch, advanced block by block."""
-
-    def __init__(self, model: nn.Module, names: list[str], batches: list[Tensor]) -> None:
-        self.model, self.names, self.batches = model, names, batches
-        self.hidden: list[Tensor | None] = [None] * len(batches)
-
-    def run(self, k: int, batch: int, rests: list[Any]) -> Tensor:
-        """Output of block ``k`` for one batch; ``rests[i]`` is what block i < k returns besides its hidden state.
-
-        A hook may end the run early by raising Stop; its caller then has what it wanted.
-        """
-        result: list[Tensor] = []
-
-        def block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
-            if i < k:
-                stored = self.hidden[batch]
-                assert stored is not None
-                return discover.with_rest(stored, rests[i])
-            output = original(*args, **kwargs)
-            if i == len(rests):
-                rests.append(discover.output_rest(output))
-            result.append(discover.output_hidden(output))
-            raise Stop
-
-        with discover.patched(self.model, self.names, block):
-            try:
-                self.model(input_ids=self.batches[batch], use_cache=False)
-            except Stop:
-                pass
-        return result[0] if result else self.batches[batch].new_empty(0)
+# What paused forwards may hold: the stream, a stage's input and a few tensors of that width, per token and stream.
+IN_FLIGHT_BYTES = 4 << 30
 
 
 class OpenBlock:
@@ -69,44 +43,84 @@ class OpenBlock:
         walk.source.load(self.block.name, walk.device, walk.dtype)
         model = walk.source.model
         self.original = {s.name: s.weight(model).clone() for s in self.block.sites} if len(walk.streams) == 2 else {}
+        self.reached = -1  # the stage that the paused forwards stand at
+        self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
+        self.hooks = ExitStack()
+        points = {site.adds_to for site in self.block.sites if site.adds_to is not None}
+        self.hooks.enter_context(hooked(model, [stage[0].name for stage in self.stages], sorted(points)))
 
     def weight(self, site: Site) -> Tensor:
         """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
         return site.weight(self.walk.source.model).to(self.walk.solve_dtype).contiguous()
 
     def observe(self, stage: Stage, needs: frozenset[Need]) -> Moments:
-        """Moments of the stage's common input: one pass over the samples, both streams in lockstep."""
-        walk, width = self.walk, stage[0].shape[1]
-        moments = Moments.zeros(width, drift="D" in needs, dtype=walk.solve_dtype, device=walk.device)
-        module = walk.source.model.get_submodule(stage[0].name)
-        for batch in range(len(walk.streams[0].batches)):
+        """Moments of the stage's common input over all samples, both streams in lockstep.
+
+        With "R" in ``needs`` also the drift of the residual stream, where the stage is one site that adds to it; with
+        "held_out" also the moments of every fourth sequence by themselves.
+        """
+        walk, number, site = self.walk, self.stages.index(stage), stage[0]
+        if number <= self.reached:
+            self._drop()
+        point = site.adds_to if "R" in needs and len(stage) == 1 else None
+        like = torch.empty(0, dtype=walk.solve_dtype, device=walk.device)
+        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, like, walk.sequences)
+        for batch in range(len(walk.batches)):
+            reference = self._forward(1, batch) if needs & {"D", "R"} else None
             x = None
-            if "D" in needs:
-                with self._reference_weights(), capture(module) as seen:
-                    walk.streams[1].run(self.k, batch, walk.rests)
-                x = torch.cat(seen) if seen else None
-            with capture(module) as seen:
-                walk.streams[0].run(self.k, batch, walk.rests)
-            if seen:
-                moments.add(torch.cat(seen), x)
-        return moments
+            if reference is not None:
+                with self._reference_weights():
+                    x = reference.until(site.name)
+            current = self._forward(0, batch)
+            xhat = current.until(site.name)
+            if xhat is not None:
+                drift = None
+                if point is not None and reference is not None:
+                    drift = residual_drift(reference.points[point], current.points[point])
+                measuring.add(walk.batches[batch].shape, xhat, x if "D" in needs else None, drift)
+            if not walk.keep:
+                self._drop(batch)
+        self.reached = number if walk.keep else -1
+        return measuring.result()
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""
         weight = site.weight(self.walk.source.model)
         weight.copy_(dequantize(quantized, grid).to(weight.dtype))
+        if any(site in stage for stage in self.stages[: max(self.reached, 0)]):
+            self._drop()  # the paused forwards have passed it with its former weight
 
     def advance(self) -> None:
         """Run the finished block over every batch, so that the streams stand before the next one."""
-        walk = self.walk
-        for i, stream in enumerate(walk.streams):
+        for i, stream in enumerate(self.walk.streams):
             with self._reference_weights() if i == 1 else nullcontext():
                 for batch in range(len(stream.batches)):
-                    stream.hidden[batch] = stream.run(self.k, batch, walk.rests)
+                    stream.hidden[batch] = self._forward(i, batch).until(None)
+                    self.paused.pop((i, batch))
+
+    def close(self) -> None:
+        """Forget the block."""
+        self._drop()
+        self.hooks.close()
+        self.walk.source.unload(self.block.name)
+
+    def _forward(self, i: int, batch: int) -> Forward:
+        """The paused forward of a batch of stream ``i``, or a new one."""
+        forward = self.paused.get((i, batch))
+        if forward is None or forward.dead:
+            forward = Forward(self.walk.streams[i], self.k, batch, self.walk.rests)
+            self.paused[i, batch] = forward
+        return forward
+
+    def _drop(self, batch: int | None = None) -> None:
+        """Give up the paused forwards, of one batch or of all."""
+        for key in [key for key in self.paused if batch is None or key[1] == batch]:
+            self.paused.pop(key).close()
+        self.reached = -1
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
-        """Original weights in place for the time of one run of the reference stream."""
+        """Original weights in place while the reference stream runs."""
         sites, model = self.block.sites, self.walk.source.model
         parameters = [model.get_submodule(site.name).weight for site in sites]
         current = [parameter.data for parameter in parameters]
@@ -136,11 +150,16 @@ class Walk:
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.rests: list[Any] = []
         self.streams: list[Stream] = []
+        self.batches: list[Tensor] = []
+        self.sequences = 0 if tokens is None else len(tokens)
+        self.keep = False
         names = [block.name for block in blocks]
         if tokens is not None:
             step = max(1, BATCH_TOKENS // tokens.shape[1])
-            batches = [tokens[a : a + step].to(device) for a in range(0, len(tokens), step)]
-            self.streams = [Stream(source.model, names, batches) for _ in range(2 if reference else 1)]
+            self.batches = [tokens[a : a + step].to(device) for a in range(0, len(tokens), step)]
+            self.streams = [Stream(source.model, names, self.batches) for _ in range(2 if reference else 1)]
+            width = max(site.shape[0] + site.shape[1] for block in blocks for site in block.sites)
+            self.keep = tokens.numel() * width * 2 * dtype.itemsize * len(self.streams) <= IN_FLIGHT_BYTES
         discover.load_outside(source, names, device, dtype)
 
 
@@ -161,11 +180,13 @@ def stream(
         walk = Walk(source, blocks, tokens, device, dtype, reference)
         for k, block in enumerate(blocks):
             opened = OpenBlock(walk, k)
-            yield opened
-            if k + 1 < len(blocks):
-                opened.advance()
-                _check_finite(walk, block)
-            source.unload(block.name)
+            try:
+                yield opened
+                if k + 1 < len(blocks):
+                    opened.advance()
+                    _check_finite(walk, block)
+            finally:
+                opened.close()
 
 
 def _check_finite(walk: Walk, block: Block) -> None:

@@ -1,26 +1,58 @@
-"""Seeing a linear's input: rows are tokens, in the order the model shows them."""
+"""What calibration measures at one stage: rows are tokens, in the order the model shows them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import torch
+from torch import Tensor
 
-from torch import Tensor, nn
+from nearplane.core.moments import Moments
+from nearplane.methods.base import Need
 
-from nearplane.models.discover import Stop
+# One in so many tokens is held out, where a method asks for that.
+HELD_OUT = 4
+# With fewer sequences than HELD_OUT, whole sequences cannot be set apart: runs of this many tokens are.
+RUN = 32
+# A token whose stream has more than this many times the median energy is a sink: it tells of itself, not of the text.
+SINK = 100.0
 
 
-@contextmanager
-def capture(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the module's input (tokens, in) and end the forward there: nothing further on is needed."""
-    seen: list[Tensor] = []
+class Measuring:
+    """Moments in the making; ``held_out`` tokens are kept apart as well."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        seen.append(x.reshape(-1, x.shape[-1]))
-        raise Stop
+    def __init__(self, needs: frozenset[Need], width: int, residual: int | None, like: Tensor, sequences: int) -> None:
+        """``residual``: width of the stream whose drift is measured; ``like`` gives dtype and device."""
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+        def empty() -> Moments:
+            return Moments.zeros(width, drift="D" in needs, residual=residual, dtype=like.dtype, device=like.device)
+
+        self.fit, self.held = empty(), empty() if "held_out" in needs else None
+        self.sequences, self.seen = sequences, 0
+
+    def add(self, batch: torch.Size, xhat: Tensor, x: Tensor | None, residual: Tensor | None) -> None:
+        """Take in a batch of (sequences, tokens)."""
+        if self.held is None:
+            self.fit.add(xhat, x, residual)
+            return
+        apart = self._apart(batch, len(xhat)).to(xhat.device)
+        for part, rows in ((self.fit, ~apart), (self.held, apart)):
+            part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
+
+    def result(self) -> Moments:
+        """Moments of all tokens, with those of the held-out ones beside them."""
+        return self.fit if self.held is None else self.fit.join(self.held)
+
+    def _apart(self, batch: torch.Size, rows: int) -> Tensor:
+        """Which rows are held out: every fourth sequence, or every fourth run of tokens where sequences are few."""
+        if rows != batch.numel() or self.sequences < HELD_OUT:
+            return torch.arange(rows) // RUN % HELD_OUT == HELD_OUT - 1
+        number = torch.arange(self.seen, self.seen + batch[0])
+        self.seen += batch[0]
+        return (number % HELD_OUT == HELD_OUT - 1).repeat_interleave(batch[1])
+
+
+def residual_drift(r: Tensor, rhat: Tensor) -> Tensor:
+    """``r - r̂`` of a stream (tokens, width), zero for attention sinks.
+
+    A window's first token can carry hundreds of times the energy of any other; it would own the moment.
+    """
+    energy = rhat.float().square().sum(1)
+    sink = energy > SINK * energy.median()
+    return (r - rhat).masked_fill(sink[:, None], 0)

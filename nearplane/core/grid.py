@@ -6,7 +6,7 @@ Decides the scale and zero of every group (``fit``), the rounding itself (``enco
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError
 
-Fit = Literal["minmax", "mse", "hessian"]
+Fit = Literal["auto", "minmax", "mse", "hessian"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 # The search of the published GPTQ code (arXiv 2210.17323, "--mse"): shrink the range to 1 - i/100, i = 0..79,
@@ -32,6 +32,14 @@ class Certificate(NamedTuple):
     clipped: Int[Tensor, "out"]  # codes of the row that would have left the range before clipping
 
 
+class Course(NamedTuple):
+    """How a method that judges its steps on held-out tokens went about one weight."""
+
+    alpha: float  # share of the target's full step that was taken, mean over rows
+    rounds: int  # refinement rounds kept
+    rejected: int  # rounds undone because the held-out loss rose
+
+
 class Quantized(NamedTuple):
     """A solved weight. The codes are the truth from the moment they are solved; formats only pack them."""
 
@@ -39,6 +47,7 @@ class Quantized(NamedTuple):
     scale: Float[Tensor, "out groups"]
     zero: UInt8[Tensor, "out groups"]
     certificate: Certificate | None = None
+    course: Course | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,9 @@ class Grid:
     """Input columns that share one scale; -1: one scale per output row."""
     sym: bool = True
     """Symmetric grid around zero; --no-sym stores a zero point per group."""
-    fit: Fit = "mse"
-    """How a group's range is chosen: its extremes, least weight error, or least error weighted by diag(H)."""
+    fit: Fit = "auto"
+    """How a group's range is chosen: minmax, its extremes; mse, least weight error; hessian, least error weighted by
+    diag(H); auto, hessian where the method reads data and mse where it does not."""
     scale_dtype: ScaleDtype = "float32"
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
 
@@ -64,8 +74,8 @@ class Grid:
         if self.bits == "ternary" and not self.sym:
             raise SettingError("a ternary grid {-s, 0, s} is symmetric by definition; use --sym.")
         for field, allowed in (
-            ("fit", ("minmax", "mse", "hessian")),
-            ("scale_dtype", ("float32", "float16", "bfloat16")),
+            ("fit", get_args(Fit)),
+            ("scale_dtype", get_args(ScaleDtype)),
         ):
             if getattr(self, field) not in allowed:
                 raise SettingError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}.")
@@ -116,14 +126,15 @@ def fit(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Scale and zero of groups of ``n`` weights each (last dimension), zeros as floats.
 
-    ``importance`` weights the squared error of each column and is what ``grid.fit == "hessian"`` needs: diag(H).
+    ``importance``, diag(H), weights the squared error of each column where ``grid.fit`` is "hessian" or "auto".
     Raises NumericalError where a scale does not fit ``grid.scale_dtype``.
     """
     rows = weight.reshape(-1, weight.shape[-1])
-    if grid.fit == "hessian":
-        if importance is None:
-            raise SettingError("fit='hessian' weights errors by diag(H), and this method reads no calibration data.")
-        importance = importance.expand_as(weight).reshape(rows.shape)
+    if grid.fit == "hessian" and importance is None:
+        raise SettingError("fit='hessian' weights errors by diag(H), and this method reads no calibration data.")
+    if importance is not None:
+        weighted = grid.fit in ("hessian", "auto")
+        importance = importance.expand_as(weight).reshape(rows.shape) if weighted else None
     low, high = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
     if not bool((high - low).isfinite().all()):
         raise NumericalError("the weights to be quantized hold NaN or Inf.")
@@ -135,7 +146,7 @@ def fit(
         step = max(1, CHUNK_WEIGHTS // rows.shape[1])
         for a in range(0, len(rows), step):
             part = slice(a, a + step)
-            weights = importance[part] if grid.fit == "hessian" and importance is not None else None
+            weights = None if importance is None else importance[part]
             scale[part], zero[part] = _search(rows[part], low[part], high[part], grid, weights)
     if not bool(scale.isfinite().all()):
         raise NumericalError(
@@ -191,15 +202,36 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Ten
         penalty = lambda error: error.square_().mul_(importance).sum(1)  # noqa: E731
     best_scale, best_zero = _grid_of_range(low, high, grid)
     best = torch.full_like(low, torch.inf)
-    for i in range(SHRINK_STEPS):
-        p = 1 - i / SHRINK_GRAIN
+    best_p = torch.ones_like(low)
+
+    def attempt(p: Tensor, shift: int = 0) -> None:
+        nonlocal best, best_scale, best_zero, best_p
         scale, zero = _grid_of_range(p * low, p * high, grid)
+        if shift:
+            zero = (zero + shift).clamp_(*grid.code_range)
         code = encode(rows, scale[:, None], zero[:, None], grid)
         error = penalty(code.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows))
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
+        best_p = torch.where(better, p, best_p)
+
+    import os
+
+    if importance is None:
+        for i in range(SHRINK_STEPS):
+            attempt(torch.full_like(low, 1 - i / SHRINK_GRAIN))
+    else:
+        step = 5
+        shifts = (-1, 0, 1) if os.environ.get("ZS") and not grid.sym else (0,)
+        for i in range(0, SHRINK_STEPS, step):
+            for sh in shifts:
+                attempt(torch.full_like(low, 1 - i / SHRINK_GRAIN), sh)
+        center = best_p.clone()
+        for d in (-3, -2, -1, 1, 2, 3):
+            for sh in shifts:
+                attempt(center + d / SHRINK_GRAIN, sh)
     return best_scale, best_zero
 
 

@@ -1,11 +1,13 @@
 """Second moments of one linear's input, averaged per token.
 
 With X the input in the original model and X̂ in the partially quantized one: ``H = X̂ X̂ᵀ/n`` and the drift
-moment ``D = (X - X̂) X̂ᵀ/n`` (GPTAQ's dXXT, arXiv 2504.02692). Everything the solvers do is invariant to a common
-rescale of both, so no factor 2/N appears.
+moment ``D = (X - X̂) X̂ᵀ/n`` (GPTAQ's dXXT, arXiv 2504.02692). Where the linear's output is added to a residual stream
+r, ``R = (r - r̂) X̂ᵀ/n`` is the drift that the linear could repair there. Everything the solvers do is invariant to a
+common rescale of all three, so no factor 2/N appears.
 """
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -23,47 +25,97 @@ class Moments:
 
     H: Float[Tensor, "in in"]
     D: Float[Tensor, "in in"] | None = None
+    R: Float[Tensor, "out in"] | None = None
     tokens: int = 0
     dropped: int = 0
+    held: "Moments | None" = None  # the same of a share of these tokens: what a choice is judged on
 
     @classmethod
     def zeros(
-        cls, n: int, *, drift: bool = False, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        n: int,
+        *,
+        drift: bool = False,
+        residual: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> "Moments":
-        """Empty moments of an input with ``n`` features; ``drift`` reserves D."""
+        """Empty moments of an input with ``n`` features; ``drift`` reserves D, ``residual`` (its width) reserves R."""
         H = torch.zeros(n, n, dtype=dtype, device=device)
-        return cls(H, torch.zeros_like(H) if drift else None)
+        return cls(H, torch.zeros_like(H) if drift else None, None if residual is None else H.new_zeros(residual, n))
 
-    def add(self, xhat: Float[Tensor, "tokens in"], x: Float[Tensor, "tokens in"] | None = None) -> None:
-        """Take in a batch: ``xhat`` of the quantized stream, ``x`` of the reference stream when D is kept.
+    def add(
+        self,
+        xhat: Float[Tensor, "tokens in"],
+        x: Float[Tensor, "tokens in"] | None = None,
+        drift: Float[Tensor, "tokens out"] | None = None,
+    ) -> None:
+        """Take in a batch: ``xhat`` of the quantized stream, ``x`` of the reference stream when D is kept, the
+        stream's ``drift`` r - r̂ when R is.
 
-        A token with a non-finite value in either stream is left out and counted in ``dropped``.
+        A token with a non-finite value anywhere is left out and counted in ``dropped``.
         """
-        if (x is None) != (self.D is None):
-            raise ValueError("x is needed exactly when the moments keep D.")
-        xhat = xhat.to(self.H.dtype)
-        shift = None if x is None else x.to(self.H.dtype) - xhat
-        finite = xhat.isfinite().all(1) if shift is None else (xhat.isfinite() & shift.isfinite()).all(1)
+        if (x is None) != (self.D is None) or (drift is None) != (self.R is None):
+            raise ValueError("x is needed exactly when the moments keep D, and drift exactly when they keep R.")
+        dtype = self.H.dtype
+        xhat = xhat.to(dtype)
+        finite = xhat.isfinite().all(1)
+        sides: list[tuple[Tensor, Tensor]] = []  # a moment, and what stands left of X̂ᵀ in it
+        if self.D is not None and x is not None:
+            sides.append((self.D, x.to(dtype) - xhat))
+        if self.R is not None and drift is not None:
+            sides.append((self.R, drift.to(dtype)))
+        for _, left in sides:
+            finite &= left.isfinite().all(1)
         kept = int(finite.sum())
         self.dropped += len(xhat) - kept
         if kept == 0:
             return
         if kept < len(xhat):
-            xhat, shift = xhat[finite], None if shift is None else shift[finite]
+            xhat, sides = xhat[finite], [(moment, left[finite]) for moment, left in sides]
         keep, step = self.tokens / (self.tokens + kept), 1 / (self.tokens + kept)
-        torch.addmm(self.H, xhat.T, xhat, beta=keep, alpha=step, out=self.H)
-        if self.D is not None and shift is not None:
-            torch.addmm(self.D, shift.T, xhat, beta=keep, alpha=step, out=self.D)
+        add_gram(self.H, xhat, keep, step)
+        for moment, left in sides:
+            torch.addmm(moment, left.T, xhat, beta=keep, alpha=step, out=moment)
         self.tokens += kept
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both sets of tokens together: the weighted mean, so shards combine exactly."""
-        if (self.D is None) != (other.D is None):
-            raise ValueError("moments with and without D cannot be merged.")
+        if (self.D is None) != (other.D is None) or (self.R is None) != (other.R is None):
+            raise ValueError("moments that keep different things cannot be merged.")
+        held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
+        D, R = (None if moment is None else moment.clone() for moment in (self.D, self.R))
+        whole = Moments(self.H.clone(), D, R, self.tokens, self.dropped)
+        whole._absorb(other)
+        whole.held = held
+        return whole
+
+    def join(self, held: "Moments") -> "Moments":
+        """These moments and those of the ``held`` tokens together, with ``held`` kept beside; takes both over."""
+        self._absorb(held)
+        self.held = held
+        return self
+
+    @overload
+    def fit(self, moment: Literal["H"]) -> Tensor: ...
+    @overload
+    def fit(self, moment: Literal["D", "R"]) -> Tensor | None: ...
+    def fit(self, moment: Literal["H", "D", "R"]) -> Tensor | None:
+        """One moment over the tokens that are not held out; None where it is not kept."""
+        whole: Tensor | None = getattr(self, moment)
+        part: Tensor | None = getattr(self.held, moment, None)
+        if whole is None or part is None or self.held is None or not 0 < self.held.tokens < self.tokens:
+            return whole
+        share = self.held.tokens / self.tokens
+        return torch.sub(whole, part, alpha=share).div_(1 - share)
+
+    def _absorb(self, other: "Moments") -> None:
         tokens = self.tokens + other.tokens
         a, b = (self.tokens / tokens, other.tokens / tokens) if tokens else (0.0, 0.0)
-        D = None if self.D is None or other.D is None else a * self.D + b * other.D
-        return Moments(a * self.H + b * other.H, D, tokens, self.dropped + other.dropped)
+        for mine, its in ((self.H, other.H), (self.D, other.D), (self.R, other.R)):
+            if mine is not None and its is not None:
+                mine.mul_(a).add_(its, alpha=b)
+        self.tokens, self.dropped = tokens, self.dropped + other.dropped
 
     def check(self) -> None:
         """Raise NumericalError where no solver could give a meaningful answer."""
@@ -75,7 +127,7 @@ class Moments:
                 f"{self.dropped} of {total} calibration tokens have NaN or Inf in this layer's input. Likely causes: a "
                 "broken weight before it, or a dtype too narrow for this model's activations."
             )
-        if not bool(self.H.isfinite().all()) or (self.D is not None and not bool(self.D.isfinite().all())):
+        if not all(bool(moment.isfinite().all()) for moment in (self.H, self.D, self.R) if moment is not None):
             raise NumericalError(
                 "the Hessian overflowed; likely an activation far outside float32's square root. "
                 "Check the model's dtype and the calibration text."
@@ -88,3 +140,17 @@ class Moments:
         if self.D is None:
             raise ValueError("these moments were collected without D; a method asks for it with needs={'H', 'D'}.")
         return self.D
+
+
+# Columns of one strip of a Gram matrix: wide enough for the GEMM, narrow enough to leave out most of the lower half.
+STRIP = 512
+
+
+def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"], keep: float, step: float) -> None:
+    """``total ← keep total + step xᵀx``, by strips of columns: what lies below a strip is the mirror of the other half."""
+    n = len(total)
+    for a in range(0, n, STRIP):
+        b = min(a + STRIP, n)
+        part = total[:b, a:b]
+        torch.addmm(part, x[:, :b].T, x[:, a:b], beta=keep, alpha=step, out=part)
+        total[a:b, :a] = total[:a, a:b].T

@@ -47,7 +47,7 @@ class CompressedTensors:
 
     def tensors(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
         """int32 (out, words), scale (out, groups), int64 (2,), and int32 (words, groups) of zeros if asymmetric."""
-        codes, scale, zero, _ = check(name, quantized, grid)
+        codes, scale, zero = check(name, quantized, grid)[:3]
         tensors = {
             f"{name}.weight_packed": pack(codes, grid.storage_bits),
             f"{name}.weight_scale": scale,

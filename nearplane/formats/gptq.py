@@ -53,7 +53,7 @@ class GPTQ:
 
     def tensors(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
         """int32 (in words, out), int32 (groups, out words), float16 (groups, out), int32 (in,)."""
-        codes, scale, zero, _ = check(name, quantized, grid)
+        codes, scale, zero = check(name, quantized, grid)[:3]
         stored = zero.T if self.name == "gptq_v2" else zero.T - 1  # symmetric: at least 2 - 1, never below 0
         columns = torch.arange(codes.shape[1], dtype=torch.int32)
         return {

@@ -7,10 +7,18 @@ A method is a frozen dataclass whose fields are its options. A user's own class 
 from nearplane.methods.base import Method
 from nearplane.methods.gptaq import GPTAQ
 from nearplane.methods.gptq import GPTQ
+from nearplane.methods.nearplane import NearPlane
 from nearplane.methods.obq import OBQ
 from nearplane.methods.rescomp import ResComp
 from nearplane.methods.rtn import RTN
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "obq": OBQ, "gptq": GPTQ, "gptaq": GPTAQ, "rescomp": ResComp}
+METHODS: dict[str, type[Method]] = {
+    "rtn": RTN,
+    "obq": OBQ,
+    "gptq": GPTQ,
+    "gptaq": GPTAQ,
+    "rescomp": ResComp,
+    "nearplane": NearPlane,
+}
 
-__all__ = ["GPTAQ", "GPTQ", "METHODS", "OBQ", "RTN", "Method", "ResComp"]
+__all__ = ["GPTAQ", "GPTQ", "METHODS", "OBQ", "RTN", "Method", "NearPlane", "ResComp"]

@@ -13,7 +13,7 @@ from nearplane.core.grid import Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.sweep import Push, sweep
 
-Need = Literal["H", "D"]
+Need = Literal["H", "D", "R", "held_out"]
 
 
 @runtime_checkable
@@ -73,9 +73,8 @@ class Sweeping:
 
     def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
         """Fit the groups, sweep, and check Babai's certificate. ``weight`` has the dtype of the moments."""
-        importance = state.importance if grid.fit == "hessian" else None
-        scales = fit_groups(weight, grid, importance) if self.static_groups else None
-        solved = sweep(weight, state.factor, grid, scales, push=state.push, importance=importance)
+        scales = fit_groups(weight, grid, state.importance) if self.static_groups else None
+        solved = sweep(weight, state.factor, grid, scales, push=state.push, importance=state.importance)
         if solved.certificate is not None:
             verify(solved.certificate)
         return solved

@@ -68,7 +68,7 @@ class OBQ:
         reason = self.refuses((out, n))
         if reason is not None:
             raise SettingError(reason + ".")
-        scale, zero = fit_groups(weight, grid, state.importance if grid.fit == "hessian" else None)
+        scale, zero = fit_groups(weight, grid, state.importance)
         codes = torch.empty(out, n, dtype=torch.uint8, device=weight.device)
         group = torch.arange(n, device=weight.device) // grid.group_width(n)
         step = max(1, CHUNK_NUMBERS // n**2)

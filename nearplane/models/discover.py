@@ -8,8 +8,8 @@ equal structure are probed once, so that only one block per kind is ever read fr
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from nearplane.core.errors import NearplaneError
 from nearplane.models.source import Source
 
 PROBE_TOKENS = 8
+# Two tensors are one when they differ by no more than rounding, relative to their size.
+SAME = 1e-5
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Site:
     name: str
     shape: tuple[int, int]  # (out, in)
     transposed: bool = False
+    adds_to: str | None = None  # its output is added to what goes into this module: the residual stream there
 
     def weight(self, model: nn.Module) -> Tensor:
         """The (out, in) view of the live weight."""
@@ -71,12 +74,12 @@ def discover(source: Source) -> list[Block]:
             source.load(name, cpu, dtype)
             with _record(module) as calls:
                 output = original(*args, **kwargs)
-            stages = _stages(calls)
-            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c[0] for c in calls}]
+            stages = _stages(calls, output_hidden(output))
+            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c.name for c in calls}]
             found[kind] = stages, unreached, output_rest(output)
             source.unload(name)
         stages, unreached, rest = found[kind]
-        rename = [[Site(f"{name}.{s.name}", s.shape, s.transposed) for s in stage] for stage in stages]
+        rename = [[_below(name, site) for site in stage] for stage in stages]
         blocks.append(Block(name, rename, [f"{name}.{n}" for n in unreached]))
         if k == len(names) - 1:
             raise Stop
@@ -170,18 +173,34 @@ def with_rest(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
     return hidden if rest is None else (hidden, *rest)
 
 
+class _Call(NamedTuple):
+    """One call inside a block; the tensors are kept alive, so that storage identifies them."""
+
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor | None
+
+
 @contextmanager
-def _record(module: nn.Module) -> Iterator[list[tuple[str, nn.Module, Tensor]]]:
-    """Every call of a linear with its input; the tensors are kept alive, so that storage identifies them."""
-    calls: list[tuple[str, nn.Module, Tensor]] = []
+def _record(module: nn.Module) -> Iterator[list[_Call]]:
+    """Every call of a module inside ``module`` that takes one tensor, in the order in which calls begin."""
+    calls: list[_Call] = []
     hooks = []
     for name, child in module.named_modules():
-        if is_linear(child):
 
-            def hook(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                calls.append((name, m, args[0]))
+        def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(x, Tensor) and x.is_floating_point():
+                calls.append(_Call(name, m, x, None))
 
-            hooks.append(child.register_forward_pre_hook(hook))
+        def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+            if is_linear(m):
+                number = max(i for i, call in enumerate(calls) if call.name == name)
+                calls[number] = calls[number]._replace(output=output)
+
+        hooks.append(child.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(child.register_forward_hook(after))
     try:
         yield calls
     finally:
@@ -189,12 +208,12 @@ def _record(module: nn.Module) -> Iterator[list[tuple[str, nn.Module, Tensor]]]:
             handle.remove()
 
 
-def _stages(calls: list[tuple[str, nn.Module, Tensor]]) -> list[Stage]:
-    """Group calls by input tensor, first call first."""
+def _stages(calls: list[_Call], hidden: Tensor) -> list[Stage]:
+    """Group calls of linears by input tensor, first call first."""
     stages: dict[Any, Stage] = {}
     seen: set[str] = set()
-    for name, module, x in calls:
-        if name in seen:
+    for name, module, x, y in calls:
+        if name in seen or not is_linear(module):
             continue
         seen.add(name)
         key = (x.data_ptr(), x.shape, x.stride())
@@ -202,8 +221,33 @@ def _stages(calls: list[tuple[str, nn.Module, Tensor]]) -> list[Stage]:
         assert isinstance(weight, Tensor)
         transposed = isinstance(module, Conv1D)
         out, width = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-        stages.setdefault(key, []).append(Site(name, (out, width), transposed))
+        site = Site(name, (out, width), transposed, _stream_point(y, calls, hidden))
+        stages.setdefault(key, []).append(site)
     return list(stages.values())
+
+
+def _stream_point(y: Tensor | None, calls: list[_Call], hidden: Tensor) -> str | None:
+    """The module whose input is the residual stream that a linear's output ``y`` is added to, found by its values.
+
+    Some later tensor must equal that input plus y: another module's input, or the block's output. A model that scales or
+    normalizes what it adds has no such pair, and its sites go without.
+    """
+    if y is None or y.numel() != hidden.numel():
+        return None
+    inputs = {call.name: call.input.reshape(y.shape) for call in reversed(calls) if call.input.numel() == y.numel()}
+    size = float(y.norm())
+    for name, before in inputs.items():  # the first call of a module wins
+        for after in (*inputs.values(), hidden.reshape(y.shape)):
+            rounding = SAME * float(after.norm())
+            if float((after - before - y).norm()) <= rounding + SAME * size < size:
+                return name
+    return None
+
+
+def _below(block: str, site: Site) -> Site:
+    """A site of a block's kind, named in one block."""
+    point = None if site.adds_to is None else f"{block}.{site.adds_to}".rstrip(".")
+    return replace(site, name=f"{block}.{site.name}", adds_to=point)
 
 
 def _structure(module: nn.Module) -> Any:

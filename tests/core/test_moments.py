@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearplane.core.errors import NumericalError
-from nearplane.core.moments import Moments
+from nearplane.core.moments import Moments, add_gram
 
 
 def streams(tokens, n, seed=0):
@@ -120,3 +120,143 @@ def test_check_names_empty_zero_and_overflown_moments():
     with pytest.raises(NumericalError, match="overflowed"):
         Moments(torch.eye(3), torch.full((3, 3), float("nan")), tokens=5).check()
     Moments(torch.eye(3), torch.zeros(3, 3), tokens=5).check()
+
+
+# --- the residual stream's drift, and held-out tokens -------------------------------------------------------------
+
+
+def three_streams(tokens, n, width, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(tokens, k, generator=g, dtype=torch.float64) for k in (n, n, width))
+
+
+def all_three(n, width, *batches):
+    m = Moments.zeros(n, drift=True, residual=width, dtype=torch.float64)
+    for batch in batches:
+        m.add(*batch)
+    return m
+
+
+def dense(xhat, x, drift):
+    """H, D and R token by token."""
+    tokens = [*zip(xhat, x, drift, strict=True)]
+    return (
+        sum(torch.outer(t, t) for t, _, _ in tokens) / len(tokens),
+        sum(torch.outer(r - t, t) for t, r, _ in tokens) / len(tokens),
+        sum(torch.outer(d, t) for t, _, d in tokens) / len(tokens),
+    )
+
+
+def same_three(m, expected):
+    for mine, its in zip((m.H, m.D, m.R), expected, strict=True):
+        same(mine, its)
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 7), st.lists(st.integers(0, 30), max_size=4))
+def test_all_three_moments_are_the_dense_formulas(tokens, n, width, cuts):
+    streams = three_streams(tokens, n, width)
+    edges = [0, *sorted(min(c, tokens) for c in cuts), tokens]
+    m = all_three(n, width, *([s[a:b] for s in streams] for a, b in itertools.pairwise(edges)))
+    same_three(m, dense(*streams))
+    assert (m.tokens, m.dropped) == (tokens, 0)
+
+
+@pytest.mark.parametrize("keep_d", [True, False])
+def test_the_residual_drift_goes_with_or_without_d(keep_d):
+    xhat, x, drift = three_streams(12, 4, 3)
+    m = Moments.zeros(4, drift=keep_d, residual=3, dtype=torch.float64)
+    m.add(xhat, x if keep_d else None, drift)
+    same(m.R, dense(xhat, x, drift)[2])
+    assert (m.D is not None) == keep_d
+    for wrong in ((xhat, None if keep_d else x, drift), (xhat, x if keep_d else None, None)):
+        with pytest.raises(ValueError, match="exactly when"):
+            m.add(*wrong)
+    with pytest.raises(ValueError, match="exactly when"):
+        moments(4).add(xhat, x, drift)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        m.merge(Moments.zeros(4, drift=keep_d, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_token_not_finite_anywhere_is_dropped_everywhere(bad):
+    streams = three_streams(12, 4, 3)
+    broken = [s.clone() for s in streams]
+    broken[0][1, 2], broken[1][5, 0], broken[2][8, 1] = bad, bad, bad
+    broken[0][9, 0] = broken[2][9, 2] = bad  # one token, counted once
+    keep = [0, 2, 3, 4, 6, 7, 10, 11]
+    m = all_three(4, 3, [s[:6] for s in broken], [s[6:] for s in broken])
+    same_three(m, dense(*(s[keep] for s in streams)))
+    assert (m.tokens, m.dropped) == (8, 4)
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 6), st.integers(1, 5))
+def test_joining_keeps_the_held_tokens_beside(first, second, n, width):
+    streams = three_streams(first + second, n, width)
+    own, held = all_three(n, width, [s[:first] for s in streams]), all_three(n, width, [s[first:] for s in streams])
+    own.dropped, held.dropped = 2, 3
+    fitted, kept = own.H.clone(), [held.H.clone(), held.D.clone(), held.R.clone()]
+    joined = own.join(held)
+    assert joined.held is held and (joined.tokens, joined.dropped) == (first + second, 5)
+    same_three(held, kept)
+    if first + second:
+        same_three(joined, dense(*streams))
+    if first:
+        rest = dense(*(s[:first] for s in streams))
+        before = joined.H.clone(), joined.D.clone(), joined.R.clone()
+        for moment, expected in zip("HDR", rest, strict=True):
+            torch.testing.assert_close(joined.fit(moment), expected, rtol=1e-10, atol=1e-10)
+        assert all(map(torch.equal, before, (joined.H, joined.D, joined.R)))
+        same(joined.fit("H"), fitted)
+    if second:
+        same_three(joined.held, dense(*(s[first:] for s in streams)))
+
+
+def test_without_held_tokens_all_are_fitted():
+    streams = three_streams(9, 4, 3)
+    m = all_three(4, 3, streams)
+    assert all(torch.equal(m.fit(k), getattr(m, k)) for k in "HDR")
+
+
+def test_merging_shards_merges_what_they_hold():
+    streams = three_streams(20, 4, 3)
+    parts = [all_three(4, 3, [s[a:b] for s in streams]) for a, b in ((0, 7), (7, 10), (10, 16), (16, 20))]
+    shards = parts[0].join(parts[1]), parts[2].join(parts[3])
+    before = [t.clone() for shard in shards for m in (shard, shard.held) for t in (m.H, m.D, m.R)]
+    whole = shards[0].merge(shards[1])
+    assert all(map(torch.equal, before, (t for shard in shards for m in (shard, shard.held) for t in (m.H, m.D, m.R))))
+    same_three(whole, dense(*streams))
+    held = [7, 8, 9, 16, 17, 18, 19]
+    assert (whole.tokens, whole.held.tokens) == (20, 7)
+    same_three(whole.held, dense(*(s[held] for s in streams)))
+    rest = [i for i in range(20) if i not in held]
+    for moment, expected in zip("HDR", dense(*(s[rest] for s in streams)), strict=True):
+        torch.testing.assert_close(whole.fit(moment), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_check_reads_the_residual_drift():
+    with pytest.raises(NumericalError, match="overflowed"):
+        Moments(torch.eye(3), None, torch.full((2, 3), float("inf")), tokens=5).check()
+
+
+# --- the Gram matrix by strips ------------------------------------------------------------------------------------
+
+WIDTHS = [1, 33, 511, 512, 513, 1100]  # around one and two strips
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_gram_matrix_by_strips(n):
+    first, second = three_streams(7, n, n)[:2]
+    total = torch.full((n, n), float("nan"), dtype=torch.float64)
+    add_gram(total, first, 0.0, 0.5)  # keep = 0 forgets even what is not finite
+    same(total, 0.5 * first.T @ first)
+    add_gram(total, second, 0.25, 2.0)
+    same(total, 0.125 * first.T @ first + 2.0 * second.T @ second)
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_matrix_is_symmetric_to_the_last_bit(n, dtype):
+    total = torch.zeros(n, n, dtype=dtype)
+    for batch in three_streams(7, n, n)[:2]:
+        add_gram(total, batch.to(dtype), 0.5, 0.5)
+    assert torch.equal(total, total.T)

@@ -1,5 +1,6 @@
 """Discovery on many architectures, against what is known of each and against the model's own forward."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_stages_and_replay(kind: str, tmp_path: Path) -> None:
         if k > 0:
             before = torch.cat([hidden for hidden in quantized.hidden if hidden is not None])
             torch.testing.assert_close(before, seen[blocks[k - 1].name], rtol=1e-5, atol=1e-6)
-        output = torch.cat([quantized.run(k, batch, opened.walk.rests) for batch in range(len(quantized.batches))])
+        output = torch.cat([opened._forward(0, batch).until(None) for batch in range(len(quantized.batches))])
         torch.testing.assert_close(output, seen[blocks[k].name], rtol=1e-5, atol=1e-6)
 
 
@@ -89,3 +90,60 @@ def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     source.config.num_hidden_layers = 7
     with pytest.raises(NearplaneError, match="no list of 7 blocks"):
         discover(source)
+
+
+# Linears that add to the residual stream, and the module that reads the stream just before they do.
+ADDS_TO = {
+    "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+    "qwen3": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
+    "mpt": {"attn.out_proj": "norm_1", "ffn.down_proj": "norm_2"},
+    "opt": {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
+    # Normalized before they are added.
+    "gemma2": {},
+    "olmo2": {},
+    # Parallel blocks: two outputs are added to the stream at once (in Falcon one is first added to the other, in place).
+    "phi": {},
+    "gptj": {},
+    "falcon": {},
+}
+
+
+@pytest.mark.parametrize("kind", ADDS_TO)
+def test_where_an_output_joins_the_stream(kind: str, tmp_path: Path) -> None:
+    model = tiny.build(kind)
+    blocks = discover(open_source(tiny.save(model, tmp_path / "m")))
+    for block in blocks:
+        expected = {f"{block.name}.{a}": f"{block.name}.{b}" for a, b in ADDS_TO[kind].items()}
+        assert {site.name: site.adds_to for site in block.sites if site.adds_to is not None} == expected
+        assert {site.name for site in block.sites} > set(expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, sites in ADDS_TO.items() if sites])
+def test_the_stream_is_what_it_was_plus_the_output(kind: str, tmp_path: Path) -> None:
+    """In the model's own forward: first norm's input + attention = second norm's input, + MLP = the block's output."""
+    model = tiny.build(kind)
+    seen: dict[str, torch.Tensor] = {}
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda _m, _a, y: seen.__setitem__(name, (y[0] if isinstance(y, tuple) else y).clone())
+
+    blocks = discover(open_source(tiny.save(model, tmp_path / "m")))
+    for block in blocks:
+        model.get_submodule(block.name).register_forward_hook(after(block.name))
+        for site in block.sites:
+            if site.adds_to is not None:
+                model.get_submodule(site.name).register_forward_hook(after(site.name))
+                model.get_submodule(site.adds_to).register_forward_pre_hook(
+                    lambda _m, args, name=site.adds_to: seen.__setitem__(name, args[0].clone())
+                )
+    with torch.no_grad():
+        model(input_ids=tiny.tokens(2, 11), use_cache=False)
+    for block in blocks:
+        attention, mlp = (site for site in block.sites if site.adds_to is not None)
+        assert attention.adds_to is not None and mlp.adds_to is not None
+        for site, result in ((attention, seen[mlp.adds_to]), (mlp, seen[block.name])):
+            assert site.adds_to is not None
+            before, output = seen[site.adds_to], seen[site.name]
+            assert float(output.norm()) > 1e-2 * float(before.norm())
+            torch.testing.assert_close(before + output.view_as(before), result.view_as(before), rtol=1e-5, atol=1e-5)

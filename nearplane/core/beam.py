@@ -1,0 +1,72 @@
+"""The K-best sweep: GPTQ keeps one answer per row while it walks the columns, this keeps the K cheapest.
+
+The loss of a sweep is additive over columns, ``Σ_j d_j (v_j - q_j)²`` (``core/certificate.py``), so partial answers can be
+compared while they grow: Babai's nearest plane (arXiv 2507.18553) with a beam. K = 1 is the sweep; with K as large as the
+number of all codes it is the exhaustive optimum. Costs K times the sweep, and its memory.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.factor import Factor
+from nearplane.core.grid import Certificate, Grid, Quantized, group_index
+
+# Columns between two look-backs at all earlier error.
+PANEL = 64
+
+
+def beam_sweep(
+    target: Float[Tensor, "out in"],
+    factor: Factor,
+    grid: Grid,
+    scales: tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]],
+    beam: int,
+) -> Quantized:
+    """Round ``target`` column by column in ``factor.order`` on fixed groups, keeping ``beam`` answers per row."""
+    out, n = target.shape
+    w = target.T.index_select(0, factor.order)
+    group = group_index(factor.order, grid)
+    scale, zero = (part.T.to(target.dtype).index_select(0, group) for part in scales)
+    codes = torch.zeros(n, out, beam, dtype=torch.uint8, device=target.device)
+    error = target.new_zeros(n, out, beam)
+    cost = target.new_full((out, beam), torch.inf)
+    cost[:, 0] = 0  # one empty answer to begin with
+    clipped = torch.zeros(out, beam, dtype=torch.long, device=target.device)
+    for a in range(0, n, PANEL):
+        b = min(a + PANEL, n)
+        value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, -1)).reshape(b - a, out, beam)
+        history = torch.arange(beam, device=target.device).expand(out, beam)  # where each answer was at column a
+        for j in range(a, b):
+            v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]
+            choice = _nearest(v[:, :, None], s, z, grid, beam)
+            missed = v[:, :, None] - (choice - z) * s
+            total = (cost[:, :, None] + factor.pivots[j] * missed.square()).reshape(out, -1)
+            cost, kept = total.topk(beam, dim=1, largest=False, sorted=True)
+            parent = kept // choice.shape[2]
+            # Every answer takes along the past of the one it grew from.
+            value = value.gather(2, parent.expand_as(value))
+            error[a:j] = error[a:j].gather(2, parent.expand(j - a, out, beam))
+            codes[a:j] = codes[a:j].gather(2, parent.expand(j - a, out, beam))
+            history, clipped = history.gather(1, parent), clipped.gather(1, parent)
+            code = choice.reshape(out, -1).gather(1, kept)
+            codes[j] = code.to(torch.uint8)
+            error[j] = w[j, :, None] - (code - z[:, :, 0]) * s[:, :, 0]
+            reach = (value[j - a] / s[:, :, 0]).round_().add_(z[:, :, 0])
+            clipped = clipped + ((reach < grid.code_range[0]) | (reach > grid.code_range[1]))
+            value[j - a + 1 :] += factor.feedback[j, j + 1 : b, None, None] * error[j]
+        error[:a] = error[:a].gather(2, history.expand(a, out, beam))
+        codes[:a] = codes[:a].gather(2, history.expand(a, out, beam))
+    best = torch.empty(n, out, dtype=torch.uint8, device=target.device)
+    best[factor.order] = codes[:, :, 0]
+    bound = (factor.pivots[:, None] * scale.square()).sum(0) / 4
+    certificate = Certificate(cost[:, 0], bound, clipped[:, 0])
+    return Quantized(best.T.contiguous(), scales[0], scales[1].to(torch.uint8), certificate)
+
+
+def _nearest(value: Tensor, scale: Tensor, zero: Tensor, grid: Grid, count: int) -> Tensor:
+    """The ``count`` codes nearest to each value (all there are, if fewer): a window clamped to the grid."""
+    least, greatest = grid.code_range
+    count = min(count, greatest - least + 1)
+    first = (value / scale + zero - (count - 1) / 2).round_().clamp_(least, greatest - count + 1)
+    return first + torch.arange(count, device=value.device)
