@@ -6,7 +6,7 @@ nearplane quantize MODEL OUT --method examples.own_method:Cautious --caution 2
 from dataclasses import dataclass
 
 from nearplane import GPTQ, Moments
-from nearplane.core.factor import factorize
+from nearplane.core.factor import column_cost, factorize
 from nearplane.methods.base import Prepared
 
 
@@ -23,4 +23,4 @@ class Cautious(GPTQ):
         scarcity = self.caution * len(moments.H) / max(1, moments.tokens)
         damp_percent = min(1.0, self.damp_percent * (1 + scarcity))
         factor = factorize(moments.H, order=self.order, damp_percent=damp_percent)
-        return Prepared(factor, moments.H.diagonal())
+        return Prepared(factor, column_cost(moments.H, factor))

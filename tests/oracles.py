@@ -52,6 +52,15 @@ def inverse_root(A):
     return torch.linalg.cholesky(torch.linalg.inv(A), upper=True)
 
 
+def column_cost(H, A, order="natural"):
+    """The weight of errors in a fit: geometric mean of H_jj and the pivot 1/U_jj² of the column where it is solved."""
+    perm = column_order(A, order)
+    U = inverse_root(A[perm][:, perm])
+    pivots = torch.empty(len(H), dtype=H.dtype)
+    pivots[perm] = 1 / U.diagonal() ** 2
+    return (pivots * H.diagonal()).sqrt()
+
+
 def column_order(A, order):
     """``natural``, ``activation`` and ``pivot``, the last one by a right-looking elimination with Schur updates."""
     n = len(A)

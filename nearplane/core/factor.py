@@ -60,6 +60,17 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
     return Factor(feedback, root.square_(), chosen, damp_percent * mean, damp_percent, raised)
 
 
+def column_cost(H: Float[Tensor, "in in"], factor: Factor) -> Float[Tensor, "in"]:
+    """What an error in each column costs a sweep, in storage order: the weight of errors when a group is fitted.
+
+    H_jj where no later column answers for it, the pivot d_j where all do. Some do: clipping and the last columns leave
+    no room. The geometric mean of both fits better scales than either (docs/LOG.md).
+    """
+    pivots = torch.empty_like(factor.pivots)
+    pivots[factor.order] = factor.pivots
+    return pivots.mul_(H.diagonal()).sqrt_()
+
+
 def choose_order(H: Float[Tensor, "in in"], order: Order, damp: float = 0.0) -> Int[Tensor, "in"]:
     """The column to solve at each position; ``damp`` is what will be added to the diagonal.
 

@@ -4,7 +4,7 @@ Decides the scale and zero of every group (``fit``), the rounding itself (``enco
 (``decode``, ``dequantize``). A code is an unsigned integer, its value is ``scale * (code - zero)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -20,6 +20,8 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 # The search of the published GPTQ code (arXiv 2210.17323, "--mse"): shrink the range to 1 - i/100, i = 0..79,
 # keep the least sum of |error|**2.4.
 SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
+# The weighted search tries the middle of every five of these steps first, then the others of the best five.
+COARSE = 5
 # Rows are searched in chunks of about this many weights, so that one chunk stays in a core's second-level cache.
 CHUNK_WEIGHTS = 1 << 16
 
@@ -61,8 +63,8 @@ class Grid:
     sym: bool = True
     """Symmetric grid around zero; --no-sym stores a zero point per group."""
     fit: Fit = "auto"
-    """How a group's range is chosen: minmax, its extremes; mse, least weight error; hessian, least error weighted by
-    diag(H); auto, hessian where the method reads data and mse where it does not."""
+    """How a group's range is chosen: minmax, its extremes; mse, least weight error; hessian, least error weighted
+    by what it costs the layer's output; auto, hessian where the method reads data and mse where it does not."""
     scale_dtype: ScaleDtype = "float32"
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
 
@@ -126,12 +128,12 @@ def fit(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Scale and zero of groups of ``n`` weights each (last dimension), zeros as floats.
 
-    ``importance``, diag(H), weights the squared error of each column where ``grid.fit`` is "hessian" or "auto".
+    ``importance`` (``column_cost``) weights the squared error of each column where ``grid.fit`` is "hessian" or "auto".
     Raises NumericalError where a scale does not fit ``grid.scale_dtype``.
     """
     rows = weight.reshape(-1, weight.shape[-1])
     if grid.fit == "hessian" and importance is None:
-        raise SettingError("fit='hessian' weights errors by diag(H), and this method reads no calibration data.")
+        raise SettingError("fit='hessian' weights errors by what they cost, and this method reads no calibration data.")
     if importance is not None:
         weighted = grid.fit in ("hessian", "auto")
         importance = importance.expand_as(weight).reshape(rows.shape) if weighted else None
@@ -201,37 +203,26 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Ten
     else:
         penalty = lambda error: error.square_().mul_(importance).sum(1)  # noqa: E731
     best_scale, best_zero = _grid_of_range(low, high, grid)
-    best = torch.full_like(low, torch.inf)
-    best_p = torch.ones_like(low)
+    best, best_p = torch.full_like(low, torch.inf), torch.ones_like(low)
 
-    def attempt(p: Tensor, shift: int = 0) -> None:
-        nonlocal best, best_scale, best_zero, best_p
+    def attempt(p: Tensor) -> None:
         scale, zero = _grid_of_range(p * low, p * high, grid)
-        if shift:
-            zero = (zero + shift).clamp_(*grid.code_range)
         code = encode(rows, scale[:, None], zero[:, None], grid)
         error = penalty(code.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows))
         better = error < best
-        best = torch.where(better, error, best)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-        best_p = torch.where(better, p, best_p)
-
-    import os
+        for kept, new in ((best, error), (best_p, p), (best_scale, scale), (best_zero, zero)):
+            torch.where(better, new, kept, out=kept)
 
     if importance is None:
-        for i in range(SHRINK_STEPS):
-            attempt(torch.full_like(low, 1 - i / SHRINK_GRAIN))
+        tried: Iterable[int] = range(SHRINK_STEPS)
     else:
-        step = 5
-        shifts = (-1, 0, 1) if os.environ.get("ZS") and not grid.sym else (0,)
-        for i in range(0, SHRINK_STEPS, step):
-            for sh in shifts:
-                attempt(torch.full_like(low, 1 - i / SHRINK_GRAIN), sh)
-        center = best_p.clone()
-        for d in (-3, -2, -1, 1, 2, 3):
-            for sh in shifts:
-                attempt(center + d / SHRINK_GRAIN, sh)
+        tried = (0, *range(COARSE // 2, SHRINK_STEPS, COARSE))
+    for i in tried:
+        attempt(torch.full_like(low, 1 - i / SHRINK_GRAIN))
+    middle = best_p.clone()
+    for i in range(1, COARSE // 2 + 1) if importance is not None else ():
+        attempt(middle - i / SHRINK_GRAIN)
+        attempt((middle + i / SHRINK_GRAIN).clamp_(max=1))
     return best_scale, best_zero
 
 

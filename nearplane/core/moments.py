@@ -25,9 +25,9 @@ class Moments:
 
     H: Float[Tensor, "in in"]
     D: Float[Tensor, "in in"] | None = None
-    R: Float[Tensor, "out in"] | None = None
     tokens: int = 0
     dropped: int = 0
+    R: Float[Tensor, "out in"] | None = None
     held: "Moments | None" = None  # the same of a share of these tokens: what a choice is judged on
 
     @classmethod
@@ -42,7 +42,8 @@ class Moments:
     ) -> "Moments":
         """Empty moments of an input with ``n`` features; ``drift`` reserves D, ``residual`` (its width) reserves R."""
         H = torch.zeros(n, n, dtype=dtype, device=device)
-        return cls(H, torch.zeros_like(H) if drift else None, None if residual is None else H.new_zeros(residual, n))
+        R = None if residual is None else H.new_zeros(residual, n)
+        return cls(H, torch.zeros_like(H) if drift else None, R=R)
 
     def add(
         self,
@@ -85,7 +86,7 @@ class Moments:
             raise ValueError("moments that keep different things cannot be merged.")
         held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
         D, R = (None if moment is None else moment.clone() for moment in (self.D, self.R))
-        whole = Moments(self.H.clone(), D, R, self.tokens, self.dropped)
+        whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R)
         whole._absorb(other)
         whole.held = held
         return whole

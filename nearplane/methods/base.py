@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
     """What a sweeping method prepares once per input."""
 
     factor: Factor
-    importance: Float[Tensor, "in"]  # diag(H), undamped
+    importance: Float[Tensor, "in"]  # column_cost (core/factor.py)
     push: Push | None = None
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.errors import SettingError
-from nearplane.core.factor import Factor
+from nearplane.core.factor import Factor, column_cost
 from nearplane.core.moments import Moments
 from nearplane.core.sweep import Push
 from nearplane.methods.base import Need, Prepared, Sweeping
@@ -60,4 +60,4 @@ class GPTAQ(Sweeping):
         factor = self._factor(moments)
         matrix = drift_push(factor, moments.drift()).mul_(self.alpha)
         push = Push(matrix, "value" if self.variant == "consistent" else "code")
-        return Prepared(factor, moments.H.diagonal(), push)
+        return Prepared(factor, column_cost(moments.H, factor), push)

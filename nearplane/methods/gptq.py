@@ -6,6 +6,7 @@ disk (desc_act=false, static groups); (3) a dead input column keeps its weight, 
 
 from dataclasses import dataclass
 
+from nearplane.core.factor import column_cost
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need, Prepared, Sweeping
 
@@ -20,4 +21,5 @@ class GPTQ(Sweeping):
 
     def prepare(self, moments: Moments) -> Prepared:
         """One factor for all linears that read this input."""
-        return Prepared(self._factor(moments), moments.H.diagonal())
+        factor = self._factor(moments)
+        return Prepared(factor, column_cost(moments.H, factor))

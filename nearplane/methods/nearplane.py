@@ -24,7 +24,7 @@ from torch import Tensor
 from nearplane.core.beam import beam_sweep
 from nearplane.core.certificate import verify
 from nearplane.core.errors import SettingError
-from nearplane.core.factor import Factor, Order, factorize
+from nearplane.core.factor import Factor, Order, column_cost, factorize
 from nearplane.core.grid import Course, Grid, Quantized, dequantize, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.refine import descend, refit
@@ -102,7 +102,7 @@ class NearPlane:
             trials = [factorize(fit, damp_percent=damping) for damping in dampings]
         metric = moments.H.clone()
         metric.diagonal().add_(factor.damp)
-        return Aimed(moments, factor, steps, trials, importance(moments.H, factor), metric)
+        return Aimed(moments, factor, steps, trials, column_cost(moments.H, factor), metric)
 
     def solve(self, weight: Float[Tensor, "out in"], state: Aimed, grid: Grid) -> Quantized:
         """Aim, fit the groups, sweep, check Babai's certificate, refine."""
@@ -160,17 +160,6 @@ class NearPlane:
                 break  # the next round would begin where this one did
             solved, best, kept = candidate, loss, kept + 1
         return solved._replace(course=Course(alpha, kept, rejected))
-
-
-def importance(H: Float[Tensor, "in in"], factor: Factor) -> Float[Tensor, "in"]:
-    """What an error in each column costs when the sweep may still answer it in later ones.
-
-    The pivot d_j is what remains of H_jj when they all do; clipping and the last columns leave them less than that. The
-    geometric mean of both fits scales better than either (docs/LOG.md).
-    """
-    pivots = torch.empty_like(factor.pivots)
-    pivots[factor.order] = factor.pivots
-    return (pivots * H.diagonal()).sqrt_()
 
 
 def held_out_loss(weight: Float[Tensor, "out in"], moments: Moments, grid: Grid) -> Callable[[Quantized], float]:

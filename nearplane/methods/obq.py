@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.errors import SettingError
-from nearplane.core.factor import Factor, factorize
+from nearplane.core.factor import Factor, column_cost, factorize
 from nearplane.core.grid import Grid, Quantized, decode, encode, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
@@ -27,7 +27,7 @@ class Inverse(NamedTuple):
     """What OBQ prepares once per input."""
 
     factor: Factor  # of H + λI in natural order; its pivots certify that H is positive definite
-    importance: Float[Tensor, "in"]  # diag(H), undamped
+    importance: Float[Tensor, "in"]  # column_cost
     inverse: Float[Tensor, "in in"]
 
 
@@ -60,7 +60,7 @@ class OBQ:
         root = unit * factor.pivots.sqrt()  # upper, root @ root.T = H + λI
         eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
         half = torch.linalg.solve_triangular(root, eye, upper=True)
-        return Inverse(factor, moments.H.diagonal(), half.T @ half)
+        return Inverse(factor, column_cost(moments.H, factor), half.T @ half)
 
     def solve(self, weight: Float[Tensor, "out in"], state: Inverse, grid: Grid) -> Quantized:
         """Codes of every row on static groups."""

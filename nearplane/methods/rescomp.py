@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.errors import SettingError
+from nearplane.core.factor import column_cost
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
 from nearplane.core.sweep import Push
@@ -59,10 +60,10 @@ class ResComp(Sweeping):
         factor = self._factor(moments)
         if self.base == "gptq":
             R = drift_push(factor, moments.H).mul_(self.alpha2)
-            return Prepared(factor, moments.H.diagonal(), Push(-R, shift=R))
+            return Prepared(factor, column_cost(moments.H, factor), Push(-R, shift=R))
         R = drift_push(factor, moments.drift() + moments.H).mul_(self.alpha2)
         P = drift_push(factor, moments.drift()).mul_(self.alpha)
-        return Prepared(factor, moments.H.diagonal(), Push(P.sub_(R), shift=R))
+        return Prepared(factor, column_cost(moments.H, factor), Push(P.sub_(R), shift=R))
 
     def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
         """As ``Sweeping.solve``; the released carry depends on the bits."""

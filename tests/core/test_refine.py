@@ -239,20 +239,21 @@ def test_a_row_that_asks_for_a_negative_scale_keeps_its_own():
     assert bool((got.scale[1:] != solved.scale[1:]).all())
 
 
-def test_one_negative_group_does_not_raise_the_row():
+def test_a_row_is_taken_exactly_when_it_gains():
+    """Where a group asks for a negative scale, the other groups' best scales may be worse than none at all."""
     grid = Grid(bits=3, group_size=10)
-    rose = False
-    for seed in range(10):
+    verdicts = set()
+    for seed in range(20):
         target, A, solved = start(grid, 30, seed=seed)
         target = torch.cat([-target[:, :10], target[:, 10:]], 1)
         best = best_scales(target, A, solved, grid)
         mixed = torch.where(best > 0, best, solved.scale)
-        before = objective(target, A, weight_of(solved, grid))
-        rose |= bool((objective(target, A, weight_of(solved._replace(scale=mixed), grid)) > before).any())
+        before, after = (objective(target, A, weight_of(solved._replace(scale=s), grid)) for s in (solved.scale, mixed))
         got = refit(target, A, solved, grid)
-        assert bool((got.scale > 0).all())
-        assert bool((objective(target, A, weight_of(got, grid)) <= before * (1 + 1e-12)).all())
-    assert rose  # taking the positive ones alone would be wrong somewhere
+        expected = torch.where((after < before)[:, None], mixed, solved.scale)
+        torch.testing.assert_close(got.scale, expected, rtol=1e-4, atol=3e-5)
+        verdicts |= set((after < before).tolist())
+    assert verdicts == {True, False}
 
 
 @pytest.mark.parametrize("where", [slice(0, 8), slice(24, 27), slice(0, 27)])

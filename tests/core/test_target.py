@@ -1,4 +1,4 @@
-"""The exact target against dense least squares on the tokens themselves, and its shrinkage against a scan."""
+"""The exact target against dense least squares on the tokens, and what held-out tokens take of it."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from oracles import column_order, problem, refit_rest, static_scales
 from nearplane.core.factor import factorize
 from nearplane.core.grid import Grid
 from nearplane.core.sweep import sweep
-from nearplane.core.target import full_step, pull, shrinkage
+from nearplane.core.target import full_step, pull, row_shares, shares
 
 ORDERS = ["natural", "activation", "pivot"]
 TINY = 1e-12  # damping that leaves plain least squares
@@ -110,8 +110,8 @@ def test_inputs_are_left_alone():
     pull(x.W, None, R)
     pull(x.W, D, R)
     full_step(asked, factor)
-    shrinkage(step, asked, H, by_row=True)
-    shrinkage(step, asked, H, by_row=False)
+    row_shares(step, asked, H)
+    shares([step, step + asked], asked, H)
     assert all(map(torch.equal, given, before))
 
 
@@ -156,56 +156,107 @@ def test_sweep_on_the_target_is_asymmetric_least_squares(order):
 # --- the share of it that held-out tokens want --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_shrinkage_is_the_least_held_out_loss(by_row):
-    shares = torch.linspace(0, 1, 2001, dtype=torch.float64)
+def spectrum(x, percents=(0.01, 0.3, 10.0)):
+    """The step with several dampings: from all directions of the input to the strongest alone."""
+    return [full_step(x.pull(), factorize(x.H, damp_percent=percent)) for percent in percents]
+
+
+def mixed(steps, parts):
+    return sum(part * step for part, step in zip(parts, steps, strict=True))
+
+
+def test_one_share_is_the_least_held_out_loss():
+    scan = torch.linspace(0, 3, 3001, dtype=torch.float64)
+    seen = []
+    for seed in range(12):
+        fitted, held = split(layer(2, 10, seed=seed, tokens=40), 24)
+        step = full_step(fitted.pull(), factorize(fitted.H)) * (0.5 if seed % 3 else -1)
+        (share,) = shares([step], held.pull(), held.H)
+        losses = torch.stack([held.loss(held.W + a * step).sum() for a in scan])
+        assert abs(share - float(scan[losses.argmin()])) <= 0.5e-3 + 1e-9
+        assert float(held.loss(held.W + share * step).sum()) <= float(losses.min()) * (1 + 1e-12)
+        seen.append(share)
+    assert 0.0 in seen and any(0.05 < share < 1 for share in seen) and any(1 < share < 3 for share in seen)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_several_shares_are_the_least_together(count):
+    """On the tokens: a share above 0 has no slope left, one at 0 could only grow the loss."""
+    taken = set()
+    for seed in range(30):
+        fitted, held = split(layer(3, 12, seed=seed, tokens=48), 30)
+        steps = spectrum(fitted, (0.001, 0.1, 1.0, 0.3)[:count])
+        steps[-1] = steps[-1] * (1 if seed % 2 else -1)  # one that some layers do not want
+        parts = shares(steps, held.pull(), held.H)
+        assert len(parts) == count and min(parts) >= 0
+        missed = (held.W + mixed(steps, parts)) @ held.Xhat - held.W @ held.X - held.R
+        for step, part in zip(steps, parts, strict=True):
+            image = step @ held.Xhat
+            slope = float((missed * image).sum() / (missed.norm() * image.norm()))
+            assert abs(slope) < 1e-9 if part > 0 else slope > -1e-9
+        taken.add(sum(part > 0 for part in parts))
+    assert {1, 2} <= taken if count > 1 else taken == {0, 1}
+
+
+def test_row_shares_are_the_least_held_out_loss_within_the_step():
+    scan = torch.linspace(0, 1, 2001, dtype=torch.float64)
     seen = []
     for seed in range(8):
-        # Few tokens, and a little drift under much noise: shares from none to all of the step.
         fitted, held = split(layer(6, 10, seed=seed, tokens=40), 24)
         step = full_step(fitted.pull(), factorize(fitted.H)) * (0.5 if seed % 2 else 2)
-        alpha = shrinkage(step, held.pull(), held.H, by_row=by_row)
-        assert alpha.shape == (6 if by_row else 1, 1)
-        assert bool(((alpha >= 0) & (alpha <= 1)).all())
-        scan = torch.stack([held.loss(held.W + a * step) for a in shares])
-        scan = scan if by_row else scan.sum(1, keepdim=True)
-        assert float((alpha[:, 0] - shares[scan.argmin(0)]).abs().max()) <= 0.5 / 2000 + 1e-9
-        at = held.loss(held.W + alpha * step)
-        assert bool(((at if by_row else at.sum(0, keepdim=True)) <= scan.amin(0) * (1 + 1e-12)).all())
-        seen += alpha.flatten().tolist()
-    assert sum(0.01 < a < 0.99 for a in seen) >= 2 and 1.0 in seen and (not by_row or 0.0 in seen)
+        share = row_shares(step, held.pull(), held.H)
+        assert share.shape == (6, 1) and bool(((share >= 0) & (share <= 1)).all())
+        losses = torch.stack([held.loss(held.W + a * step) for a in scan])
+        assert float((share[:, 0] - scan[losses.argmin(0)]).abs().max()) <= 0.5 / 2000 + 1e-9
+        assert bool((held.loss(held.W + share * step) <= losses.amin(0) * (1 + 1e-12)).all())
+        seen += share.flatten().tolist()
+    assert sum(0.01 < a < 0.99 for a in seen) >= 2 and 1.0 in seen and 0.0 in seen
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_no_step_is_taken_against_the_held_out_pull(by_row):
+def test_no_step_is_taken_against_the_held_out_pull():
     x = layer(seed=6)
-    step = full_step(x.pull(), factorize(x.H))
-    assert bool((shrinkage(step, x.pull(), x.H, by_row=by_row) > 0.9).all())
-    assert not shrinkage(step, -x.pull(), x.H, by_row=by_row).any()
+    steps = spectrum(x)
+    assert bool((row_shares(steps[0], x.pull(), x.H) > 0.9).all())
+    assert not row_shares(steps[0], -x.pull(), x.H).any()
+    assert sum(shares(steps, x.pull(), x.H)) > 0.9
+    assert shares(steps, -x.pull(), x.H) == [0.0, 0.0, 0.0]
 
 
 def test_rows_decide_for_themselves():
     x = layer(seed=6)
     signs = torch.tensor([1, -1, 1, -1], dtype=torch.float64)[:, None]
-    alpha = shrinkage(full_step(x.pull(), factorize(x.H)), signs * x.pull(), x.H, by_row=True)
-    assert (alpha[:, 0] > 0).tolist() == [True, False, True, False]
+    share = row_shares(full_step(x.pull(), factorize(x.H)), signs * x.pull(), x.H)
+    assert (share[:, 0] > 0).tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_where_nothing_is_measured_no_step_is_taken(by_row):
+def test_where_nothing_is_measured_no_step_is_taken():
     x = layer(seed=6)
     step = full_step(x.pull(), factorize(x.H))
-    assert not shrinkage(step, x.pull(), torch.zeros_like(x.H), by_row=by_row).any()
-    assert not shrinkage(torch.zeros_like(step), x.pull(), x.H, by_row=by_row).any()
+    nothing, none = torch.zeros_like(x.H), torch.zeros_like(step)
+    assert not row_shares(step, x.pull(), nothing).any() and not row_shares(none, x.pull(), x.H).any()
+    assert shares([step, 2 * step], x.pull(), nothing) == [0.0, 0.0]
+    part, other = shares([step, none], x.pull(), x.H)
+    assert part > 0.9 and other == 0
     step[1] = 0
-    alpha = shrinkage(step, x.pull(), x.H, by_row=by_row)
-    assert bool(alpha.isfinite().all())
-    assert not by_row or ((alpha[:, 0] > 0).tolist() == [True, False, True, True])
+    assert (row_shares(step, x.pull(), x.H)[:, 0] > 0).tolist() == [True, False, True, True]
 
 
-@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [0.0, 1e-12, 1e-7])
+def test_steps_that_say_the_same_share_one_share(dtype, apart):
+    x = layer(seed=6)
+    step = full_step(x.pull(), factorize(x.H))
+    noise = torch.randn(step.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = [step, 0.5 * step + apart * noise, 2 * step]
+    (alone,) = shares([step], x.pull(), x.H)
+    parts = shares([s.to(dtype) for s in steps], x.pull().to(dtype), x.H.to(dtype))
+    assert min(parts) >= 0
+    best, mine = (float(x.loss(x.W + s).sum()) for s in (alone * step, mixed(steps, parts)))
+    assert mine == pytest.approx(best, rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_a_step_fitted_to_noise_is_shrunk_away(by_row, seed):
+def test_a_step_fitted_to_noise_is_shrunk_away(seed):
     n, tokens = 48, 40  # fewer tokens than inputs, and a drift that no weight can follow
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -217,18 +268,22 @@ def test_a_step_fitted_to_noise_is_shrunk_away(by_row, seed):
 
     fitted, held = split(sample(tokens), 30)
     fresh = sample(5000)
-    step = full_step(fitted.pull(), factorize(fitted.H))
-    alpha = shrinkage(step, held.pull(), held.H, by_row=by_row)
-    none, shrunk, full = (float(fresh.loss(W + share * step).sum()) for share in (0.0, alpha, 1.0))
-    assert full > 1.2 * none  # the trap is set
-    assert shrunk < 0.5 * full
-    assert shrunk < (1.15 if by_row else 1.05) * none  # a row alone hears the noise of ten tokens
+    steps = spectrum(fitted)
+    loss = lambda step: float(fresh.loss(W + step).sum())  # noqa: E731
+    none, full = loss(torch.zeros_like(W)), loss(steps[0])
+    assert full > 2 * none  # the trap is set
+    judge = held.pull(), held.H
+    for shrunk, slack in (
+        (mixed(steps[:1], shares(steps[:1], *judge)), 1.05),
+        (mixed(steps, shares(steps, *judge)), 1.1),
+        (row_shares(steps[0], *judge) * steps[0], 1.15),  # a row alone hears the noise of ten tokens
+    ):
+        assert loss(shrunk) < 0.5 * full and loss(shrunk) < slack * none
 
 
 def test_a_step_that_holds_is_taken():
-    full = layer(6, 24, seed=1, tokens=6000)
-    fitted, held = split(full, 3000)
+    fitted, held = split(layer(6, 24, seed=1, tokens=6000), 3000)
     step = full_step(fitted.pull(), factorize(fitted.H, damp_percent=1e-4))
-    alpha = shrinkage(step, held.pull(), held.H, by_row=False)
-    assert float(alpha) > 0.9
-    assert float(held.loss(held.W + alpha * step).sum()) < 0.9 * float(held.loss(held.W).sum())
+    (share,) = shares([step], held.pull(), held.H)
+    assert 0.9 < share < 1.1
+    assert float(held.loss(held.W + share * step).sum()) < 0.9 * float(held.loss(held.W).sum())

@@ -9,7 +9,7 @@ from nearplane.core.factor import factorize
 from nearplane.core.grid import encode, fit_groups
 from nearplane.methods.gptaq import drift_push
 
-GRID = Grid(bits=3, group_size=32, sym=False)
+GRID = Grid(bits=3, group_size=32, sym=False, fit="mse")
 
 
 def parts(order: str = "natural"):

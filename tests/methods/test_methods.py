@@ -173,15 +173,17 @@ def test_damp_percent_reaches_the_solver(method):
 
 
 @pytest.mark.parametrize("method", [m for m in VARIANTS if m.needs], ids=str)
-def test_hessian_fit_reads_the_diagonal(method):
-    # Weight only the first column of a group: its grid must be another one than the plain search finds.
+def test_hessian_fit_weights_columns_by_their_cost(method):
+    # Weight only the first column of a group: its grid must be another one than the plain search finds. H is diagonal, so
+    # that a column's pivot is its damped diagonal.
     p = problem(20, 16)
     H = torch.full((16,), 1e-3, dtype=torch.float64)
     H[::8] = 1.0
     p = p._replace(H=H.diag(), D=torch.zeros_like(p.D))
     grid = Grid(bits=2, group_size=8, fit="hessian")
     solved = solve(method, p, grid)
-    scale, _ = oracles.static_scales(p.W, grid, H)
+    cost = (H * (H + 0.01 * H.mean())).sqrt()
+    scale, _ = oracles.static_scales(p.W, grid, cost)
     plain, _ = oracles.static_scales(p.W, Grid(bits=2, group_size=8, fit="mse"))
     if not isinstance(method, ResComp) or method.static_groups:
         torch.testing.assert_close(solved.scale, scale)

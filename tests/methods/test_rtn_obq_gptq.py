@@ -47,8 +47,8 @@ def test_rtn_rounds_every_weight(n, size, bits, sym, how):
 def test_gptq_with_static_groups(how, options, size):
     p = problem(6, 200, seed=1)
     grid = Grid(bits=3, group_size=size, sym=False, fit=how)
-    importance = p.H.diagonal() if how == "hessian" else None
     A = damped(p.H, 0.05)
+    importance = oracles.column_cost(p.H, A, options["order"]) if how == "hessian" else None
     scales = static_scales(p.W, grid, importance)
     expected = published(p.W, A, grid, order=column_order(A, options["order"]), scales=scales)
     got = solve(GPTQ(damp_percent=0.05, **options), p, grid)
@@ -61,7 +61,7 @@ def test_gptq_with_static_groups(how, options, size):
 def test_gptq_with_dynamic_groups(how, size):
     p = problem(6, 300, seed=1)
     grid = Grid(bits=2, group_size=size, fit=how)
-    importance = p.H.diagonal() if how == "hessian" else None
+    importance = oracles.column_cost(p.H, damped(p.H)) if how == "hessian" else None
     # Any block: only a group that begins inside one and ends in the next would read stale columns there.
     block = size if size > 0 else 300
     expected = published(p.W, damped(p.H), grid, importance=importance, block=block)
@@ -72,7 +72,7 @@ def test_gptq_with_dynamic_groups(how, size):
 @pytest.mark.parametrize("order", ["natural", "activation", "pivot"])
 def test_identity_hessian_makes_gptq_and_obq_plain_rounding(order):
     p = problem(5, 40)._replace(H=torch.eye(40, dtype=torch.float64))
-    grid = Grid(bits=3, group_size=16)
+    grid = Grid(bits=3, group_size=16, fit="mse")
     expected = solve(RTN(), p, grid)
     for method in (GPTQ(order=order), OBQ()):
         got = solve(method, p, grid)
@@ -82,7 +82,7 @@ def test_identity_hessian_makes_gptq_and_obq_plain_rounding(order):
 def test_a_diagonal_hessian_feeds_nothing_back():
     p = problem(5, 40)
     p = p._replace(H=p.H.diagonal().diag())
-    grid = Grid(bits=3, group_size=16)
+    grid = Grid(bits=3, group_size=16, fit="mse")
     for method in (GPTQ(), OBQ(), GPTQ(order="natural", static_groups=False)):
         assert differing(solve(method, p, grid).codes, solve(RTN(), p, grid).codes) == 0
 
@@ -96,7 +96,7 @@ def test_obq_matches_dense_least_squares_at_every_step(n, size, bits, how):
     p = problem(5, n, seed=n)
     grid = Grid(bits=bits, group_size=size, fit=how)
     A = damped(p.H)
-    scales = static_scales(p.W, grid, p.H.diagonal())
+    scales = static_scales(p.W, grid, oracles.column_cost(p.H, A) if how == "hessian" else None)
     scale, zero = per_column(scales, n, grid)
     got = solve(OBQ(), p, grid)
     assert torch.equal(got.scale, scales[0]) and torch.equal(got.zero.double(), scales[1])
@@ -108,7 +108,7 @@ def test_obq_matches_dense_least_squares_at_every_step(n, size, bits, how):
 @pytest.mark.parametrize("order", ["natural", "activation", "pivot"])
 def test_obq_in_a_fixed_order_is_the_sweep(order):
     p = problem(4, 12, seed=3)
-    grid = Grid(bits=3, group_size=4)
+    grid = Grid(bits=3, group_size=4, fit="mse")
     A = damped(p.H)
     perm = column_order(A, order)
     scale, zero = per_column(static_scales(p.W, grid), 12, grid)
@@ -121,7 +121,7 @@ def test_obq_in_a_fixed_order_is_the_sweep(order):
 def test_obq_first_rounds_to_the_nearest_hyperplane():
     # Distance from w to the plane {x_j = q_j} in the metric A is |w_j - q_j| / sqrt((A^-1)_jj).
     p = problem(12, 9, seed=5)
-    grid = Grid(bits=2, group_size=3)
+    grid = Grid(bits=2, group_size=3, fit="mse")
     A = damped(p.H)
     scale, zero = per_column(static_scales(p.W, grid), 9, grid)
     inverse = torch.linalg.inv(A).diagonal()
@@ -142,7 +142,7 @@ def test_obq_first_rounds_to_the_nearest_hyperplane():
 
 def test_obq_solves_rows_independently():
     p = problem(7, 16)
-    grid = Grid(bits=3, group_size=8)
+    grid = Grid(bits=3, group_size=8, fit="mse")
     together = solve(OBQ(), p, grid)
     for r in range(7):
         assert differing(solve(OBQ(), p._replace(W=p.W[r : r + 1]), grid).codes[0], together.codes[r]) == 0
@@ -152,7 +152,7 @@ def test_obq_in_chunks_of_rows_changes_nothing(monkeypatch):
     from nearplane.methods import obq
 
     p = problem(7, 16)
-    grid = Grid(bits=3, group_size=8)
+    grid = Grid(bits=3, group_size=8, fit="mse")
     together = solve(OBQ(), p, grid)
     monkeypatch.setattr(obq, "CHUNK_NUMBERS", 3 * 16**2)
     assert differing(solve(OBQ(), p, grid).codes, together.codes) == 0
@@ -164,4 +164,4 @@ def test_obq_refuses_a_layer_it_cannot_finish(monkeypatch):
 
     monkeypatch.setattr(obq, "MOST_WORK", 1e3)
     with pytest.raises(SettingError, match="gptq"):
-        solve(OBQ(), problem(2, 12), Grid(group_size=4))
+        solve(OBQ(), problem(2, 12), Grid(group_size=4, fit="mse"))

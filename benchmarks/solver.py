@@ -1,0 +1,145 @@
+"""The whole solver, beside its arithmetic floor: GPTQ (Hessian, factor, sweep) and NearPlane (target, sweep, refinement).
+
+    python benchmarks/solver.py [--threads 1] [--shapes 1024x1024 2048x5632 4096x4096] [--rounds 3] [--json solver.json]
+
+One linear, 4 bits, static groups of 128, min-max fit (the search for scales is no part of the floor), 4096 tokens. The
+floor of GPTQ in multiply-adds, at the rate of a 2048-cube float32 GEMM measured in the same run: tokens·in²/2 for the
+Hessian (it is symmetric), in³/6 for the factor, out·in²/2 for the sweep. Times are process CPU seconds, medians of the
+rounds. Memory is the peak of what the solver allocates beyond its inputs (weight and moments), counted tensor by tensor.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import weakref
+from typing import Any
+
+import torch
+from sweep import gemm_rate, seconds
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nearplane import GPTAQ, GPTQ, Grid, Method, Moments, NearPlane
+
+GRID = Grid(bits=4, group_size=128, sym=False, fit="minmax")
+TOKENS, BATCH = 4096, 2048
+METHODS: dict[str, Method] = {
+    "GPTQ": GPTQ(),
+    "GPTAQ": GPTAQ(),
+    "NearPlane, 1 round": NearPlane(rounds=1),
+    "NearPlane": NearPlane(),
+}
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of live tensor storages made inside, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in known and key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._free, key)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def calibration(out: int, columns: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """A weight, and batches of X̂, X and the stream's drift with correlated features."""
+    torch.manual_seed(0)
+    mix = torch.randn(columns // 8, columns)
+    batches = []
+    for _ in range(TOKENS // BATCH):
+        x = torch.randn(BATCH, columns // 8) @ mix + torch.randn(BATCH, columns)
+        batches.append((x + 0.1 * torch.randn(BATCH, columns), x, 0.1 * torch.randn(BATCH, out)))
+    return torch.randn(out, columns), batches
+
+
+def measure(
+    method: Method, weight: torch.Tensor, batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> dict[str, float]:
+    """CPU seconds of moments, prepare and solve, and the solver's peak memory in bytes."""
+    out, columns = weight.shape
+    drift, residual = "D" in method.needs, out if "R" in method.needs else None
+
+    def observe() -> Moments:
+        parts = [Moments.zeros(columns, drift=drift, residual=residual) for _ in batches]
+        for part, (xhat, x, shift) in zip(parts, batches, strict=True):
+            part.add(xhat, x if drift else None, None if residual is None else shift)
+        if "held_out" in method.needs:
+            return parts[0].join(parts[1])
+        return parts[0].merge(parts[1])
+
+    time_moments, _, moments = seconds(observe)
+    time_prepare, _, state = seconds(lambda: method.prepare(moments))
+    time_solve, _, _ = seconds(lambda: method.solve(weight, state, GRID))
+    del state
+    with Peak() as peak:
+        method.solve(weight, method.prepare(moments), GRID)
+    return {"moments": time_moments, "prepare": time_prepare, "solve": time_solve, "peak": float(peak.most)}
+
+
+def compare(out: int, columns: int, rounds: int) -> list[dict[str, Any]]:
+    """One shape, every method in turn, ``rounds`` times."""
+    weight, batches = calibration(out, columns)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    rates = []
+    for _ in range(rounds):
+        rates.append(gemm_rate())
+        for name, method in METHODS.items():
+            runs[name].append(measure(method, weight, batches))
+    floor = (TOKENS * columns**2 / 2 + columns**3 / 6 + out * columns**2 / 2) / statistics.median(rates)
+    rows = []
+    for name, values in runs.items():
+        row: dict[str, Any] = {key: statistics.median(value[key] for value in values) for key in values[0]}
+        row |= {"method": name, "out": out, "in": columns, "floor": floor}
+        row["total"] = row["moments"] + row["prepare"] + row["solve"]
+        rows.append(row)
+    for row in rows:
+        row["solver / GPTQ"] = (row["prepare"] + row["solve"]) / (rows[0]["prepare"] + rows[0]["solve"])
+        row["total / GPTQ"] = row["total"] / rows[0]["total"]
+        row["total / floor"] = row["total"] / floor
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", nargs="+", default=["1024x1024", "2048x5632", "4096x4096"], metavar="OUTxIN")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{args.threads} thread(s), CPU seconds, median of {args.rounds}; peak memory beyond weight and moments")
+    print("| out x in | method | moments | prepare | solve | / GPTQ's floor | solver / GPTQ | all / GPTQ | peak in×in | or out×in |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for shape in args.shapes:
+        for r in compare(*map(int, shape.split("x")), args.rounds):
+            rows.append(r)
+            cells = [f"{r[k]:.2f}" for k in ("moments", "prepare", "solve", "total / floor", "solver / GPTQ", "total / GPTQ")]
+            cells += [f"{r['peak'] / 4 / r['in'] ** 2:.1f}", f"{r['peak'] / 4 / r['in'] / r['out']:.1f}"]
+            print(f"| {r['out']} x {r['in']} | {r['method']} | " + " | ".join(cells) + " |", flush=True)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        record = {"rows": rows, "commit": commit.stdout.strip(), "machine": platform.platform(), "threads": args.threads}
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
