@@ -125,18 +125,27 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{args.threads} thread(s), CPU seconds, median of {args.rounds}; peak memory beyond weight and moments")
-    print("| out x in | method | moments | prepare | solve | / GPTQ's floor | solver / GPTQ | all / GPTQ | peak in×in | or out×in |")
+    print(
+        "| out x in | method | moments | prepare | solve | / GPTQ's floor | solver / GPTQ | all / GPTQ | peak in×in | or out×in |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for shape in args.shapes:
         for r in compare(*map(int, shape.split("x")), args.rounds):
             rows.append(r)
-            cells = [f"{r[k]:.2f}" for k in ("moments", "prepare", "solve", "total / floor", "solver / GPTQ", "total / GPTQ")]
+            cells = [
+                f"{r[k]:.2f}" for k in ("moments", "prepare", "solve", "total / floor", "solver / GPTQ", "total / GPTQ")
+            ]
             cells += [f"{r['peak'] / 4 / r['in'] ** 2:.1f}", f"{r['peak'] / 4 / r['in'] / r['out']:.1f}"]
             print(f"| {r['out']} x {r['in']} | {r['method']} | " + " | ".join(cells) + " |", flush=True)
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        record = {"rows": rows, "commit": commit.stdout.strip(), "machine": platform.platform(), "threads": args.threads}
+        record = {
+            "rows": rows,
+            "commit": commit.stdout.strip(),
+            "machine": platform.platform(),
+            "threads": args.threads,
+        }
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
 

@@ -99,7 +99,7 @@ class Report:
             bound=None if certificate is None else float(certificate.bound.sum()),
             bound_ratio=None if certificate is None else ratio(certificate),
             clipped=None if certificate is None else int(certificate.clipped.sum()),
-            damp_percent=None if factor is None else factor.damp_percent,
+            damp_percent=course.damp_percent if course else factor.damp_percent if factor else None,
             damp_raised=0 if factor is None else factor.raised,
             alpha=None if course is None else course.alpha,
             rounds=None if course is None else course.rounds,

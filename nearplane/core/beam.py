@@ -35,7 +35,9 @@ def beam_sweep(
     clipped = torch.zeros(out, beam, dtype=torch.long, device=target.device)
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
-        value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, -1)).reshape(b - a, out, beam)
+        value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, out * beam)).reshape(
+            b - a, out, beam
+        )
         history = torch.arange(beam, device=target.device).expand(out, beam)  # where each answer was at column a
         for j in range(a, b):
             v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]

@@ -38,6 +38,7 @@ class Course(NamedTuple):
     """How a method that judges its steps on held-out tokens went about one weight."""
 
     alpha: float  # share of the target's full step that was taken, mean over rows
+    damp_percent: float
     rounds: int  # refinement rounds kept
     rejected: int  # rounds undone because the held-out loss rose
 

@@ -4,17 +4,16 @@ had no part in it judge every step.
 1. Target (``core/target.py``): ``W* = W + α (W D + R X̂ᵀ/n) (H + λI)⁻¹``, the weight that answers the drift of its input
    exactly, where GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) push a fixed share along while sweeping. A linear
    whose output is added to the residual stream also repairs the drift R of that stream.
-2. Shrinkage: α is what held-out tokens want of the step, per linear or per output row.
-3. Grid and sweep: static groups fitted to W*, errors weighted by diag(H); GPTQ's sweep (arXiv 2210.17323), which is
-   Babai's nearest plane (arXiv 2507.18553), in any order; with ``beam`` > 1 its K cheapest answers side by side.
+2. Shrinkage: of that step, by direction of the input, only what held-out tokens confirm; they choose the damping, too.
+3. Grid and sweep: static groups fitted to W*, errors weighted by what they cost the sweep; GPTQ's sweep (arXiv 2210.17323),
+   which is Babai's nearest plane (arXiv 2507.18553), in any order; with ``beam`` > 1 its K cheapest answers side by side.
 4. Refinement (``core/refine.py``): closed-form scales for the codes, then every code again, alternating; a round that
    raises the held-out loss is undone and counted.
 
 There is nothing to tune: the switches are there so that each part can be left out and its worth measured.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -36,19 +35,37 @@ Shrink = Literal["spectral", "linear", "row", "none"]
 
 # Dampings of the steps that "spectral" mixes, in multiples of damp_percent: directions of the input from all to the strongest.
 RIDGES = (1.0, 30.0, 1000.0)
-# Held-out tokens choose the mix; this many rows of a linear tell it as well as all of them.
-TRIAL_ROWS = 1024
+# Dampings of the sweep that held-out tokens choose from, in multiples of damp_percent.
+DAMPINGS = (1.0, 3.0, 10.0, 30.0)
+# This many rows of a linear tell the shares of a step, and the best damping, as well as all of them.
+SHARE_ROWS, DAMPING_ROWS = 1024, 128
 
 
-class Aimed(NamedTuple):
-    """What NearPlane prepares once per input."""
+@dataclass
+class Aimed:
+    """What NearPlane prepares once per input: the moments, and the factors that its linears ask for."""
 
     moments: Moments
-    factor: Factor  # of H + λI
-    steps: list[Factor]  # of H with each damping that the target mixes
-    trials: list[Factor]  # the same without the held-out tokens, which judge them
-    importance: Float[Tensor, "in"]  # what an error in each column costs
-    metric: Float[Tensor, "in in"]  # H + λI
+    factor: Factor  # of H + λI, λ from damp_percent
+    order: Order
+    kept: dict[tuple[float, bool], Factor] = field(default_factory=dict)
+
+    def damped(self, ridge: float, *, trial: bool = False) -> Factor:
+        """Factor of H with ``ridge`` times the damping; ``trial``: without the held-out tokens, who shall judge it."""
+        if ridge == 1 and not trial:
+            return self.factor
+        if (ridge, trial) not in self.kept:
+            H = self.moments.fit("H") if trial else self.moments.H
+            self.kept[ridge, trial] = factorize(H, order=self.order, damp_percent=ridge * self.factor.damp_percent)
+        return self.kept[ridge, trial]
+
+
+class Trial(NamedTuple):
+    """Some rows of a linear, solved without the held-out tokens, which then judge."""
+
+    weight: Float[Tensor, "rows in"]
+    pull: Float[Tensor, "rows in"]  # of the tokens that are not held out
+    judge: Float[Tensor, "rows in"]  # of the held-out ones
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,9 @@ class NearPlane:
     order: Order = "activation"
     """Order in which columns are solved; on disk they stay where they were."""
     damp_percent: float = 0.01
-    """Damping of the Hessian, as a fraction of its mean diagonal."""
+    """Least damping of the Hessian, as a fraction of its mean diagonal."""
+    damping: Literal["held_out", "fixed"] = "held_out"
+    """held_out: judged on held-out tokens, each linear is damped 1, 3, 10 or 30 times damp_percent; fixed: 1 time."""
     beam: int = 1
     """Answers per row that the sweep keeps while it walks the columns; its cost grows in proportion."""
     rounds: int = 2
@@ -78,6 +97,8 @@ class NearPlane:
             raise SettingError(f"order must be one of {', '.join(get_args(Order))}; got {self.order!r}.")
         if self.shrink not in get_args(Shrink):
             raise SettingError(f"shrink must be one of {', '.join(get_args(Shrink))}; got {self.shrink!r}.")
+        if self.damping not in ("held_out", "fixed"):
+            raise SettingError(f"damping must be held_out or fixed; got {self.damping!r}.")
         if not 0 <= self.damp_percent <= 1:
             raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
         if self.beam < 1 or self.rounds < 0:
@@ -91,89 +112,108 @@ class NearPlane:
         return frozenset(needs)
 
     def prepare(self, moments: Moments) -> Aimed:
-        """The factors, for all linears that read this input."""
+        """The factor, for all linears that read this input."""
         moments.check()
         factor = factorize(moments.H, order=self.order, damp_percent=self.damp_percent)
-        steps, trials = [factor], []
-        if self.target and self.shrink != "none":
-            fit, ridges = moments.fit("H"), RIDGES if self.shrink == "spectral" else RIDGES[:1]
-            dampings = [ridge * factor.damp_percent for ridge in ridges]
-            steps += [factorize(moments.H, damp_percent=damping) for damping in dampings[1:]]
-            trials = [factorize(fit, damp_percent=damping) for damping in dampings]
-        metric = moments.H.clone()
-        metric.diagonal().add_(factor.damp)
-        return Aimed(moments, factor, steps, trials, column_cost(moments.H, factor), metric)
+        return Aimed(moments, factor, self.order)
 
     def solve(self, weight: Float[Tensor, "out in"], state: Aimed, grid: Grid) -> Quantized:
-        """Aim, fit the groups, sweep, check Babai's certificate, refine."""
-        target, alpha = self._aim(weight, state) if self.target else (weight, 0.0)
-        scales = fit_groups(target, grid, state.importance)
-        if self.beam == 1:
-            solved = sweep(target, state.factor, grid, scales)
-        else:
-            solved = beam_sweep(target, state.factor, grid, scales, self.beam)
+        """Aim, choose the damping, fit the groups, sweep, check Babai's certificate, refine."""
+        parts = self._shares(weight, state)
+        ridge = self._ridge(weight, parts, state, grid)
+        moments, factor = state.moments, state.damped(ridge)
+        target = weight.clone()
+        if self.target:
+            wanted = pull(weight, moments.D, moments.R)
+            for step, part in parts.items():
+                target.addcmul_(full_step(wanted, state.damped(step)), part)
+            del wanted
+        scales = fit_groups(target, grid, column_cost(moments.H, factor))
+        one = self.beam == 1
+        solved = sweep(target, factor, grid, scales) if one else beam_sweep(target, factor, grid, scales, self.beam)
         if solved.certificate is not None:
             verify(solved.certificate)
-        return self._refine(solved, target, alpha, state, grid, held_out_loss(weight, state.moments, grid))
+        solved, kept, rejected = self._refine(solved, target, weight, state, factor, grid)
+        alpha = sum(float(part.mean()) for part in parts.values())
+        return solved._replace(course=Course(alpha, factor.damp_percent, kept, rejected))
 
-    def _aim(self, weight: Tensor, state: Aimed) -> tuple[Tensor, float]:
-        """The target, and the share of the steps that was taken."""
-        moments, held = state.moments, state.moments.held
-        wanted = pull(weight, moments.D, moments.R)
+    def _shares(self, weight: Tensor, state: Aimed) -> dict[float, Tensor]:
+        """How much of each ridge's step to take: (1, 1), or (out, 1) by row."""
+        if not self.target:
+            return {}
+        held = state.moments.held
         if self.shrink == "none" or held is None:
-            return full_step(wanted, state.factor).add_(weight), 1.0
-        some = slice(None, None, 1 if self.shrink == "row" else -(-len(weight) // TRIAL_ROWS))
-        R, held_R = (None if part is None else part[some] for part in (moments.fit("R"), held.R))
-        trial_pull = pull(weight[some], moments.fit("D"), R)
-        trials = [full_step(trial_pull, factor) for factor in state.trials]
-        judge = pull(weight[some], held.D, held_R)
+            return {1.0: weight.new_ones(1, 1)}
+        trial = trial_rows(weight, state.moments, len(weight) if self.shrink == "row" else SHARE_ROWS)
+        ridges = RIDGES if self.shrink == "spectral" else RIDGES[:1]
+        steps = [full_step(trial.pull, state.damped(ridge, trial=True)) for ridge in ridges]
         if self.shrink == "row":
-            share = row_shares(trials[0], judge, held.H)
-            return full_step(wanted, state.factor).mul_(share).add_(weight), float(share.mean())
-        parts = shares(trials, judge, held.H)
+            return {1.0: row_shares(steps[0], trial.judge, held.H)}
+        found = shares(steps, trial.judge, held.H)
         if self.shrink == "linear":
-            parts = [min(part, 1.0) for part in parts]
-        del trials
-        target = weight.clone()
-        for part, factor in zip(parts, state.steps, strict=True):
-            if part > 0:
-                target.add_(full_step(wanted, factor), alpha=part)
-        return target, sum(parts)
+            found = [min(share, 1.0) for share in found]
+        return {ridge: weight.new_tensor([[share]]) for ridge, share in zip(ridges, found, strict=True) if share > 0}
+
+    def _ridge(self, weight: Tensor, parts: dict[float, Tensor], state: Aimed, grid: Grid) -> float:
+        """The damping, in multiples of damp_percent, under which a trial without the held-out tokens serves them best."""
+        moments = state.moments
+        if self.damping == "fixed" or moments.held is None or moments.held.tokens == 0:
+            return 1.0
+        trial = trial_rows(weight, moments, DAMPING_ROWS)
+        target = trial.weight.clone()
+        for ridge, part in parts.items():
+            some = part if len(part) == 1 else part[:: stride(weight, DAMPING_ROWS)]
+            target.addcmul_(full_step(trial.pull, state.damped(ridge, trial=True)), some)
+        H, losses = moments.fit("H"), []
+        for ridge in DAMPINGS:
+            factor = state.damped(ridge, trial=True)
+            scales = fit_groups(target, grid, column_cost(H, factor))
+            solved = sweep(target, factor, grid, scales)
+            losses.append(held_out_loss(solved, trial.weight, trial.judge, moments.held.H, grid))
+        return DAMPINGS[losses.index(min(losses))]
 
     def _refine(
-        self,
-        solved: Quantized,
-        target: Tensor,
-        alpha: float,
-        state: Aimed,
-        grid: Grid,
-        judge: Callable[[Quantized], float],
-    ) -> Quantized:
-        """Rounds of scale refit and descent while the held-out loss falls."""
-        kept = rejected = 0
-        best = judge(solved) if self.rounds else 0.0
-        for _ in range(self.rounds):
-            candidate = descend(target, state.metric, refit(target, state.metric, solved, grid), grid)
-            loss = judge(candidate)
+        self, solved: Quantized, target: Tensor, weight: Tensor, state: Aimed, factor: Factor, grid: Grid
+    ) -> tuple[Quantized, int, int]:
+        """Rounds of scale refit and descent while the held-out loss falls; how many were kept, how many undone."""
+        held = state.moments.held
+        if self.rounds == 0 or held is None:
+            return solved, 0, 0
+        metric = state.moments.H.clone()
+        metric.diagonal().add_(factor.damp)
+        judge = pull(weight, held.D, held.R)
+        best = held_out_loss(solved, weight, judge, held.H, grid)
+        for kept in range(self.rounds):
+            candidate = descend(target, metric, refit(target, metric, solved, grid), grid)
+            loss = held_out_loss(candidate, weight, judge, held.H, grid)
             if self.gate and not loss < best:
-                rejected += 1
-                break  # the next round would begin where this one did
-            solved, best, kept = candidate, loss, kept + 1
-        return solved._replace(course=Course(alpha, kept, rejected))
+                return solved, kept, 1  # the next round would begin where this one did
+            solved, best = candidate, loss
+        return solved, self.rounds, 0
 
 
-def held_out_loss(weight: Float[Tensor, "out in"], moments: Moments, grid: Grid) -> Callable[[Quantized], float]:
-    """``‖Q X̂ - W X - R‖²`` over the held-out tokens, less what no Q changes; lower is better."""
-    held = moments.held
-    if held is None:
-        raise ValueError("these moments keep nothing held out; a method asks for it with needs={'held_out'}.")
-    wanted = None if held.D is None and held.R is None else pull(weight, held.D, held.R)
+def held_out_loss(
+    solved: Quantized,
+    weight: Float[Tensor, "out in"],
+    pull: Float[Tensor, "out in"],
+    H: Float[Tensor, "in in"],
+    grid: Grid,
+) -> float:
+    """``‖Q X̂ - W X - R‖²`` over the held-out tokens (``pull``, ``H``), less what no Q changes; lower is better."""
+    delta = dequantize(solved, grid).to(weight.dtype).sub_(weight)
+    gradient = (delta @ H).sub_(pull, alpha=2)
+    return float(gradient.mul_(delta).sum(dtype=torch.float64))
 
-    def judge(quantized: Quantized) -> float:
-        delta = dequantize(quantized, grid).to(weight.dtype).sub_(weight)
-        gradient = delta @ held.H
-        if wanted is not None:
-            gradient.sub_(wanted, alpha=2)
-        return float(gradient.mul_(delta).sum(dtype=torch.float64))
 
-    return judge
+def stride(weight: Float[Tensor, "out in"], rows: int) -> int:
+    """Every so manieth row makes about ``rows``."""
+    return -(-len(weight) // rows)
+
+
+def trial_rows(weight: Float[Tensor, "out in"], moments: Moments, rows: int) -> Trial:
+    """About ``rows`` rows, evenly spaced, and what each part of the tokens asks of them."""
+    some = slice(None, None, stride(weight, rows))
+    weight, held = weight[some], moments.held
+    R = None if moments.R is None else moments.fit("R")
+    judge = weight if held is None else pull(weight, held.D, None if held.R is None else held.R[some])
+    return Trial(weight, pull(weight, moments.fit("D"), None if R is None else R[some]), judge)

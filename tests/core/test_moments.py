@@ -235,7 +235,7 @@ def test_merging_shards_merges_what_they_hold():
 
 def test_check_reads_the_residual_drift():
     with pytest.raises(NumericalError, match="overflowed"):
-        Moments(torch.eye(3), None, torch.full((2, 3), float("inf")), tokens=5).check()
+        Moments(torch.eye(3), tokens=5, R=torch.full((2, 3), float("inf"))).check()
 
 
 # --- the Gram matrix by strips ------------------------------------------------------------------------------------
@@ -258,5 +258,5 @@ def test_gram_matrix_by_strips(n):
 def test_gram_matrix_is_symmetric_to_the_last_bit(n, dtype):
     total = torch.zeros(n, n, dtype=dtype)
     for batch in three_streams(7, n, n)[:2]:
-        add_gram(total, batch.to(dtype), 0.5, 0.5)
+        add_gram(total, batch.to(dtype), 0.5, 1 / 7)
     assert torch.equal(total, total.T)

@@ -256,6 +256,15 @@ def test_a_row_is_taken_exactly_when_it_gains():
     assert verdicts == {True, False}
 
 
+def test_groups_that_lean_on_each_other_are_solved_together():
+    """Two scales wrong in opposite ways: a metric that mostly sees their sum finds next to nothing to gain."""
+    target = torch.tensor([[1.5] * 4 + [0.5] * 4] * 2, dtype=torch.float64)
+    A = torch.eye(8, dtype=torch.float64) + 10
+    codes, zero = torch.full((2, 8), 5, dtype=torch.uint8), torch.full((2, 2), 4, dtype=torch.uint8)
+    got = refit(target, A, Quantized(codes, torch.ones(2, 2, dtype=torch.float64), zero), Grid(bits=3, group_size=4))
+    torch.testing.assert_close(got.scale, target[:, [0, 4]], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("where", [slice(0, 8), slice(24, 27), slice(0, 27)])
 def test_a_group_of_zeros_keeps_its_scale(where):
     grid = Grid(bits=2, group_size=8)

@@ -1,0 +1,159 @@
+"""The quality study: every method on real models, the same bits, order and grid fit, several calibration draws.
+
+    python runs/quality.py --calibration wikitext2-valid.txt --test wikitext2-test.txt --second tinyshakespeare.txt
+        [--models demo /path/to/whisper] [--bits 3 2 4] [--seeds 0 1 2] [--rows GPTAQ NearPlane ...] [--threads 2]
+
+Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on 32k tokens of the test text and of the
+second domain, KL to the original on the first 8 windows of the test text. Evaluation computes in bfloat16. One line of
+OUT.jsonl per finished cell: an interrupted study goes on where it was, and several processes may share it. OUT.md is
+written from whatever is there; see runs/second_model.py for the second model.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, evaluate, quantize
+
+# Each row: the method and the fit of its grid. NearPlane's parts are added in turn.
+ROWS: dict[str, tuple[Method, str]] = {
+    "RTN": (RTN(), "mse"),
+    "GPTQ": (GPTQ(), "mse"),
+    "GPTAQ": (GPTAQ(), "mse"),
+    "GPTAQ released": (GPTAQ(variant="released"), "mse"),
+    "ResComp": (ResComp(), "mse"),
+    "ResComp released": (ResComp(variant="released"), "mse"),
+    "GPTQ, our grid": (GPTQ(), "hessian"),
+    "GPTAQ, our grid": (GPTAQ(), "hessian"),
+    "exact target, one share": (NearPlane(shrink="linear", residual=False, rounds=0), "mse"),
+    "+ spectral shares": (NearPlane(residual=False, rounds=0), "mse"),
+    "+ residual stream": (NearPlane(rounds=0), "mse"),
+    "+ our grid": (NearPlane(rounds=0), "hessian"),
+    "+ refinement = NearPlane": (NearPlane(), "hessian"),
+    "NearPlane, share per row": (NearPlane(shrink="row"), "hessian"),
+    "NearPlane, pivot order": (NearPlane(order="pivot"), "hessian"),
+    "NearPlane, beam 4": (NearPlane(beam=4), "hessian"),
+    "NearPlane, ungated": (NearPlane(gate=False), "hessian"),
+}
+WINDOWS_TOKENS, KL_WINDOWS = 32768, 8
+
+
+def commit() -> str:
+    """The commit that produced a number."""
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def measured(model: str | Path, original: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity on both texts and KL to the original."""
+    seqlen = args.eval_seqlen
+    count = math.ceil(WINDOWS_TOKENS / seqlen)
+    texts = {"test": args.test, "second": args.second}
+    found = {
+        name: evaluate(model, dataset=text, seqlen=seqlen, windows=count, dtype="bfloat16").perplexity
+        for name, text in texts.items()
+    }
+    if model == original:
+        return found
+    beside = evaluate(model, dataset=args.test, seqlen=seqlen, windows=KL_WINDOWS, dtype="bfloat16", reference=original)
+    return found | {"kl": beside.kl, "top1": beside.top1}
+
+
+def cell(model: str, bits: int | str, group: int, row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Quantize with one draw of calibration windows and measure the checkpoint."""
+    method, fit = ROWS[row]
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        grid = Grid(bits=bits, group_size=group, sym=bits == "ternary", fit=fit)  # type: ignore[arg-type]
+        draw = Calibration(dataset=args.calibration, nsamples=args.nsamples, seqlen=512, seed=seed)
+        report = quantize(model, scratch / "model", method=method, grid=grid, calibration=draw, progress=False)
+        found = measured(scratch / "model", model, args)
+    finally:
+        shutil.rmtree(scratch)
+    totals = report.totals
+    return found | {
+        "mean_error": totals["mean_error"],
+        "rejected_rounds": totals["rejected_rounds"],
+        "tokens": report.data.get("tokens", 0),
+        "seconds": report.seconds,
+        "threads": args.threads,
+        "commit": commit(),
+    }
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown: mean and spread over seeds, and the gap to the original beside the best published method's."""
+    lines: list[str] = []
+    groups = sorted({tuple(key.split("|")[:4]) for key in cells if key.count("|") == 5})
+    for model, bits, group, tokens in groups:
+        original = cells[f"{model}|original"]
+        lines += ["", f"{model}, {bits} bits, group {group}, {tokens} windows. Original: test {original['test']:.2f}, "
+                      f"second domain {original['second']:.2f}.", "",
+                  "| method | seeds | test: mean | each | gap / best published | second domain | KL |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        means: dict[str, float] = {}
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in ROWS:
+            mine = [v for k, v in cells.items() if k.startswith(f"{model}|{bits}|{group}|{tokens}|{row}|")]
+            if mine:
+                rows[row], means[row] = mine, statistics.mean(v["test"] for v in mine)
+        published = [means[r] for r in means if r.startswith(("GPTAQ", "ResComp")) and "our grid" not in r]
+        best = min(published) - original["test"] if published else math.nan
+        for row, mine in rows.items():
+            each = ", ".join(f"{v['test']:.1f}" for v in mine)
+            second, kl = (statistics.mean(v[name] for v in mine) for name in ("second", "kl"))
+            share = (means[row] - original["test"]) / best
+            lines.append(f"| {row} | {len(mine)} | {means[row]:.2f} | {each} | {share:.2f} | {second:.2f} | {kl:.3f} |")
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--second", required=True)
+    parser.add_argument("--models", nargs="+", default=["demo"])
+    parser.add_argument("--bits", nargs="+", default=["3", "2", "4", "ternary"])
+    parser.add_argument("--groups", type=int, nargs="+", default=[64])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--eval-seqlen", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default="runs/quality")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = Path(args.out + ".jsonl")
+
+    def kept() -> dict[str, dict[str, Any]]:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {record.pop("cell"): record for record in map(json.loads, lines)}
+
+    def keep(key: str, found: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"cell": key, **found}) + "\n")
+        print(key, {k: v for k, v in found.items() if k != "seconds"}, flush=True)
+
+    for model in args.models:
+        name = Path(model).name
+        if f"{name}|original" not in kept():
+            keep(f"{name}|original", measured(model, model, args))
+        for bits, group, seed, row in product(args.bits, args.groups, args.seeds, args.rows):
+            key = f"{name}|{bits}|{group}|{args.nsamples}|{row}|{seed}"
+            if key not in kept() and not (row == "RTN" and seed != args.seeds[0]):
+                keep(key, cell(model, bits if bits == "ternary" else int(bits), group, row, seed, args))
+    Path(args.out + ".md").write_text(table(kept()))
+    print(table(kept()))
+
+
+if __name__ == "__main__":
+    main()
