@@ -25,7 +25,7 @@ def beam_sweep(
 ) -> Quantized:
     """Round ``target`` column by column in ``factor.order`` on fixed groups, keeping ``beam`` answers per row."""
     out, n = target.shape
-    w = target.T.index_select(0, factor.order)
+    w, (least, greatest) = target.T.index_select(0, factor.order), grid.code_range
     group = group_index(factor.order, grid)
     scale, zero = (part.T.to(target.dtype).index_select(0, group) for part in scales)
     codes = torch.zeros(n, out, beam, dtype=torch.uint8, device=target.device)
@@ -33,6 +33,7 @@ def beam_sweep(
     cost = target.new_full((out, beam), torch.inf)
     cost[:, 0] = 0  # one empty answer to begin with
     clipped = torch.zeros(out, beam, dtype=torch.long, device=target.device)
+    shut = torch.zeros(out, dtype=torch.long, device=target.device)  # columns that clipped what was cheapest so far
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
         value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, out * beam)).reshape(
@@ -41,6 +42,9 @@ def beam_sweep(
         history = torch.arange(beam, device=target.device).expand(out, beam)  # where each answer was at column a
         for j in range(a, b):
             v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]
+            reach = (v / s[:, :, 0]).round_().add_(z[:, :, 0])
+            outside = (reach < least) | (reach > greatest)
+            shut += outside[:, 0]
             choice = _nearest(v[:, :, None], s, z, grid, beam)
             missed = v[:, :, None] - (choice - z) * s
             total = (cost[:, :, None] + factor.pivots[j] * missed.square()).reshape(out, -1)
@@ -50,19 +54,18 @@ def beam_sweep(
             value = value.gather(2, parent.expand_as(value))
             error[a:j] = error[a:j].gather(2, parent.expand(j - a, out, beam))
             codes[a:j] = codes[a:j].gather(2, parent.expand(j - a, out, beam))
-            history, clipped = history.gather(1, parent), clipped.gather(1, parent)
+            history, clipped = history.gather(1, parent), (clipped + outside).gather(1, parent)
             code = choice.reshape(out, -1).gather(1, kept)
             codes[j] = code.to(torch.uint8)
             error[j] = w[j, :, None] - (code - z[:, :, 0]) * s[:, :, 0]
-            reach = (value[j - a] / s[:, :, 0]).round_().add_(z[:, :, 0])
-            clipped = clipped + ((reach < grid.code_range[0]) | (reach > grid.code_range[1]))
             value[j - a + 1 :] += factor.feedback[j, j + 1 : b, None, None] * error[j]
         error[:a] = error[:a].gather(2, history.expand(a, out, beam))
         codes[:a] = codes[:a].gather(2, history.expand(a, out, beam))
     best = torch.empty(n, out, dtype=torch.uint8, device=target.device)
     best[factor.order] = codes[:, :, 0]
     bound = (factor.pivots[:, None] * scale.square()).sum(0) / 4
-    certificate = Certificate(cost[:, 0], bound, clipped[:, 0])
+    # The bound holds for the answer that was cheapest all along; where that one was clipped another may have won.
+    certificate = Certificate(cost[:, 0], bound, torch.maximum(clipped[:, 0], shut))
     return Quantized(best.T.contiguous(), scales[0], scales[1].to(torch.uint8), certificate)
 
 
@@ -70,5 +73,5 @@ def _nearest(value: Tensor, scale: Tensor, zero: Tensor, grid: Grid, count: int)
     """The ``count`` codes nearest to each value (all there are, if fewer): a window clamped to the grid."""
     least, greatest = grid.code_range
     count = min(count, greatest - least + 1)
-    first = (value / scale + zero - (count - 1) / 2).round_().clamp_(least, greatest - count + 1)
+    first = (value / scale - (count - 1) / 2).round_().add_(zero).clamp_(least, greatest - count + 1)
     return first + torch.arange(count, device=value.device)

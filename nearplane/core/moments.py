@@ -155,3 +155,5 @@ def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"], keep:
         part = total[:b, a:b]
         torch.addmm(part, x[:, :b].T, x[:, a:b], beta=keep, alpha=step, out=part)
         total[a:b, :a] = total[:a, a:b].T
+        corner = total[a:b, a:b]  # a GEMM rounds its two halves differently
+        corner.copy_(corner.triu() + corner.triu(1).T)

@@ -22,7 +22,7 @@ def descend(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: 
     width = grid.group_width(n)
     group = torch.arange(n, device=target.device) // width
     scale, zero = solved.scale.T.contiguous(), solved.zero.T.to(target.dtype).contiguous()
-    codes = solved.codes.T.contiguous()
+    codes = solved.codes.T.clone(memory_format=torch.contiguous_format)
     error = target.T - decode(codes.to(target.dtype), scale[group], zero[group])
     diagonal = A.diagonal().tolist()
     for a in range(0, n, PANEL):
@@ -61,7 +61,7 @@ def refit(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Qu
         system[:, g, : g + 1] = _per_group(
             (steps[:, part] @ A[part, : part.stop]).mul_(steps[:, : part.stop]), width, g + 1
         )
-        system[:, : g + 1, g] = system[:, g, : g + 1]
+        system[:, :g, g] = system[:, g, :g]
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal.mean(1, keepdim=True) * 1e-6 + torch.finfo(target.dtype).tiny)
     lower, info = torch.linalg.cholesky_ex(system)

@@ -197,7 +197,7 @@ def _record(module: nn.Module) -> Iterator[list[_Call]]:
         def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
             if is_linear(m):
                 number = max(i for i, call in enumerate(calls) if call.name == name)
-                calls[number] = calls[number]._replace(output=output)
+                calls[number] = calls[number]._replace(output=output.clone())  # a model may add to it in place
 
         hooks.append(child.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(child.register_forward_hook(after))
