@@ -117,7 +117,7 @@ def test_aliases_reach_the_one_name(model: Path, data: list[str], tmp_path: Path
     assert settings["method"]["damp_percent"] == 0.02 and settings["method"]["order"] == "activation"
 
 
-@pytest.mark.parametrize("method", ["rtn", "obq", "gptq", "gptaq", "rescomp"])
+@pytest.mark.parametrize("method", ["rtn", "obq", "gptq", "gptaq", "rescomp", "nearplane"])
 @pytest.mark.parametrize("bits", ["2", "ternary"])
 def test_every_method_from_the_command_line(
     method: str, bits: str, model: Path, data: list[str], tmp_path: Path
@@ -144,7 +144,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--method", ":x"], "unknown method"),
         (["--method", "rtn", "--method", "gptq"], "given 2 times"),
         (["--scale-dtype", "float16"], "there is no flag"),
-        (["--alpha", "nan"], "alpha is a share"),
+        (["--method", "gptaq", "--alpha", "nan"], "alpha is a share"),
         (["--seed", "99999999999999999999999"], "seed must be"),
         (["--device", "meta"], "not usable here"),
         (["--method", "json:JSONDecoder"], "is not a class with needs, prepare and solve"),
@@ -153,7 +153,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--bits", "ternary", "--no-sym"], "symmetric by definition"),
         (["--group-size", "0"], "group_size must be positive"),
         (["--order", "sideways"], "--order"),
-        (["--no-static-groups"], "groups must be static"),
+        (["--method", "gptq", "--no-static-groups"], "groups must be static"),
         (["--damp-percent", "7"], "damp_percent is a fraction"),
         (["--format", "gguf"], "--format"),
         (["--device", "abacus"], "not usable here"),

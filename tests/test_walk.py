@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import nearplane
-from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, Quantized, ResComp
+from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, NearPlane, Quantized, ResComp
 from nearplane.core.grid import dequantize
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
@@ -122,6 +122,8 @@ METHODS = [
     ResComp(),
     ResComp(base="gptq"),
     OBQ(),
+    NearPlane(),
+    NearPlane(shrink="row", beam=2, order="pivot"),
 ]
 
 
@@ -136,7 +138,7 @@ def test_every_method_beats_rounding(method: Any, llama: Path, tmp_path: Path) -
         assert row.error is not None and row.rtn_error is not None
         assert 0 < row.error < row.rtn_error
         assert row.tokens == 12 * 24
-        assert row.damp_percent == 0.01
+        assert row.damp_percent == 0.01 or isinstance(method, NearPlane)
     assert logits(nearplane.load(tmp_path / "out")).isfinite().all()
 
 
@@ -152,12 +154,13 @@ def test_report_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
     grid = Grid(bits=4, group_size=32)
     report = nearplane.quantize(llama, tmp_path / "out", grid=grid, calibration=calibration(llama), progress=False)
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert stored["settings"]["method"]["name"] == "GPTAQ"
+    assert stored["settings"]["method"]["name"] == "NearPlane"
     assert stored["settings"]["grid"]["bits"] == 4
     assert stored["data"]["tokens"] == 288 and len(stored["data"]["sha256"]) == 64
     assert stored["versions"]["torch"] == torch.__version__
     assert len(stored["linears"]) == 14
-    for key in ("error", "rtn_error", "loss", "bound", "bound_ratio", "clipped", "damp_percent", "tokens", "seconds"):
+    for key in ("error", "rtn_error", "loss", "bound", "bound_ratio", "clipped", "damp_percent", "tokens", "seconds",
+                "alpha", "rounds", "rejected"):  # fmt: skip
         assert all(row[key] is not None for row in stored["linears"])
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert abs(size - stored["bytes"]["after"]) < 0.1 * size

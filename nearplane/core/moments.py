@@ -136,6 +136,12 @@ class Moments:
         if not bool((self.H.diagonal() > 0).any()):
             raise NumericalError("the Hessian is zero: every calibration input to this layer is zero.")
 
+    def held_out(self) -> "Moments":
+        """Those of the held-out tokens, for the methods that judge by them."""
+        if self.held is None:
+            raise ValueError("nothing is held out of these moments; a method asks for it with needs={'held_out'}.")
+        return self.held
+
     def drift(self) -> Float[Tensor, "in in"]:
         """D, for the methods that need it."""
         if self.D is None:

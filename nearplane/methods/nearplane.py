@@ -13,6 +13,7 @@ had no part in it judge every step.
 There is nothing to tune: the switches are there so that each part can be left out and its worth measured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -37,6 +38,8 @@ Shrink = Literal["spectral", "linear", "row", "none"]
 RIDGES = (1.0, 30.0, 1000.0)
 # Dampings of the sweep that held-out tokens choose from, in multiples of damp_percent.
 DAMPINGS = (1.0, 3.0, 10.0, 30.0)
+# Their multiples start here where damp_percent is less.
+LEAST_DAMP = 1e-4
 # This many rows of a linear tell the shares of a step, and the best damping, as well as all of them.
 SHARE_ROWS, DAMPING_ROWS = 1024, 128
 
@@ -56,7 +59,8 @@ class Aimed:
             return self.factor
         if (ridge, trial) not in self.kept:
             H = self.moments.fit("H") if trial else self.moments.H
-            self.kept[ridge, trial] = factorize(H, order=self.order, damp_percent=ridge * self.factor.damp_percent)
+            damp_percent = self.factor.damp_percent if ridge == 1 else ridge * max(self.factor.damp_percent, LEAST_DAMP)
+            self.kept[ridge, trial] = factorize(H, order=self.order, damp_percent=damp_percent)
         return self.kept[ridge, trial]
 
 
@@ -106,9 +110,11 @@ class NearPlane:
 
     @property
     def needs(self) -> frozenset[Need]:
-        needs: set[Need] = {"H", "held_out"}
+        needs: set[Need] = {"H"}
         if self.target:
             needs |= {"D", "R"} if self.residual else {"D"}
+        if (self.target and self.shrink != "none") or self.damping == "held_out" or (self.gate and self.rounds):
+            needs.add("held_out")
         return frozenset(needs)
 
     def prepare(self, moments: Moments) -> Aimed:
@@ -141,9 +147,9 @@ class NearPlane:
         """How much of each ridge's step to take: (1, 1), or (out, 1) by row."""
         if not self.target:
             return {}
-        held = state.moments.held
-        if self.shrink == "none" or held is None:
+        if self.shrink == "none":
             return {1.0: weight.new_ones(1, 1)}
+        held = state.moments.held_out()
         trial = trial_rows(weight, state.moments, len(weight) if self.shrink == "row" else SHARE_ROWS)
         ridges = RIDGES if self.shrink == "spectral" else RIDGES[:1]
         steps = [full_step(trial.pull, state.damped(ridge, trial=True)) for ridge in ridges]
@@ -156,9 +162,9 @@ class NearPlane:
 
     def _ridge(self, weight: Tensor, parts: dict[float, Tensor], state: Aimed, grid: Grid) -> float:
         """The damping, in multiples of damp_percent, under which a trial without the held-out tokens serves them best."""
-        moments = state.moments
-        if self.damping == "fixed" or moments.held is None or moments.held.tokens == 0:
+        if self.damping == "fixed":
             return 1.0
+        moments, held = state.moments, state.moments.held_out()
         trial = trial_rows(weight, moments, DAMPING_ROWS)
         target = trial.weight.clone()
         for ridge, part in parts.items():
@@ -169,23 +175,26 @@ class NearPlane:
             factor = state.damped(ridge, trial=True)
             scales = fit_groups(target, grid, column_cost(H, factor))
             solved = sweep(target, factor, grid, scales)
-            losses.append(held_out_loss(solved, trial.weight, trial.judge, moments.held.H, grid))
+            losses.append(held_out_loss(solved, trial.weight, trial.judge, held.H, grid))
         return DAMPINGS[losses.index(min(losses))]
 
     def _refine(
         self, solved: Quantized, target: Tensor, weight: Tensor, state: Aimed, factor: Factor, grid: Grid
     ) -> tuple[Quantized, int, int]:
         """Rounds of scale refit and descent while the held-out loss falls; how many were kept, how many undone."""
-        held = state.moments.held
-        if self.rounds == 0 or held is None:
+        if self.rounds == 0:
             return solved, 0, 0
         metric = state.moments.H.clone()
         metric.diagonal().add_(factor.damp)
-        judge = pull(weight, held.D, held.R)
-        best = held_out_loss(solved, weight, judge, held.H, grid)
+        judge: Callable[[Quantized], float] = lambda _: 0.0  # noqa: E731
+        if self.gate:
+            held = state.moments.held_out()
+            wanted = pull(weight, held.D, held.R)
+            judge = lambda found: held_out_loss(found, weight, wanted, held.H, grid)  # noqa: E731
+        best = judge(solved)
         for kept in range(self.rounds):
             candidate = descend(target, metric, refit(target, metric, solved, grid), grid)
-            loss = held_out_loss(candidate, weight, judge, held.H, grid)
+            loss = judge(candidate)
             if self.gate and not loss < best:
                 return solved, kept, 1  # the next round would begin where this one did
             solved, best = candidate, loss
@@ -213,7 +222,6 @@ def stride(weight: Float[Tensor, "out in"], rows: int) -> int:
 def trial_rows(weight: Float[Tensor, "out in"], moments: Moments, rows: int) -> Trial:
     """About ``rows`` rows, evenly spaced, and what each part of the tokens asks of them."""
     some = slice(None, None, stride(weight, rows))
-    weight, held = weight[some], moments.held
-    R = None if moments.R is None else moments.fit("R")
-    judge = weight if held is None else pull(weight, held.D, None if held.R is None else held.R[some])
-    return Trial(weight, pull(weight, moments.fit("D"), None if R is None else R[some]), judge)
+    weight, held = weight[some], moments.held_out()
+    fit_R, held_R = (None if R is None else R[some] for R in (moments.fit("R"), held.R))
+    return Trial(weight, pull(weight, moments.fit("D"), fit_R), pull(weight, held.D, held_R))
