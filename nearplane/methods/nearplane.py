@@ -13,11 +13,10 @@ had no part in it judge every step.
 There is nothing to tune: the switches are there so that each part can be left out and its worth measured.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from functools import cache
+from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,11 +24,12 @@ from nearplane.core.beam import beam_sweep
 from nearplane.core.certificate import verify
 from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor, Order, column_cost, factorize
-from nearplane.core.grid import Course, Grid, Quantized, dequantize, fit_groups
+from nearplane.core.grid import Course, Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.refine import descend, refit
 from nearplane.core.sweep import sweep
 from nearplane.core.target import full_step, pull, row_shares, shares
+from nearplane.core.trial import Trial
 from nearplane.methods.base import Need
 
 Shrink = Literal["spectral", "linear", "row", "none"]
@@ -40,8 +40,8 @@ RIDGES = (1.0, 30.0, 1000.0)
 DAMPINGS = (1.0, 3.0, 10.0, 30.0)
 # Their multiples start here where damp_percent is less.
 LEAST_DAMP = 1e-4
-# This many rows of a linear tell the shares of a step, and the best damping, as well as all of them.
-SHARE_ROWS, DAMPING_ROWS = 1024, 128
+# Rows of a linear that a trial takes.
+TRIAL_ROWS = 256
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Aimed:
     factor: Factor  # of H + λI, λ from damp_percent
     order: Order
     kept: dict[tuple[float, bool], Factor] = field(default_factory=dict)
+    ridge: float | None = None  # the damping, once the first linear has chosen it
 
     def damped(self, ridge: float, *, trial: bool = False) -> Factor:
         """Factor of H with ``ridge`` times the damping; ``trial``: without the held-out tokens, who shall judge it."""
@@ -62,14 +63,6 @@ class Aimed:
             damp_percent = self.factor.damp_percent if ridge == 1 else ridge * max(self.factor.damp_percent, LEAST_DAMP)
             self.kept[ridge, trial] = factorize(H, order=self.order, damp_percent=damp_percent)
         return self.kept[ridge, trial]
-
-
-class Trial(NamedTuple):
-    """Some rows of a linear, solved without the held-out tokens, which then judge."""
-
-    weight: Float[Tensor, "rows in"]
-    pull: Float[Tensor, "rows in"]  # of the tokens that are not held out
-    judge: Float[Tensor, "rows in"]  # of the held-out ones
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class NearPlane:
     damp_percent: float = 0.01
     """Least damping of the Hessian, as a fraction of its mean diagonal."""
     damping: Literal["held_out", "fixed"] = "held_out"
-    """held_out: judged on held-out tokens, each linear is damped 1, 3, 10 or 30 times damp_percent; fixed: 1 time."""
+    """held_out: held-out tokens choose 1, 3, 10 or 30 times damp_percent for each stage; fixed: 1 time."""
     beam: int = 1
     """Answers per row that the sweep keeps while it walks the columns; its cost grows in proportion."""
     rounds: int = 2
@@ -125,103 +118,89 @@ class NearPlane:
 
     def solve(self, weight: Float[Tensor, "out in"], state: Aimed, grid: Grid) -> Quantized:
         """Aim, choose the damping, fit the groups, sweep, check Babai's certificate, refine."""
-        parts = self._shares(weight, state)
-        ridge = self._ridge(weight, parts, state, grid)
-        moments, factor = state.moments, state.damped(ridge)
+        moments, trial = state.moments, self._trial(weight, state)
+        taken = self._shares(weight, trial)
         target = weight.clone()
-        if self.target:
+        if taken:
             wanted = pull(weight, moments.D, moments.R)
-            for step, part in parts.items():
-                target.addcmul_(full_step(wanted, state.damped(step)), part)
+            for ridge, share in taken.items():
+                target.addcmul_(full_step(wanted, state.damped(ridge)), share)
             del wanted
+        if state.ridge is None:
+            state.ridge = self._ridge(trial, taken, state, grid)
+        factor = state.damped(state.ridge)
         scales = fit_groups(target, grid, column_cost(moments.H, factor))
         one = self.beam == 1
         solved = sweep(target, factor, grid, scales) if one else beam_sweep(target, factor, grid, scales, self.beam)
         if solved.certificate is not None:
             verify(solved.certificate)
-        solved, kept, rejected = self._refine(solved, target, weight, state, factor, grid)
-        alpha = sum(float(part.mean()) for part in parts.values())
+        solved, kept, rejected = self._refine(solved, target, moments.H, factor, grid, trial)
+        alpha = sum(float(share.mean()) for share in taken.values())
         return solved._replace(course=Course(alpha, factor.damp_percent, kept, rejected))
 
-    def _shares(self, weight: Tensor, state: Aimed) -> dict[float, Tensor]:
+    def _trial(self, weight: Tensor, state: Aimed) -> Trial | None:
+        """Some rows, and the steps that would be theirs without the held-out tokens."""
+        if "held_out" not in self.needs:
+            return None
+        trial = Trial(weight, state.moments, len(weight) if self.shrink == "row" else TRIAL_ROWS)
+        if self.target:
+            ridges = RIDGES if self.shrink == "spectral" else RIDGES[:1]
+            trial.steps = {r: full_step(trial.fit_pull, state.damped(r, trial=True)) for r in ridges}
+        return trial
+
+    def _shares(self, weight: Tensor, trial: Trial | None) -> dict[float, Tensor]:
         """How much of each ridge's step to take: (1, 1), or (out, 1) by row."""
         if not self.target:
             return {}
-        if self.shrink == "none":
+        if self.shrink == "none" or trial is None:
             return {1.0: weight.new_ones(1, 1)}
-        held = state.moments.held_out()
-        trial = trial_rows(weight, state.moments, len(weight) if self.shrink == "row" else SHARE_ROWS)
-        ridges = RIDGES if self.shrink == "spectral" else RIDGES[:1]
-        steps = [full_step(trial.pull, state.damped(ridge, trial=True)) for ridge in ridges]
         if self.shrink == "row":
-            return {1.0: row_shares(steps[0], trial.judge, held.H)}
-        found = shares(steps, trial.judge, held.H)
+            return {1.0: row_shares(trial.steps[1.0], trial.held_pull, trial.held_H)}
+        found = shares(list(trial.steps.values()), trial.held_pull, trial.held_H)
         if self.shrink == "linear":
             found = [min(share, 1.0) for share in found]
-        return {ridge: weight.new_tensor([[share]]) for ridge, share in zip(ridges, found, strict=True) if share > 0}
+        return {
+            ridge: weight.new_tensor([[share]]) for ridge, share in zip(trial.steps, found, strict=True) if share > 0
+        }
 
-    def _ridge(self, weight: Tensor, parts: dict[float, Tensor], state: Aimed, grid: Grid) -> float:
-        """The damping, in multiples of damp_percent, under which a trial without the held-out tokens serves them best."""
-        if self.damping == "fixed":
+    def _ridge(self, trial: Trial | None, taken: dict[float, Tensor], state: Aimed, grid: Grid) -> float:
+        """The damping, in multiples of damp_percent, under which a trial serves the held-out tokens best."""
+        if self.damping == "fixed" or trial is None:
             return 1.0
-        moments, held = state.moments, state.moments.held_out()
-        trial = trial_rows(weight, moments, DAMPING_ROWS)
         target = trial.weight.clone()
-        for ridge, part in parts.items():
-            some = part if len(part) == 1 else part[:: stride(weight, DAMPING_ROWS)]
-            target.addcmul_(full_step(trial.pull, state.damped(ridge, trial=True)), some)
-        H, losses = moments.fit("H"), []
-        for ridge in DAMPINGS:
-            factor = state.damped(ridge, trial=True)
+        for ridge, share in taken.items():
+            target.addcmul_(trial.steps[ridge], share)
+        H = state.moments.fit("H")
+
+        @cache
+        def loss(number: int) -> float:
+            factor = state.damped(DAMPINGS[number], trial=True)
             scales = fit_groups(target, grid, column_cost(H, factor))
-            solved = sweep(target, factor, grid, scales)
-            losses.append(held_out_loss(solved, trial.weight, trial.judge, held.H, grid))
-        return DAMPINGS[losses.index(min(losses))]
+            return trial.loss(sweep(target, factor, grid, scales), grid)
+
+        best = 1  # downhill from the second: the loss has one valley
+        while best + 1 < len(DAMPINGS) and loss(best + 1) < loss(best):
+            best += 1
+        while best > 0 and loss(best - 1) < loss(best):
+            best -= 1
+        return DAMPINGS[best]
 
     def _refine(
-        self, solved: Quantized, target: Tensor, weight: Tensor, state: Aimed, factor: Factor, grid: Grid
+        self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None
     ) -> tuple[Quantized, int, int]:
         """Rounds of scale refit and descent while the held-out loss falls; how many were kept, how many undone."""
         if self.rounds == 0:
             return solved, 0, 0
-        metric = state.moments.H.clone()
+        metric = H.clone()
         metric.diagonal().add_(factor.damp)
-        judge: Callable[[Quantized], float] = lambda _: 0.0  # noqa: E731
-        if self.gate:
-            held = state.moments.held_out()
-            wanted = pull(weight, held.D, held.R)
-            judge = lambda found: held_out_loss(found, weight, wanted, held.H, grid)  # noqa: E731
-        best = judge(solved)
+        gate = trial if self.gate else None
+        best = gate.loss(solved, grid) if gate else 0.0
         for kept in range(self.rounds):
             candidate = descend(target, metric, refit(target, metric, solved, grid), grid)
-            loss = judge(candidate)
-            if self.gate and not loss < best:
-                return solved, kept, 1  # the next round would begin where this one did
-            solved, best = candidate, loss
+            if gate:
+                loss = gate.loss(candidate, grid)
+                if not loss < best:
+                    return solved, kept, 1  # the next round would begin where this one did
+                best = loss
+            solved = candidate
         return solved, self.rounds, 0
-
-
-def held_out_loss(
-    solved: Quantized,
-    weight: Float[Tensor, "out in"],
-    pull: Float[Tensor, "out in"],
-    H: Float[Tensor, "in in"],
-    grid: Grid,
-) -> float:
-    """``‖Q X̂ - W X - R‖²`` over the held-out tokens (``pull``, ``H``), less what no Q changes; lower is better."""
-    delta = dequantize(solved, grid).to(weight.dtype).sub_(weight)
-    gradient = (delta @ H).sub_(pull, alpha=2)
-    return float(gradient.mul_(delta).sum(dtype=torch.float64))
-
-
-def stride(weight: Float[Tensor, "out in"], rows: int) -> int:
-    """Every so manieth row makes about ``rows``."""
-    return -(-len(weight) // rows)
-
-
-def trial_rows(weight: Float[Tensor, "out in"], moments: Moments, rows: int) -> Trial:
-    """About ``rows`` rows, evenly spaced, and what each part of the tokens asks of them."""
-    some = slice(None, None, stride(weight, rows))
-    weight, held = weight[some], moments.held_out()
-    fit_R, held_R = (None if R is None else R[some] for R in (moments.fit("R"), held.R))
-    return Trial(weight, pull(weight, moments.fit("D"), fit_R), pull(weight, held.D, held_R))

@@ -1,0 +1,474 @@
+"""NearPlane as a whole: what it is with parts left out, what held-out tokens decide, and inputs that are hard."""
+
+from dataclasses import replace
+from itertools import product
+
+import oracles
+import pytest
+import torch
+
+from nearplane.core.errors import NumericalError, SettingError
+from nearplane.core.grid import Course, Grid, dequantize, fit_groups
+from nearplane.core.moments import Moments
+from nearplane.methods import GPTQ, NearPlane
+from nearplane.methods.nearplane import DAMPINGS
+
+BARE = {"target": False, "rounds": 0, "damping": "fixed"}
+GRID = Grid(bits=3, group_size=16, sym=False)
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Layer:
+    """A weight and tokens (rows) of both streams, every fourth of them held out; ``drift`` of the stream is optional."""
+
+    def __init__(self, W, xhat, x, drift=None, held=None):
+        self.W, self.xhat, self.x, self.drift = W, xhat, x, drift
+        self.held = torch.arange(len(xhat)) % 4 == 3 if held is None else held
+
+    def part(self, rows):
+        m = Moments.zeros(
+            self.W.shape[1], drift=True, residual=None if self.drift is None else len(self.W), dtype=self.W.dtype
+        )
+        m.add(self.xhat[rows], self.x[rows], None if self.drift is None else self.drift[rows])
+        return m
+
+    @property
+    def moments(self):
+        return self.part(~self.held).join(self.part(self.held))
+
+    def loss(self, solved, grid, rows=None):
+        """``‖Q X̂ - W X - R‖²/n`` over some of the tokens, computed token by token."""
+        rows = slice(None) if rows is None else rows
+        wanted = self.x[rows] @ self.W.T + (0 if self.drift is None else self.drift[rows])
+        return float((self.xhat[rows] @ dequantize(solved, grid).T - wanted).square().sum(1).mean())
+
+    def to(self, dtype):
+        drift = None if self.drift is None else self.drift.to(dtype)
+        return Layer(self.W.to(dtype), self.xhat.to(dtype), self.x.to(dtype), drift, self.held)
+
+
+def layer(out=6, n=40, tokens=200, seed=0, residual=False):
+    p = oracles.problem(out, n, tokens=tokens, seed=seed)
+    drift = None
+    if residual:  # partly a function of the input, partly noise
+        drift = 0.2 * (p.Xhat.T @ draw(seed + 1, n, out) / n**0.5 + draw(seed + 2, tokens, out))
+    return Layer(p.W, p.Xhat.T.contiguous(), p.X.T.contiguous(), drift)
+
+
+def solve(method, weight, moments, grid):
+    return method.solve(weight, method.prepare(moments), grid)
+
+
+def same(a, b):
+    return torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and torch.equal(a.zero, b.zero)
+
+
+# --- parts left out -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["natural", "activation", "pivot"])
+@pytest.mark.parametrize("beam", [1, 3])
+def test_with_every_part_off_it_is_gptq(order, beam):
+    m = layer()
+    bare = NearPlane(**BARE, order=order, beam=beam)
+    assert bare.needs == {"H"}
+    moments = Moments(m.moments.H, None, 200)  # nothing else is read
+    found, gptq = (solve(method, m.W, moments, GRID) for method in (bare, GPTQ(order=order)))
+    assert torch.equal(found.scale, gptq.scale)
+    assert same(found, gptq) == (beam == 1)
+    if beam == 1:
+        assert torch.equal(found.certificate.loss, gptq.certificate.loss)
+    assert found.course == Course(0, 0.01, 0, 0)
+
+
+@pytest.mark.parametrize("shrink", ["spectral", "linear", "row", "none"])
+def test_without_drift_the_target_is_the_weight(shrink):
+    m = layer()
+    m.x = m.xhat
+    found = solve(NearPlane(shrink=shrink), m.W, m.moments, GRID)
+    assert same(found, solve(NearPlane(target=False), m.W, m.moments, GRID))
+    assert not same(found, solve(NearPlane(shrink=shrink), m.W, layer().moments, GRID))
+
+
+SWITCHES = product([True, False], [True, False], ["spectral", "row", "none"], ["held_out", "fixed"], [0, 2], [True, False])
+
+
+@pytest.mark.parametrize(("target", "residual", "shrink", "damping", "rounds", "gate"), list(SWITCHES))
+def test_needs_is_what_is_read(target, residual, shrink, damping, rounds, gate):
+    method = NearPlane(target=target, residual=residual, shrink=shrink, damping=damping, rounds=rounds, gate=gate)
+    judged = [target and shrink != "none", damping == "held_out", gate and rounds > 0]
+    expected = {"H"} | ({"D"} if target else set()) | ({"R"} if target and residual else set())
+    assert method.needs == expected | ({"held_out"} if any(judged) else set())
+    m = layer(3, 12, 40, residual=True)
+    whole = m.moments
+    # What is not needed is not there. Whether the linear has an R at all is not the method's to know.
+    given = Moments(whole.H, whole.D if target else None, whole.tokens, 0, whole.R if target and residual else None)
+    if any(judged):
+        with pytest.raises(ValueError, match="held_out"):
+            solve(method, m.W, given, Grid(group_size=4))
+        held = whole.held_out()
+        given.held = Moments(held.H, held.D if target else None, held.tokens, 0, held.R if given.R is not None else None)
+    assert solve(method, m.W, given, Grid(group_size=4)).codes.shape == (3, 12)
+
+
+@pytest.mark.parametrize("order", ["natural", "activation", "pivot"])
+@pytest.mark.parametrize("grid", [GRID, Grid(bits=2, group_size=-1), Grid(bits=4, group_size=12)], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("percent", [0.01, 0.1])
+def test_the_full_target_is_the_dense_formula_and_the_published_sweep(order, grid, residual, percent):
+    m = layer(residual=residual)
+    moments = m.moments
+    xhat, n = m.xhat, len(m.xhat)
+    H, D = xhat.T @ xhat / n, (m.x - xhat).T @ xhat / n
+    A = oracles.damped(H, percent)
+    pull = m.W @ D + (0 if m.drift is None else m.drift.T @ xhat / n)
+    aim = m.W + pull @ torch.linalg.inv(A)
+    steps = oracles.column_order(A, order)
+    scales = oracles.static_scales(aim, grid, oracles.column_cost(H, A, order))
+    expected = oracles.published(aim, A, grid, order=steps, scales=scales)
+    method = NearPlane(shrink="none", damping="fixed", rounds=0, order=order, damp_percent=percent)
+    found = solve(method, m.W, moments, grid)
+    assert int((found.codes.double() != expected.codes).sum()) == 0
+    torch.testing.assert_close(found.scale, scales[0])
+    assert found.course == Course(1, percent, 0, 0)
+    # The part that changes the aim changes the codes: neither is W rounded, nor the aim without R.
+    assert not same(found, solve(NearPlane(**BARE, order=order, damp_percent=percent), m.W, moments, grid))
+    if residual:
+        without = solve(method, m.W, layer().moments, grid)
+        assert not same(found, without)
+
+
+def test_a_target_without_its_drift_moment_is_the_weight():
+    """A linear that adds to no stream has no R; one whose moments keep no D aims by R alone."""
+    m = layer(residual=True)
+    whole = m.moments
+    only = Moments(whole.H, None, whole.tokens, 0, whole.R)
+    method = NearPlane(shrink="none", damping="fixed", rounds=0)
+    aim = m.W + whole.R @ torch.linalg.inv(oracles.damped(whole.H))
+    assert same(solve(method, m.W, only, GRID), solve(NearPlane(**BARE), aim, only, GRID))
+
+
+# --- the judge ----------------------------------------------------------------------------------------------------
+
+
+def misjudged(seed):
+    """Many tokens of one kind and few held-out ones of another: what is better for all is not for these."""
+    W = draw(seed, 8, 32)
+    few, many = 40, 400
+    common = draw(seed + 100, many, 32) @ draw(seed + 200, 32, 32) / 4
+    other = draw(seed + 300, few, 3) @ draw(seed + 400, 3, 32) / 8
+    xhat = torch.cat([common, other])
+    return Layer(W, xhat, xhat, held=torch.arange(many + few) >= many)
+
+
+def harmful():
+    """Layers where the rounds, kept whatever they do, raise the held-out loss from the first on."""
+    for seed in range(20):
+        m = misjudged(seed)
+        losses = []
+        for rounds in (0, 1, 2):
+            method = NearPlane(**{**BARE, "rounds": rounds}, gate=False)
+            losses.append(m.loss(solve(method, m.W, m.moments, Grid(bits=2, group_size=8)), Grid(bits=2, group_size=8), m.held))
+        if losses[1] > 1.02 * losses[0] and losses[2] > 1.02 * losses[0]:
+            yield m
+
+
+def test_a_round_that_harms_held_out_tokens_is_undone():
+    grid = Grid(bits=2, group_size=8)
+    cases = list(harmful())
+    assert len(cases) >= 3
+    for m in cases:
+        start = solve(NearPlane(**BARE), m.W, m.moments, grid)
+        gated = solve(NearPlane(**{**BARE, "rounds": 2}), m.W, m.moments, grid)
+        free = solve(NearPlane(**{**BARE, "rounds": 2}, gate=False), m.W, m.moments, grid)
+        assert gated.course == Course(0, 0.01, 0, 1) and same(gated, start)
+        assert free.course == Course(0, 0.01, 2, 0) and not same(free, start)
+        assert m.loss(free, grid, m.held) > m.loss(gated, grid, m.held)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_judge_is_the_loss_over_held_out_tokens(seed, residual):
+    """Round by round: kept exactly while the loss, computed token by token, falls."""
+    m = layer(8, 32, 120, seed=seed, residual=residual)
+    grid = Grid(bits=2, group_size=8)
+    fixed = {"shrink": "none", "damping": "fixed"}
+    losses = []
+    for rounds in range(6):
+        method = NearPlane(**fixed, rounds=rounds, gate=False)
+        losses.append(m.loss(solve(method, m.W, m.moments, grid), grid, m.held))
+    kept = next((k for k in range(5) if losses[k + 1] >= losses[k] * (1 - 1e-12)), 5)
+    gated = solve(NearPlane(**fixed, rounds=5), m.W, m.moments, grid)
+    assert gated.course == Course(1, 0.01, kept, int(kept < 5))
+    assert m.loss(gated, grid, m.held) == pytest.approx(min(losses[: kept + 1]))
+
+
+def test_in_the_ordinary_case_both_rounds_are_kept_and_the_objective_falls():
+    grid, kept = Grid(bits=2, group_size=16), 0
+    for seed in range(4):
+        m = layer(8, 48, 800, seed=seed)
+        moments = m.moments
+        A = oracles.damped(moments.H)
+        aim = m.W + m.W @ moments.D @ torch.linalg.inv(A)
+        found = [
+            solve(NearPlane(shrink="none", damping="fixed", rounds=rounds), m.W, moments, grid) for rounds in (0, 1, 2)
+        ]
+        objective = [float(oracles.loss(aim, dequantize(f, grid), A).sum()) for f in found]
+        assert objective[0] >= objective[1] >= objective[2]
+        if found[2].course.rounds == 2:
+            kept += 1
+            assert objective[0] > objective[1] > objective[2] and found[2].course.rejected == 0
+            assert m.loss(found[0], grid, m.held) > m.loss(found[1], grid, m.held) > m.loss(found[2], grid, m.held)
+    assert kept >= 3
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_held_out_tokens_choose_the_damping(bits):
+    """The chosen one serves held-out tokens best among trials that never saw them."""
+    grid, chosen = Grid(bits=bits, group_size=16), set()
+    for seed in range(6):
+        m = layer(5, 32, 48, seed=seed)
+        fit = Layer(m.W, m.xhat[~m.held], m.x[~m.held])
+        losses = []
+        for times in DAMPINGS:
+            method = NearPlane(**BARE, damp_percent=0.01 * times)
+            losses.append(m.loss(solve(method, m.W, fit.moments, grid), grid, m.held))
+        best = 0.01 * DAMPINGS[losses.index(min(losses))]
+        found = solve(NearPlane(target=False, rounds=0), m.W, m.moments, grid)
+        assert found.course.damp_percent == pytest.approx(best)
+        assert same(found, solve(NearPlane(**BARE, damp_percent=best), m.W, m.moments, grid))
+        chosen.add(best)
+    assert len(chosen) > 1
+
+
+def test_many_rows_are_judged_by_a_sample(monkeypatch):
+    """More rows than the trials take: every so manieth is tried, and all are solved."""
+    from nearplane.methods import nearplane
+
+    monkeypatch.setattr(nearplane, "SHARE_ROWS", 4)
+    monkeypatch.setattr(nearplane, "DAMPING_ROWS", 4)
+    m = layer(10, 24, 60, residual=True)
+    some = slice(None, None, 3)
+    part = Layer(m.W[some], m.xhat, m.x, m.drift[:, some])
+    for shrink in ("spectral", "linear", "row"):
+        found, expected = (solve(NearPlane(shrink=shrink, rounds=0), w.W, w.moments, GRID) for w in (m, part))
+        assert torch.equal(found.codes[some], expected.codes)
+        if shrink != "row":
+            assert found.course == expected.course
+        rest = torch.arange(10) % 3 != 0
+        assert not torch.equal(found.codes[rest], solve(NearPlane(**BARE), m.W, m.moments, GRID).codes[rest])
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.001, 0.01, 1.0])
+@pytest.mark.parametrize("shrink", ["spectral", "linear", "row", "none"])
+def test_course(percent, shrink):
+    for seed in range(3):
+        found = solve(NearPlane(damp_percent=percent, shrink=shrink), *(lambda m: (m.W, m.moments))(layer(seed=seed)), GRID)
+        course = found.course
+        allowed = [percent, *(times * max(percent, 1e-4) for times in DAMPINGS[1:])]
+        assert any(course.damp_percent == pytest.approx(one) for one in allowed)
+        assert 0 <= course.rounds <= 2 and course.rejected == int(course.rounds < 2)
+        assert 0.3 < course.alpha < 3 if shrink == "spectral" else 0.3 < course.alpha <= 1
+        assert (course.alpha == 1) == (shrink == "none")
+
+
+# --- few tokens, noisy drift --------------------------------------------------------------------------------------
+
+
+def scarce(seed, tokens=12, n=48, out=16, fresh=4000):
+    """Fewer tokens than inputs; the drift is a function of the input plus as much noise again, larger on few inputs."""
+    basis = torch.linalg.qr(draw(seed, n, n))[0] * (2.0 / torch.arange(1, n + 1)).sqrt()
+    bend = draw(seed + 1, n, n) / n**0.5
+    W = draw(seed + 2, out, n)
+
+    def tokens_of(seed, count):
+        xhat = draw(seed, count, n) @ basis.T
+        return xhat, xhat + 0.3 * (xhat @ bend) + 0.2 * draw(seed + 1, count, n)
+
+    return Layer(W, *tokens_of(seed + 10, tokens)), Layer(W, *tokens_of(seed + 20, fresh))
+
+
+@pytest.mark.parametrize(("bits", "tokens"), [(2, 12), (3, 24), (4, 36)])
+def test_with_few_tokens_and_noisy_drift_fresh_tokens_gain(bits, tokens):
+    grid = Grid(bits=bits, group_size=16)
+    methods = {
+        "gptq": GPTQ(),
+        "nearplane": NearPlane(),
+        "all of it": NearPlane(shrink="none"),
+        "fixed": NearPlane(damping="fixed"),
+    }
+    mean = dict.fromkeys(methods, 0.0)
+    for seed in range(0, 1200, 100):
+        m, fresh = scarce(seed, tokens)
+        for name, method in methods.items():
+            mean[name] += fresh.loss(solve(method, m.W, m.moments, grid), grid) / 12
+    print(mean)
+    assert mean["nearplane"] < mean["gptq"]
+    assert mean["nearplane"] < mean["all of it"]
+    assert mean["nearplane"] <= mean["fixed"]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+def test_with_nothing_held_out_it_is_gptq(tokens):
+    """Nothing can be judged, so nothing is risked: no step, the least damping, no round."""
+    m = layer(4, 16, tokens)
+    m.held = torch.zeros(tokens, dtype=torch.bool)
+    for beam in (1, 2):
+        found = solve(NearPlane(beam=beam), m.W, m.moments, GRID)
+        assert found.course == Course(0, 0.01, 0, 1)
+        assert same(found, solve(NearPlane(**BARE, beam=beam), m.W, m.moments, GRID))
+    assert same(solve(NearPlane(), m.W, m.moments, GRID), solve(GPTQ(), m.W, m.moments, GRID))
+
+
+def test_with_everything_held_out_it_still_solves():
+    m = layer(4, 16, 40)
+    m.held = torch.ones(40, dtype=torch.bool)
+    found = solve(NearPlane(), m.W, m.moments, GRID)
+    assert m.loss(found, GRID) < m.loss(solve(GPTQ(), m.W, m.moments, GRID), GRID)
+
+
+def test_no_tokens_at_all_are_refused():
+    m = layer(4, 16, 8)
+    m.xhat, m.x, m.held = m.xhat[:0], m.x[:0], m.held[:0]
+    with pytest.raises(NumericalError, match="no calibration token"):
+        NearPlane().prepare(m.moments)
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"damp_percent": -0.01},
+        {"damp_percent": 1.01},
+        {"damp_percent": float("nan")},
+        {"beam": 0},
+        {"rounds": -1},
+    ],
+)
+def test_meaningless_options_are_refused_in_one_sentence(bad):
+    with pytest.raises(SettingError) as refusal:
+        NearPlane(**bad)
+    assert next(iter(bad)) in str(refusal.value) and str(refusal.value).endswith(".")
+    assert str(refusal.value).count(". ") == 0 and str(next(iter(bad.values()))) in str(refusal.value)
+
+
+@pytest.mark.parametrize("bad", [{"order": "random"}, {"shrink": "all"}, {"damping": "none"}])
+def test_unknown_choices_are_refused(bad):
+    # Beartype may refuse them first, by the annotation; without it the method itself does.
+    with pytest.raises((SettingError, TypeError)):
+        NearPlane(**bad)
+    method = object.__new__(NearPlane)
+    for name, value in {**vars(NearPlane()), **bad}.items():
+        object.__setattr__(method, name, value)
+    with pytest.raises(SettingError, match=next(iter(bad))):
+        method.__post_init__()
+
+
+def test_it_is_a_value():
+    assert NearPlane() == NearPlane() and hash(NearPlane()) == hash(NearPlane())
+    assert NearPlane(beam=2) == replace(NearPlane(), beam=2) != NearPlane()
+
+
+# --- robustness ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [NearPlane(), NearPlane(shrink="row", beam=3, order="pivot")], ids=str)
+def test_deterministic_on_any_number_of_threads(method):
+    m, before = layer(24, 300, 400, residual=True), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            results.append(solve(method, m.W, m.moments, GRID))
+    finally:
+        torch.set_num_threads(before)
+    assert same(results[0], results[1])
+    assert torch.equal(results[0].codes, results[2].codes)
+    assert results[0].course[1:] == results[2].course[1:]
+
+
+@pytest.mark.parametrize("method", [NearPlane(), NearPlane(shrink="row", beam=2)], ids=str)
+def test_solving_leaves_weight_and_moments_alone_and_serves_many(method):
+    m, other = layer(residual=True), draw(77, 6, 40)
+    moments = m.moments
+    parts = (moments.H, moments.D, moments.R, moments.held.H, moments.held.D, moments.held.R, m.W)
+    before = [t.clone() for t in parts]
+    state = method.prepare(moments)
+    first = method.solve(m.W, state, GRID)
+    method.solve(other, state, Grid(bits=8))
+    assert same(first, method.solve(m.W, state, GRID))
+    assert all(map(torch.equal, before, parts))
+
+
+GRIDS = [
+    Grid(bits=bits, group_size=size, sym=sym, scale_dtype=dtype)
+    for bits, sym in [(2, True), (2, False), (3, False), (4, True), (8, True), (8, False), ("ternary", True)]
+    for size, dtype in [(16, "float16"), (7, "float32"), (-1, "bfloat16")]
+]
+SHAPES = [(1, 40, 120), (5, 33, 10), (3, 1, 20), (1, 1, 9)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("out", "n", "tokens"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_answers_are_well_formed(grid, out, n, tokens, dtype):
+    m = layer(out, n, tokens, seed=3, residual=True)
+    dead = torch.arange(n) % 5 == 2
+    m.xhat[:, dead] = m.x[:, dead] = 0
+    m = m.to(dtype)
+    for method in (NearPlane(), NearPlane(shrink="row", beam=2, gate=False)):
+        found = solve(method, m.W, m.moments, grid)
+        assert found.codes.shape == (out, n) and found.codes.dtype == torch.uint8 and found.codes.is_contiguous()
+        assert found.scale.shape == found.zero.shape == (out, grid.group_count(n))
+        assert found.zero.dtype == torch.uint8 and found.scale.dtype == dtype
+        least, greatest = grid.code_range
+        assert int(found.codes.min()) >= least and int(found.codes.max()) <= greatest
+        stored = getattr(torch, grid.scale_dtype)
+        assert bool((found.scale > 0).all()) and torch.equal(found.scale.to(stored).to(dtype), found.scale)
+        assert bool(dequantize(found, grid).isfinite().all())
+        # An input that is always zero leaves its weight as it was: the nearest grid point to it.
+        group = torch.arange(n) // grid.group_width(n)
+        nearest = (m.W / found.scale[:, group]).round() + found.zero[:, group]
+        assert torch.equal(found.codes[:, dead].to(dtype), nearest.clamp(least, greatest)[:, dead])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_input_and_one_held_out_token_far_larger(dtype):
+    m = layer(6, 40, 120, residual=True)
+    size = torch.ones(40, dtype=torch.float64)
+    size[17] = 1e4
+    m.xhat, m.x = m.xhat * size, m.x * size
+    m.xhat[3] *= 100
+    m.x[3] *= 100
+    low = m.to(dtype)
+    found = solve(NearPlane(), low.W, low.moments, GRID)
+    assert low.loss(found, GRID) < low.loss(solve(GPTQ(), low.W, low.moments, GRID), GRID)
+
+
+def test_the_grid_is_fitted_to_the_target():
+    m = layer()
+    m.x = m.xhat * 3  # W* is near 3 W
+    found = solve(NearPlane(rounds=0), m.W, m.moments, GRID)
+    plain, _ = fit_groups(m.W, GRID)
+    assert 2 < float((found.scale / plain).mean()) < 4
+
+
+def test_a_certificate_violation_is_not_passed_on(monkeypatch):
+    from nearplane.methods import nearplane
+
+    real = nearplane.sweep
+
+    def broken(*args, **options):
+        solved = real(*args, **options)
+        c = solved.certificate
+        return solved._replace(certificate=c._replace(loss=c.bound * 2, clipped=torch.zeros_like(c.clipped)))
+
+    monkeypatch.setattr(nearplane, "sweep", broken)
+    m = layer()
+    with pytest.raises(NumericalError, match="bug in the solver"):
+        solve(NearPlane(), m.W, m.moments, GRID)
