@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: SmolLM2-135M-Instruct to 3 bits, group 64, by rounding and by the best method there is.
+"""What ``make demo`` runs: SmolLM2-135M-Instruct to 3 bits, group 64, by rounding, by GPTQ and by our own method.
 
     python examples/demo.py [OUT]      (default: demo-out)
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nearplane import GPTAQ, RTN, Calibration, Grid, Method, NearplaneError, Report, evaluate, quantize
+from nearplane import GPTQ, RTN, Calibration, Grid, Method, NearPlane, NearplaneError, Report, evaluate, quantize
 from nearplane.progress import CONSOLE
 
 GRID = Grid(bits=3, group_size=64, sym=False)
 CALIBRATION = Calibration(nsamples=16, seqlen=512)
-METHODS: dict[str, Method] = {"rtn": RTN(), "gptaq": GPTAQ()}
+METHODS: dict[str, Method] = {"rtn": RTN(), "gptq": GPTQ(), "nearplane": NearPlane()}
 SEQLEN, WINDOWS = 1024, 8
 
 
 def main(out: Path) -> None:
-    """Quantize twice, measure three times, print one table."""
+    """Quantize three times, measure four, print one table."""
     for name in METHODS:
         shutil.rmtree(out / name, ignore_errors=True)  # an earlier demo's
     CONSOLE.rule("original: perplexity")

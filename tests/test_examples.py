@@ -60,5 +60,5 @@ def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(demo, "quantize", quantize)
     monkeypatch.setattr(demo, "evaluate", evaluate)
     demo.main(tmp_path / "demo-out")
-    assert (tmp_path / "demo-out" / "gptaq" / "model.safetensors.index.json").exists()
+    assert (tmp_path / "demo-out" / "nearplane" / "model.safetensors.index.json").exists()
     assert (tmp_path / "demo-out" / "rtn" / "report.json").exists()

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, decode, encode, round_scale
 
+# As in the sweep: columns that share one GEMM, and columns inside it that are completed one by one.
 PANEL, LEAF = 256, 32
+# Scales are solved for as many rows at a time as make about this many weights, and entries of the systems.
+CHUNK_WEIGHTS, CHUNK_SYSTEMS = 1 << 22, 1 << 24
 
 
 def descend(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Quantized, grid: Grid) -> Quantized:
@@ -23,7 +26,10 @@ def descend(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: 
     group = torch.arange(n, device=target.device) // width
     scale, zero = solved.scale.T.contiguous(), solved.zero.T.to(target.dtype).contiguous()
     codes = solved.codes.T.clone(memory_format=torch.contiguous_format)
-    error = target.T - decode(codes.to(target.dtype), scale[group], zero[group])
+    error = target.T.clone(memory_format=torch.contiguous_format)
+    for a in range(0, n, PANEL):
+        part = slice(a, min(a + PANEL, n))
+        error[part] -= decode(codes[part].to(target.dtype), scale[group[part]], zero[group[part]])
     diagonal = A.diagonal().tolist()
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
@@ -48,31 +54,38 @@ def descend(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: 
 
 def refit(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Quantized, grid: Grid) -> Quantized:
     """Scales of least f for fixed codes; a row that rounding or a sign would make worse keeps its own."""
-    out, n = target.shape
+    rows = max(1, min(CHUNK_WEIGHTS // target.shape[1], CHUNK_SYSTEMS // grid.group_count(target.shape[1]) ** 2))
+    scale = solved.scale.clone()
+    for a in range(0, len(target), rows):
+        part = slice(a, a + rows)
+        scale[part] = _refit_rows(target[part], A, solved.codes[part], scale[part], solved.zero[part], grid)
+    return solved._replace(scale=scale)
+
+
+def _refit_rows(target: Tensor, A: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """``A s = b`` of every row, written for the change of s."""
+    n = target.shape[1]
     width, count = grid.group_width(n), grid.group_count(n)
-    zero = solved.zero.to(target.dtype)
     group = torch.arange(n, device=target.device) // width
-    steps = solved.codes.to(target.dtype).sub_(zero[:, group])
-    gradient = (target - steps * solved.scale[:, group]) @ A
+    steps = codes.to(target.dtype).sub_(zero.to(target.dtype)[:, group])
+    gradient = (target - steps * scale[:, group]) @ A
     b = _per_group(gradient.mul_(steps), width, count)
-    system = target.new_empty(out, count, count)
+    system = target.new_empty(len(target), count, count)
     for g in range(count):
         part = slice(g * width, min((g + 1) * width, n))
-        system[:, g, : g + 1] = _per_group(
-            (steps[:, part] @ A[part, : part.stop]).mul_(steps[:, : part.stop]), width, g + 1
-        )
+        pairs = (steps[:, part] @ A[part, : part.stop]).mul_(steps[:, : part.stop])
+        system[:, g, : g + 1] = _per_group(pairs, width, g + 1)
         system[:, :g, g] = system[:, g, :g]
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(diagonal.mean(1, keepdim=True) * 1e-6 + torch.finfo(target.dtype).tiny)
     lower, info = torch.linalg.cholesky_ex(system)
     delta = torch.cholesky_solve(b[:, :, None], lower)[:, :, 0]
-    scale = solved.scale + delta
-    scale = torch.where(scale > 0, scale, solved.scale)
-    scale = round_scale(scale, grid)
-    delta = scale - solved.scale
+    moved = scale + delta
+    moved = round_scale(torch.where(moved > 0, moved, scale), grid)
+    delta = moved - scale
     change = ((system @ delta[:, :, None])[:, :, 0] * delta - 2 * b * delta).sum(1)
     better = (change < 0) & (info == 0)
-    return solved._replace(scale=torch.where(better[:, None], scale, solved.scale))
+    return torch.where(better[:, None], moved, scale)
 
 
 def _per_group(columns: Tensor, width: int, count: int) -> Tensor:

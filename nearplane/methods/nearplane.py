@@ -14,7 +14,6 @@ There is nothing to tune: the switches are there so that each part can be left o
 """
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal, get_args
 
 from jaxtyping import Float
@@ -63,6 +62,10 @@ class Aimed:
             damp_percent = self.factor.damp_percent if ridge == 1 else ridge * max(self.factor.damp_percent, LEAST_DAMP)
             self.kept[ridge, trial] = factorize(H, order=self.order, damp_percent=damp_percent)
         return self.kept[ridge, trial]
+
+    def forget(self) -> None:
+        """Drop the factors that only the choice of the damping wanted."""
+        self.kept = {key: factor for key, factor in self.kept.items() if key[0] in RIDGES}
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,9 @@ class NearPlane:
             for ridge, share in taken.items():
                 target.addcmul_(full_step(wanted, state.damped(ridge)), share)
             del wanted
-        if state.ridge is None:
+        if state.ridge is None:  # the first linear chooses for the stage
             state.ridge = self._ridge(trial, taken, state, grid)
+            state.forget()
         factor = state.damped(state.ridge)
         scales = fit_groups(target, grid, column_cost(moments.H, factor))
         one = self.beam == 1
@@ -170,20 +174,12 @@ class NearPlane:
         target = trial.weight.clone()
         for ridge, share in taken.items():
             target.addcmul_(trial.steps[ridge], share)
-        H = state.moments.fit("H")
-
-        @cache
-        def loss(number: int) -> float:
-            factor = state.damped(DAMPINGS[number], trial=True)
+        H, losses = state.moments.fit("H"), []
+        for damping in DAMPINGS:
+            factor = state.damped(damping, trial=True)
             scales = fit_groups(target, grid, column_cost(H, factor))
-            return trial.loss(sweep(target, factor, grid, scales), grid)
-
-        best = 1  # downhill from the second: the loss has one valley
-        while best + 1 < len(DAMPINGS) and loss(best + 1) < loss(best):
-            best += 1
-        while best > 0 and loss(best - 1) < loss(best):
-            best -= 1
-        return DAMPINGS[best]
+            losses.append(trial.loss(sweep(target, factor, grid, scales), grid))
+        return DAMPINGS[losses.index(min(losses))]
 
     def _refine(
         self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None

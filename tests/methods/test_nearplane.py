@@ -93,7 +93,9 @@ def test_without_drift_the_target_is_the_weight(shrink):
     assert not same(found, solve(NearPlane(shrink=shrink), m.W, layer().moments, GRID))
 
 
-SWITCHES = product([True, False], [True, False], ["spectral", "row", "none"], ["held_out", "fixed"], [0, 2], [True, False])
+SWITCHES = product(
+    [True, False], [True, False], ["spectral", "row", "none"], ["held_out", "fixed"], [0, 2], [True, False]
+)
 
 
 @pytest.mark.parametrize(("target", "residual", "shrink", "damping", "rounds", "gate"), list(SWITCHES))
@@ -110,7 +112,9 @@ def test_needs_is_what_is_read(target, residual, shrink, damping, rounds, gate):
         with pytest.raises(ValueError, match="held_out"):
             solve(method, m.W, given, Grid(group_size=4))
         held = whole.held_out()
-        given.held = Moments(held.H, held.D if target else None, held.tokens, 0, held.R if given.R is not None else None)
+        given.held = Moments(
+            held.H, held.D if target else None, held.tokens, 0, held.R if given.R is not None else None
+        )
     assert solve(method, m.W, given, Grid(group_size=4)).codes.shape == (3, 12)
 
 
@@ -171,7 +175,9 @@ def harmful():
         losses = []
         for rounds in (0, 1, 2):
             method = NearPlane(**{**BARE, "rounds": rounds}, gate=False)
-            losses.append(m.loss(solve(method, m.W, m.moments, Grid(bits=2, group_size=8)), Grid(bits=2, group_size=8), m.held))
+            losses.append(
+                m.loss(solve(method, m.W, m.moments, Grid(bits=2, group_size=8)), Grid(bits=2, group_size=8), m.held)
+            )
         if losses[1] > 1.02 * losses[0] and losses[2] > 1.02 * losses[0]:
             yield m
 
@@ -225,18 +231,28 @@ def test_in_the_ordinary_case_both_rounds_are_kept_and_the_objective_falls():
     assert kept >= 3
 
 
+def downhill(losses):
+    """Where a walk from the second entry ends that goes on while the next one is less, up first, then down."""
+    i = 1
+    while i + 1 < len(losses) and losses[i + 1] < losses[i]:
+        i += 1
+    while i > 0 and losses[i - 1] < losses[i]:
+        i -= 1
+    return i
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_held_out_tokens_choose_the_damping(bits):
-    """The chosen one serves held-out tokens best among trials that never saw them."""
+    """The chosen one serves held-out tokens better than its neighbours, among trials that never saw them."""
     grid, chosen = Grid(bits=bits, group_size=16), set()
-    for seed in range(6):
+    for seed in range(8):
         m = layer(5, 32, 48, seed=seed)
-        fit = Layer(m.W, m.xhat[~m.held], m.x[~m.held])
+        fit = Layer(m.W, m.xhat[~m.held], m.x[~m.held], held=m.held[~m.held])
         losses = []
         for times in DAMPINGS:
             method = NearPlane(**BARE, damp_percent=0.01 * times)
             losses.append(m.loss(solve(method, m.W, fit.moments, grid), grid, m.held))
-        best = 0.01 * DAMPINGS[losses.index(min(losses))]
+        best = 0.01 * DAMPINGS[downhill(losses)]
         found = solve(NearPlane(target=False, rounds=0), m.W, m.moments, grid)
         assert found.course.damp_percent == pytest.approx(best)
         assert same(found, solve(NearPlane(**BARE, damp_percent=best), m.W, m.moments, grid))
@@ -244,35 +260,62 @@ def test_held_out_tokens_choose_the_damping(bits):
     assert len(chosen) > 1
 
 
-def test_many_rows_are_judged_by_a_sample(monkeypatch):
-    """More rows than the trials take: every so manieth is tried, and all are solved."""
+def test_the_first_linear_of_a_stage_chooses_the_damping_for_all():
+    grid, differing = Grid(bits=2, group_size=16), 0
+    method = NearPlane()
+    for seed in range(8):
+        m = layer(5, 32, 48, seed=seed)
+        other = draw(seed + 50, 5, 32)
+        state = method.prepare(m.moments)
+        first, second = method.solve(m.W, state, grid), method.solve(other, state, grid)
+        alone = solve(method, other, m.moments, grid)
+        assert first.course.damp_percent == second.course.damp_percent
+        assert same(first, solve(method, m.W, m.moments, grid))
+        if alone.course.damp_percent != second.course.damp_percent:
+            differing += 1
+        else:
+            assert same(second, alone)
+    assert 0 < differing < 8
+
+
+@pytest.mark.parametrize("shrink", ["spectral", "linear", "row", "none"])
+def test_many_rows_are_judged_by_a_sample(monkeypatch, shrink):
+    """More rows than a trial takes: every so manieth is tried (by row: all), and all are solved."""
     from nearplane.methods import nearplane
 
-    monkeypatch.setattr(nearplane, "SHARE_ROWS", 4)
-    monkeypatch.setattr(nearplane, "DAMPING_ROWS", 4)
-    m = layer(10, 24, 60, residual=True)
-    some = slice(None, None, 3)
-    part = Layer(m.W[some], m.xhat, m.x, m.drift[:, some])
-    for shrink in ("spectral", "linear", "row"):
-        found, expected = (solve(NearPlane(shrink=shrink, rounds=0), w.W, w.moments, GRID) for w in (m, part))
-        assert torch.equal(found.codes[some], expected.codes)
+    monkeypatch.setattr(nearplane, "TRIAL_ROWS", 4)
+    unlike = 0
+    for seed in range(6):
+        m = layer(10, 24, 60, seed=seed, residual=True)
+        some = slice(None, None, 3)
+        part = Layer(m.W[some], m.xhat, m.x, m.drift[:, some])
+        found, expected = (solve(NearPlane(shrink=shrink), w.W, w.moments, GRID) for w in (m, part))
+        assert found.codes.shape == (10, 24)
         if shrink != "row":
-            assert found.course == expected.course
-        rest = torch.arange(10) % 3 != 0
-        assert not torch.equal(found.codes[rest], solve(NearPlane(**BARE), m.W, m.moments, GRID).codes[rest])
+            assert torch.equal(found.codes[some], expected.codes)
+            assert found.course[1:] == expected.course[1:]
+            assert found.course.alpha == pytest.approx(expected.course.alpha)
+        with monkeypatch.context() as patch:
+            patch.setattr(nearplane, "TRIAL_ROWS", 256)
+            unlike += not same(found, solve(NearPlane(shrink=shrink), m.W, m.moments, GRID))
+    assert (unlike > 0) == (shrink != "row")
 
 
 @pytest.mark.parametrize("percent", [0.0, 0.001, 0.01, 1.0])
 @pytest.mark.parametrize("shrink", ["spectral", "linear", "row", "none"])
 def test_course(percent, shrink):
     for seed in range(3):
-        found = solve(NearPlane(damp_percent=percent, shrink=shrink), *(lambda m: (m.W, m.moments))(layer(seed=seed)), GRID)
+        found = solve(
+            NearPlane(damp_percent=percent, shrink=shrink), *(lambda m: (m.W, m.moments))(layer(seed=seed)), GRID
+        )
         course = found.course
         allowed = [percent, *(times * max(percent, 1e-4) for times in DAMPINGS[1:])]
         assert any(course.damp_percent == pytest.approx(one) for one in allowed)
         assert 0 <= course.rounds <= 2 and course.rejected == int(course.rounds < 2)
         assert 0.3 < course.alpha < 3 if shrink == "spectral" else 0.3 < course.alpha <= 1
-        assert (course.alpha == 1) == (shrink == "none")
+        assert course.alpha == 1 or shrink != "none"
+        if percent < 1 and shrink != "none":
+            assert course.alpha != 1
 
 
 # --- few tokens, noisy drift --------------------------------------------------------------------------------------
@@ -305,7 +348,6 @@ def test_with_few_tokens_and_noisy_drift_fresh_tokens_gain(bits, tokens):
         m, fresh = scarce(seed, tokens)
         for name, method in methods.items():
             mean[name] += fresh.loss(solve(method, m.W, m.moments, grid), grid) / 12
-    print(mean)
     assert mean["nearplane"] < mean["gptq"]
     assert mean["nearplane"] < mean["all of it"]
     assert mean["nearplane"] <= mean["fixed"]
@@ -313,14 +355,14 @@ def test_with_few_tokens_and_noisy_drift_fresh_tokens_gain(bits, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 3, 12])
 def test_with_nothing_held_out_it_is_gptq(tokens):
-    """Nothing can be judged, so nothing is risked: no step, the least damping, no round."""
+    """Nothing can be judged, so nothing is risked: no step, no round, and the damping that the search begins with."""
     m = layer(4, 16, tokens)
     m.held = torch.zeros(tokens, dtype=torch.bool)
-    for beam in (1, 2):
-        found = solve(NearPlane(beam=beam), m.W, m.moments, GRID)
-        assert found.course == Course(0, 0.01, 0, 1)
-        assert same(found, solve(NearPlane(**BARE, beam=beam), m.W, m.moments, GRID))
-    assert same(solve(NearPlane(), m.W, m.moments, GRID), solve(GPTQ(), m.W, m.moments, GRID))
+    found = solve(NearPlane(), m.W, m.moments, GRID)
+    assert found.course == Course(0, 0.01 * DAMPINGS[1], 0, 1)
+    assert same(found, solve(GPTQ(damp_percent=0.01 * DAMPINGS[1]), m.W, m.moments, GRID))
+    fixed = NearPlane(damping="fixed", beam=2)
+    assert same(solve(fixed, m.W, m.moments, GRID), solve(NearPlane(**BARE, beam=2), m.W, m.moments, GRID))
 
 
 def test_with_everything_held_out_it_still_solves():
@@ -379,7 +421,7 @@ def test_it_is_a_value():
 
 @pytest.mark.parametrize("method", [NearPlane(), NearPlane(shrink="row", beam=3, order="pivot")], ids=str)
 def test_deterministic_on_any_number_of_threads(method):
-    m, before = layer(24, 300, 400, residual=True), torch.get_num_threads()
+    m, before = layer(16, 150, 200, residual=True), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 1, 2):
