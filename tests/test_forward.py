@@ -110,8 +110,8 @@ def assert_same(a: Moments | None, b: Moments | None) -> None:
 
 def assert_alike(found: dict[str, Moments], expected: dict[str, Moments]) -> None:
     assert found.keys() == expected.keys()
-    for name in found:
-        assert_same(found[name], expected[name])
+    for name, moments in found.items():
+        assert_same(moments, expected[name])
 
 
 # --- paused or run anew -------------------------------------------------------------------------------------------
@@ -308,13 +308,13 @@ def test_held_out_tokens(sequences: int, length: int, held: list[tuple[int, int,
         torch.testing.assert_close(found.fit("H"), rest.T @ rest / len(rest))
 
 
-def test_few_sequences_in_a_walk(models: Any) -> None:
+def test_few_sequences_in_a_walk(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(3, 64)
     ids[:, 40] = LOUD + 2
     for moments in walk(models("llama"), ids).values():
         assert moments.tokens == 192 and moments.held is not None
         assert moments.held.tokens == 0  # batches of one sequence of 64 tokens: no fourth run
-    nearplane.stream.BATCH_TOKENS = 4096  # the fixture restores it
+    monkeypatch.setattr(nearplane.stream, "BATCH_TOKENS", 4096)
     source, brute = open_source(models("llama")), Reference(models("llama"), ids, 3)
     for opened in opened_blocks(source, ids):
         stage = opened.stages[3]

@@ -231,19 +231,14 @@ def test_in_the_ordinary_case_both_rounds_are_kept_and_the_objective_falls():
     assert kept >= 3
 
 
-def downhill(losses):
-    """Where a walk from the second entry ends that goes on while the next one is less, up first, then down."""
-    i = 1
-    while i + 1 < len(losses) and losses[i + 1] < losses[i]:
-        i += 1
-    while i > 0 and losses[i - 1] < losses[i]:
-        i -= 1
-    return i
+def uphill(losses):
+    """Where a walk from the least damping ends that goes on while the next one is better."""
+    return next((i for i in range(len(losses) - 1) if not losses[i + 1] < losses[i]), len(losses) - 1)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_held_out_tokens_choose_the_damping(bits):
-    """The chosen one serves held-out tokens better than its neighbours, among trials that never saw them."""
+    """It rises while trials that never saw the held-out tokens serve them better."""
     grid, chosen = Grid(bits=bits, group_size=16), set()
     for seed in range(8):
         m = layer(5, 32, 48, seed=seed)
@@ -252,7 +247,7 @@ def test_held_out_tokens_choose_the_damping(bits):
         for times in DAMPINGS:
             method = NearPlane(**BARE, damp_percent=0.01 * times)
             losses.append(m.loss(solve(method, m.W, fit.moments, grid), grid, m.held))
-        best = 0.01 * DAMPINGS[downhill(losses)]
+        best = 0.01 * DAMPINGS[uphill(losses)]
         found = solve(NearPlane(target=False, rounds=0), m.W, m.moments, grid)
         assert found.course.damp_percent == pytest.approx(best)
         assert same(found, solve(NearPlane(**BARE, damp_percent=best), m.W, m.moments, grid))
@@ -305,10 +300,8 @@ def test_many_rows_are_judged_by_a_sample(monkeypatch, shrink):
 @pytest.mark.parametrize("shrink", ["spectral", "linear", "row", "none"])
 def test_course(percent, shrink):
     for seed in range(3):
-        found = solve(
-            NearPlane(damp_percent=percent, shrink=shrink), *(lambda m: (m.W, m.moments))(layer(seed=seed)), GRID
-        )
-        course = found.course
+        m = layer(seed=seed)
+        course = solve(NearPlane(damp_percent=percent, shrink=shrink), m.W, m.moments, GRID).course
         allowed = [percent, *(times * max(percent, 1e-4) for times in DAMPINGS[1:])]
         assert any(course.damp_percent == pytest.approx(one) for one in allowed)
         assert 0 <= course.rounds <= 2 and course.rejected == int(course.rounds < 2)
@@ -355,12 +348,12 @@ def test_with_few_tokens_and_noisy_drift_fresh_tokens_gain(bits, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 3, 12])
 def test_with_nothing_held_out_it_is_gptq(tokens):
-    """Nothing can be judged, so nothing is risked: no step, no round, and the damping that the search begins with."""
+    """Nothing can be judged, so nothing is risked: no step, no round, the least damping."""
     m = layer(4, 16, tokens)
     m.held = torch.zeros(tokens, dtype=torch.bool)
     found = solve(NearPlane(), m.W, m.moments, GRID)
-    assert found.course == Course(0, 0.01 * DAMPINGS[1], 0, 1)
-    assert same(found, solve(GPTQ(damp_percent=0.01 * DAMPINGS[1]), m.W, m.moments, GRID))
+    assert found.course == Course(0, 0.01, 0, 1)
+    assert same(found, solve(GPTQ(), m.W, m.moments, GRID))
     fixed = NearPlane(damping="fixed", beam=2)
     assert same(solve(fixed, m.W, m.moments, GRID), solve(NearPlane(**BARE, beam=2), m.W, m.moments, GRID))
 
