@@ -26,7 +26,9 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
                 line = f"    {name:<32} {site.shape[0]} x {site.shape[1]}" + "  (transposed)" * site.transposed
                 lines.append(line + "  adds to the residual stream" * (site.adds_to is not None))
         if not any(site.adds_to for site in block.sites):
-            lines.append("  no output is added to the residual stream as it is: NearPlane's residual target goes without")
+            lines.append(
+                "  no output is added to the residual stream as it is: NearPlane's residual target goes without"
+            )
         for name in block.unreached:
             lines.append(f"  not reached by the probe, stays dense: {name.removeprefix(block.name + '.')}")
     sites = {source.names[s.name + ".weight"]: s for b in blocks for s in b.sites}

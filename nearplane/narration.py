@@ -27,7 +27,8 @@ def announce(report: Report, blocks: list[Block]) -> None:
         say("error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): every weight rounded to nearest instead")
         usual = USUAL.get(grid["bits"])
         if usual is not None:
-            say(f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g}; near or above rtn something is wrong")
+            say(f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g}; near or above rtn something is wrong,")
+            say("unless α > 0: such a linear leaves its weight on purpose, to repair the drift of what came before")
     else:
         say("weight error: ‖Q-W‖²/‖W‖², the worst linear of the stage")
     for event in report.events:

@@ -86,7 +86,9 @@ class Report:
             # A method that corrects drift leaves W on purpose: it is judged on what it minimizes.
             loss, rtn_loss = (_energy(d, moments.H) - 2 * _wanted(d, weight, moments) for d in (delta, rtn))
             if loss > rtn_loss and rtn_error > 0:
-                self.events.append(f"{name}: error {error:.3g} is above round-to-nearest's {rtn_error:.3g}")
+                self.events.append(
+                    f"{name}: serves its objective worse than rounding to nearest (error {error:.3g}, rtn {rtn_error:.3g})"
+                )
         certificate, course = quantized.certificate, quantized.course
         norm = float(weight.square().sum())
         row = LinearRow(

@@ -22,7 +22,7 @@ class Method(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What calibration must measure: nothing, H, or H and D."""
+        """What calibration must measure: of H, D and R (``core/moments.py``), and whether a share of it is held out."""
         ...
 
     def prepare(self, moments: Moments) -> Any:

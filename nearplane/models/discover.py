@@ -229,7 +229,7 @@ def _stages(calls: list[_Call], hidden: Tensor) -> list[Stage]:
 def _stream_point(y: Tensor | None, calls: list[_Call], hidden: Tensor) -> str | None:
     """The module whose input is the residual stream that a linear's output ``y`` is added to, found by its values.
 
-    Some later tensor must equal that input plus y: another module's input, or the block's output. A model that scales or
+    Some tensor of the block must equal that input plus y: another module's input, or the block's output. A model that scales or
     normalizes what it adds has no such pair, and its sites go without.
     """
     if y is None or y.numel() != hidden.numel():
