@@ -55,7 +55,8 @@ Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsa
 class _Quantize:
     """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
 
-    Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations. OUT appears complete or not at all.
+    Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
+    OUT appears complete or not at all.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
