@@ -77,7 +77,8 @@ class OpenBlock:
                 drift = None
                 if point is not None and reference is not None:
                     drift = residual_drift(reference.points[point], current.points[point])
-                measuring.add(walk.batches[batch].shape, xhat, x if "D" in needs else None, drift)
+                first = batch * len(walk.batches[0])
+                measuring.add(walk.batches[batch].shape, first, xhat, x if "D" in needs else None, drift)
             if not walk.keep:
                 self._drop(batch)
         self.reached = number if walk.keep else -1

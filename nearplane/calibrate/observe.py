@@ -24,14 +24,14 @@ class Measuring:
             return Moments.zeros(width, drift="D" in needs, residual=residual, dtype=like.dtype, device=like.device)
 
         self.fit, self.held = empty(), empty() if "held_out" in needs else None
-        self.sequences, self.seen = sequences, 0
+        self.sequences = sequences
 
-    def add(self, batch: torch.Size, xhat: Tensor, x: Tensor | None, residual: Tensor | None) -> None:
-        """Take in a batch of (sequences, tokens)."""
+    def add(self, batch: torch.Size, first: int, xhat: Tensor, x: Tensor | None, residual: Tensor | None) -> None:
+        """Take in a batch of (sequences, tokens) that begins with sequence ``first``."""
         if self.held is None:
             self.fit.add(xhat, x, residual)
             return
-        apart = self._apart(batch, len(xhat)).to(xhat.device)
+        apart = self._apart(batch, first, len(xhat)).to(xhat.device)
         for part, rows in ((self.fit, ~apart), (self.held, apart)):
             part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
 
@@ -39,13 +39,11 @@ class Measuring:
         """Moments of all tokens, with those of the held-out ones beside them."""
         return self.fit if self.held is None else self.fit.join(self.held)
 
-    def _apart(self, batch: torch.Size, rows: int) -> Tensor:
+    def _apart(self, batch: torch.Size, first: int, rows: int) -> Tensor:
         """Which rows are held out: every fourth sequence, or every fourth run of tokens where sequences are few."""
-        if rows != batch.numel() or self.sequences < HELD_OUT:
-            return torch.arange(rows) // RUN % HELD_OUT == HELD_OUT - 1
-        number = torch.arange(self.seen, self.seen + batch[0])
-        self.seen += batch[0]
-        return (number % HELD_OUT == HELD_OUT - 1).repeat_interleave(batch[1])
+        token = first * batch[1] + torch.arange(rows)
+        whole = rows == batch.numel() and self.sequences >= HELD_OUT
+        return token // (batch[1] if whole else RUN) % HELD_OUT == HELD_OUT - 1
 
 
 def residual_drift(r: Tensor, rhat: Tensor) -> Tensor:

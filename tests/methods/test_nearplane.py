@@ -10,6 +10,7 @@ import torch
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Course, Grid, dequantize, fit_groups
 from nearplane.core.moments import Moments
+from nearplane.core.refine import descend, refit
 from nearplane.methods import GPTQ, NearPlane
 from nearplane.methods.nearplane import DAMPINGS
 
@@ -231,14 +232,41 @@ def test_in_the_ordinary_case_both_rounds_are_kept_and_the_objective_falls():
     assert kept >= 3
 
 
-def uphill(losses):
-    """Where a walk from the least damping ends that goes on while the next one is better."""
-    return next((i for i in range(len(losses) - 1) if not losses[i + 1] < losses[i]), len(losses) - 1)
+def test_refinement_descends_in_the_damped_metric():
+    for seed in range(4):
+        m, grid = layer(8, 32, 20, seed=seed), Grid(bits=3, group_size=16)
+        moments = m.moments
+        A = oracles.damped(moments.H, 0.3)
+        start, found = (
+            solve(NearPlane(**{**BARE, "rounds": rounds}, gate=False, damp_percent=0.3), m.W, moments, grid)
+            for rounds in (0, 1)
+        )
+        expected = descend(m.W, A, refit(m.W, A, start, grid), grid)
+        assert torch.equal(found.codes, expected.codes) and not same(found, start)
+        torch.testing.assert_close(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_share_is_that_of_held_out_tokens_for_a_step_they_had_no_part_in(residual):
+    for seed in range(4):
+        m = layer(6, 24, 60, seed=seed, residual=residual)
+
+        def dense(rows, m=m):
+            xhat, n = m.xhat[rows], int(rows.sum())
+            pull = m.W @ (m.x[rows] - xhat).T @ xhat / n
+            return xhat.T @ xhat / n, pull + (0 if m.drift is None else m.drift[rows].T @ xhat / n)
+
+        (H, pull), (held_H, held_pull) = dense(~m.held), dense(m.held)
+        step = pull @ torch.linalg.inv(oracles.damped(H))
+        share = float((step * held_pull).sum() / (step * (step @ held_H)).sum())
+        found = solve(NearPlane(shrink="linear"), m.W, m.moments, GRID)
+        assert 0 < share < 1
+        assert found.course.alpha == pytest.approx(share)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_held_out_tokens_choose_the_damping(bits):
-    """It rises while trials that never saw the held-out tokens serve them better."""
+    """The chosen one serves held-out tokens best among trials that never saw them."""
     grid, chosen = Grid(bits=bits, group_size=16), set()
     for seed in range(8):
         m = layer(5, 32, 48, seed=seed)
@@ -247,7 +275,7 @@ def test_held_out_tokens_choose_the_damping(bits):
         for times in DAMPINGS:
             method = NearPlane(**BARE, damp_percent=0.01 * times)
             losses.append(m.loss(solve(method, m.W, fit.moments, grid), grid, m.held))
-        best = 0.01 * DAMPINGS[uphill(losses)]
+        best = 0.01 * DAMPINGS[losses.index(min(losses))]
         found = solve(NearPlane(target=False, rounds=0), m.W, m.moments, grid)
         assert found.course.damp_percent == pytest.approx(best)
         assert same(found, solve(NearPlane(**BARE, damp_percent=best), m.W, m.moments, grid))
