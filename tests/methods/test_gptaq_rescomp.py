@@ -81,7 +81,7 @@ def test_prepare_scales_p_by_alpha_and_leaves_the_moments_alone():
 def test_gptaq_released_matches_the_published_loop(shape, options):
     n, size = shape
     p = problem(6, n, seed=n)
-    grid = Grid(bits=3, group_size=size)
+    grid = Grid(bits=3, group_size=size, fit="mse")
     want = expected(p, grid, options["order"], options.get("static_groups", True), across="q")
     got = solve(GPTAQ(variant="released", **options), p, grid)
     assert differing(got.codes, want.codes) == 0
@@ -97,7 +97,9 @@ BLOCKS += [(128, options) for options in settings_of(True)]
 def test_gptaq_consistent_is_the_loop_at_any_block_size(block, options):
     p = problem(6, 160, seed=7)
     static = options.get("static_groups", True)
-    grid = Grid(bits=3, group_size=40)  # a multiple of 1 and 40; at 128 only static groups, which need no alignment
+    grid = Grid(
+        bits=3, group_size=40, fit="mse"
+    )  # a multiple of 1 and 40; at 128 only static groups, which need no alignment
     want = expected(p, grid, options["order"], static, block=block)
     assert differing(solve(GPTAQ(**options), p, grid).codes, want.codes) == 0
 
@@ -113,7 +115,7 @@ def test_gptaq_consistent_is_the_loop_at_any_block_size(block, options):
 )
 def test_gptaq_consistent_at_any_shape_and_panel(*, n, size, options, alpha, sym, panel, seed):
     p = problem(3, n, seed=seed)
-    grid = Grid(bits=3, group_size=size, sym=sym)
+    grid = Grid(bits=3, group_size=size, sym=sym, fit="mse")
     static = options.get("static_groups", True)
     state = GPTAQ(alpha=alpha, **options).prepare(p.moments)
     scales = fit_groups(p.W, grid) if static else None
@@ -122,7 +124,7 @@ def test_gptaq_consistent_at_any_shape_and_panel(*, n, size, options, alpha, sym
 
 
 def test_the_forms_of_gptaq_differ_only_beyond_one_block():
-    grid = Grid(bits=2, group_size=64)
+    grid = Grid(bits=2, group_size=64, fit="mse")
     small, large = problem(6, 128), problem(6, 256)
     forms = GPTAQ(variant="consistent"), GPTAQ(variant="released")
     assert differing(*(solve(m, small, grid).codes for m in forms)) == 0
@@ -139,7 +141,7 @@ def test_the_forms_of_gptaq_differ_only_beyond_one_block():
 def test_rescomp_released_matches_the_published_loop(shape, options, carry, across, base):
     n, size = shape
     p = problem(4, n, seed=n)
-    grid = Grid(bits=3, group_size=size, sym=False)
+    grid = Grid(bits=3, group_size=size, sym=False, fit="mse")
     if base == "gptq":
         p = p._replace(D=torch.zeros_like(p.D))
     static = options.get("static_groups", True)
@@ -151,7 +153,7 @@ def test_rescomp_released_matches_the_published_loop(shape, options, carry, acro
 @pytest.mark.parametrize("bits, across", [(2, "q"), ("ternary", "q"), (3, "clamped"), (4, "clamped")])
 def test_rescomp_chooses_the_published_carry_by_bits(bits, across):
     p = problem(6, 200, seed=2)
-    grid = Grid(bits=bits, group_size=64)
+    grid = Grid(bits=bits, group_size=64, fit="mse")
     got = solve(ResComp(variant="released"), p, grid)
     for name in ("q", "clamped"):
         want = expected(p, grid, "activation", True, alpha2=0.25, across=name)
@@ -163,7 +165,7 @@ def test_rescomp_chooses_the_published_carry_by_bits(bits, across):
 @pytest.mark.parametrize("options", settings_of(True) + settings_of(False), ids=str)
 def test_rescomp_consistent_is_the_loop_at_any_block_size(base, block, options):
     p = problem(6, 160, seed=7)
-    grid = Grid(bits=3, group_size=40)
+    grid = Grid(bits=3, group_size=40, fit="mse")
     if base == "gptq":
         p = p._replace(D=torch.zeros_like(p.D))
     want = expected(p, grid, options["order"], options.get("static_groups", True), alpha2=0.25, block=block)
@@ -172,7 +174,7 @@ def test_rescomp_consistent_is_the_loop_at_any_block_size(base, block, options):
 
 def test_rescomp_on_gptq_ignores_a_drift_that_was_measured():
     p = problem(6, 60)
-    grid = Grid(bits=3, group_size=16)
+    grid = Grid(bits=3, group_size=16, fit="mse")
     without = p._replace(D=torch.zeros_like(p.D))
     method = ResComp(base="gptq")
     assert differing(solve(method, p, grid).codes, solve(method, without, grid).codes) == 0
@@ -187,7 +189,7 @@ def test_rescomp_on_gptq_ignores_a_drift_that_was_measured():
 def test_reductions(options, variant):
     p = problem(6, 160, seed=3)
     still = p._replace(D=torch.zeros_like(p.D))
-    grid = Grid(bits=3, group_size=64)
+    grid = Grid(bits=3, group_size=64, fit="mse")
     gptq, gptaq = solve(GPTQ(**options), p, grid), solve(GPTAQ(variant=variant, **options), p, grid)
 
     def same(got, want):
@@ -213,7 +215,7 @@ def test_identity_hessian_leaves_only_the_push():
 def test_the_push_lowers_the_asymmetric_loss_on_a_fine_grid():
     """With steps too small to matter what is left to see is the drift, and P lowers it."""
     p = problem(3, 6, tokens=400, drift=0.1)
-    grid = Grid(bits=8, group_size=-1)
+    grid = Grid(bits=8, group_size=-1, fit="mse")
     state = GPTAQ(order="natural", alpha=1.0).prepare(p.moments)
     fine = torch.full((3, 1), 0.05, dtype=torch.float64), torch.full((3, 1), 128.0, dtype=torch.float64)
     got = sweep(p.W, state.factor, grid, fine, push=state.push)
