@@ -9,15 +9,12 @@ rounds. Memory is the peak of what the solver allocates beyond its inputs (weigh
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import weakref
 from typing import Any
 
 import torch
-from sweep import gemm_rate, seconds
+from sweep import gemm_rate, record, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearplane import GPTAQ, GPTQ, Grid, Method, Moments, NearPlane
@@ -139,15 +136,7 @@ def main() -> None:
             cells += [f"{r['peak'] / 4 / r['in'] ** 2:.1f}", f"{r['peak'] / 4 / r['in'] / r['out']:.1f}"]
             print(f"| {r['out']} x {r['in']} | {r['method']} | " + " | ".join(cells) + " |", flush=True)
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        record = {
-            "rows": rows,
-            "commit": commit.stdout.strip(),
-            "machine": platform.platform(),
-            "threads": args.threads,
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        record(args.json, rows, args.threads)
 
 
 if __name__ == "__main__":

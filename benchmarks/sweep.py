@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +95,13 @@ def compare(out: int, columns: int, rounds: int) -> dict[str, Any]:
             "times faster": published / total, "times floor": total / floor, "differing codes": mismatch}  # fmt: skip
 
 
+def record(path: str, rows: list[dict[str, Any]], threads: int) -> None:
+    """Write the rows with what they depend on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = {"rows": rows, "commit": commit.stdout.strip(), "machine": platform.platform(), "threads": threads}
+    Path(path).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -117,15 +125,7 @@ def main() -> None:
         print(f"| {r['out']} x {r['in']} | " + " | ".join(cells) + " |")
         print(f"  codes that differ (float32 rounding): {100 * r['differing codes']:.3f}%")
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        record = {
-            "rows": rows,
-            "commit": commit.stdout.strip(),
-            "machine": platform.platform(),
-            "threads": args.threads,
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        record(args.json, rows, args.threads)
 
 
 if __name__ == "__main__":

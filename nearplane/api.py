@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nearplane.calibrate.data import Calibration
@@ -111,7 +112,7 @@ def evaluate(
 
 
 def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, report: Report) -> list[LinearRow]:
-    """Observe one stage's input, prepare once, solve each of its weights."""
+    """Observe one stage's input, prepare once, solve the rows of all its weights together."""
     moments, state, rows = None, None, []
     where = stage[0].name
     try:
@@ -123,24 +124,26 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
                 report.events.append(
                     f"{where}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation"
                 )
+            held = moments.held
+            if held is not None and not 0 < held.tokens < moments.tokens:
+                report.events.append(f"{where}: too few tokens to hold any out, so none could judge")
             with report.timed("prepare"):
                 state = plan.method.prepare(moments)
-        factor = getattr(state, "factor", None)
-        if factor is not None and factor.raised:
-            report.events.append(f"{where}: damping raised {factor.raised} times, to {factor.damp_percent:g}")
+        start = time.perf_counter()
+        with report.timed("solve"):  # all rows that read this input at once
+            stacked = torch.cat([block.weight(site) for site in stage])
+            solved = plan.method.solve(stacked, state, plan.grid)
+        seconds = (time.perf_counter() - start) / len(stacked)
+        if solved.codes.shape != stacked.shape:
+            given, wanted = list(solved.codes.shape), list(stacked.shape)
+            raise SettingError(f"{type(plan.method).__name__} returned codes of shape {given} for a weight of {wanted}")
+        factor, done = getattr(state, "factor", None), 0
         for site in stage:
-            where, start = site.name, time.perf_counter()
-            weight = block.weight(site)
-            with report.timed("solve"):
-                quantized = plan.method.solve(weight, state, plan.grid)
-            seconds = time.perf_counter() - start
-            if quantized.codes.shape != weight.shape:
-                given, wanted = list(quantized.codes.shape), list(weight.shape)
-                raise SettingError(
-                    f"{type(plan.method).__name__} returned codes of shape {given} for a weight of {wanted}"
-                )
+            where, part = site.name, slice(done, done := done + site.shape[0])
+            weight, quantized = stacked[part], solved.rows(part)
             with report.timed("measure"):
-                rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, seconds))
+                spent = seconds * len(weight)
+                rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, spent))
             block.replace(site, quantized, plan.grid)
             with report.timed("write"):
                 tensors = plan.format.tensors(plan.disk_name(site.name), quantized, plan.grid)
@@ -148,6 +151,9 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
                 writer.put(tensors)
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
+    if rows[0].damp_raised:
+        times, reached = rows[0].damp_raised, rows[0].damp_percent
+        report.events.append(f"{stage[0].name}: damping raised {times} times, to {reached:g}")
     return rows
 
 

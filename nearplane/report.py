@@ -15,6 +15,7 @@ from nearplane.core.certificate import ratio
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
+from nearplane.core.target import pull
 
 
 def environment() -> dict[str, str]:
@@ -84,7 +85,8 @@ class Report:
             rtn = _rounded(weight, quantized, grid).sub_(weight)
             error, rtn_error = (_energy(d, moments.H) / power if power > 0 else 0.0 for d in (delta, rtn))
             # A method that corrects drift leaves W on purpose: it is judged on what it minimizes.
-            loss, rtn_loss = (_energy(d, moments.H) - 2 * _wanted(d, weight, moments) for d in (delta, rtn))
+            wanted = pull(weight, moments.D, moments.R)
+            loss, rtn_loss = (e * power - 2 * float((d * wanted).sum()) for e, d in ((error, delta), (rtn_error, rtn)))
             if loss > rtn_loss and rtn_error > 0:
                 self.events.append(
                     f"{name}: serves its objective worse than rounding to nearest (error {error:.3g}, rtn {rtn_error:.3g})"
@@ -102,7 +104,7 @@ class Report:
             bound_ratio=None if certificate is None else ratio(certificate),
             clipped=None if certificate is None else int(certificate.clipped.sum()),
             damp_percent=course.damp_percent if course else factor.damp_percent if factor else None,
-            damp_raised=0 if factor is None else factor.raised,
+            damp_raised=course.damp_raised if course else factor.raised if factor else 0,
             alpha=None if course is None else course.alpha,
             rounds=None if course is None else course.rounds,
             rejected=None if course is None else course.rejected,
@@ -152,12 +154,6 @@ class Report:
 def _energy(weight: Tensor, H: Tensor) -> float:
     """``tr(W H Wᵀ)``: mean squared output over the calibration tokens."""
     return float((weight @ H).mul_(weight).sum())
-
-
-def _wanted(delta: Tensor, weight: Tensor, moments: Moments) -> float:
-    """``⟨Q - W, W D + R⟩``: what of the drift the change takes up; ‖QX̂ - WX - R‖² falls by twice as much."""
-    taken = 0.0 if moments.R is None else float((delta * moments.R).sum())
-    return taken if moments.D is None else taken + float((delta * (weight @ moments.D)).sum())
 
 
 def _rounded(weight: Tensor, quantized: Quantized, grid: Grid) -> Tensor:

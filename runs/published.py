@@ -11,11 +11,11 @@ import json
 import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+from quality import commit
 
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, evaluate, quantize
 
@@ -29,12 +29,6 @@ METHODS: dict[str, Method] = {
     "ResComp on GPTQ": ResComp(order="activation", base="gptq"),
     "NearPlane": NearPlane(),
 }
-
-
-def commit() -> str:
-    """The commit that produced a number."""
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 def measure(method: Method, fit: str, seed: int, args: argparse.Namespace) -> dict[str, object]:

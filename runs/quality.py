@@ -90,29 +90,52 @@ def cell(model: str, bits: int | str, group: int, row: str, seed: int, args: arg
     }
 
 
+OURS, LEAST = "+ refinement = NearPlane", "GPTQ"  # the two that are compared by calibration tokens
+
+
+def of(cells: dict[str, dict[str, Any]], *key: str) -> list[dict[str, Any]]:
+    """Every seed of one row."""
+    return [cell for name, cell in cells.items() if name.startswith("|".join(key) + "|")]
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
+
+
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Markdown: mean and spread over seeds, and the gap to the original beside the best published method's."""
     lines: list[str] = []
     groups = sorted({tuple(key.split("|")[:4]) for key in cells if key.count("|") == 5})
     for model, bits, group, tokens in groups:
         original = cells[f"{model}|original"]
+        rows = {row: found for row in ROWS if (found := of(cells, model, bits, group, tokens, row))}
+        published = [r for r in rows if r.startswith(("GPTAQ", "ResComp")) and "our grid" not in r]
+        if not published:
+            continue
         lines += ["", f"{model}, {bits} bits, group {group}, {tokens} windows. Original: test {original['test']:.2f}, "
                       f"second domain {original['second']:.2f}.", "",
                   "| method | seeds | test: mean | each | gap / best published | second domain | KL |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
-        means: dict[str, float] = {}
-        rows: dict[str, list[dict[str, Any]]] = {}
-        for row in ROWS:
-            mine = [v for k, v in cells.items() if k.startswith(f"{model}|{bits}|{group}|{tokens}|{row}|")]
-            if mine:
-                rows[row], means[row] = mine, statistics.mean(v["test"] for v in mine)
-        published = [means[r] for r in means if r.startswith(("GPTAQ", "ResComp")) and "our grid" not in r]
-        best = min(published) - original["test"] if published else math.nan
+        best = min(mean(rows[row], "test") for row in published) - original["test"]
         for row, mine in rows.items():
-            each = ", ".join(f"{v['test']:.1f}" for v in mine)
-            second, kl = (statistics.mean(v[name] for v in mine) for name in ("second", "kl"))
-            share = (means[row] - original["test"]) / best
-            lines.append(f"| {row} | {len(mine)} | {means[row]:.2f} | {each} | {share:.2f} | {second:.2f} | {kl:.3f} |")
+            test = mean(mine, "test")
+            each = ", ".join(f"{cell['test']:.1f}" for cell in mine)
+            share = (test - original["test"]) / best
+            figures = f"{len(mine)} | {test:.2f} | {each} | {share:.2f}"
+            lines.append(f"| {row} | {figures} | {mean(mine, 'second'):.2f} | {mean(mine, 'kl'):.3f} |")
+    for model, bits, group in sorted({key[:3] for key in groups}):
+        sizes = sorted({int(key[3]) for key in groups if key[:3] == (model, bits, group)})
+        found = [
+            (of(cells, model, bits, group, str(size), LEAST), of(cells, model, bits, group, str(size), OURS))
+            for size in sizes
+        ]
+        found = [pair for pair in found if all(pair)]
+        if len(found) > 1:
+            lines += ["", f"{model}, {bits} bits, group {group}, by calibration tokens (test, KL).", "",
+                      "| tokens | GPTQ | NearPlane |", "|---|---|---|"]  # fmt: skip
+            for pair in found:
+                numbers = [f"{mean(rows, 'test'):.2f} ({mean(rows, 'kl'):.3f})" for rows in pair]
+                lines.append(f"| {pair[0][0]['tokens']} | " + " | ".join(numbers) + " |")
     return "\n".join(lines).lstrip() + "\n"
 
 

@@ -283,7 +283,7 @@ def test_interrupt_leaves_nothing(
 
     def interrupt(self: GPTQ, *args: Any) -> Any:
         solved.append(1)
-        if len(solved) == 9:
+        if len(solved) == 6:  # in the second of two blocks of four stages
             raise KeyboardInterrupt
         return solve(self, *args)
 

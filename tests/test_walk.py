@@ -60,26 +60,80 @@ def test_what_is_written_is_what_was_solved(kind: str, format: Any, tmp_path: Pa
     model = tiny.build(kind)
     folder = tiny.save(model, tmp_path / "model")
     grid = Grid(bits=4, group_size=32, sym=False)
-    solved: dict[str, torch.Tensor] = {}
+    solved: list[torch.Tensor] = []
 
     @dataclasses.dataclass(frozen=True)
     class Spy(RTN):
         def solve(self, weight: torch.Tensor, state: None, grid: Grid) -> Quantized:
             quantized = super().solve(weight, state, grid)
-            solved[str(len(solved))] = dequantize(quantized, grid)
+            solved.append(dequantize(quantized, grid))
             return quantized
 
     dtype = "float16" if format == "gptq_v2" else "auto"
     nearplane.quantize(folder, tmp_path / "out", method=Spy(), grid=grid, format=format, dtype=dtype, progress=False)
     loaded, original = nearplane.load(tmp_path / "out"), model.state_dict()
-    sites = [site for block in discover(open_source(folder)) for site in block.sites]
-    assert len(sites) == len(solved)
-    for site, expected in zip(sites, solved.values(), strict=True):
-        torch.testing.assert_close(site.weight(loaded).float(), expected, rtol=2e-3, atol=1e-6)
-    quantized = {site.name + ".weight" for site in sites}
+    stages = [stage for block in discover(open_source(folder)) for stage in block.stages]
+    for stage, expected in zip(stages, solved, strict=True):
+        found = torch.cat([site.weight(loaded) for site in stage])
+        torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=1e-6)
+    quantized = {site.name + ".weight" for stage in stages for site in stage}
     for name, value in loaded.state_dict().items():
         if name not in quantized:
             torch.testing.assert_close(value, original[name], rtol=1e-3, atol=1e-4)
+
+
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs compute in float64, so that no code hangs on a GEMM's rounding."""
+    plan_of = nearplane.api.make_plan
+
+    def make_plan(*args: Any) -> Any:
+        return dataclasses.replace(plan_of(*args), compute=torch.float64)
+
+    monkeypatch.setattr(nearplane.api, "make_plan", make_plan)
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_a_stage_solved_at_once_is_its_linears_solved_one_by_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k and v, gate and up: one call for all their rows, and to each linear of checkpoint and report its own."""
+    model = tiny.build(kind)
+    folder = tiny.save(model, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    calls: list[tuple[Any, Grid, int]] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy(GPTQ):
+        def solve(self, weight: torch.Tensor, state: Any, grid: Grid) -> Quantized:
+            calls.append((state, grid, len(weight)))
+            return super().solve(weight, state, grid)
+
+    in_float64(monkeypatch)
+    report = nearplane.quantize(
+        folder,
+        tmp_path / "out",
+        method=Spy(),
+        grid=Grid(bits=3, group_size=16, sym=False),
+        calibration=calibration(folder),
+        progress=False,
+    )
+    loaded, rows = nearplane.load(tmp_path / "out"), {row.name: row for row in report.linears}
+    stages = [stage for block in discover(open_source(folder)) for stage in block.stages]
+    assert max(map(len, stages)) > 1 and [row.name for row in report.linears] == [s.name for t in stages for s in t]
+    for stage, (state, grid, height) in zip(stages, calls, strict=True):
+        assert height == sum(site.shape[0] for site in stage)
+        for site in stage:
+            weight = site.weight(model).detach().double()
+            alone, row = GPTQ().solve(weight, state, grid), rows[site.name]
+            expected = dequantize(alone, grid)
+            assert torch.equal(site.weight(loaded), expected.float())
+            assert row.shape == site.shape
+            assert row.weight_error == pytest.approx(float((expected - weight).norm() / weight.norm()) ** 2)
+            assert alone.certificate is not None
+            assert row.loss == pytest.approx(float(alone.certificate.loss.sum()))
+            assert row.bound == pytest.approx(float(alone.certificate.bound.sum()))
+            assert row.clipped == int(alone.certificate.clipped.sum())
+    assert report.seconds["solve"] == pytest.approx(sum(row.seconds for row in report.linears), rel=0.25)
 
 
 def test_moments_are_those_of_the_partly_quantized_model(llama: Path) -> None:

@@ -36,16 +36,42 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
     Raises NumericalError when it stays indefinite at damping 1.0.
     """
     mean = float(H.diagonal().mean())
+    chosen = choose_order(H, order, damp_percent * mean)
+    # Reversing rows and columns turns the lower Cholesky factor into the upper one that a left-to-right sweep needs.
+    reverse = chosen.flip(0)
+    ordered = H.flip(0, 1) if order == "natural" else H.index_select(0, reverse).index_select(1, reverse)
+    lower, used, raised = damped_cholesky(ordered, damp_percent)
+    if raised and order == "pivot":  # its pivots were those of too little damping
+        again = factorize(H, order=order, damp_percent=used)
+        return again._replace(raised=raised + again.raised)
+    del ordered
+    upper = lower.flip(0, 1)
+    del lower
+    root = upper.diagonal().clone()
+    feedback = upper.div_(root).triu_(1)
+    return Factor(feedback, root.square_(), chosen, used * mean, used, raised)
+
+
+class Cholesky(NamedTuple):
+    """``lower lowerᵀ = H + damp_percent mean(diag H) I``."""
+
+    lower: Float[Tensor, "in in"]
+    damp_percent: float  # after any raise
+    raised: int
+
+
+def damped_cholesky(H: Float[Tensor, "in in"], damp_percent: float) -> Cholesky:
+    """Damp ``H`` in place until it is positive definite, and factor it.
+
+    Raises NumericalError when it stays indefinite at damping 1.0 (or at ``damp_percent``, if that is more).
+    """
+    diagonal, mean = H.diagonal().clone(), float(H.diagonal().mean())
     raised = 0
     while True:
-        chosen = choose_order(H, order, damp_percent * mean)
-        # Reversing rows and columns turns the lower Cholesky factor into the upper one that a left-to-right sweep needs.
-        reverse = chosen.flip(0)
-        damped = H.flip(0, 1) if order == "natural" else H.index_select(0, reverse).index_select(1, reverse)
-        damped.diagonal().add_(damp_percent * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        H.diagonal().copy_(diagonal).add_(damp_percent * mean)
+        lower, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
-            break
+            return Cholesky(lower, damp_percent, raised)
         if damp_percent >= MOST_DAMP_PERCENT:
             raise NumericalError(
                 f"the Hessian is not positive definite even with damp_percent={damp_percent:g}. Likely causes: "
@@ -54,10 +80,6 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
             )
         damp_percent = min(max(damp_percent, 1e-4) * RAISE, MOST_DAMP_PERCENT)
         raised += 1
-    upper = lower.flip(0, 1)
-    root = upper.diagonal().clone()
-    feedback = upper.div_(root).triu_(1)
-    return Factor(feedback, root.square_(), chosen, damp_percent * mean, damp_percent, raised)
 
 
 def column_cost(H: Float[Tensor, "in in"], factor: Factor) -> Float[Tensor, "in"]:

@@ -39,6 +39,7 @@ class Course(NamedTuple):
 
     alpha: float  # share of the target's full step that was taken, mean over rows
     damp_percent: float
+    damp_raised: int  # times the damping had to be raised
     rounds: int  # refinement rounds kept
     rejected: int  # rounds undone because the held-out loss rose
 
@@ -51,6 +52,11 @@ class Quantized(NamedTuple):
     zero: UInt8[Tensor, "out groups"]
     certificate: Certificate | None = None
     course: Course | None = None
+
+    def rows(self, part: slice) -> "Quantized":
+        """Some of the rows."""
+        certificate = None if self.certificate is None else Certificate(*(value[part] for value in self.certificate))
+        return Quantized(self.codes[part], self.scale[part], self.zero[part], certificate, self.course)
 
 
 @dataclass(frozen=True)

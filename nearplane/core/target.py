@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearplane.core.factor import Factor
+from nearplane.core.factor import Factor, damped_cholesky
 
 
 def pull(
@@ -42,6 +42,24 @@ def full_step(pull: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "o
     step = torch.empty_like(solved)
     step[:, factor.order] = solved
     return step
+
+
+def mixed_step(
+    pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"], mix: dict[float, Float[Tensor, "#out 1"]]
+) -> Float[Tensor, "out in"]:
+    """``Σ c_k pull (H + λ_k I)⁻¹`` with ``mix`` = {λ_k over mean(diag H): c_k}.
+
+    Many rows share one sum of inverses, few are solved for: whichever costs less.
+    """
+    total: Tensor | None = None
+    many = len(pull) > len(H) and all(share.numel() == 1 for share in mix.values())
+    for damp_percent, share in mix.items():
+        lower = damped_cholesky(H.clone(), damp_percent).lower
+        part = torch.cholesky_inverse(lower) if many else torch.cholesky_solve(pull.T, lower).T
+        total = part.mul_(share) if total is None else total.addcmul_(part, share)
+    if total is None:
+        return torch.zeros_like(pull)
+    return pull @ total if many else total.contiguous()
 
 
 def row_shares(

@@ -1,30 +1,51 @@
-"""A trial: some rows of a linear, solved without the held-out tokens, which then judge.
+"""A trial: some rows of a linear, on which the held-out tokens judge what the others propose.
 
 What a choice is worth shows only on tokens that had no part in it. Rows of a linear share their input and differ in
 nothing else, so a few hundred of them, evenly spaced, tell of all.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearplane.core.grid import Grid, Quantized, dequantize
+from nearplane.core.factor import Factor
+from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
 
 class Trial:
-    """About ``rows`` rows of ``weight`` (out, in), and what each part of the tokens asks of them."""
+    """About ``rows`` rows of ``weight`` (out, in), and what the held-out tokens ask of them."""
 
     def __init__(self, weight: Float[Tensor, "out in"], moments: Moments, rows: int) -> None:
-        held = moments.held_out()
+        self.moments, held = moments, moments.held_out()
         self.rows = slice(None, None, max(1, -(-len(weight) // max(1, rows))))
         self.weight = weight[self.rows]
-        fit_R, held_R = (None if R is None else R[self.rows] for R in (moments.fit("R"), held.R))
-        self.fit_pull = pull(self.weight, moments.fit("D"), fit_R)
-        self.held_pull = pull(self.weight, held.D, held_R)
-        self.held_H = held.H
-        self.steps: dict[float, Tensor] = {}  # steps towards the target that these rows may take, by damping
+        self.H = held.H
+        self.pull = pull(self.weight, held.D, None if held.R is None else held.R[self.rows])
+
+    def fit_pull(self) -> Float[Tensor, "rows in"]:
+        """The pull of the tokens that are not held out."""
+        R = self.moments.fit("R")
+        return pull(self.weight, self.moments.fit("D"), None if R is None else R[self.rows])
+
+    def rounding(self, grid: Grid) -> Float[Tensor, "rows in"]:
+        """Errors of rounding these rows to nearest: what errors look like before a sweep spreads them."""
+        width = grid.group_width(self.weight.shape[1])
+        group = torch.arange(self.weight.shape[1], device=self.weight.device) // width
+        scale, zero = (part[:, group] for part in fit_groups(self.weight, replace(grid, fit="minmax")))
+        return decode(encode(self.weight, scale, zero, grid), scale, zero).sub_(self.weight)
+
+    def spread(self, rounding: Float[Tensor, "rows in"], factor: Factor) -> float:
+        """Held-out loss of the error that a sweep with ``factor`` leaves, without sweeping: ε of each column's rounding
+        ends as the error ``ε T⁻¹`` of the weight."""
+        error = torch.empty_like(rounding)
+        error[:, factor.order] = torch.linalg.solve_triangular(
+            factor.feedback, rounding[:, factor.order], upper=True, left=False, unitriangular=True
+        )
+        return float((error @ self.H).mul_(error).sum(dtype=torch.float64))
 
     def loss(self, solved: Quantized, grid: Grid) -> float:
         """``‖Q X̂ - W X - R‖²`` of these rows over the held-out tokens, less what no Q changes; lower is better.
@@ -32,7 +53,7 @@ class Trial:
         ``solved`` is the whole linear, or these rows of it.
         """
         if len(solved.codes) != len(self.weight):
-            solved = Quantized(solved.codes[self.rows], solved.scale[self.rows], solved.zero[self.rows])
+            solved = solved.rows(self.rows)
         delta = dequantize(solved, grid).to(self.weight.dtype).sub_(self.weight)
-        gradient = (delta @ self.held_H).sub_(self.held_pull, alpha=2)
+        gradient = (delta @ self.H).sub_(self.pull, alpha=2)
         return float(gradient.mul_(delta).sum(dtype=torch.float64))

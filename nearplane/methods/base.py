@@ -30,7 +30,7 @@ class Method(Protocol):
         ...
 
     def solve(self, weight: Float[Tensor, "out in"], state: Any, grid: Grid) -> Quantized:
-        """Solve one weight with what ``prepare`` returned."""
+        """Solve a weight with what ``prepare`` returned: the rows of all linears that read the input, stacked."""
         ...
 
 

@@ -7,13 +7,13 @@ had no part in it judge every step.
 2. Shrinkage: of that step, by direction of the input, only what held-out tokens confirm; they choose the damping, too.
 3. Grid and sweep: static groups fitted to W*, errors weighted by what they cost the sweep; GPTQ's sweep (arXiv 2210.17323),
    which is Babai's nearest plane (arXiv 2507.18553), in any order; with ``beam`` > 1 its K cheapest answers side by side.
-4. Refinement (``core/refine.py``): closed-form scales for the codes, then every code again, alternating; a round that
-   raises the held-out loss is undone and counted.
+4. Refinement (``core/refine.py``): every scale and every code once more, in closed form; a round that raises the
+   held-out loss is undone and counted.
 
 There is nothing to tune: the switches are there so that each part can be left out and its worth measured.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jaxtyping import Float
@@ -25,47 +25,23 @@ from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor, Order, column_cost, factorize
 from nearplane.core.grid import Course, Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
-from nearplane.core.refine import descend, refit
+from nearplane.core.refine import refine
 from nearplane.core.sweep import sweep
-from nearplane.core.target import full_step, pull, row_shares, shares
+from nearplane.core.target import full_step, mixed_step, pull, row_shares, shares
 from nearplane.core.trial import Trial
 from nearplane.methods.base import Need
 
 Shrink = Literal["spectral", "linear", "row", "none"]
 
-# Dampings of the steps that "spectral" mixes, in multiples of damp_percent: directions of the input from all to the strongest.
-RIDGES = (1.0, 30.0, 1000.0)
-# Dampings of the sweep that held-out tokens choose from, in multiples of damp_percent.
-DAMPINGS = (1.0, 3.0, 10.0, 30.0)
-# Their multiples start here where damp_percent is less.
+# Dampings of the steps that "spectral" mixes beside damp_percent, in its multiples: from all directions of the input to
+# the strongest few.
+RIDGES = (30.0, 1000.0)
+# Dampings of the sweep that held-out tokens choose from beside damp_percent, in its multiples.
+DAMPINGS = (5.0, 30.0)
+# What is multiplied where damp_percent is less.
 LEAST_DAMP = 1e-4
 # Rows of a linear that a trial takes.
 TRIAL_ROWS = 256
-
-
-@dataclass
-class Aimed:
-    """What NearPlane prepares once per input: the moments, and the factors that its linears ask for."""
-
-    moments: Moments
-    factor: Factor  # of H + λI, λ from damp_percent
-    order: Order
-    kept: dict[tuple[float, bool], Factor] = field(default_factory=dict)
-    ridge: float | None = None  # the damping, once the first linear has chosen it
-
-    def damped(self, ridge: float, *, trial: bool = False) -> Factor:
-        """Factor of H with ``ridge`` times the damping; ``trial``: without the held-out tokens, who shall judge it."""
-        if ridge == 1 and not trial:
-            return self.factor
-        if (ridge, trial) not in self.kept:
-            H = self.moments.fit("H") if trial else self.moments.H
-            damp_percent = self.factor.damp_percent if ridge == 1 else ridge * max(self.factor.damp_percent, LEAST_DAMP)
-            self.kept[ridge, trial] = factorize(H, order=self.order, damp_percent=damp_percent)
-        return self.kept[ridge, trial]
-
-    def forget(self) -> None:
-        """Drop the factors that only the choice of the damping wanted."""
-        self.kept = {key: factor for key, factor in self.kept.items() if key[0] in RIDGES}
 
 
 @dataclass(frozen=True)
@@ -84,11 +60,11 @@ class NearPlane:
     damp_percent: float = 0.01
     """Least damping of the Hessian, as a fraction of its mean diagonal."""
     damping: Literal["held_out", "fixed"] = "held_out"
-    """held_out: held-out tokens choose 1, 3, 10 or 30 times damp_percent for each stage; fixed: 1 time."""
+    """held_out: held-out tokens choose 1, 5 or 30 times damp_percent for each stage; fixed: 1 time."""
     beam: int = 1
     """Answers per row that the sweep keeps while it walks the columns; its cost grows in proportion."""
     rounds: int = 2
-    """Refinement rounds at most, each a refit of all scales and one descent over all codes."""
+    """Refinement rounds at most, each over all scales and all codes."""
     gate: bool = True
     """Undo a round that raises the held-out loss, and stop; --no-gate keeps every round."""
 
@@ -113,78 +89,70 @@ class NearPlane:
             needs.add("held_out")
         return frozenset(needs)
 
-    def prepare(self, moments: Moments) -> Aimed:
-        """The factor, for all linears that read this input."""
+    def prepare(self, moments: Moments) -> Moments:
+        """Nothing: what depends on the input alone is judged on a weight."""
         moments.check()
-        factor = factorize(moments.H, order=self.order, damp_percent=self.damp_percent)
-        return Aimed(moments, factor, self.order)
+        return moments
 
-    def solve(self, weight: Float[Tensor, "out in"], state: Aimed, grid: Grid) -> Quantized:
-        """Aim, choose the damping, fit the groups, sweep, check Babai's certificate, refine."""
-        moments, trial = state.moments, self._trial(weight, state)
-        taken = self._shares(weight, trial)
-        target = weight.clone()
+    def solve(self, weight: Float[Tensor, "out in"], state: Moments, grid: Grid) -> Quantized:
+        """Aim, fit the groups, sweep, check Babai's certificate, refine."""
+        H, trial = state.H, self._trial(weight, state)
+        taken, damp_percent = self._judge(trial, state, grid)
+        target = weight
         if taken:
-            wanted = pull(weight, moments.D, moments.R)
-            for ridge, share in taken.items():
-                target.addcmul_(full_step(wanted, state.damped(ridge)), share)
-            del wanted
-        if state.ridge is None:  # the first linear chooses for the stage
-            state.ridge = self._ridge(trial, taken, state, grid)
-            state.forget()
-        factor = state.damped(state.ridge)
-        scales = fit_groups(target, grid, column_cost(moments.H, factor))
+            step = mixed_step(pull(weight, state.D, state.R), H, taken)
+            target = step.add_(weight)
+        factor = factorize(H, order=self.order, damp_percent=damp_percent)
+        scales = fit_groups(target, grid, column_cost(H, factor))
         one = self.beam == 1
         solved = sweep(target, factor, grid, scales) if one else beam_sweep(target, factor, grid, scales, self.beam)
         if solved.certificate is not None:
             verify(solved.certificate)
-        solved, kept, rejected = self._refine(solved, target, moments.H, factor, grid, trial)
+        solved, kept, rejected = self._refine(solved, target, H, factor, grid, trial)
         alpha = sum(float(share.mean()) for share in taken.values())
-        return solved._replace(course=Course(alpha, factor.damp_percent, kept, rejected))
+        return solved._replace(course=Course(alpha, factor.damp_percent, factor.raised, kept, rejected))
 
-    def _trial(self, weight: Tensor, state: Aimed) -> Trial | None:
-        """Some rows, and the steps that would be theirs without the held-out tokens."""
+    def _trial(self, weight: Tensor, moments: Moments) -> Trial | None:
+        """The rows on which held-out tokens judge."""
         if "held_out" not in self.needs:
             return None
-        trial = Trial(weight, state.moments, len(weight) if self.shrink == "row" else TRIAL_ROWS)
-        if self.target:
-            ridges = RIDGES if self.shrink == "spectral" else RIDGES[:1]
-            trial.steps = {r: full_step(trial.fit_pull, state.damped(r, trial=True)) for r in ridges}
-        return trial
+        return Trial(weight, moments, len(weight) if self.shrink == "row" else TRIAL_ROWS)
 
-    def _shares(self, weight: Tensor, trial: Trial | None) -> dict[float, Tensor]:
-        """How much of each ridge's step to take: (1, 1), or (out, 1) by row."""
+    def _judge(self, trial: Trial | None, moments: Moments, grid: Grid) -> tuple[dict[float, Tensor], float]:
+        """By damping, the share of the target's step to take, (1, 1) or (out, 1); and the damping of the sweep.
+
+        Both are judged on factors that have not seen the held-out tokens.
+        """
+        own, least = self.damp_percent, max(self.damp_percent, LEAST_DAMP)
+        shrinks = self.target and self.shrink != "none"
+        ridges = [own, *(k * least for k in RIDGES)] if self.shrink == "spectral" else [own]
+        dampings = [own, *(k * least for k in DAMPINGS)] if self.damping == "held_out" else []
+        steps: dict[float, Tensor] = {}
+        losses: dict[float, float] = {own: 0.0}
+        if trial is not None and (shrinks or dampings):
+            H, wanted, rounding = moments.fit("H"), trial.fit_pull(), trial.rounding(grid)
+            for damp_percent in sorted({*ridges, *dampings}):
+                factor = factorize(H, order=self.order, damp_percent=damp_percent)
+                if shrinks and damp_percent in ridges:
+                    steps[damp_percent] = full_step(wanted, factor)
+                if damp_percent in dampings:
+                    losses[damp_percent] = trial.spread(rounding, factor)
+        chosen = min(losses, key=losses.__getitem__)
         if not self.target:
-            return {}
-        if self.shrink == "none" or trial is None:
-            return {1.0: weight.new_ones(1, 1)}
+            return {}, chosen
+        if trial is None or not shrinks:
+            return {own: moments.H.new_ones(1, 1)}, chosen
         if self.shrink == "row":
-            return {1.0: row_shares(trial.steps[1.0], trial.held_pull, trial.held_H)}
-        found = shares(list(trial.steps.values()), trial.held_pull, trial.held_H)
+            return {own: row_shares(steps[own], trial.pull, trial.H)}, chosen
+        found = shares(list(steps.values()), trial.pull, trial.H)
         if self.shrink == "linear":
             found = [min(share, 1.0) for share in found]
-        return {
-            ridge: weight.new_tensor([[share]]) for ridge, share in zip(trial.steps, found, strict=True) if share > 0
-        }
-
-    def _ridge(self, trial: Trial | None, taken: dict[float, Tensor], state: Aimed, grid: Grid) -> float:
-        """The damping, in multiples of damp_percent, under which a trial serves the held-out tokens best."""
-        if self.damping == "fixed" or trial is None:
-            return 1.0
-        target = trial.weight.clone()
-        for ridge, share in taken.items():
-            target.addcmul_(trial.steps[ridge], share)
-        H, losses = state.moments.fit("H"), []
-        for damping in DAMPINGS:
-            factor = state.damped(damping, trial=True)
-            scales = fit_groups(target, grid, column_cost(H, factor))
-            losses.append(trial.loss(sweep(target, factor, grid, scales), grid))
-        return DAMPINGS[losses.index(min(losses))]
+        return {k: moments.H.new_tensor([[c]]) for k, c in zip(steps, found, strict=True) if c > 0}, chosen
 
     def _refine(
         self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None
     ) -> tuple[Quantized, int, int]:
-        """Rounds of scale refit and descent while the held-out loss falls; how many were kept, how many undone."""
+        """Rounds of refinement while the held-out loss falls; how many were kept, how many undone."""
         if self.rounds == 0:
             return solved, 0, 0
         metric = H.clone()
@@ -192,7 +160,7 @@ class NearPlane:
         gate = trial if self.gate else None
         best = gate.loss(solved, grid) if gate else 0.0
         for kept in range(self.rounds):
-            candidate = descend(target, metric, refit(target, metric, solved, grid), grid)
+            candidate = refine(target, metric, solved, grid)
             if gate:
                 loss = gate.loss(candidate, grid)
                 if not loss < best:

@@ -5,9 +5,16 @@ from hypothesis import strategies as st
 from oracles import column_order, damped, inverse_root, problem
 
 from nearplane.core.errors import NumericalError
-from nearplane.core.factor import choose_order, factorize
+from nearplane.core.factor import choose_order, damped_cholesky, factorize
 
 ORDERS = ["natural", "activation", "pivot"]
+
+
+def indefinite(n=8):
+    """Eigenvalue -0.05, mean diagonal 1: damping 0.01 is too little, 0.1 is enough."""
+    H = torch.eye(n, dtype=torch.float64)
+    H[0, 1] = H[1, 0] = 1.05
+    return H
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -73,8 +80,7 @@ def test_pivot_order_survives_a_singular_matrix():
 
 
 def test_damping_is_raised_and_reported_on_an_indefinite_matrix():
-    H = torch.eye(8, dtype=torch.float64)
-    H[0, 1] = H[1, 0] = 1.05  # eigenvalue -0.05: damping 0.01 is too little, 0.1 is enough
+    H = indefinite()
     f = factorize(H, damp_percent=0.01)
     assert f.raised == 1 and f.damp_percent == pytest.approx(0.1) and f.damp == pytest.approx(0.1)
     T = torch.eye(8, dtype=H.dtype) + f.feedback
@@ -100,3 +106,55 @@ def test_a_hopeless_matrix_is_a_numerical_error(order):
 def test_a_matrix_that_is_not_a_number_is_a_numerical_error():
     with pytest.raises(NumericalError):
         factorize(torch.full((3, 3), float("nan")))
+
+
+# --- damped_cholesky ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.01, 1.0, 30.0])
+@given(n=st.integers(1, 40), seed=st.integers(0, 99))
+def test_cholesky_rebuilds_the_damped_matrix(percent, n, seed):
+    H = problem(1, n, seed=seed).H
+    expected = damped(H, percent)
+    lower, used, raised = damped_cholesky(H, percent)
+    torch.testing.assert_close(lower @ lower.T, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(H, expected, rtol=1e-15, atol=0)  # in place
+    assert (used, raised) == (percent, 0) and not lower.triu(1).any()
+
+
+@pytest.mark.parametrize("percent, used, raised", [(0.0, 0.1, 3), (0.001, 0.1, 2), (0.01, 0.1, 1), (0.06, 0.06, 0)])
+def test_cholesky_raises_damping_from_the_matrix_as_it_was(percent, used, raised):
+    H, expected = indefinite(), damped(indefinite(), used)
+    found = damped_cholesky(H, percent)
+    assert found.raised == raised and found.damp_percent == pytest.approx(used)
+    torch.testing.assert_close(found.lower @ found.lower.T, expected)
+    torch.testing.assert_close(H, expected)
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.5, 1.0, 30.0])
+def test_cholesky_of_a_hopeless_matrix_is_a_numerical_error(percent):
+    H = torch.eye(5)
+    H[0, 1] = H[1, 0] = 50.0
+    with pytest.raises(NumericalError, match=f"damp_percent={max(percent, 1):g}"):
+        damped_cholesky(H, percent)
+    assert damped_cholesky(torch.eye(5) * 2 - 1, 3.0).raised == 0  # more than the most it would raise to
+
+
+def test_raised_damping_is_that_of_the_pivot_order():
+    """Eigenvalue -0.05 again; which pivots are least depends on the damping."""
+    unlike = 0
+    for seed in range(10):
+        H = problem(1, 12, seed=seed).H
+        H /= H.diagonal().mean()
+        values, vectors = torch.linalg.eigh(H)
+        values[0] = -0.05
+        H = vectors @ values.diag() @ vectors.T
+        f = factorize(H, order="pivot", damp_percent=0.01)
+        assert f.raised == 1 and f.damp_percent == pytest.approx(0.1)
+        assert f.damp == pytest.approx(0.1 * float(H.diagonal().mean()))
+        A = damped(H, 0.1)
+        assert f.order.tolist() == column_order(A, "pivot")
+        T = torch.eye(12, dtype=H.dtype) + f.feedback
+        torch.testing.assert_close(T @ f.pivots.diag() @ T.T, A[f.order][:, f.order], rtol=1e-9, atol=1e-12)
+        unlike += f.order.tolist() != choose_order(H, "pivot", 0.01).tolist()
+    assert unlike > 0

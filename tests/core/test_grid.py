@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.grid import (
+    Certificate,
+    Course,
     Grid,
     Quantized,
     decode,
@@ -282,6 +284,19 @@ def test_bad_settings_of_the_right_type_raise_setting_errors(bad):
 def test_certificate_is_optional():
     empty = torch.zeros(1, 1)
     assert Quantized(empty.to(torch.uint8), empty, empty.to(torch.uint8)).certificate is None
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(2, 5), slice(4, 9), slice(None, None, 2), slice(3, 3)])
+def test_some_of_the_rows(part):
+    codes, scale = torch.arange(30, dtype=torch.uint8).reshape(5, 6), weights(5, 3).abs()
+    zero, course = torch.arange(15, dtype=torch.uint8).reshape(5, 3), Course(0.5, 0.01, 0, 2, 0)
+    certificate = Certificate(scale[:, 0], scale[:, 1], torch.arange(5))
+    got = Quantized(codes, scale, zero, certificate, course).rows(part)
+    rows = list(range(5)[part])
+    assert got.course is course
+    for mine, whole in zip((*got[:3], *got.certificate), (codes, scale, zero, *certificate), strict=True):
+        assert torch.equal(mine, whole[rows])
+    assert Quantized(codes, scale, zero).rows(part).certificate is None
 
 
 def test_the_search_reaches_its_deepest_step():

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from oracles import column_order, problem, refit_rest, static_scales
+from oracles import column_order, damped, problem, refit_rest, static_scales
 
 from nearplane.core.factor import factorize
 from nearplane.core.grid import Grid
 from nearplane.core.sweep import sweep
-from nearplane.core.target import full_step, pull, row_shares, shares
+from nearplane.core.target import full_step, mixed_step, pull, row_shares, shares
 
 ORDERS = ["natural", "activation", "pivot"]
 TINY = 1e-12  # damping that leaves plain least squares
@@ -78,6 +78,50 @@ def test_step_is_the_dense_formula(order, n, drift, residual):
     torch.testing.assert_close(got, dense, rtol=1e-10, atol=1e-12)
     inverse = torch.linalg.inv(x.H + damp_of(x.H) * torch.eye(n, dtype=torch.float64))
     torch.testing.assert_close(full_step(got, factorize(x.H, order=order)), dense @ inverse, rtol=1e-8, atol=1e-10)
+
+
+def share(value, rows=1):
+    """One share, or one for each of ``rows``."""
+    return value * torch.linspace(1, 2, rows, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("out, n", [(4, 12), (12, 12), (13, 12), (40, 12), (1, 1), (3, 1)])
+@pytest.mark.parametrize("percents", [(0.01,), (0.0, 0.3), (0.01, 0.3, 10.0)])
+@pytest.mark.parametrize("by_row", ["none", "first", "last", "all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mixed_step_is_the_dense_formula(out, n, percents, by_row, dtype):
+    """Few rows and many, which take different ways."""
+    x = layer(out, n, seed=n)
+    asked, H, last = x.pull(), x.H, len(percents) - 1
+    mix, expected = {}, torch.zeros_like(asked)
+    for k, percent in enumerate(percents):
+        own = by_row == "all" or (by_row == "first" and k == 0) or (by_row == "last" and k == last)
+        mix[percent] = share((-1) ** k * 0.7 / (k + 1), out if own else 1)
+        expected += mix[percent] * (asked @ torch.linalg.inv(damped(H, percent)))
+    given = [t.to(dtype) for t in (asked, H, *mix.values())]
+    before = [t.clone() for t in given]
+    got = mixed_step(given[0], given[1], dict(zip(mix, given[2:], strict=True)))
+    assert all(map(torch.equal, given, before))
+    assert got.dtype == dtype and got.is_contiguous()
+    close = {"rtol": 1e-8, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(got.double(), expected, **close)
+
+
+@pytest.mark.parametrize("out", [2, 30])
+def test_an_empty_mix_is_no_step(out):
+    x = layer(out)
+    asked = x.pull()
+    got = mixed_step(asked, x.H, {})
+    assert torch.equal(got, torch.zeros_like(asked)) and got.data_ptr() != asked.data_ptr()
+
+
+@pytest.mark.parametrize("out", [2, 30])
+def test_a_mixed_step_raises_its_damping_where_it_must(out):
+    H = torch.eye(8, dtype=torch.float64)
+    H[0, 1] = H[1, 0] = 1.05  # eigenvalue -0.05: damping 0.01 is too little, 0.1 is enough
+    asked = layer(out, 8).pull()
+    got = mixed_step(asked, H, {0.01: share(0.5)})
+    torch.testing.assert_close(got, 0.5 * (asked @ torch.linalg.inv(damped(H, 0.1))))
 
 
 @pytest.mark.parametrize("order", ORDERS)
