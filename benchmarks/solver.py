@@ -1,6 +1,7 @@
 """The whole solver, beside its arithmetic floor: GPTQ (Hessian, factor, sweep) and NearPlane (target, sweep, refinement).
 
-    python benchmarks/solver.py [--threads 1] [--shapes 1024x1024 2048x5632 4096x4096] [--rounds 3] [--json solver.json]
+    python benchmarks/solver.py [--threads 1] [--shapes 1024x1024 2048x5632 4096x4096] [--methods GPTQ NearPlane]
+        [--rounds 3] [--json solver.json]
 
 One linear, 4 bits, static groups of 128, min-max fit (the search for scales is no part of the floor), 4096 tokens. The
 floor of GPTQ in multiply-adds, at the rate of a 2048-cube float32 GEMM measured in the same run: tokens·in²/2 for the
@@ -90,15 +91,15 @@ def measure(
     return {"moments": time_moments, "prepare": time_prepare, "solve": time_solve, "peak": float(peak.most)}
 
 
-def compare(out: int, columns: int, rounds: int) -> list[dict[str, Any]]:
-    """One shape, every method in turn, ``rounds`` times."""
+def compare(out: int, columns: int, methods: list[str], rounds: int) -> list[dict[str, Any]]:
+    """One shape, the methods in turn, ``rounds`` times; the first is what the others are compared with."""
     weight, batches = calibration(out, columns)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     rates = []
     for _ in range(rounds):
         rates.append(gemm_rate())
-        for name, method in METHODS.items():
-            runs[name].append(measure(method, weight, batches))
+        for name in methods:
+            runs[name].append(measure(METHODS[name], weight, batches))
     floor = (TOKENS * columns**2 / 2 + columns**3 / 6 + out * columns**2 / 2) / statistics.median(rates)
     rows = []
     for name, values in runs.items():
@@ -117,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=["1024x1024", "2048x5632", "4096x4096"], metavar="OUTxIN")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -128,7 +130,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
     for shape in args.shapes:
-        for r in compare(*map(int, shape.split("x")), args.rounds):
+        for r in compare(*map(int, shape.split("x")), args.methods, args.rounds):
             rows.append(r)
             cells = [
                 f"{r[k]:.2f}" for k in ("moments", "prepare", "solve", "total / floor", "solver / GPTQ", "total / GPTQ")

@@ -50,8 +50,8 @@ def stage_line(block: Block, stage: Stage, rows: list[LinearRow]) -> str:
         line += f"  loss/bound {worst.bound_ratio:.2f}"
     if worst.alpha is not None:
         line += f"  α {worst.alpha:.2f}"
-    if any(row.rejected for row in rows):
-        line += f"  {sum(row.rejected or 0 for row in rows)} rounds rejected"
+    if rows[0].rejected:
+        line += "  a round rejected"
     return f"{line}  {worst.tokens} tokens  {seconds:.1f}s"
 
 

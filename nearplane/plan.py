@@ -55,7 +55,7 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [self._foreign_linear(), self._unused(), self._shortened()]
+        notes += [self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _foreign_linear(self) -> str | None:
@@ -66,6 +66,11 @@ class Plan:
         if not own or self.format.name != "compressed-tensors":
             return None
         return f"this model computes with {', '.join(own)}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
+
+    def _no_stream(self) -> str | None:
+        if "R" not in self.method.needs or any(site.adds_to for block in self.blocks for site in block.sites):
+            return None
+        return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"
 
     def _unused(self) -> str | None:
         unused = sorted(self.source.store.names - set(self.source.names.values()))

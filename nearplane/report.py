@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearplane.core.certificate import ratio
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode
+from nearplane.core.grid import Course, Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
@@ -45,8 +45,9 @@ class LinearRow:
     damp_percent: float | None
     damp_raised: int
     alpha: float | None  # share of the exact target's step that held-out tokens wanted
-    rounds: int | None  # refinement rounds kept
+    rounds: int | None  # refinement rounds kept, of all linears that read this input together
     rejected: int | None  # refinement rounds undone: they raised the held-out loss
+    residual: bool  # the target answers the drift of the residual stream, too
     tokens: int
     dropped: int
     seconds: float
@@ -62,6 +63,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=environment)
     data: dict[str, Any] = field(default_factory=dict)
     linears: list[LinearRow] = field(default_factory=list)
+    courses: list[Course] = field(default_factory=list)  # one for each input of NearPlane
     events: list[str] = field(default_factory=list)
     dense: list[dict[str, Any]] = field(default_factory=list)  # large parameters not quantized, with the reason
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("before", "after", "quantized", "dense"), 0))
@@ -108,6 +110,7 @@ class Report:
             alpha=None if course is None else course.alpha,
             rounds=None if course is None else course.rounds,
             rejected=None if course is None else course.rejected,
+            residual=moments is not None and moments.R is not None,
             tokens=0 if moments is None else moments.tokens,
             dropped=0 if moments is None else moments.dropped,
             seconds=seconds,
@@ -139,8 +142,8 @@ class Report:
             "mean_weight_error": sum(r.weight_error for r in self.linears) / max(1, len(self.linears)),
             "clipped": sum(row.clipped or 0 for row in self.linears),
             "damp_raised": sum(row.damp_raised for row in self.linears),
-            "rounds": sum(row.rounds or 0 for row in self.linears),
-            "rejected_rounds": sum(row.rejected or 0 for row in self.linears),
+            "rounds": sum(course.rounds for course in self.courses),
+            "rejected_rounds": sum(course.rejected for course in self.courses),
             "dropped_tokens": sum(row.dropped for row in self.linears),
             "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights else 0.0,
             "seconds": sum(self.seconds.values()),

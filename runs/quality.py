@@ -5,7 +5,8 @@
 
 Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on 32k tokens of the test text and of the
 second domain, KL to the original on the first 8 windows of the test text. Evaluation computes in bfloat16. One line of
-OUT.jsonl per finished cell: an interrupted study goes on where it was, and several processes may share it. OUT.md is
+OUT.jsonl per finished cell, with its commit: an interrupted study goes on where it was, and several processes may share
+it. A finished cell is not run again, whatever has changed since: delete its line for that. OUT.md is
 written from whatever is there; see runs/second_model.py for the second model.
 """
 
@@ -34,11 +35,17 @@ ROWS: dict[str, tuple[Method, str]] = {
     "ResComp released": (ResComp(variant="released"), "mse"),
     "GPTQ, our grid": (GPTQ(), "hessian"),
     "GPTAQ, our grid": (GPTAQ(), "hessian"),
-    "exact target, one share": (NearPlane(shrink="linear", residual=False, rounds=0), "mse"),
-    "+ spectral shares": (NearPlane(residual=False, rounds=0), "mse"),
+    "ResComp, our grid": (ResComp(), "hessian"),
+    "exact target, all of it": (NearPlane(shrink="none", damping="fixed", residual=False, rounds=0), "mse"),
+    "exact target, one share": (NearPlane(shrink="linear", damping="fixed", residual=False, rounds=0), "mse"),
+    "+ spectral shares": (NearPlane(damping="fixed", residual=False, rounds=0), "mse"),
+    "+ damping": (NearPlane(residual=False, rounds=0), "mse"),
     "+ residual stream": (NearPlane(rounds=0), "mse"),
     "+ our grid": (NearPlane(rounds=0), "hessian"),
     "+ refinement = NearPlane": (NearPlane(), "hessian"),
+    "NearPlane, mse grid": (NearPlane(), "mse"),
+    "NearPlane, no target": (NearPlane(target=False), "hessian"),
+    "NearPlane, damping fixed": (NearPlane(damping="fixed"), "hessian"),
     "NearPlane, share per row": (NearPlane(shrink="row"), "hessian"),
     "NearPlane, pivot order": (NearPlane(order="pivot"), "hessian"),
     "NearPlane, beam 4": (NearPlane(beam=4), "hessian"),
@@ -103,7 +110,7 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
-    """Markdown: mean and spread over seeds, and the gap to the original beside the best published method's."""
+    """Markdown: mean over seeds and each of them, and the gap to the original beside the best published method's."""
     lines: list[str] = []
     groups = sorted({tuple(key.split("|")[:4]) for key in cells if key.count("|") == 5})
     for model, bits, group, tokens in groups:

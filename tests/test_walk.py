@@ -213,6 +213,9 @@ def test_report_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
     assert stored["data"]["tokens"] == 288 and len(stored["data"]["sha256"]) == 64
     assert stored["versions"]["torch"] == torch.__version__
     assert len(stored["linears"]) == 14
+    judged = stored["totals"]["rounds"] + stored["totals"]["rejected_rounds"]
+    assert 8 <= judged <= 16  # of 8 inputs, not 14 linears, with two rounds at most
+    assert {row["name"].rpartition(".")[2] for row in stored["linears"] if row["residual"]} == {"o_proj", "down_proj"}
     for key in ("error", "rtn_error", "loss", "bound", "bound_ratio", "clipped", "damp_percent", "tokens", "seconds",
                 "alpha", "rounds", "rejected"):  # fmt: skip
         assert all(row[key] is not None for row in stored["linears"])
@@ -221,6 +224,24 @@ def test_report_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
     assert {row["name"] for row in stored["dense"]} == {"model.embed_tokens.weight", "lm_head.weight"}
     # 4 bits and one float32 scale for 32 weights; the shape tensor is not free in so small a layer.
     assert 5 <= report.totals["bits_per_weight"] < 5.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_stream_that_no_output_joins_is_an_event(kind: str, tmp_path: Path) -> None:
+    """Gemma 2 normalizes outputs before it adds them: asked to repair the stream, NearPlane cannot and says so."""
+    folder = tiny.save(tiny.build(kind), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    report = nearplane.quantize(
+        folder,
+        tmp_path / "out",
+        grid=Grid(bits=4, group_size=32),
+        calibration=calibration(folder, nsamples=1, seqlen=8),
+        progress=False,
+    )
+    assert any("residual stream" in event for event in report.events) == (kind == "gemma2")
+    assert any(row.residual for row in report.linears) == (kind == "llama")
+    assert any("too few tokens to hold any out" in event for event in report.events)
+    assert report.totals["rounds"] == report.totals["rejected_rounds"] == 0
 
 
 def test_damping_that_had_to_be_raised_is_reported(llama: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nearplane import Calibration, evaluate
+from nearplane.core.errors import NearplaneError
 from nearplane.models.source import locate, open_source
 
 TORCH = "torch==2.13.0"
@@ -87,7 +88,7 @@ def measure(peer: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         subprocess.run([*command, str(args.bits), str(args.group_size), kind], check=True, env=os.environ | threads)
         seconds = time.perf_counter() - start
         count = math.ceil(WINDOWS_TOKENS / 1024)
-        written = next((scratch / "out").rglob("config.json")).parent
+        written = min((scratch / "out").rglob("config.json"), default=scratch / "out" / "nothing").parent
         found = evaluate(written, dataset=args.test, seqlen=1024, windows=count, dtype="bfloat16")
         beside = evaluate(written, dataset=args.test, seqlen=1024, windows=8, dtype="bfloat16", reference=args.model)
     finally:
@@ -119,7 +120,7 @@ def main() -> None:
                 continue
             try:
                 found = measure(peer, seed, args)
-            except subprocess.CalledProcessError as error:
+            except (subprocess.CalledProcessError, NearplaneError, OSError) as error:
                 print(f"{cell}: left out, {error}", file=sys.stderr)
                 continue
             with args.out.open("a") as file:

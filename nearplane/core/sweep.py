@@ -59,7 +59,7 @@ def sweep(
     """Round ``target`` column by column in ``factor.order``.
 
     ``scales``: scale and zero of every group, fixed beforehand ("static groups"); None fits each group to the
-    compensated weights when the sweep reaches it ("dynamic groups", natural order only). ``importance`` is diag(H) for
+    compensated weights when the sweep reaches it ("dynamic groups", natural order only). ``importance`` is ``column_cost`` for
     ``grid.fit == "hessian"``. Codes do not depend on ``panel``.
     """
     state = _State(target, factor, grid, scales, push, importance)

@@ -21,6 +21,7 @@ class Trial:
 
     def __init__(self, weight: Float[Tensor, "out in"], moments: Moments, rows: int) -> None:
         self.moments, held = moments, moments.held_out()
+        self.judges = held.tokens  # none: nothing can be judged
         self.rows = slice(None, None, max(1, -(-len(weight) // max(1, rows))))
         self.weight = weight[self.rows]
         self.H = held.H

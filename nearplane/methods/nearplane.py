@@ -40,6 +40,8 @@ RIDGES = (30.0, 1000.0)
 DAMPINGS = (5.0, 30.0)
 # What is multiplied where damp_percent is less.
 LEAST_DAMP = 1e-4
+# Answers per row beyond which a beam is a mistake: memory and time grow with it.
+MOST_BEAM = 256
 # Rows of a linear that a trial takes.
 TRIAL_ROWS = 256
 
@@ -53,8 +55,8 @@ class NearPlane:
     residual: bool = True
     """Let linears that write to the residual stream repair its drift too."""
     shrink: Shrink = "spectral"
-    """How held-out tokens limit the target's step: spectral, by direction of the input; one share per linear; one per
-    output row; none takes all of it."""
+    """How held-out tokens limit the target's step: spectral, by direction of the input; linear, one share for all
+    linears that read the input; row, one per output row; none takes all of it."""
     order: Order = "activation"
     """Order in which columns are solved; on disk they stay where they were."""
     damp_percent: float = 0.01
@@ -66,7 +68,7 @@ class NearPlane:
     rounds: int = 2
     """Refinement rounds at most, each over all scales and all codes."""
     gate: bool = True
-    """Undo a round that raises the held-out loss, and stop; --no-gate keeps every round."""
+    """Undo a round that raises the held-out loss of a sample of rows, and stop; --no-gate keeps every round."""
 
     def __post_init__(self) -> None:
         if self.order not in get_args(Order):
@@ -77,8 +79,10 @@ class NearPlane:
             raise SettingError(f"damping must be held_out or fixed; got {self.damping!r}.")
         if not 0 <= self.damp_percent <= 1:
             raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
-        if self.beam < 1 or self.rounds < 0:
-            raise SettingError(f"beam is at least 1 and rounds at least 0; got {self.beam} and {self.rounds}.")
+        if not all(isinstance(count, int) for count in (self.beam, self.rounds)):
+            raise SettingError(f"beam and rounds are whole numbers; got {self.beam!r} and {self.rounds!r}.")
+        if not 1 <= self.beam <= MOST_BEAM or self.rounds < 0:
+            raise SettingError(f"beam is 1 to {MOST_BEAM} and rounds at least 0; got {self.beam} and {self.rounds}.")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -153,11 +157,11 @@ class NearPlane:
         self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None
     ) -> tuple[Quantized, int, int]:
         """Rounds of refinement while the held-out loss falls; how many were kept, how many undone."""
-        if self.rounds == 0:
+        gate = trial if self.gate else None
+        if self.rounds == 0 or (gate and not gate.judges):
             return solved, 0, 0
         metric = H.clone()
         metric.diagonal().add_(factor.damp)
-        gate = trial if self.gate else None
         best = gate.loss(solved, grid) if gate else 0.0
         for kept in range(self.rounds):
             candidate = refine(target, metric, solved, grid)

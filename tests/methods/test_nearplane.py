@@ -402,7 +402,7 @@ def test_with_nothing_held_out_it_is_gptq(tokens):
     m = layer(4, 16, tokens)
     m.held = torch.zeros(tokens, dtype=torch.bool)
     found = solve(NearPlane(), m.W, m.moments, GRID)
-    assert found.course == Course(0, 0.01, 0, 0, 1)
+    assert found.course == Course(0, 0.01, 0, 0, 0)
     assert same(found, solve(GPTQ(), m.W, m.moments, GRID))
     fixed = NearPlane(damping="fixed", beam=2)
     assert same(solve(fixed, m.W, m.moments, GRID), solve(NearPlane(**BARE, beam=2), m.W, m.moments, GRID))
@@ -432,7 +432,10 @@ def test_no_tokens_at_all_are_refused():
         {"damp_percent": 1.01},
         {"damp_percent": float("nan")},
         {"beam": 0},
+        {"beam": 257},
+        {"beam": 2.5},
         {"rounds": -1},
+        {"rounds": 1.5},
     ],
 )
 def test_meaningless_options_are_refused_in_one_sentence(bad):
