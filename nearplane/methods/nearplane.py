@@ -79,8 +79,6 @@ class NearPlane:
             raise SettingError(f"damping must be held_out or fixed; got {self.damping!r}.")
         if not 0 <= self.damp_percent <= 1:
             raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
-        if not all(isinstance(count, int) for count in (self.beam, self.rounds)):
-            raise SettingError(f"beam and rounds are whole numbers; got {self.beam!r} and {self.rounds!r}.")
         if not 1 <= self.beam <= MOST_BEAM or self.rounds < 0:
             raise SettingError(f"beam is 1 to {MOST_BEAM} and rounds at least 0; got {self.beam} and {self.rounds}.")
 
