@@ -76,20 +76,25 @@ def main() -> None:
     for number, (block, other) in enumerate(zip(*walks, strict=True)):
         for stage, same in zip(block.stages, other.stages, strict=True):
             moments, fresh = block.observe(stage, NEEDS), other.observe(same, NEEDS)
-            state = plain.prepare(moments)
+            stacked = torch.cat([block.weight(site) for site in stage])  # solved together, as in a run
+            current = plain.solve(stacked, plain.prepare(moments), grids["hessian"])
+            answers = {}
+            if number in args.blocks:
+                for name in args.variants:
+                    method, fit = VARIANTS[name]
+                    answers[name] = method.solve(stacked, method.prepare(moments), grids[fit])
+            done = 0
             for site, twin in zip(stage, same, strict=True):
-                weight = block.weight(site)
-                solved = plain.solve(weight, state, grids["hessian"])
-                if number in args.blocks:
-                    delta = dequantize(solved, grids["hessian"]) - weight
-                    unit = float((delta * (delta @ fresh.H)).sum()) / 100
-                    losses = {}
-                    for name in args.variants:
-                        method, fit = VARIANTS[name]
-                        answer = method.solve(weight, method.prepare(moments), grids[fit])
-                        losses[name] = loss(answer, grids[fit], weight, fresh)
-                        kind = site.name.rpartition(".")[2]
-                        change[name][kind].append((losses[name] - losses[args.variants[0]]) / unit)
+                part = slice(done, done := done + site.shape[0])
+                weight, solved = stacked[part], current.rows(part)
+                delta = dequantize(solved, grids["hessian"]) - weight
+                unit = float((delta * (delta @ fresh.H)).sum()) / 100
+                losses = {
+                    name: loss(answer.rows(part), grids[VARIANTS[name][1]], weight, fresh)
+                    for name, answer in answers.items()
+                }
+                for name, found in losses.items():
+                    change[name][site.name.rpartition(".")[2]].append((found - losses[args.variants[0]]) / unit)
                 block.replace(site, solved, grids["hessian"])
                 other.replace(twin, solved, grids["hessian"])
         if number == max(args.blocks):
