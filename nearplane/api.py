@@ -152,7 +152,8 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
     if solved.course:
-        report.courses.append(solved.course)
+        report.rounds["kept"] += solved.course.rounds
+        report.rounds["rejected"] += solved.course.rejected
     if rows[0].damp_raised:
         times, reached = rows[0].damp_raised, rows[0].damp_percent
         report.events.append(f"{stage[0].name}: damping raised {times} times, to {reached:g}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearplane.core.certificate import ratio
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Course, Grid, Quantized, decode, dequantize, encode
+from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
@@ -63,7 +63,9 @@ class Report:
     versions: dict[str, str] = field(default_factory=environment)
     data: dict[str, Any] = field(default_factory=dict)
     linears: list[LinearRow] = field(default_factory=list)
-    courses: list[Course] = field(default_factory=list)  # one for each input of NearPlane
+    rounds: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("kept", "rejected"), 0)
+    )  # one count per input
     events: list[str] = field(default_factory=list)
     dense: list[dict[str, Any]] = field(default_factory=list)  # large parameters not quantized, with the reason
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("before", "after", "quantized", "dense"), 0))
@@ -142,8 +144,8 @@ class Report:
             "mean_weight_error": sum(r.weight_error for r in self.linears) / max(1, len(self.linears)),
             "clipped": sum(row.clipped or 0 for row in self.linears),
             "damp_raised": sum(row.damp_raised for row in self.linears),
-            "rounds": sum(course.rounds for course in self.courses),
-            "rejected_rounds": sum(course.rejected for course in self.courses),
+            "rounds": self.rounds["kept"],
+            "rejected_rounds": self.rounds["rejected"],
             "dropped_tokens": sum(row.dropped for row in self.linears),
             "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights else 0.0,
             "seconds": sum(self.seconds.values()),

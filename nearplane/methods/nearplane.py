@@ -111,7 +111,7 @@ class NearPlane:
         if solved.certificate is not None:
             verify(solved.certificate)
         solved, kept, rejected = self._refine(solved, target, H, factor, grid, trial)
-        alpha = sum(float(share.mean()) for share in taken.values())
+        alpha = sum((float(share.mean()) for share in taken.values()), 0.0)
         return solved._replace(course=Course(alpha, factor.damp_percent, factor.raised, kept, rejected))
 
     def _trial(self, weight: Tensor, moments: Moments) -> Trial | None:
