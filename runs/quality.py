@@ -137,7 +137,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
             for size in sizes
         ]
         found = [pair for pair in found if all(pair)]
-        if len(found) > 1:
+        if found:
             lines += ["", f"{model}, {bits} bits, group {group}, by calibration tokens (test, KL).", "",
                       "| tokens | GPTQ | NearPlane |", "|---|---|---|"]  # fmt: skip
             for pair in found:

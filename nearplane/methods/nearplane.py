@@ -132,12 +132,13 @@ class NearPlane:
         steps: dict[float, Tensor] = {}
         losses: dict[float, float] = {own: 0.0}
         if trial is not None and (shrinks or dampings):
-            H, wanted, rounding = moments.fit("H"), trial.fit_pull(), trial.rounding(grid)
-            for damp_percent in sorted({*ridges, *dampings}):
+            H, wanted = moments.fit("H"), trial.fit_pull() if shrinks else None
+            rounding = trial.rounding(grid) if dampings else None
+            for damp_percent in sorted({*(ridges if shrinks else ()), *dampings}):
                 factor = factorize(H, order=self.order, damp_percent=damp_percent)
-                if shrinks and damp_percent in ridges:
+                if wanted is not None and damp_percent in ridges:
                     steps[damp_percent] = full_step(wanted, factor)
-                if damp_percent in dampings:
+                if rounding is not None and damp_percent in dampings:
                     losses[damp_percent] = trial.spread(rounding, factor)
         chosen = min(losses, key=losses.__getitem__)
         if not self.target:
