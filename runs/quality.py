@@ -3,11 +3,12 @@
     python runs/quality.py --calibration wikitext2-valid.txt --test wikitext2-test.txt --second tinyshakespeare.txt
         [--models demo /path/to/whisper] [--bits 3 2 4] [--seeds 0 1 2] [--rows GPTAQ NearPlane ...] [--threads 2]
 
-Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on 32k tokens of the test text and of the
-second domain, KL to the original on the first 8 windows of the test text. Evaluation computes in bfloat16. One line of
-OUT.jsonl per finished cell, with its commit: an interrupted study goes on where it was, and several processes may share
-it. A finished cell is not run again, whatever has changed since: delete its line for that. OUT.md is
-written from whatever is there; see runs/second_model.py for the second model.
+Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on 32k tokens of the test text and, unless
+--test-only, of the second domain, KL to the original on the first 8 windows of the test text. Evaluation computes in
+float32 (the first cells, those without "dtype", in bfloat16: it moves a perplexity by less than 0.1%). One line of OUT.jsonl
+per finished cell, with its commit: an interrupted study goes on where it was, and several processes may share it if they
+are given different cells. A finished cell is not run again, whatever has changed since: delete its line for that. OUT.md
+is written from whatever is there; see runs/second_model.py for the second model.
 """
 
 import argparse
@@ -22,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, evaluate, quantize
+from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
+from nearplane.evaluate.perplexity import evaluate
+from nearplane.models.source import load_tokenizer, locate
 
 # Each row: the method and the fit of its grid. NearPlane's parts are added in turn.
 ROWS: dict[str, tuple[Method, str]] = {
@@ -60,30 +64,44 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def measured(model: str | Path, original: str, args: argparse.Namespace) -> dict[str, Any]:
+class Remembered(nn.Module):
+    """The original, which every cell is compared with: reads each window once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config, self.answers = model, model.config, {}
+        self.get_output_embeddings = model.get_output_embeddings
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in self.answers:
+            self.answers[key] = self.model(input_ids=input_ids, **kwargs)
+        return self.answers[key]
+
+
+def measured(path: str | Path, original: Remembered, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity on both texts and KL to the original."""
-    seqlen = args.eval_seqlen
-    count = math.ceil(WINDOWS_TOKENS / seqlen)
-    texts = {"test": args.test, "second": args.second}
-    found = {
-        name: evaluate(model, dataset=text, seqlen=seqlen, windows=count, dtype="bfloat16").perplexity
-        for name, text in texts.items()
-    }
-    if model == original:
-        return found
-    beside = evaluate(model, dataset=args.test, seqlen=seqlen, windows=KL_WINDOWS, dtype="bfloat16", reference=original)
-    return found | {"kl": beside.kl, "top1": beside.top1}
+    model = original.model if path == args.model else load(path)
+    settings: dict[str, Any] = {"seqlen": args.eval_seqlen, "windows": math.ceil(WINDOWS_TOKENS / args.eval_seqlen)}
+    same: dict[str, Any] = {} if path == args.model else {"reference": original, "compared": KL_WINDOWS}
+    test = evaluate(model, tokenizer, dataset=args.test, **settings, **same)
+    found: dict[str, Any] = {"test": test.perplexity, "dtype": "float32"}
+    if not args.test_only:
+        found["second"] = evaluate(model, tokenizer, dataset=args.second, **settings).perplexity
+    return found | ({"kl": test.kl, "top1": test.top1} if same else {})
 
 
-def cell(model: str, bits: int | str, group: int, row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def cell(
+    bits: int | str, group: int, row: str, seed: int, original: Remembered, args: argparse.Namespace
+) -> dict[str, Any]:
     """Quantize with one draw of calibration windows and measure the checkpoint."""
     method, fit = ROWS[row]
     scratch = Path(tempfile.mkdtemp())
     try:
         grid = Grid(bits=bits, group_size=group, sym=bits == "ternary", fit=fit)  # type: ignore[arg-type]
         draw = Calibration(dataset=args.calibration, nsamples=args.nsamples, seqlen=512, seed=seed)
-        report = quantize(model, scratch / "model", method=method, grid=grid, calibration=draw, progress=False)
-        found = measured(scratch / "model", model, args)
+        report = quantize(args.model, scratch / "model", method=method, grid=grid, calibration=draw, progress=False)
+        found = measured(scratch / "model", original, load_tokenizer(scratch / "model"), args)
     finally:
         shutil.rmtree(scratch)
     totals = report.totals
@@ -106,7 +124,8 @@ def of(cells: dict[str, dict[str, Any]], *key: str) -> list[dict[str, Any]]:
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:
-    return statistics.mean(row[name] for row in rows)
+    """Over the seeds that measured it."""
+    return statistics.mean(found) if (found := [row[name] for row in rows if name in row]) else math.nan
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
@@ -158,6 +177,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--eval-seqlen", type=int, default=1024)
+    parser.add_argument("--test-only", action="store_true", help="leave the second domain out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="runs/quality")
     args = parser.parse_args()
@@ -173,14 +193,15 @@ def main() -> None:
             file.write(json.dumps({"cell": key, **found}) + "\n")
         print(key, {k: v for k, v in found.items() if k != "seconds"}, flush=True)
 
-    for model in args.models:
-        name = Path(model).name
+    for args.model in args.models:
+        name = Path(args.model).name
+        original = Remembered(load(args.model))
         if f"{name}|original" not in kept():
-            keep(f"{name}|original", measured(model, model, args))
+            keep(f"{name}|original", measured(args.model, original, load_tokenizer(locate(args.model)), args))
         for bits, group, seed, row in product(args.bits, args.groups, args.seeds, args.rows):
             key = f"{name}|{bits}|{group}|{args.nsamples}|{row}|{seed}"
             if key not in kept() and not (row == "RTN" and seed != args.seeds[0]):
-                keep(key, cell(model, bits if bits == "ternary" else int(bits), group, row, seed, args))
+                keep(key, cell(bits if bits == "ternary" else int(bits), group, row, seed, original, args))
     Path(args.out + ".md").write_text(table(kept()))
     print(table(kept()))
 

@@ -55,11 +55,13 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     reference: nn.Module | None = None,
+    compared: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Perplexity of ``model`` on a text; with ``reference`` also mean KL divergence per token and top-1 agreement.
 
-    ``windows`` limits how many windows are read. ``seqlen`` is cut to the model's own limit of positions.
+    ``windows`` limits how many windows are read, ``compared`` how many of them the reference reads, too: it is half the
+    cost. ``seqlen`` is cut to the model's own limit of positions.
     """
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
@@ -76,12 +78,13 @@ def evaluate(
         if model.get_output_embeddings().weight.shape[0] != reference.get_output_embeddings().weight.shape[0]:  # type: ignore[operator]
             raise SettingError("model and reference have vocabularies of different size; they cannot be compared.")
     batch = ids[: count * seqlen].view(count, seqlen)
+    compared = count if compared is None else min(compared, count)
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
     with torch.inference_mode():
-        for window in track(batch, "eval", enabled=progress):
+        for k, window in enumerate(track(batch, "eval", enabled=progress)):
             logits = _logits(model, window)
             nll += _nll(logits, window)
-            if reference is not None:
+            if reference is not None and k < compared:
                 expected = _logits(reference, window)
                 reference_nll += _nll(expected, window)
                 for a in range(0, seqlen - 1, CHUNK):
@@ -99,7 +102,7 @@ def evaluate(
         sha256=digest(batch),
         kl=divergence.kl if reference is not None else None,
         top1=divergence.top1 if reference is not None else None,
-        reference_perplexity=_exp(reference_nll / scored) if reference is not None else None,
+        reference_perplexity=_exp(reference_nll / divergence.tokens) if reference is not None else None,
     )
 
 
