@@ -56,15 +56,16 @@ class OpenBlock:
     def observe(self, stage: Stage, needs: frozenset[Need]) -> Moments:
         """Moments of the stage's common input over all samples, both streams in lockstep.
 
-        With "R" in ``needs`` also the drift of the residual stream, where the stage is one site that adds to it; with
-        "held_out" also the moments of every fourth sequence by themselves.
+        With "R" in ``needs``, where the stage is one site that adds to the residual stream, R stands in for D: the drift
+        of the stream behind it holds the site's own. With "held_out" also the moments of every fourth sequence by
+        themselves.
         """
         walk, number, site = self.walk, self.stages.index(stage), stage[0]
         if number <= self.reached:
             self._drop()
         point = site.adds_to if "R" in needs and len(stage) == 1 else None
-        like = torch.empty(0, dtype=walk.solve_dtype, device=walk.device)
-        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, like, walk.sequences)
+        weight = self.weight(site)  # not replaced yet
+        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences)
         for batch in range(len(walk.batches)):
             reference = self._forward(1, batch) if needs & {"D", "R"} else None
             x = None
@@ -75,8 +76,10 @@ class OpenBlock:
             xhat = current.until(site.name)
             if xhat is not None:
                 drift = None
-                if point is not None and reference is not None:
-                    drift = residual_drift(reference.points[point], current.points[point])
+                if point is not None and reference is not None and x is not None:
+                    drift = residual_drift(reference.points[point], current.points[point]).to(weight.dtype)
+                    drift.addmm_((x - xhat).to(weight.dtype), weight.T)
+                    x = None
                 first = batch * len(walk.batches[0])
                 measuring.add(walk.batches[batch].shape, first, xhat, x if "D" in needs else None, drift)
             if not walk.keep:

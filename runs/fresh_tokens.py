@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, Moments, NearPlane
 from nearplane.core.grid import Quantized, dequantize
+from nearplane.core.target import pull
 from nearplane.methods.base import Need
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
@@ -45,7 +46,7 @@ NEEDS: frozenset[Need] = frozenset({"H", "D", "R", "held_out"})
 def loss(solved: Quantized, grid: Grid, weight: Tensor, fresh: Moments) -> float:
     """``‖Q X̂ - W X - R‖²`` on the fresh tokens, less what no Q changes."""
     delta = dequantize(solved, grid).to(weight.dtype) - weight
-    wanted = weight @ fresh.drift() + (0 if fresh.R is None else fresh.R)
+    wanted = pull(weight, fresh.D, fresh.R)
     return float((delta * (delta @ fresh.H)).sum() - 2 * (delta * wanted).sum())
 
 

@@ -233,7 +233,9 @@ def test_moments_are_those_of_two_whole_models(kind: str, models: Any, keep: boo
                 with_R.append(site.name)
                 assert len(stage) == 1 and site.adds_to is not None
                 parts = [without_sinks(*pair) for pair in zip(*brute.inputs(site.adds_to), strict=True)]
-                sides["R"] = torch.cat([drift for drift, _ in parts])
+                own = sides.pop("D") @ opened.weight(site).T  # the linear's own drift, and the stream's before it
+                sides["R"] = own + torch.cat([drift for drift, _ in parts])
+                assert found.D is None
                 sinks += sum(count for _, count in parts)
             assert found.held is not None
             assert found.tokens == 160 and found.held.tokens == 32 and found.dropped == 0
@@ -252,11 +254,12 @@ def test_moments_are_those_of_two_whole_models(kind: str, models: Any, keep: boo
 
 
 def test_no_residual_drift_where_none_is_asked_for(models: Any) -> None:
-    for needs in ({"H"}, {"H", "D"}, {"H", "held_out"}, {"H", "R"}):
+    for needs in ({"H"}, {"H", "D"}, {"H", "held_out"}, {"H", "R"}, {"H", "D", "R"}):
         found = walk(models("llama"), ids_of(4), frozenset(needs))
         for name, m in found.items():
-            assert (m.D is not None) == ("D" in needs)
-            assert (m.R is not None) == ("R" in needs and name.endswith(("o_proj", "down_proj")))
+            joins = "R" in needs and name.endswith(("o_proj", "down_proj"))
+            assert (m.D is not None) == ("D" in needs and not joins)
+            assert (m.R is not None) == joins
             assert (m.held is not None) == ("held_out" in needs)
 
 

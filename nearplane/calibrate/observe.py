@@ -18,10 +18,11 @@ class Measuring:
     """Moments in the making; ``held_out`` tokens are kept apart as well."""
 
     def __init__(self, needs: frozenset[Need], width: int, residual: int | None, like: Tensor, sequences: int) -> None:
-        """``residual``: width of the stream whose drift is measured; ``like`` gives dtype and device."""
+        """``residual``: width of the stream whose drift is measured, in place of D; ``like`` gives dtype and device."""
+        drift = "D" in needs and residual is None
 
         def empty() -> Moments:
-            return Moments.zeros(width, drift="D" in needs, residual=residual, dtype=like.dtype, device=like.device)
+            return Moments.zeros(width, drift=drift, residual=residual, dtype=like.dtype, device=like.device)
 
         self.fit, self.held = empty(), empty() if "held_out" in needs else None
         self.sequences = sequences

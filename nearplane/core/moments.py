@@ -2,15 +2,16 @@
 
 With X the input in the original model and X̂ in the partially quantized one: ``H = X̂ X̂ᵀ/n`` and the drift
 moment ``D = (X - X̂) X̂ᵀ/n`` (GPTAQ's dXXT, arXiv 2504.02692). Where the linear's output is added to a residual stream
-r, ``R = (r - r̂) X̂ᵀ/n`` is the drift that the linear could repair there. Everything the solvers do is invariant to a
-common rescale of all three, so no factor 2/N appears.
+r, its own drift and the stream's are one: ``R = (r + W X - r̂ - W X̂) X̂ᵀ/n`` is what the linear could repair there, and
+D is not kept, ``W D`` being part of R. Everything the solvers do is invariant to a common rescale of all three, so no factor
+2/N appears.
 """
 
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearplane.core.errors import NumericalError
@@ -52,7 +53,7 @@ class Moments:
         drift: Float[Tensor, "tokens out"] | None = None,
     ) -> None:
         """Take in a batch: ``xhat`` of the quantized stream, ``x`` of the reference stream when D is kept, the
-        stream's ``drift`` r - r̂ when R is.
+        ``drift`` of the stream behind the linear when R is.
 
         A token with a non-finite value anywhere is left out and counted in ``dropped``.
         """
@@ -60,14 +61,14 @@ class Moments:
             raise ValueError("x is needed exactly when the moments keep D, and drift exactly when they keep R.")
         dtype = self.H.dtype
         xhat = xhat.to(dtype)
-        finite = xhat.isfinite().all(1)
+        finite = _finite(xhat)
         sides: list[tuple[Tensor, Tensor]] = []  # a moment, and what stands left of X̂ᵀ in it
         if self.D is not None and x is not None:
             sides.append((self.D, x.to(dtype) - xhat))
         if self.R is not None and drift is not None:
             sides.append((self.R, drift.to(dtype)))
         for _, left in sides:
-            finite &= left.isfinite().all(1)
+            finite &= _finite(left)
         kept = int(finite.sum())
         self.dropped += len(xhat) - kept
         if kept == 0:
@@ -147,6 +148,14 @@ class Moments:
         if self.D is None:
             raise ValueError("these moments were collected without D; a method asks for it with needs={'H', 'D'}.")
         return self.D
+
+
+def _finite(x: Float[Tensor, "tokens width"]) -> Bool[Tensor, "tokens"]:
+    """Which tokens are finite throughout: NaN and Inf stay in a sum, and one pass over the numbers is all it takes.
+
+    A sum of finite numbers that overflows counts as well; their squares in H would have.
+    """
+    return x.sum(1).isfinite()
 
 
 # Columns of one strip of a Gram matrix: wide enough for the GEMM, narrow enough to leave out most of the lower half.

@@ -19,16 +19,15 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
     """One round over all groups. Zeros stay; the certificate is the sweep's."""
     n = target.shape[1]
     width = grid.group_width(n)
-    group = torch.arange(n, device=target.device) // width
+    groups = [(g, slice(a, min(a + width, n))) for g, a in enumerate(range(0, n, width))]
     scale = solved.scale.T.clone(memory_format=torch.contiguous_format)
     zero = solved.zero.T.to(target.dtype).contiguous()
-    steps = solved.codes.T.to(target.dtype, memory_format=torch.contiguous_format)  # code - zero
+    steps = solved.codes.T.contiguous().to(target.dtype)  # code - zero; first turned, then widened: the fast way
     error = target.T.clone(memory_format=torch.contiguous_format)  # w* - q
+    for g, part in groups:
+        steps[part] -= zero[g]
+        error[part].addcmul_(steps[part], scale[g], value=-1)
     panel = max(1, PANEL // width) * width  # columns that share one look at all the error: whole groups
-    for a in range(0, n, panel):
-        part = slice(a, min(a + panel, n))
-        steps[part] -= zero[group[part]]
-        error[part] -= steps[part] * scale[group[part]]
     diagonal: list[float] = A.diagonal().tolist()
     for a in range(0, n, panel):
         b = min(a + panel, n)
@@ -45,12 +44,9 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
             scale[g] = better
             moved[there] += _descend(steps[here], slope[there], A[here, here], diagonal[here], better, zero[g], grid)
         error[a:b] += moved
-    for a in range(0, n, panel):
-        part = slice(a, min(a + panel, n))
-        steps[part] += zero[group[part]]
-    return solved._replace(
-        codes=steps.T.to(torch.uint8, memory_format=torch.contiguous_format), scale=scale.T.contiguous()
-    )
+    for g, part in groups:
+        steps[part] += zero[g]
+    return solved._replace(codes=steps.to(torch.uint8).T.contiguous(), scale=scale.T.contiguous())
 
 
 def _best_scale(scale: Tensor, steps: Tensor, slope: Tensor, A: Tensor, grid: Grid) -> Tensor:
@@ -79,8 +75,8 @@ def _descend(
             for j in range(leaf, end):
                 if j > leaf:
                     slope[j].addmv_(moved[leaf:j].T, A[leaf:j, j])
-                old = steps[j].clone()
-                best = torch.addcdiv(old, slope[j], scale, value=1 / diagonal[j]).round_()
-                torch.clamp(best, least, greatest, out=steps[j])
-                torch.mul(old.sub_(steps[j]), scale, out=moved[j])
+                step, change = steps[j], moved[j]
+                change.copy_(step)
+                step.addcdiv_(slope[j], scale, value=1 / diagonal[j]).round_().clamp_(least, greatest)
+                change.sub_(step).mul_(scale)
     return moved

@@ -33,11 +33,11 @@ from nearplane.methods.base import Need
 
 Shrink = Literal["spectral", "linear", "row", "none"]
 
-# Dampings of the steps that "spectral" mixes beside damp_percent, in its multiples: from all directions of the input to
-# the strongest few.
-RIDGES = (30.0, 1000.0)
+# Damping of the step that "spectral" mixes with that of damp_percent, in its multiples: the strongest directions of the
+# input only, beside all of them.
+RIDGE = 100.0
 # Dampings of the sweep that held-out tokens choose from beside damp_percent, in its multiples.
-DAMPINGS = (5.0, 30.0)
+DAMPINGS = (10.0, 100.0)
 # What is multiplied where damp_percent is less.
 LEAST_DAMP = 1e-4
 # Answers per row beyond which a beam is a mistake: memory and time grow with it.
@@ -62,7 +62,7 @@ class NearPlane:
     damp_percent: float = 0.01
     """Least damping of the Hessian, as a fraction of its mean diagonal."""
     damping: Literal["held_out", "fixed"] = "held_out"
-    """held_out: held-out tokens choose 1, 5 or 30 times damp_percent for each stage; fixed: 1 time."""
+    """held_out: held-out tokens choose 1, 10 or 100 times damp_percent for each stage; fixed: 1 time."""
     beam: int = 1
     """Answers per row that the sweep keeps while it walks the columns; its cost grows in proportion."""
     rounds: int = 2
@@ -127,7 +127,7 @@ class NearPlane:
         """
         own, least = self.damp_percent, max(self.damp_percent, LEAST_DAMP)
         shrinks = self.target and self.shrink != "none"
-        ridges = [own, *(k * least for k in RIDGES)] if self.shrink == "spectral" else [own]
+        ridges = [own, RIDGE * least] if self.shrink == "spectral" else [own]
         dampings = [own, *(k * least for k in DAMPINGS)] if self.damping == "held_out" else []
         steps: dict[float, Tensor] = {}
         losses: dict[float, float] = {own: 0.0}

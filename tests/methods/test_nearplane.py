@@ -238,8 +238,8 @@ def test_held_out_tokens_choose_the_damping(percent, order):
     for seed in range(8):
         m = layer(5, 32, 60, seed=seed)
         scales = oracles.static_scales(m.W, replace(grid, fit="minmax"))
-        rounding = m.W - oracles.values(oracles.rtn(m.W, grid, scales), scales, grid)
-        tried = [percent, 5 * max(percent, 1e-4), 30 * max(percent, 1e-4)]
+        rounding = (m.W - oracles.values(oracles.rtn(m.W, grid, scales), scales, grid))[::4]
+        tried = [percent, 10 * max(percent, 1e-4), 100 * max(percent, 1e-4)]
         best = min(tried, key=lambda one, m=m, rounding=rounding: spread(m, rounding, one, order))
         for target in (False, True):
             method = NearPlane(target=target, rounds=0, order=order, damp_percent=percent)
@@ -341,7 +341,7 @@ def test_course(percent, shrink):
     for seed in range(3):
         m = layer(seed=seed)
         course = solve(NearPlane(damp_percent=percent, shrink=shrink), m.W, m.moments, GRID).course
-        allowed = [percent, *(times * max(percent, 1e-4) for times in (5, 30))]
+        allowed = [percent, *(times * max(percent, 1e-4) for times in (10, 100))]
         assert any(course.damp_percent == pytest.approx(one) for one in allowed)
         assert 0 <= course.rounds <= 2 and course.rejected == int(course.rounds < 2) and course.damp_raised == 0
         assert 0.3 < course.alpha < 3 if shrink == "spectral" else 0.3 < course.alpha <= 1
