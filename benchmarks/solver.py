@@ -26,7 +26,8 @@ METHODS: dict[str, Method] = {
     "GPTQ": GPTQ(),
     "GPTAQ": GPTAQ(),
     "NearPlane, 1 round": NearPlane(rounds=1),
-    "NearPlane": NearPlane(),
+    "NearPlane": NearPlane(),  # of a linear that adds to the residual stream
+    "NearPlane, no residual": NearPlane(residual=False),  # of any other
 }
 
 
@@ -57,7 +58,7 @@ class Peak(TorchDispatchMode):
 
 
 def calibration(out: int, columns: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """A weight, and batches of X̂, X and the stream's drift with correlated features."""
+    """A weight, and batches of X̂, X and the drift of the stream before the linear, with correlated features."""
     torch.manual_seed(0)
     mix = torch.randn(columns // 8, columns)
     batches = []
@@ -72,12 +73,14 @@ def measure(
 ) -> dict[str, float]:
     """CPU seconds of moments, prepare and solve, and the solver's peak memory in bytes."""
     out, columns = weight.shape
-    drift, residual = "D" in method.needs, out if "R" in method.needs else None
+    residual = out if "R" in method.needs else None
+    drift = "D" in method.needs and residual is None  # as in the walk: where there is R it stands in for D
 
     def observe() -> Moments:
         parts = [Moments.zeros(columns, drift=drift, residual=residual) for _ in batches]
         for part, (xhat, x, shift) in zip(parts, batches, strict=True):
-            part.add(xhat, x if drift else None, None if residual is None else shift)
+            behind = None if residual is None else torch.addmm(shift, x - xhat, weight.T)
+            part.add(xhat, x if drift else None, behind)
         if "held_out" in method.needs:
             return parts[0].join(parts[1])
         return parts[0].merge(parts[1])

@@ -116,53 +116,88 @@ def cell(
 
 
 OURS, LEAST = "+ refinement = NearPlane", "GPTQ"  # the two that are compared by calibration tokens
+Cells = dict[str, dict[str, Any]]
 
 
-def of(cells: dict[str, dict[str, Any]], *key: str) -> list[dict[str, Any]]:
-    """Every seed of one row."""
-    return [cell for name, cell in cells.items() if name.startswith("|".join(key) + "|")]
+def of(cells: Cells, *key: str) -> Cells:
+    """By seed, what one row has."""
+    start = "|".join(key) + "|"
+    return {name.removeprefix(start): cell for name, cell in cells.items() if name.startswith(start)}
 
 
-def mean(rows: list[dict[str, Any]], name: str) -> float:
+def mean(rows: Cells, name: str) -> float:
     """Over the seeds that measured it."""
-    return statistics.mean(found) if (found := [row[name] for row in rows if name in row]) else math.nan
+    return statistics.mean(found) if (found := [row[name] for row in rows.values() if name in row]) else math.nan
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
-    """Markdown: mean over seeds and each of them, and the gap to the original beside the best published method's."""
+def number(value: float, digits: int = 2) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def order(key: tuple[str, ...]) -> tuple[Any, ...]:
+    model, bits, group, tokens = key
+    return model, -int(bits) if bits.isdigit() else 0, -int(group), int(tokens)
+
+
+def summary(cells: Cells, groups: list[tuple[str, ...]]) -> list[str]:
+    """NearPlane's gap to the original beside that of the better of GPTAQ and ResComp, over the seeds that all three have."""
+    lines = ["| model | bits | group | seeds | original | GPTAQ | ResComp | NearPlane | NearPlane's gap / the better one's |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for key in groups:
+        rows = [of(cells, *key, row) for row in ("GPTAQ", "ResComp", OURS)]
+        seeds = set.intersection(*map(set, rows))
+        if seeds:
+            original = cells[f"{key[0]}|original"]["test"]
+            means = [mean({seed: row[seed] for seed in seeds}, "test") for row in rows]
+            share = (means[2] - original) / (min(means[:2]) - original)
+            model, bits, group, _ = key
+            figures = " | ".join(map(number, [original, *means, share]))
+            lines.append(f"| {model} | {bits} | {group if group != '-1' else 'row'} | {len(seeds)} | {figures} |")
+    return lines
+
+
+def details(cells: Cells, key: tuple[str, ...]) -> list[str]:
+    """Every row of one model, bits, group and number of windows."""
+    original = cells[f"{key[0]}|original"]
+    rows = {row: found for row in ROWS if (found := of(cells, *key, row))}
+    model, bits, group, windows = key
+    lines = ["", f"{model}, {bits} bits, group {group}, {windows} windows. Original: test {original['test']:.2f}, "
+                 f"second domain {original['second']:.2f}.", "",
+             "| method | seeds | test: mean | each | second domain | KL | top-1 |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row, mine in rows.items():
+        each = ", ".join(f"{mine[seed]['test']:.1f}" for seed in sorted(mine))
+        figures = f"{number(mean(mine, 'second'))} | {number(mean(mine, 'kl'), 3)} | {100 * mean(mine, 'top1'):.1f}%"
+        lines.append(f"| {row} | {len(mine)} | {number(mean(mine, 'test'))} | {each} | {figures} |")
+    return lines
+
+
+def by_tokens(cells: Cells, groups: list[tuple[str, ...]]) -> list[str]:
+    """GPTQ and NearPlane as calibration grows, first seed."""
     lines: list[str] = []
-    groups = sorted({tuple(key.split("|")[:4]) for key in cells if key.count("|") == 5})
-    for model, bits, group, tokens in groups:
-        original = cells[f"{model}|original"]
-        rows = {row: found for row in ROWS if (found := of(cells, model, bits, group, tokens, row))}
-        published = [r for r in rows if r.startswith(("GPTAQ", "ResComp")) and "our grid" not in r]
-        if not published:
-            continue
-        lines += ["", f"{model}, {bits} bits, group {group}, {tokens} windows. Original: test {original['test']:.2f}, "
-                      f"second domain {original['second']:.2f}.", "",
-                  "| method | seeds | test: mean | each | gap / best published | second domain | KL |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
-        best = min(mean(rows[row], "test") for row in published) - original["test"]
-        for row, mine in rows.items():
-            test = mean(mine, "test")
-            each = ", ".join(f"{cell['test']:.1f}" for cell in mine)
-            share = (test - original["test"]) / best
-            figures = f"{len(mine)} | {test:.2f} | {each} | {share:.2f}"
-            lines.append(f"| {row} | {figures} | {mean(mine, 'second'):.2f} | {mean(mine, 'kl'):.3f} |")
-    for model, bits, group in sorted({key[:3] for key in groups}):
-        sizes = sorted({int(key[3]) for key in groups if key[:3] == (model, bits, group)})
-        found = [
-            (of(cells, model, bits, group, str(size), LEAST), of(cells, model, bits, group, str(size), OURS))
-            for size in sizes
+    for key in sorted({key[:3] for key in groups}):
+        pairs = [
+            (of(cells, *whole, LEAST).get("0"), of(cells, *whole, OURS).get("0"))
+            for whole in groups
+            if whole[:3] == key
         ]
-        found = [pair for pair in found if all(pair)]
-        if found:
-            lines += ["", f"{model}, {bits} bits, group {group}, by calibration tokens (test, KL).", "",
+        found = [(gptq, ours) for gptq, ours in pairs if gptq and ours]
+        if len(found) > 1:
+            lines += ["", f"{key[0]}, {key[1]} bits, group {key[2]}, by calibration tokens: test (KL), seed 0.", "",
                       "| tokens | GPTQ | NearPlane |", "|---|---|---|"]  # fmt: skip
             for pair in found:
-                numbers = [f"{mean(rows, 'test'):.2f} ({mean(rows, 'kl'):.3f})" for rows in pair]
-                lines.append(f"| {pair[0][0]['tokens']} | " + " | ".join(numbers) + " |")
-    return "\n".join(lines).lstrip() + "\n"
+                lines.append(
+                    f"| {pair[0]['tokens']} | " + " | ".join(f"{c['test']:.2f} ({c['kl']:.3f})" for c in pair) + " |"
+                )
+    return lines
+
+
+def table(cells: Cells) -> str:
+    """Markdown: the summary, the rows by calibration tokens, then everything."""
+    groups = sorted({tuple(key.split("|")[:4]) for key in cells if key.count("|") == 5}, key=order)
+    lines = summary(cells, groups) + by_tokens(cells, groups)
+    for key in groups:
+        lines += details(cells, key)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

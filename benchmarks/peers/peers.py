@@ -5,7 +5,7 @@
 
 Makes one virtual environment per toolkit (minutes, and gigabytes), runs it there on one CPU thread pool of --threads, with
 3 bits, asymmetric groups of 64, activation order and its own search for scales where it has one, and measures perplexity
-as runs/quality.py does: 32k tokens of the test text, in bfloat16. A result is one line of --out; what is there is not run
+as runs/quality.py does: 32k tokens of the test text, KL on the first 8k. A result is one line of --out; what is there is not run
 again. A toolkit that fails is reported and left out.
 """
 
@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nearplane import Calibration, evaluate
+from nearplane import Calibration, load
 from nearplane.core.errors import NearplaneError
-from nearplane.models.source import locate, open_source
+from nearplane.evaluate.perplexity import evaluate
+from nearplane.models.source import load_tokenizer, locate, open_source
 
 TORCH = "torch==2.13.0"
 # Environment: what pip is asked for, step by step.
@@ -89,11 +90,11 @@ def measure(peer: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         count = math.ceil(WINDOWS_TOKENS / 1024)
         written = min((scratch / "out").rglob("config.json"), default=scratch / "out" / "nothing").parent
-        found = evaluate(written, dataset=args.test, seqlen=1024, windows=count, dtype="bfloat16")
-        beside = evaluate(written, dataset=args.test, seqlen=1024, windows=8, dtype="bfloat16", reference=args.model)
+        tokenizer, texts = load_tokenizer(locate(args.model)), {"dataset": args.test, "seqlen": 1024, "windows": count}
+        found = evaluate(load(written), tokenizer, **texts, reference=load(args.model), compared=8)
     finally:
         shutil.rmtree(scratch)
-    return {"perplexity": found.perplexity, "kl": beside.kl, "seconds": seconds, "threads": args.threads}
+    return {"perplexity": found.perplexity, "kl": found.kl, "seconds": seconds, "threads": args.threads}
 
 
 def main() -> None:

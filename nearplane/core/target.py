@@ -5,9 +5,10 @@ to one. Completing the square it is ``min_Q ‖(Q - W*) X̂‖²`` with
 
     W* = W + pull H⁻¹,   pull = W D + R X̂ᵀ/n
 
-so that any solver of the symmetric problem solves it on W*. Calibration is noisy, and noisiest where H is small. So of
-the step only what a part of the tokens that took no part in it confirms is taken: with the steps
-``S_k = pull (H + λ_k I)⁻¹`` of the other part, the held-out loss of ``W + Σ c_k S_k`` is a quadratic in c
+(which calibration measures as one moment where there is an R) so that any solver of the symmetric problem solves it on
+W*. Calibration is noisy, and noisiest where H is small. So of the step only what a part of the tokens that took no part
+in it confirms is taken: with the steps ``S_k = pull (H + λ_k I)⁻¹`` of the other part, the held-out loss of
+``W + Σ c_k S_k`` is a quadratic in c
 
     cᵀ K c - 2 cᵀ b,   K_kl = ⟨S_k, S_l H_v⟩,   b_k = ⟨S_k, pull_v⟩
 
@@ -27,7 +28,10 @@ from nearplane.core.factor import Factor, damped_cholesky
 def pull(
     weight: Float[Tensor, "out in"], D: Float[Tensor, "in in"] | None, R: Float[Tensor, "out in"] | None
 ) -> Float[Tensor, "out in"]:
-    """``W D + R X̂ᵀ/n``: what the drift asks of the weight, before the Hessian divides it."""
+    """What the drift asks of the weight, before the Hessian divides it: ``W D``, and the moment R where one is kept.
+
+    The walk keeps one of the two: its R is that of the stream behind the linear and holds ``W D``.
+    """
     result = torch.zeros_like(weight) if D is None else weight @ D
     return result if R is None else result.add_(R)
 

@@ -22,7 +22,8 @@ class Method(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What calibration must measure: of H, D and R (``core/moments.py``), and whether a share of it is held out."""
+        """What calibration must measure: of H, D and R (``core/moments.py``; where R is kept it stands in for D), and
+        whether a share of it is held out."""
         ...
 
     def prepare(self, moments: Moments) -> Any:
