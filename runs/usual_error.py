@@ -5,6 +5,7 @@
 nearplane/narration.py quotes the 10th and 90th percentiles.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -18,13 +19,19 @@ def percentiles(values: list[float]) -> str:
     return " / ".join(f"{ranked[int(len(ranked) * share)]:.2g}" for share in (0.1, 0.5, 0.9))
 
 
-print("| bits | GPTQ, 10th / 50th / 90th percentile | rounding to nearest |\n|---|---|---|")
-for bits in (2, 3, 4, 8):
-    grid = Grid(bits=bits, group_size=64, sym=False, fit="minmax")
-    with tempfile.TemporaryDirectory() as folder:
-        report = quantize(
-            "demo", Path(folder) / "out", method=GPTQ(), grid=grid, calibration=CALIBRATION, progress=False
-        )
-    errors = [row.error for row in report.linears if row.error is not None]
-    rounded = [row.rtn_error for row in report.linears if row.rtn_error is not None]
-    print(f"| {bits} | {percentiles(errors)} | {percentiles(rounded)} |", flush=True)
+def main() -> None:
+    print("| bits | GPTQ, 10th / 50th / 90th percentile | rounding to nearest |\n|---|---|---|")
+    for bits in (2, 3, 4, 8):
+        grid = Grid(bits=bits, group_size=64, sym=False, fit="minmax")
+        with tempfile.TemporaryDirectory() as folder:
+            report = quantize(
+                "demo", Path(folder) / "out", method=GPTQ(), grid=grid, calibration=CALIBRATION, progress=False
+            )
+        errors = [row.error for row in report.linears if row.error is not None]
+        rounded = [row.rtn_error for row in report.linears if row.rtn_error is not None]
+        print(f"| {bits} | {percentiles(errors)} | {percentiles(rounded)} |", flush=True)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    main()
