@@ -111,8 +111,8 @@ def compare(out: int, columns: int, methods: list[str], rounds: int) -> list[dic
         row["total"] = row["moments"] + row["prepare"] + row["solve"]
         rows.append(row)
     for row in rows:
-        row["solver / GPTQ"] = (row["prepare"] + row["solve"]) / (rows[0]["prepare"] + rows[0]["solve"])
-        row["total / GPTQ"] = row["total"] / rows[0]["total"]
+        row["solver / first"] = (row["prepare"] + row["solve"]) / (rows[0]["prepare"] + rows[0]["solve"])
+        row["total / first"] = row["total"] / rows[0]["total"]
         row["total / floor"] = row["total"] / floor
     return rows
 
@@ -128,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"{args.threads} thread(s), CPU seconds, median of {args.rounds}; peak memory beyond weight and moments")
     print(
-        "| out x in | method | moments | prepare | solve | / GPTQ's floor | solver / GPTQ | all / GPTQ | peak in×in | or out×in |"
+        "| out x in | method | moments | prepare | solve | / GPTQ floor | solver / first | all / first | peak in×in | or out×in |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
@@ -136,7 +136,8 @@ def main() -> None:
         for r in compare(*map(int, shape.split("x")), args.methods, args.rounds):
             rows.append(r)
             cells = [
-                f"{r[k]:.2f}" for k in ("moments", "prepare", "solve", "total / floor", "solver / GPTQ", "total / GPTQ")
+                f"{r[k]:.2f}"
+                for k in ("moments", "prepare", "solve", "total / floor", "solver / first", "total / first")
             ]
             cells += [f"{r['peak'] / 4 / r['in'] ** 2:.1f}", f"{r['peak'] / 4 / r['in'] / r['out']:.1f}"]
             print(f"| {r['out']} x {r['in']} | {r['method']} | " + " | ".join(cells) + " |", flush=True)

@@ -2,7 +2,9 @@
 twice. A NearplaneError becomes one sentence on standard error and exit status 2.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -197,7 +199,21 @@ def _inspect(argv: list[str]) -> None:
 
 
 def _parse(command: Any, name: str, argv: list[str]) -> Any:
-    return tyro.cli(command, prog=f"nearplane {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
+    """The command's fields from its flags; the parser's box about a wrong one becomes a sentence like any other."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(command, prog=f"nearplane {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as stop:
+        if not complaint.getvalue():  # --help
+            raise
+        # A box, plainer where the terminal is: its title, a rule, what is wrong, a rule or an empty line, more.
+        lines = [line.strip("│").rstrip() for line in complaint.getvalue().splitlines()[1:]]
+        rule = [not line.strip("─- ") for line in lines]
+        first = 1 if rule[0] else 0
+        told = lines[first : rule.index(True, first)]
+        words = " ".join(line.strip() for line in told if not line.startswith(" " * 8)).rstrip(".")
+        raise SettingError(f"{words}; nearplane {name} --help lists the options.") from stop
 
 
 def _canonical(argv: list[str]) -> list[str]:

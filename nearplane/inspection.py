@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nearplane.core.grid import Grid
 from nearplane.formats.read import Checkpoint, open_checkpoint
-from nearplane.models.discover import Block, discover
+from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.source import locate, open_source
 
 
@@ -24,8 +24,8 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
             for site in stage:
                 name = site.name.removeprefix(block.name + ".")
                 line = f"    {name:<32} {site.shape[0]} x {site.shape[1]}" + "  (transposed)" * site.transposed
-                lines.append(line + "  adds to the residual stream" * (site.adds_to is not None))
-        if not any(site.adds_to for site in block.sites):
+                lines.append(line + "  adds to the residual stream" * _repairs(site, stage))
+        if not any(_repairs(site, stage) for stage in block.stages for site in stage):
             lines.append(
                 "  no output is added to the residual stream as it is: NearPlane's residual target goes without"
             )
@@ -56,8 +56,16 @@ def _runs(blocks: list[Block]) -> list[tuple[int, int, Block]]:
     return runs
 
 
-def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int]]]]:
-    return [[(site.name.removeprefix(block.name), site.shape) for site in stage] for stage in block.stages]
+def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int], bool]]]:
+    return [
+        [(site.name.removeprefix(block.name), site.shape, _repairs(site, stage)) for site in stage]
+        for stage in block.stages
+    ]
+
+
+def _repairs(site: Site, stage: Stage) -> bool:
+    """Whether NearPlane's target of this linear answers the residual stream's drift: it adds to it, alone."""
+    return site.adds_to is not None and len(stage) == 1
 
 
 def _packed_bytes(shape: tuple[int, int], grid: Grid, width: int) -> int:

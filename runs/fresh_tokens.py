@@ -40,7 +40,8 @@ VARIANTS: dict[str, tuple[Method, str]] = {
     "pivot order": (NearPlane(order="pivot"), "hessian"),
     "beam 4": (NearPlane(beam=4), "hessian"),
 }
-NEEDS: frozenset[Need] = frozenset({"H", "D", "R", "held_out"})
+WITH_D: frozenset[Need] = frozenset({"H", "D", "held_out"})
+WITH_R: frozenset[Need] = WITH_D | {"R"}  # in place of D, where a linear adds to the residual stream
 
 
 def loss(solved: Quantized, grid: Grid, weight: Tensor, fresh: Moments) -> float:
@@ -50,17 +51,17 @@ def loss(solved: Quantized, grid: Grid, weight: Tensor, fresh: Moments) -> float
     return float((delta * (delta @ fresh.H)).sum() - 2 * (delta * wanted).sum())
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 12, 24])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--nsamples", type=int, default=16, help="windows of 512 tokens, for either walk")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     grids = {
         fit: Grid(bits=args.bits, group_size=args.group_size, sym=False, fit=fit, scale_dtype="float16")
@@ -76,14 +77,16 @@ def main() -> None:
     plain = GPTQ()
     for number, (block, other) in enumerate(zip(*walks, strict=True)):
         for stage, same in zip(block.stages, other.stages, strict=True):
-            moments, fresh = block.observe(stage, NEEDS), other.observe(same, NEEDS)
+            moments, fresh = block.observe(stage, WITH_R), other.observe(same, WITH_R)
+            plainer = moments if moments.R is None or number not in args.blocks else block.observe(stage, WITH_D)
             stacked = torch.cat([block.weight(site) for site in stage])  # solved together, as in a run
             current = plain.solve(stacked, plain.prepare(moments), grids["hessian"])
             answers = {}
             if number in args.blocks:
                 for name in args.variants:
                     method, fit = VARIANTS[name]
-                    answers[name] = method.solve(stacked, method.prepare(moments), grids[fit])
+                    given = moments if "R" in method.needs else plainer
+                    answers[name] = method.solve(stacked, method.prepare(given), grids[fit])
             done = 0
             for site, twin in zip(stage, same, strict=True):
                 part = slice(done, done := done + site.shape[0])

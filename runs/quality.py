@@ -1,10 +1,10 @@
 """The quality study: every method on real models, the same bits, order and grid fit, several calibration draws.
 
     python runs/quality.py --calibration wikitext2-valid.txt --test wikitext2-test.txt --second tinyshakespeare.txt
-        [--models demo /path/to/whisper] [--bits 3 2 4] [--seeds 0 1 2] [--rows GPTAQ NearPlane ...] [--threads 2]
+        [--models demo /path/to/whisper] [--bits 3 2 4] [--seeds 0 1 2] [--rows GPTAQ ...] [--nsamples 4 32] [--threads 2]
 
-Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on 32k tokens of the test text and, unless
---test-only, of the second domain, KL to the original on the first 8 windows of the test text. Evaluation computes in
+Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on 32k tokens of the test text and of the
+second domain, if there is one, KL to the original on the first 8 windows of the test text. Evaluation computes in
 float32 (cells of SmolLM2 without "dtype" in bfloat16: the original has 24.014 there and 24.011 here). One line of OUT.jsonl
 per finished cell, with its commit: an interrupted study goes on where it was, and several processes may share it if they
 are given different cells. A finished cell is not run again, whatever has changed since: delete its line for that. OUT.md
@@ -60,7 +60,7 @@ WINDOWS_TOKENS, KL_WINDOWS = 32768, 8
 
 def commit() -> str:
     """The commit that produced a number."""
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 
@@ -86,20 +86,20 @@ def measured(path: str | Path, original: Remembered, tokenizer: Any, args: argpa
     same: dict[str, Any] = {} if path == args.model else {"reference": original, "compared": KL_WINDOWS}
     test = evaluate(model, tokenizer, dataset=args.test, **settings, **same)
     found: dict[str, Any] = {"test": test.perplexity, "dtype": "float32"}
-    if not args.test_only:
+    if args.second:
         found["second"] = evaluate(model, tokenizer, dataset=args.second, **settings).perplexity
     return found | ({"kl": test.kl, "top1": test.top1} if same else {})
 
 
 def cell(
-    bits: int | str, group: int, row: str, seed: int, original: Remembered, args: argparse.Namespace
+    bits: int | str, group: int, windows: int, row: str, seed: int, original: Remembered, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Quantize with one draw of calibration windows and measure the checkpoint."""
     method, fit = ROWS[row]
     scratch = Path(tempfile.mkdtemp())
     try:
         grid = Grid(bits=bits, group_size=group, sym=bits == "ternary", fit=fit)  # type: ignore[arg-type]
-        draw = Calibration(dataset=args.calibration, nsamples=args.nsamples, seqlen=512, seed=seed)
+        draw = Calibration(dataset=args.calibration, nsamples=windows, seqlen=512, seed=seed)
         report = quantize(args.model, scratch / "model", method=method, grid=grid, calibration=draw, progress=False)
         found = measured(scratch / "model", original, load_tokenizer(scratch / "model"), args)
     finally:
@@ -130,29 +130,39 @@ def mean(rows: Cells, name: str) -> float:
     return statistics.mean(found) if (found := [row[name] for row in rows.values() if name in row]) else math.nan
 
 
-def number(value: float, digits: int = 2) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+def number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def spread(rows: Cells, name: str) -> str:
+    """Mean over seeds ± half their range."""
+    found = [row[name] for row in rows.values()]
+    return number(mean(rows, name)) + (f" ± {(max(found) - min(found)) / 2:.2f}" if len(found) > 1 else "")
 
 
 def order(key: tuple[str, ...]) -> tuple[Any, ...]:
-    model, bits, group, tokens = key
-    return model, -int(bits) if bits.isdigit() else 0, -int(group), int(tokens)
+    model, bits, group, windows = key
+    return model, -int(bits) if bits.isdigit() else 0, -int(group), int(windows)
 
 
 def summary(cells: Cells, groups: list[tuple[str, ...]]) -> list[str]:
     """NearPlane's gap to the original beside that of the better of GPTAQ and ResComp, over the seeds that all three have."""
-    lines = ["| model | bits | group | seeds | original | GPTAQ | ResComp | NearPlane | NearPlane's gap / the better one's |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| model | bits | group | tokens | seeds | original | GPTAQ | ResComp | NearPlane | its gap / the better's | KLs |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for key in groups:
         rows = [of(cells, *key, row) for row in ("GPTAQ", "ResComp", OURS)]
-        seeds = set.intersection(*map(set, rows))
-        if seeds:
-            original = cells[f"{key[0]}|original"]["test"]
-            means = [mean({seed: row[seed] for seed in seeds}, "test") for row in rows]
-            share = (means[2] - original) / (min(means[:2]) - original)
-            model, bits, group, _ = key
-            figures = " | ".join(map(number, [original, *means, share]))
-            lines.append(f"| {model} | {bits} | {group if group != '-1' else 'row'} | {len(seeds)} | {figures} |")
+        seeds = sorted(set.intersection(*map(set, rows)))
+        if not seeds:
+            continue
+        rows = [{seed: row[seed] for seed in seeds} for row in rows]
+        original = cells[f"{key[0]}|original"]["test"]
+        best = min(mean(row, "test") for row in rows[:2]) - original
+        share = (mean(rows[2], "test") - original) / best if best > 0 else None
+        model, bits, group, _ = key
+        tests = " | ".join(spread(row, "test") for row in rows)
+        kl = " / ".join(number(mean(row, "kl"), 3) for row in rows)
+        what = f"{model} | {bits} | {group if group != '-1' else 'row'} | {rows[0][seeds[0]]['tokens']} | {len(seeds)}"
+        lines.append(f"| {what} | {original:.2f} | {tests} | {number(share)} | {kl} |")
     return lines
 
 
@@ -162,7 +172,7 @@ def details(cells: Cells, key: tuple[str, ...]) -> list[str]:
     rows = {row: found for row in ROWS if (found := of(cells, *key, row))}
     model, bits, group, windows = key
     lines = ["", f"{model}, {bits} bits, group {group}, {windows} windows. Original: test {original['test']:.2f}, "
-                 f"second domain {original['second']:.2f}.", "",
+                 f"second domain {number(original.get('second'))}.", "",
              "| method | seeds | test: mean | each | second domain | KL | top-1 |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row, mine in rows.items():
         each = ", ".join(f"{mine[seed]['test']:.1f}" for seed in sorted(mine))
@@ -172,22 +182,21 @@ def details(cells: Cells, key: tuple[str, ...]) -> list[str]:
 
 
 def by_tokens(cells: Cells, groups: list[tuple[str, ...]]) -> list[str]:
-    """GPTQ and NearPlane as calibration grows, first seed."""
+    """GPTQ and NearPlane as calibration grows, over the seeds that both have."""
     lines: list[str] = []
-    for key in sorted({key[:3] for key in groups}):
-        pairs = [
-            (of(cells, *whole, LEAST).get("0"), of(cells, *whole, OURS).get("0"))
-            for whole in groups
-            if whole[:3] == key
-        ]
-        found = [(gptq, ours) for gptq, ours in pairs if gptq and ours]
+    for kind in sorted({key[:3] for key in groups}):
+        found = []
+        for key in groups:
+            pair = [of(cells, *key, LEAST), of(cells, *key, OURS)]
+            seeds = set(pair[0]) & set(pair[1])
+            if key[:3] == kind and seeds:
+                found.append([{seed: row[seed] for seed in seeds} for row in pair])
         if len(found) > 1:
-            lines += ["", f"{key[0]}, {key[1]} bits, group {key[2]}, by calibration tokens: test (KL), seed 0.", "",
-                      "| tokens | GPTQ | NearPlane |", "|---|---|---|"]  # fmt: skip
-            for pair in found:
-                lines.append(
-                    f"| {pair[0]['tokens']} | " + " | ".join(f"{c['test']:.2f} ({c['kl']:.3f})" for c in pair) + " |"
-                )
+            lines += ["", f"{kind[0]}, {kind[1]} bits, group {kind[2]}, by calibration tokens: test (KL).", "",
+                      "| tokens | seeds | GPTQ | NearPlane |", "|---|---|---|---|"]  # fmt: skip
+        for pair in found if len(found) > 1 else ():
+            numbers = [f"{mean(rows, 'test'):.2f} ({mean(rows, 'kl'):.3f})" for rows in pair]
+            lines.append(f"| {next(iter(pair[0].values()))['tokens']} | {len(pair[0])} | " + " | ".join(numbers) + " |")
     return lines
 
 
@@ -200,22 +209,21 @@ def table(cells: Cells) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--test", required=True)
-    parser.add_argument("--second", required=True)
+    parser.add_argument("--second")
     parser.add_argument("--models", nargs="+", default=["demo"])
     parser.add_argument("--bits", nargs="+", default=["3", "2", "4", "ternary"])
     parser.add_argument("--groups", type=int, nargs="+", default=[64])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--nsamples", type=int, nargs="+", default=[32], help="windows of calibration")
     parser.add_argument("--eval-seqlen", type=int, default=1024)
-    parser.add_argument("--test-only", action="store_true", help="leave the second domain out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="runs/quality")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     path = Path(args.out + ".jsonl")
 
@@ -233,10 +241,10 @@ def main() -> None:
         original = Remembered(load(args.model))
         if f"{name}|original" not in kept():
             keep(f"{name}|original", measured(args.model, original, load_tokenizer(locate(args.model)), args))
-        for bits, group, seed, row in product(args.bits, args.groups, args.seeds, args.rows):
-            key = f"{name}|{bits}|{group}|{args.nsamples}|{row}|{seed}"
+        for bits, group, windows, seed, row in product(args.bits, args.groups, args.nsamples, args.seeds, args.rows):
+            key = f"{name}|{bits}|{group}|{windows}|{row}|{seed}"
             if key not in kept() and not (row == "RTN" and seed != args.seeds[0]):
-                keep(key, cell(bits if bits == "ternary" else int(bits), group, row, seed, original, args))
+                keep(key, cell(bits if bits == "ternary" else int(bits), group, windows, row, seed, original, args))
     Path(args.out + ".md").write_text(table(kept()))
     print(table(kept()))
 

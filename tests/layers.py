@@ -19,10 +19,14 @@ class Layer:
         self.held = torch.arange(len(xhat)) % 4 == 3 if held is None else held
 
     def part(self, rows):
-        m = Moments.zeros(
-            self.W.shape[1], drift=True, residual=None if self.drift is None else len(self.W), dtype=self.W.dtype
-        )
-        m.add(self.xhat[rows], self.x[rows], None if self.drift is None else self.drift[rows])
+        """Moments as the walk measures them: with a stream, the drift behind the linear stands in for D."""
+        xhat, x, n = self.xhat[rows], self.x[rows], self.W.shape[1]
+        if self.drift is None:
+            m = Moments.zeros(n, drift=True, dtype=self.W.dtype)
+            m.add(xhat, x)
+        else:
+            m = Moments.zeros(n, residual=len(self.W), dtype=self.W.dtype)
+            m.add(xhat, None, (x - xhat) @ self.W.T + self.drift[rows])
         return m
 
     @property

@@ -235,7 +235,7 @@ def test_a_stream_that_no_output_joins_is_an_event(kind: str, tmp_path: Path) ->
         folder,
         tmp_path / "out",
         grid=Grid(bits=4, group_size=32),
-        calibration=calibration(folder, nsamples=1, seqlen=8),
+        calibration=calibration(folder, nsamples=1, seqlen=3),
         progress=False,
     )
     assert any("residual stream" in event for event in report.events) == (kind == "gemma2")

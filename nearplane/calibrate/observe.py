@@ -26,6 +26,7 @@ class Measuring:
 
         self.fit, self.held = empty(), empty() if "held_out" in needs else None
         self.sequences = sequences
+        self.seen = 0  # rows so far
 
     def add(self, batch: torch.Size, first: int, xhat: Tensor, x: Tensor | None, residual: Tensor | None) -> None:
         """Take in a batch of (sequences, tokens) that begins with sequence ``first``."""
@@ -42,9 +43,13 @@ class Measuring:
 
     def _apart(self, batch: torch.Size, first: int, rows: int) -> Tensor:
         """Which rows are held out: every fourth sequence, or every fourth run of tokens where sequences are few."""
-        token = first * batch[1] + torch.arange(rows)
-        whole = rows == batch.numel() and self.sequences >= HELD_OUT
-        return token // (batch[1] if whole else RUN) % HELD_OUT == HELD_OUT - 1
+        if rows == batch.numel() and self.sequences >= HELD_OUT:
+            token, run = first * batch[1] + torch.arange(rows), batch[1]
+        else:
+            run = max(1, min(RUN, self.sequences * batch[1] // HELD_OUT))
+            token = self.seen + torch.arange(rows)
+            self.seen += rows
+        return token // run % HELD_OUT == HELD_OUT - 1
 
 
 def residual_drift(r: Tensor, rhat: Tensor) -> Tensor:
@@ -53,5 +58,5 @@ def residual_drift(r: Tensor, rhat: Tensor) -> Tensor:
     A window's first token can carry hundreds of times the energy of any other; it would own the moment.
     """
     energy = rhat.float().square().sum(1)
-    sink = energy > SINK * energy.median()
+    sink = energy > SINK * energy.nanmedian()
     return (r - rhat).masked_fill(sink[:, None], 0)

@@ -2,7 +2,8 @@
 
 The loss of a sweep is additive over columns, ``Σ_j d_j (v_j - q_j)²`` (``core/certificate.py``), so partial answers can be
 compared while they grow: Babai's nearest plane (arXiv 2507.18553) with a beam. K = 1 is the sweep; with K as large as the
-number of all codes it is the exhaustive optimum. Costs K times the sweep, and its memory.
+number of all answers it is the exhaustive optimum. Takes K times the sweep's memory, and several times that in time: every
+column gathers the pasts of the answers that stay.
 """
 
 import torch

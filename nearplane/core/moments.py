@@ -2,9 +2,9 @@
 
 With X the input in the original model and X̂ in the partially quantized one: ``H = X̂ X̂ᵀ/n`` and the drift
 moment ``D = (X - X̂) X̂ᵀ/n`` (GPTAQ's dXXT, arXiv 2504.02692). Where the linear's output is added to a residual stream
-r, its own drift and the stream's are one: ``R = (r + W X - r̂ - W X̂) X̂ᵀ/n`` is what the linear could repair there, and
-D is not kept, ``W D`` being part of R. Everything the solvers do is invariant to a common rescale of all three, so no factor
-2/N appears.
+r, its own drift and the stream's are one: ``R = (r + W X - r̂ - W X̂) X̂ᵀ/n`` is what the linear could repair there; the
+walk keeps no D then, ``W D`` being part of R. Everything the solvers do is invariant to a common rescale of all three, so
+no factor 2/N appears.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearplane.core.errors import NumericalError
+from nearplane.core.errors import NumericalError, SettingError
 
 # An input that loses more than this share of its tokens to NaN or Inf calibrates on something else than the text.
 MOST_DROPPED = 0.05
@@ -144,9 +144,12 @@ class Moments:
         return self.held
 
     def drift(self) -> Float[Tensor, "in in"]:
-        """D, for the methods that need it."""
+        """D, for the methods that need it. SettingError where it was not asked for, or R was and stands in for it."""
         if self.D is None:
-            raise ValueError("these moments were collected without D; a method asks for it with needs={'H', 'D'}.")
+            raise SettingError(
+                "these moments hold no D: a method that reads D asks for needs={'H', 'D'}, without 'R', which takes the place "
+                "of D where a linear adds to the residual stream."
+            )
         return self.D
 
 

@@ -28,12 +28,13 @@ from nearplane.core.factor import Factor, damped_cholesky
 def pull(
     weight: Float[Tensor, "out in"], D: Float[Tensor, "in in"] | None, R: Float[Tensor, "out in"] | None
 ) -> Float[Tensor, "out in"]:
-    """What the drift asks of the weight, before the Hessian divides it: ``W D``, and the moment R where one is kept.
+    """What the drift asks of the weight, before the Hessian divides it: the moment R where one is kept, else ``W D``.
 
-    The walk keeps one of the two: its R is that of the stream behind the linear and holds ``W D``.
+    R is of the stream behind the linear and holds ``W D`` already. Neither: nothing is asked.
     """
-    result = torch.zeros_like(weight) if D is None else weight @ D
-    return result if R is None else result.add_(R)
+    if R is not None:
+        return R
+    return torch.zeros_like(weight) if D is None else weight @ D
 
 
 def full_step(pull: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "out in"]:
@@ -50,20 +51,22 @@ def full_step(pull: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "o
 
 def mixed_step(
     pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"], mix: dict[float, Float[Tensor, "#out 1"]]
-) -> Float[Tensor, "out in"]:
-    """``Σ c_k pull (H + λ_k I)⁻¹`` with ``mix`` = {λ_k over mean(diag H): c_k}.
+) -> tuple[Float[Tensor, "out in"], int]:
+    """``Σ c_k pull (H + λ_k I)⁻¹`` with ``mix`` = {λ_k over mean(diag H): c_k}, and how often a λ had to be raised.
 
     Many rows share one sum of inverses, few are solved for: whichever costs less.
     """
     total: Tensor | None = None
+    raised = 0
     many = len(pull) > len(H) and all(share.numel() == 1 for share in mix.values())
     for damp_percent, share in mix.items():
-        lower = damped_cholesky(H.clone(), damp_percent).lower
+        lower, _, times = damped_cholesky(H.clone(), damp_percent)
+        raised += times
         part = torch.cholesky_inverse(lower) if many else torch.cholesky_solve(pull.T, lower).T
         total = part.mul_(share) if total is None else total.addcmul_(part, share)
     if total is None:
-        return torch.zeros_like(pull)
-    return pull @ total if many else total.contiguous()
+        return torch.zeros_like(pull), raised
+    return pull @ total if many else total.contiguous(), raised
 
 
 def row_shares(

@@ -13,6 +13,7 @@ had no part in it judge every step.
 There is nothing to tune: the switches are there so that each part can be left out and its worth measured.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -38,8 +39,9 @@ Shrink = Literal["spectral", "linear", "row", "none"]
 RIDGE = 100.0
 # Dampings of the sweep that held-out tokens choose from beside damp_percent, in its multiples.
 DAMPINGS = (10.0, 100.0)
-# What is multiplied where damp_percent is less.
-LEAST_DAMP = 1e-4
+# What is multiplied where damp_percent is less, and the least damping of a step that is judged: a smaller one answers for
+# directions that the held-out tokens may not have.
+LEAST_DAMP = 1e-3
 # Answers per row beyond which a beam is a mistake: memory and time grow with it.
 MOST_BEAM = 256
 # Rows of a linear that a trial takes.
@@ -64,7 +66,7 @@ class NearPlane:
     damping: Literal["held_out", "fixed"] = "held_out"
     """held_out: held-out tokens choose 1, 10 or 100 times damp_percent for each stage; fixed: 1 time."""
     beam: int = 1
-    """Answers per row that the sweep keeps while it walks the columns; its cost grows in proportion."""
+    """Answers per row that the sweep keeps while it walks the columns; 4 take about 20 times the sweep's time."""
     rounds: int = 2
     """Refinement rounds at most, each over all scales and all codes."""
     gate: bool = True
@@ -79,6 +81,11 @@ class NearPlane:
             raise SettingError(f"damping must be held_out or fixed; got {self.damping!r}.")
         if not 0 <= self.damp_percent <= 1:
             raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
+        for switch in ("target", "residual", "gate"):
+            if not isinstance(getattr(self, switch), bool):
+                raise SettingError(f"{switch} must be True or False; got {getattr(self, switch)!r}.")
+        if not (isinstance(self.beam, int) and isinstance(self.rounds, int)):
+            raise SettingError(f"beam and rounds are whole numbers; got {self.beam!r} and {self.rounds!r}.")
         if not 1 <= self.beam <= MOST_BEAM or self.rounds < 0:
             raise SettingError(f"beam is 1 to {MOST_BEAM} and rounds at least 0; got {self.beam} and {self.rounds}.")
 
@@ -100,9 +107,9 @@ class NearPlane:
         """Aim, fit the groups, sweep, check Babai's certificate, refine."""
         H, trial = state.H, self._trial(weight, state)
         taken, damp_percent = self._judge(trial, state, grid)
-        target = weight
+        target, raised = weight, 0
         if taken:
-            step = mixed_step(pull(weight, state.D, state.R), H, taken)
+            step, raised = mixed_step(pull(weight, state.D, state.R), H, taken)
             target = step.add_(weight)
         factor = factorize(H, order=self.order, damp_percent=damp_percent)
         scales = fit_groups(target, grid, column_cost(H, factor))
@@ -112,7 +119,7 @@ class NearPlane:
             verify(solved.certificate)
         solved, kept, rejected = self._refine(solved, target, H, factor, grid, trial)
         alpha = sum((float(share.mean()) for share in taken.values()), 0.0)
-        return solved._replace(course=Course(alpha, factor.damp_percent, factor.raised, kept, rejected))
+        return solved._replace(course=Course(alpha, factor.damp_percent, factor.raised + raised, kept, rejected))
 
     def _trial(self, weight: Tensor, moments: Moments) -> Trial | None:
         """The rows on which held-out tokens judge."""
@@ -126,31 +133,33 @@ class NearPlane:
         Both are judged on factors that have not seen the held-out tokens.
         """
         own, least = self.damp_percent, max(self.damp_percent, LEAST_DAMP)
-        shrinks = self.target and self.shrink != "none"
-        ridges = [own, RIDGE * least] if self.shrink == "spectral" else [own]
+        ridges = {"none": [], "spectral": [least, RIDGE * least]}.get(self.shrink, [least]) if self.target else []
         dampings = [own, *(k * least for k in DAMPINGS)] if self.damping == "held_out" else []
+        taken = {own: moments.H.new_ones(1, 1)} if self.target and self.shrink == "none" else {}
+        if trial is None or not (ridges or dampings):
+            return taken, own
+        H = moments.fit("H")
+        wanted = trial.fit_pull() if ridges else None
+        rounding = trial.rounding(grid) if dampings else None
         steps: dict[float, Tensor] = {}
-        losses: dict[float, float] = {own: 0.0}
-        if trial is not None and (shrinks or dampings):
-            H, wanted = moments.fit("H"), trial.fit_pull() if shrinks else None
-            rounding = trial.rounding(grid) if dampings else None
-            for damp_percent in sorted({*(ridges if shrinks else ()), *dampings}):
-                factor = factorize(H, order=self.order, damp_percent=damp_percent)
-                if wanted is not None and damp_percent in ridges:
-                    steps[damp_percent] = full_step(wanted, factor)
-                if rounding is not None and damp_percent in dampings:
-                    losses[damp_percent] = trial.spread(rounding, factor)
-        chosen = min(losses, key=losses.__getitem__)
-        if not self.target:
-            return {}, chosen
-        if trial is None or not shrinks:
-            return {own: moments.H.new_ones(1, 1)}, chosen
+        losses: dict[float, float] = {}
+        for damp_percent in sorted({*ridges, *dampings}):
+            factor = factorize(H, order=self.order, damp_percent=damp_percent)
+            if wanted is not None and damp_percent in ridges:
+                steps[damp_percent] = full_step(wanted, factor)
+            if rounding is not None and damp_percent in dampings:
+                losses[damp_percent] = trial.spread(rounding, factor)
+        return taken | self._shares(steps, trial), min(losses, key=losses.__getitem__, default=own)
+
+    def _shares(self, steps: dict[float, Tensor], trial: Trial) -> dict[float, Tensor]:
+        """Of each step, what the held-out tokens confirm."""
+        if not steps:
+            return {}
         if self.shrink == "row":
-            return {own: row_shares(steps[own], trial.pull, trial.H)}, chosen
+            return {k: row_shares(step, trial.pull, trial.H) for k, step in steps.items()}
         found = shares(list(steps.values()), trial.pull, trial.H)
-        if self.shrink == "linear":
-            found = [min(share, 1.0) for share in found]
-        return {k: moments.H.new_tensor([[c]]) for k, c in zip(steps, found, strict=True) if c > 0}, chosen
+        most = 1.0 if self.shrink == "linear" else math.inf
+        return {k: trial.H.new_tensor([[min(c, most)]]) for k, c in zip(steps, found, strict=True) if c > 0}
 
     def _refine(
         self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None

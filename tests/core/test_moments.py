@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearplane.core.errors import NumericalError
+from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.moments import Moments, add_gram
 
 
@@ -106,7 +106,7 @@ def test_reference_stream_is_taken_exactly_when_drift_is_kept():
         moments(2, drift=False).add(xhat, x)
     with pytest.raises(ValueError, match="cannot be merged"):
         moments(2).merge(moments(2, drift=False))
-    with pytest.raises(ValueError, match="without D"):
+    with pytest.raises(SettingError, match="hold no D"):
         moments(2, drift=False).drift()
 
 

@@ -34,8 +34,13 @@ class Layer(NamedTuple):
     def D(self):
         return self.moment(self.X - self.Xhat)
 
+    @property
+    def behind(self):
+        """Drift of the stream behind the linear."""
+        return self.W @ (self.X - self.Xhat) + self.R
+
     def pull(self):
-        return pull(self.W, self.D, self.moment(self.R))
+        return pull(self.W, None, self.moment(self.behind))
 
     def loss(self, Q):
         """``‖Q X̂ - W X - R‖²`` per token, of each row."""
@@ -74,7 +79,7 @@ def test_step_is_the_dense_formula(order, n, drift, residual):
     for t in range(tokens):
         left = (x.W @ (x.X[:, t] - x.Xhat[:, t]) if drift else 0) + (x.R[:, t] if residual else 0)
         dense += torch.outer(left, x.Xhat[:, t]) / tokens
-    got = pull(x.W, x.D if drift else None, x.moment(x.R) if residual else None)
+    got = pull(x.W, x.D if drift else None, x.moment(x.behind if drift else x.R) if residual else None)
     torch.testing.assert_close(got, dense, rtol=1e-10, atol=1e-12)
     inverse = torch.linalg.inv(x.H + damp_of(x.H) * torch.eye(n, dtype=torch.float64))
     torch.testing.assert_close(full_step(got, factorize(x.H, order=order)), dense @ inverse, rtol=1e-8, atol=1e-10)
@@ -100,7 +105,8 @@ def test_mixed_step_is_the_dense_formula(out, n, percents, by_row, dtype):
         expected += mix[percent] * (asked @ torch.linalg.inv(damped(H, percent)))
     given = [t.to(dtype) for t in (asked, H, *mix.values())]
     before = [t.clone() for t in given]
-    got = mixed_step(given[0], given[1], dict(zip(mix, given[2:], strict=True)))
+    got, raised = mixed_step(given[0], given[1], dict(zip(mix, given[2:], strict=True)))
+    assert raised == 0
     assert all(map(torch.equal, given, before))
     assert got.dtype == dtype and got.is_contiguous()
     close = {"rtol": 1e-8, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
@@ -111,7 +117,7 @@ def test_mixed_step_is_the_dense_formula(out, n, percents, by_row, dtype):
 def test_an_empty_mix_is_no_step(out):
     x = layer(out)
     asked = x.pull()
-    got = mixed_step(asked, x.H, {})
+    got, _ = mixed_step(asked, x.H, {})
     assert torch.equal(got, torch.zeros_like(asked)) and got.data_ptr() != asked.data_ptr()
 
 
@@ -120,7 +126,8 @@ def test_a_mixed_step_raises_its_damping_where_it_must(out):
     H = torch.eye(8, dtype=torch.float64)
     H[0, 1] = H[1, 0] = 1.05  # eigenvalue -0.05: damping 0.01 is too little, 0.1 is enough
     asked = layer(out, 8).pull()
-    got = mixed_step(asked, H, {0.01: share(0.5)})
+    got, raised = mixed_step(asked, H, {0.01: share(0.5)})
+    assert raised == 1
     torch.testing.assert_close(got, 0.5 * (asked @ torch.linalg.inv(damped(H, 0.1))))
 
 
@@ -145,7 +152,7 @@ def test_no_drift_is_no_step():
 
 def test_inputs_are_left_alone():
     x = layer()
-    D, R, factor = x.D, x.moment(x.R), factorize(x.H, order="activation")
+    D, R, factor = x.D, x.moment(x.behind), factorize(x.H, order="activation")
     asked = pull(x.W, D, R)
     step = full_step(asked, factor)
     H = x.H

@@ -63,10 +63,10 @@ def test_needs_is_what_is_read(target, residual, shrink, damping, rounds, gate):
     judged = [target and shrink != "none", damping == "held_out", gate and rounds > 0]
     expected = {"H"} | ({"D"} if target else set()) | ({"R"} if target and residual else set())
     assert method.needs == expected | ({"held_out"} if any(judged) else set())
-    m = layer(3, 12, 40, residual=True)
+    m = layer(3, 12, 40, residual=residual)
     whole = m.moments
-    # What is not needed is not there. Whether the linear has an R at all is not the method's to know.
-    given = Moments(whole.H, whole.D if target else None, whole.tokens, 0, whole.R if target and residual else None)
+    # What is not needed is not there. Whether the linear has R instead of D is not the method's to know.
+    given = Moments(whole.H, whole.D if target else None, whole.tokens, 0, whole.R if target else None)
     if any(judged):
         with pytest.raises(ValueError, match="held_out"):
             solve(method, m.W, given, Grid(group_size=4))
@@ -104,14 +104,15 @@ def test_the_full_target_is_the_dense_formula_and_the_published_sweep(order, gri
         assert not same(found, without)
 
 
-def test_a_target_without_its_drift_moment_is_the_weight():
-    """A linear that adds to no stream has no R; one whose moments keep no D aims by R alone."""
+def test_a_target_of_a_stream_reads_no_drift_moment():
+    """Where a linear adds to a stream, R alone is the pull, and a D beside it changes nothing."""
     m = layer(residual=True)
-    whole = m.moments
-    only = Moments(whole.H, None, whole.tokens, 0, whole.R)
+    R, H = m.moments.R, m.moments.H
     method = NearPlane(shrink="none", damping="fixed", rounds=0)
-    aim = m.W + whole.R @ torch.linalg.inv(oracles.damped(whole.H))
-    assert same(solve(method, m.W, only, GRID), solve(NearPlane(**BARE), aim, only, GRID))
+    aim = m.W + R @ torch.linalg.inv(oracles.damped(H))
+    for D in (None, layer().moments.D):
+        given = Moments(H, D, 200, 0, R)
+        assert same(solve(method, m.W, given, GRID), solve(NearPlane(**BARE), aim, given, GRID))
 
 
 # --- the judge ----------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_held_out_tokens_choose_the_damping(percent, order):
         m = layer(5, 32, 60, seed=seed)
         scales = oracles.static_scales(m.W, replace(grid, fit="minmax"))
         rounding = (m.W - oracles.values(oracles.rtn(m.W, grid, scales), scales, grid))[::4]
-        tried = [percent, 10 * max(percent, 1e-4), 100 * max(percent, 1e-4)]
+        tried = [percent, 10 * max(percent, 1e-3), 100 * max(percent, 1e-3)]
         best = min(tried, key=lambda one, m=m, rounding=rounding: spread(m, rounding, one, order))
         for target in (False, True):
             method = NearPlane(target=target, rounds=0, order=order, damp_percent=percent)
@@ -341,7 +342,7 @@ def test_course(percent, shrink):
     for seed in range(3):
         m = layer(seed=seed)
         course = solve(NearPlane(damp_percent=percent, shrink=shrink), m.W, m.moments, GRID).course
-        allowed = [percent, *(times * max(percent, 1e-4) for times in (10, 100))]
+        allowed = [percent, *(times * max(percent, 1e-3) for times in (10, 100))]
         assert any(course.damp_percent == pytest.approx(one) for one in allowed)
         assert 0 <= course.rounds <= 2 and course.rejected == int(course.rounds < 2) and course.damp_raised == 0
         assert 0.3 < course.alpha < 3 if shrink == "spectral" else 0.3 < course.alpha <= 1
@@ -357,7 +358,7 @@ def test_a_damping_that_had_to_be_raised_is_told(damping):
     method = NearPlane(target=False, rounds=0, damping=damping, damp_percent=0.0)
     course = solve(method, m.W, m.moments, GRID).course
     assert course.damp_percent > 0
-    assert (course.damp_raised > 0) == (course.damp_percent not in (5e-4, 3e-3))
+    assert (course.damp_raised > 0) == (course.damp_percent not in (0.01, 0.1))
     assert course.damp_raised > 0 or damping == "held_out"
 
 
@@ -482,7 +483,7 @@ def test_deterministic_on_any_number_of_threads(method):
 def test_solving_leaves_weight_and_moments_alone_and_serves_many(method):
     m, other = layer(residual=True), draw(77, 6, 40)
     moments = m.moments
-    parts = (moments.H, moments.D, moments.R, moments.held.H, moments.held.D, moments.held.R, m.W)
+    parts = (moments.H, moments.R, moments.held.H, moments.held.R, m.W)
     before = [t.clone() for t in parts]
     state = method.prepare(moments)
     first = method.solve(m.W, state, GRID)

@@ -1,0 +1,77 @@
+"""The scripts under runs/ that make the published tables, on a tiny model."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+RUNS = Path(__file__).parent.parent / "runs"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.save(tiny.build("llama"), folder / "model")
+    (folder / "text.txt").write_text(tiny.text(4000))
+    return folder
+
+
+def script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(RUNS / name), run_name="script")
+
+
+def test_quality_study(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two seeds and two sizes of the rows that the summary compares; a second call runs nothing again."""
+    study, text = script("quality.py"), str(folder / "text.txt")
+    monkeypatch.setitem(study["main"].__globals__, "WINDOWS_TOKENS", 128)
+    words = ["--calibration", text, "--test", text, "--models", str(folder / "model"), "--bits", "3", "--groups", "16"]
+    words += [
+        "--rows",
+        "GPTQ",
+        "GPTAQ",
+        "ResComp",
+        "+ refinement = NearPlane",
+        "--seeds",
+        "0",
+        "1",
+        "--nsamples",
+        "4",
+        "8",
+    ]
+    words += ["--eval-seqlen", "32", "--out", str(folder / "study"), "--threads", "1"]
+    study["main"](words)
+    cells = [json.loads(line) for line in (folder / "study.jsonl").read_text().splitlines()]
+    assert len(cells) == 1 + 2 * 2 * 4
+    assert all({"test", "kl", "top1", "commit", "tokens"} <= cell.keys() for cell in cells[1:])
+    lines = (folder / "study.md").read_text().splitlines()
+    means = {cell["cell"]: cell["test"] for cell in cells}
+    for row, windows in ((lines[2], 4), (lines[3], 8)):
+        assert f"| {cells[1]['tokens'] * windows // 4} | 2 |" in row
+        assert f"{sum(means[f'model|3|16|{windows}|GPTAQ|{seed}'] for seed in (0, 1)) / 2:.2f} ±" in row
+    assert any("by calibration tokens" in line for line in lines)
+    before = (folder / "study.jsonl").read_bytes()
+    study["main"](words)
+    assert (folder / "study.jsonl").read_bytes() == before
+
+
+def test_fresh_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every variant on every linear; leaving the residual target out changes the linears that have one, and no other."""
+    variants = ["NearPlane", "GPTQ", "GPTAQ", "no residual target", "no refinement"]
+    words = [
+        "--text",
+        str(folder / "text.txt"),
+        "--model",
+        str(folder / "model"),
+        "--blocks",
+        "1",
+        "--group-size",
+        "16",
+    ]
+    script("fresh_tokens.py")["main"]([*words, "--nsamples", "4", "--threads", "1", "--variants", *variants])
+    head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
+    assert [row[0] for row in rows] == variants
+    moved = {kind for kind, value in zip(head[1:], rows[3][1:], strict=True) if float(value) != 0}
+    assert {"o_proj", "down_proj"} & moved and moved <= {"o_proj", "down_proj"}
