@@ -74,7 +74,7 @@ def test_needs(method, needs):
 @pytest.mark.parametrize("method", [GPTAQ(), ResComp()])
 def test_missing_drift_is_an_error_that_says_so(method):
     p = problem(3, 12)
-    with pytest.raises(ValueError, match="without D"):
+    with pytest.raises(SettingError, match="hold no D"):
         method.prepare(Moments(p.H, None, 12))
 
 
