@@ -64,7 +64,9 @@ class OpenBlock:
         if number <= self.reached:
             self._drop()
         point = site.adds_to if "R" in needs and len(stage) == 1 else None
-        weight = self.weight(site)  # not replaced yet
+        # The drift behind a linear is the original's, also where a loop observes it again after its weight was replaced.
+        original = self.original.get(site.name)
+        weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
         measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences)
         for batch in range(len(walk.batches)):
             reference = self._forward(1, batch) if needs & {"D", "R"} else None
