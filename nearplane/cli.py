@@ -11,23 +11,27 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import torch
 import transformers
 import tyro
+from rich.console import Console
 
-from nearplane import __version__
-from nearplane.api import evaluate, quantize
+from nearplane import __version__, flags
+from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.generation import generate
 from nearplane.inspection import inspect
 from nearplane.methods import METHODS, Method
+from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
-from nearplane.plan import Dtype, FormatName
+from nearplane.runtime.linear import quantized_linears
+from nearplane.speed import bench
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -47,78 +51,24 @@ USAGE = f"""nearplane {__version__}: quantize transformers by error compensation
   nearplane quantize MODEL OUT [--bits 3] [--method gptq]   write a quantized checkpoint
   nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
+  nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
+  nearplane bench MODEL                                      tokens/s, packed against bf16 and fp32
 
 MODEL is a local transformers folder, a hub id, or "demo". Each command explains itself with --help.
 Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsamples 16
 """
 
 
-@dataclass
-class _Quantize:
-    """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
-
-    Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
-    OUT appears complete or not at all.
-    """
-
-    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A local transformers folder, a hub id, or "demo"."""
-    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Folder to write; must not exist, or be empty."""
-    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
-    """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
-    format: FormatName = "compressed-tensors"
-    """Checkpoint format."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
-    dtype: Dtype = "auto"
-    """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-
-@dataclass
-class _Eval:
-    """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement."""
-
-    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
-    dataset: str | None = None
-    """Text file or dataset name; none: the held-out part of the embedded text."""
-    seqlen: int = 2048
-    """Tokens per window, cut to the model's own limit."""
-    windows: int | None = None
-    """Read only this many windows."""
-    reference: str | None = None
-    """The original model, to compare with."""
-    device: str = "auto"
-    """Where to compute."""
-    dtype: str = "float32"
-    """Computation dtype."""
-    json: bool = False
-    """Print one JSON object and nothing else on standard output."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-
-@dataclass
-class _Inspect:
-    """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer.
-
-    Quantizes nothing: it reads one block of each kind and runs 8 tokens through it."""
-
-    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """A transformers folder, a hub id, or "demo"."""
-    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
-    """The grid that sizes after quantization are computed for."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"quantize": _quantize, "eval": _eval, "inspect": _inspect}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "quantize": _quantize,
+        "eval": _eval,
+        "inspect": _inspect,
+        "generate": _generate,
+        "bench": _bench,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -153,8 +103,8 @@ def _quantize(argv: list[str]) -> None:
         ("grid", tyro.conf.OmitArgPrefixes[Grid], field(default_factory=Grid)),
         ("calibration", tyro.conf.OmitArgPrefixes[Calibration], field(default_factory=Calibration)),
     ]
-    command = make_dataclass("Quantize", options, bases=(_Quantize,))
-    command.__doc__ = _Quantize.__doc__
+    command = make_dataclass("Quantize", options, bases=(flags.Quantize,))
+    command.__doc__ = flags.Quantize.__doc__
     args: Any = _parse(command, "quantize", argv)
     report = quantize(
         args.model,
@@ -171,7 +121,7 @@ def _quantize(argv: list[str]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
-    args = _parse(_Eval, "eval", argv)
+    args = _parse(flags.Eval, "eval", argv)
     result = evaluate(
         args.model,
         dataset=args.dataset,
@@ -180,6 +130,8 @@ def _eval(argv: list[str]) -> None:
         reference=args.reference,
         device=args.device,
         dtype=args.dtype,
+        packed=args.packed,
+        arithmetic=args.arithmetic,
         trust_remote_code=args.trust_remote_code,
         progress=True,
     )
@@ -193,8 +145,55 @@ def _eval(argv: list[str]) -> None:
     print(f"protocol: {result.protocol}")
 
 
+def _generate(argv: list[str]) -> None:
+    args = _parse(flags.Generate, "generate", argv)
+    _set_threads(args.threads)
+    options = {"device": args.device, "dtype": args.dtype, "arithmetic": args.arithmetic, "head_bits": args.head_bits}
+    model = load(args.model, trust_remote_code=args.trust_remote_code, **options)
+    tokenizer = load_tokenizer(locate(args.model), trust_remote_code=args.trust_remote_code)
+    result = generate(
+        model,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        chat=args.chat,
+        temperature=args.temperature,
+        seed=args.seed,
+        write=lambda text: print(text, end="", flush=True),
+    )
+    print(flush=True)
+    packed = list(quantized_linears(model).values())
+    print(packed[0].why() if packed else "dense weights", result.summary(), sep="; ", file=sys.stderr)
+
+
+def _bench(argv: list[str]) -> None:
+    args = _parse(flags.Bench, "bench", argv)
+    result = bench(
+        args.model,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        rounds=args.rounds,
+        threads=args.threads,
+        against=args.against,
+        head_bits=args.head_bits,
+        trust_remote_code=args.trust_remote_code,
+        progress=True,
+    )
+    if args.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        result.print(Console())
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise SettingError(f"--threads must be at least 1; got {threads}.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def _inspect(argv: list[str]) -> None:
-    args = _parse(_Inspect, "inspect", argv)
+    args = _parse(flags.Inspect, "inspect", argv)
     print(inspect(args.model, args.grid, trust_remote_code=args.trust_remote_code))
 
 

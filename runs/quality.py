@@ -81,7 +81,7 @@ class Remembered(nn.Module):
 
 def measured(path: str | Path, original: Remembered, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity on both texts and KL to the original."""
-    model = original.model if path == args.model else load(path)
+    model = original.model if path == args.model else load(path, packed=False)  # float32, as the table says
     settings: dict[str, Any] = {"seqlen": args.eval_seqlen, "windows": math.ceil(WINDOWS_TOKENS / args.eval_seqlen)}
     same: dict[str, Any] = {} if path == args.model else {"reference": original, "compared": KL_WINDOWS}
     test = evaluate(model, tokenizer, dataset=args.test, **settings, **same)

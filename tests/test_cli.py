@@ -407,3 +407,49 @@ def test_the_certificate_and_the_python_surface_refuse_nonsense(model: Path, tmp
         GPTAQ(alpha=float("nan"))
     with pytest.raises(NearplaneError, match="seed"):
         Calibration(seed=2**80)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path) -> Path:
+    out = model.parent / "packed"
+    assert main(["quantize", str(model), str(out), "--method", "rtn", "--bits", "3", *GRID]) == 0
+    return out
+
+
+def test_generate_streams_text_and_says_what_it_cost(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    words = ["generate", str(checkpoint), "--prompt", "w5 w6", "--max-new-tokens", "6"]
+    assert main(words) == 0
+    plain = capsys.readouterr()
+    assert 1 <= len(plain.out.split()) <= 6 and all(word.startswith("w") for word in plain.out.split())
+    assert "tokens/s" in plain.err and "peak memory" in plain.err and "2 prompt tokens" in plain.err
+    assert main([*words, "--arithmetic", "exact", "--head-bits", "8", "--threads", "1", "--dtype", "bfloat16"]) == 0
+    assert "(1 threads)" in capsys.readouterr().err
+    for wrong, sentence in (
+        (["--chat"], "no chat template"), (["--max-new-tokens", "0"], "at least 1"), (["--threads", "0"], "at least 1"),
+        (["--head-bits", "9"], "bits must be 2 to 8"),
+    ):  # fmt: skip
+        assert sentence in refused([*words, *wrong], capsys)
+
+
+def test_bench_prints_a_table_or_json(checkpoint: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    words = ["bench", str(checkpoint), "--prompt-tokens", "4", "--new-tokens", "2", "--rounds", "1"]
+    assert main([*words, "--json", "--against", "fp32"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in result["rows"]][-1] == "dense fp32" and result["rounds"] == 1
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "dense bf16" in printed and "tokens/s; batch 1, 2 tokens decoded after a prompt of 4" in printed
+    assert "is not quantized" in refused(["bench", str(model)], capsys)
+
+
+def test_eval_measures_the_packed_model(checkpoint: Path, data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    words = ["eval", str(checkpoint), "--dataset", data[1], "--seqlen", "32", "--windows", "8", "--json"]
+    found = []
+    for more in ([], ["--no-packed"], ["--arithmetic", "exact"], ["--arithmetic", "a8"]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[2] == pytest.approx(found[1], rel=1e-5)
+    assert found[3] != found[1] and found[3] == pytest.approx(found[1], rel=0.1)

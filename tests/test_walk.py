@@ -71,7 +71,7 @@ def test_what_is_written_is_what_was_solved(kind: str, format: Any, tmp_path: Pa
 
     dtype = "float16" if format == "gptq_v2" else "auto"
     nearplane.quantize(folder, tmp_path / "out", method=Spy(), grid=grid, format=format, dtype=dtype, progress=False)
-    loaded, original = nearplane.load(tmp_path / "out"), model.state_dict()
+    loaded, original = nearplane.load(tmp_path / "out", packed=False), model.state_dict()
     stages = [stage for block in discover(open_source(folder)) for stage in block.stages]
     for stage, expected in zip(stages, solved, strict=True):
         found = torch.cat([site.weight(loaded) for site in stage])
@@ -117,7 +117,7 @@ def test_a_stage_solved_at_once_is_its_linears_solved_one_by_one(
         calibration=calibration(folder),
         progress=False,
     )
-    loaded, rows = nearplane.load(tmp_path / "out"), {row.name: row for row in report.linears}
+    loaded, rows = nearplane.load(tmp_path / "out", packed=False), {row.name: row for row in report.linears}
     stages = [stage for block in discover(open_source(folder)) for stage in block.stages]
     assert max(map(len, stages)) > 1 and [row.name for row in report.linears] == [s.name for t in stages for s in t]
     for stage, (state, grid, height) in zip(stages, calls, strict=True):

@@ -91,7 +91,7 @@ def measure(peer: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         count = math.ceil(WINDOWS_TOKENS / 1024)
         written = min((scratch / "out").rglob("config.json"), default=scratch / "out" / "nothing").parent
         tokenizer, texts = load_tokenizer(locate(args.model)), {"dataset": args.test, "seqlen": 1024, "windows": count}
-        found = evaluate(load(written), tokenizer, **texts, reference=load(args.model), compared=8)
+        found = evaluate(load(written, packed=False), tokenizer, **texts, reference=load(args.model), compared=8)
     finally:
         shutil.rmtree(scratch)
     return {"perplexity": found.perplexity, "kl": found.kl, "seconds": seconds, "threads": args.threads}

@@ -39,7 +39,7 @@ class Checkpoint:
 
     def quantized(self, prefix: str) -> Quantized:
         """Codes, scales and zeros of one layer. NearplaneError if its groups are not contiguous columns."""
-        layer, decoded = self._decode(prefix)
+        layer, decoded = self.decode(prefix)
         columns = layer.shape[1]
         if not torch.equal(decoded.group, torch.arange(columns) // layer.grid.group_width(columns)):
             raise NearplaneError(
@@ -54,13 +54,13 @@ class Checkpoint:
         The product is rounded once, to ``dtype``; in float32 it is exact for 16-bit scales. In float32 and in the
         dtype of the scales this is bit for bit what transformers loads, which casts the scales before it multiplies.
         """
-        _, decoded = self._decode(prefix)
+        _, decoded = self.decode(prefix)
         work = torch.promote_types(decoded.scale.dtype, dtype)
         scale = decoded.scale.to(work)[:, decoded.group]
         return (decoded.codes.to(work) - decoded.zero.to(work)[:, decoded.group]).mul_(scale).to(dtype)
 
-    def _decode(self, prefix: str) -> tuple[StoredLayer, Decoded]:
-        """A layer as read. NearplaneError if there is none, or a scale is not finite."""
+    def decode(self, prefix: str) -> tuple[StoredLayer, Decoded]:
+        """A layer as read, its groups in whatever order. NearplaneError if there is none, or a scale is not finite."""
         if prefix not in self.layers:
             raise NearplaneError(f"{self.store.folder} holds no quantized layer named {prefix}.")
         layer = self.layers[prefix]

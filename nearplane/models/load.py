@@ -1,7 +1,12 @@
-"""Load any folder as an ordinary transformers model: an original, or a checkpoint we or others quantized."""
+"""Load any folder as an ordinary transformers model: an original, or a checkpoint we or others quantized.
+
+Decides what becomes of quantized weights: packed linears, which keep them as they are, or dense ones.
+"""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,9 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, NumericalError
-from nearplane.formats.read import open_checkpoint
-from nearplane.models.source import build_skeleton, locate, read_config
+from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.models.source import build_skeleton, locate, names_in_model, read_config
 from nearplane.progress import CONSOLE
+from nearplane.runtime.cpu import Arithmetic
+from nearplane.runtime.head import quantize_head
+from nearplane.runtime.layout import tile
+from nearplane.runtime.linear import QuantizedLinear, set_arithmetic
 
 
 def load_model(
@@ -20,11 +29,16 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    packed: bool = True,
+    arithmetic: Arithmetic = "auto",
+    head_bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model, its quantized linears dequantized to ``dtype``. No other quantization package is needed.
+    """The model. Its quantized linears are ``QuantizedLinear``, or with ``packed=False`` dense ones of ``dtype``.
 
-    Raises NearplaneError with one sentence for anything that cannot be read.
+    Everything else has ``dtype``. ``head_bits`` rounds the output head to so many bits in memory
+    (``runtime/head.py``). No other quantization package is needed. Raises NearplaneError with one sentence for
+    anything that cannot be read.
     """
     folder = locate(model, trust_remote_code=trust_remote_code)
     config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -32,27 +46,93 @@ def load_model(
     if checkpoint.quantization is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     skeleton = build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+    modules = _modules(skeleton, checkpoint)
     state: dict[str, Tensor] = {}
     for name in checkpoint.dense:
         value = checkpoint.store.get(name)
         state[name] = value.to(dtype) if value.is_floating_point() else value
-    for name in checkpoint.layers:
-        weight = checkpoint.weight(name).to(dtype)
-        state[name + ".weight"] = weight.T.contiguous() if _is_conv1d(skeleton, name) else weight
+    if not packed:
+        for name in checkpoint.layers:
+            weight = checkpoint.weight(name).to(dtype)
+            conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
+            state[name + ".weight"] = weight.T.contiguous() if conv else weight
     for name, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
-    return _assemble(type(skeleton), config, state, dtype, folder).to(device).eval()
+    holes = set(modules.values()) if packed else set()
+    result = _assemble(type(skeleton), config, state, dtype, folder, holes)
+    for name in checkpoint.layers if packed else ():
+        _fill(result, modules[name], checkpoint, name)
+    if head_bits is not None:
+        quantize_head(result, head_bits)
+    if holes or head_bits is not None:
+        result.__dict__["save_pretrained"] = MethodType(_refuse_to_save, result)
+        set_arithmetic(result, arithmetic)
+    return result.to(device).eval()
 
 
-def _assemble(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> nn.Module:
+def _modules(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Module of the model by name of the quantized layer. NearplaneError where shapes disagree or there is none."""
+    found = names_in_model(skeleton, [name + ".weight" for name in checkpoint.layers])
+    modules = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in found.items()}
+    known = dict(skeleton.named_modules())
+    for disk, name in modules.items():
+        shape, module = checkpoint.layers[disk].shape, known.get(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear | Conv1D) or weight is None:
+            raise NearplaneError(
+                f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
+            )
+        asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
+        if asked != shape:
+            raise NearplaneError(
+                f"{checkpoint.store.folder}: {disk}.weight has shape {list(shape)}, config.json asks for {list(asked)}."
+            )
+    return modules
+
+
+class _Hole(nn.Module):
+    """Where a packed linear will be. Its bias is loaded as ever; its weight has no rows, for code that initialises it."""
+
+    weight: Tensor
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        bias = linear.bias
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, Tensor) else None
+        self.register_buffer("weight", torch.empty(0, 1), persistent=False)
+
+
+def _fill(model: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> None:
+    """Put the packed linear into its hole."""
+    layer, decoded = checkpoint.decode(name)
+    columns, grid = layer.shape[1], layer.grid
+    width = grid.group_width(columns)
+    group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
+    tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)
+    bias = model.get_submodule(path).bias
+    assert bias is None or isinstance(bias, Tensor)
+    model.set_submodule(path, QuantizedLinear(tiles, bias))
+
+
+def _refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
+    raise NearplaneError(
+        "this model's weights are packed for running, which is not a format on disk; copy the checkpoint's folder "
+        "instead, or load with packed=False to save dense weights."
+    )
+
+
+def _assemble(
+    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path, holes: set[str]
+) -> nn.Module:
     """Let transformers place the tensors: names, ties and buffers are its business."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+        built = _with_holes(kind, holes) if holes else kind
+        model, info = built.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise NearplaneError(f"{folder} does not fit its config.json ({reason}).") from error
@@ -71,14 +151,17 @@ def _assemble(kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dty
         unused = sorted(info["unexpected_keys"])
         CONSOLE.print(f"note: {folder} holds {len(unused)} tensors that its model does not use, the first: {unused[0]}")
     result: nn.Module = model
+    result.__class__ = kind
     return result
 
 
-def _is_conv1d(skeleton: nn.Module, disk_name: str) -> bool:
-    """Whether a layer stored under this name is GPT-2's transposed kind."""
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    modules = dict(skeleton.named_modules())
-    for name in (disk_name, disk_name.removeprefix(prefix + "."), f"{prefix}.{disk_name}"):
-        if name in modules:
-            return isinstance(modules[name], Conv1D)
-    return False
+def _with_holes(kind: Any, holes: set[str]) -> Any:
+    """The model's class, whose quantized linears are left out while it is built: their memory never exists."""
+    build: Callable[..., None] = kind.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        for path in holes:
+            self.set_submodule(path, _Hole(self.get_submodule(path)))
+
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

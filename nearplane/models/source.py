@@ -197,11 +197,16 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
     return model.eval()
 
 
-def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
-    """Name on disk of every parameter. transformers' own renamings are applied: old names, a base model's prefix."""
+def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+    """Name on disk by name in the model. transformers' own renamings are applied: old names, a base model's prefix."""
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
-    on_disk = {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in sorted(store.names)}
+    return {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in sorted(disk_names)}
+
+
+def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
+    """Name on disk of every parameter."""
+    state, on_disk = model.state_dict(), names_in_model(model, store.names)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     names: dict[str, str] = {}
     missing: list[str] = []

@@ -1,0 +1,217 @@
+"""Packed linears against dense ones: decoding (one row) and prefill (several), by ratio in one run.
+
+    python benchmarks/packed.py [--threads 1] [--rounds 5] [--shapes 4096x4096 ...] [--bits 4 3 2 8] [--rows 1 8 128]
+        [--scaling] [--json benchmarks/results/packed.json]
+
+Groups of 128, asymmetric, float16 scales. Weights of every contender are rotated over --rotate MB, so that no cache serves
+them; rounds of all contenders are interleaved, and the median counts. With one thread the time is the process's CPU time,
+with more it is wall time. Floor: the bytes of the packed weight at the rate at which one thread reads memory, measured in
+the same run. Contenders: torch's bfloat16 and float32 F.linear, a plain bfloat16 GEMV of our own (bf16_gemv.cpp, one row,
+one thread; compiled here, left out without a compiler), onnxruntime's MatMulNBits where onnxruntime and onnx are installed.
+--scaling measures one thread against two instead (an idle machine, please).
+"""
+
+import argparse
+import ctypes
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from sweep import record
+from torch.nn import functional
+
+from nearplane.runtime import cpu
+from nearplane.runtime.layout import Tiles, tile
+
+GROUP = 128
+DENSE = ("torch bf16", "torch fp32", "own bf16")
+Contender = Callable[[], Any]
+
+
+def copies(size: int, rotate: int) -> int:
+    """Weights of ``size`` bytes that take up the memory to be rotated over."""
+    return max(1, -(-rotate // size))
+
+
+def packed(out: int, columns: int, bits: int, rotate: int) -> list[cpu.Handle]:
+    """Random codes: what is multiplied does not change the time."""
+    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8)
+    scale = (torch.rand(out, columns // GROUP) * 0.01 + 0.01).half()
+    zero = torch.randint(1, 2**bits, scale.shape, dtype=torch.uint8)
+    first = tile(codes, scale, zero, bits, GROUP)
+    number = copies(first.nbytes, rotate)
+    again = [Tiles(first.shape, *(part.clone() for part in (first.codes, first.scales, first.zeros, first.order)))
+             for _ in range(number - 1)]  # fmt: skip
+    return [cpu.prepare(tiles, None) for tiles in (first, *again)]
+
+
+def own_gemv(folder: Path) -> ctypes.CDLL | None:
+    """bf16_gemv.cpp for this machine; None without a compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    source, target = Path(__file__).with_name("bf16_gemv.cpp"), folder / "gemv.so"
+    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.gemv.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
+    return library
+
+
+def onnx_matmul(out: int, columns: int, bits: int, rows: int, rotate: int, threads: int) -> list[Any]:
+    """Sessions of one MatMulNBits each (com.microsoft), with its int8 arithmetic; empty where it does not run."""
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    blocks, size = columns // GROUP, GROUP * bits // 8
+    sessions = []
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    for _ in range(copies(out * columns * bits // 8, rotate)):
+        tensors = [
+            onnx.numpy_helper.from_array(np.random.randint(0, 256, (out, blocks, size), dtype=np.uint8), "b"),
+            onnx.numpy_helper.from_array(np.random.rand(out * blocks).astype(np.float32), "s"),
+            onnx.numpy_helper.from_array(np.random.randint(0, 256, out * -(-blocks * bits // 8), dtype=np.uint8), "z"),
+        ]
+        node = onnx.helper.make_node(
+            "MatMulNBits", ["x", "b", "s", "z"], ["y"], domain="com.microsoft",
+            K=columns, N=out, bits=bits, block_size=GROUP, accuracy_level=4,
+        )  # fmt: skip
+        value = onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            [node], "g", [value("x", 1, [rows, columns])], [value("y", 1, [rows, out])], tensors
+        )
+        opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options))
+    return sessions
+
+
+def median_times(contenders: dict[str, list[Contender]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of one call: every round goes through every copy of every contender; the first is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for r in range(rounds + 1):
+        for name, calls in contenders.items():
+            start = clock()
+            for call in calls:
+                call()
+            if r:
+                times[name].append((clock() - start) / len(calls))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def contenders(
+    out: int, columns: int, rows: int, args: argparse.Namespace, gemv: ctypes.CDLL | None
+) -> tuple[Any, Any]:
+    """Every way to multiply, and the bytes of the packed weights by width."""
+    rotate, x = args.rotate << 20, torch.randn(rows, columns)
+    found: dict[str, list[Contender]] = {}
+
+    dense = [torch.randn(out, columns).bfloat16() for _ in range(copies(2 * out * columns, rotate))]
+    half = x.bfloat16()
+    found["torch bf16"] = [partial(functional.linear, half, w) for w in dense]
+    full = [w.float() for w in dense[: copies(4 * out * columns, rotate)]]
+    found["torch fp32"] = [partial(functional.linear, x, w) for w in full]
+    if gemv is not None and rows == 1 and args.threads == 1:
+        y = torch.empty(out)
+        gemv.kept = x, y  # the calls know addresses only
+        found["own bf16"] = [partial(gemv.gemv, w.data_ptr(), x.data_ptr(), y.data_ptr(), out, columns) for w in dense]
+    sizes = {}
+    for bits in args.bits:
+        handles = packed(out, columns, bits, rotate if rows == 1 else 1)
+        tiles: Any = handles[0].owners[1]
+        sizes[bits] = tiles.nbytes
+        for path in args.paths:
+            found[f"{bits} bits {path}"] = [
+                partial(cpu.linear, x, handle, path, None, args.threads) for handle in handles
+            ]
+        if args.onnx and bits in (2, 4, 8):
+            sessions = onnx_matmul(out, columns, bits, rows, rotate if rows == 1 else 1, args.threads)
+            feed = {"x": x.numpy()}
+            found[f"{bits} bits onnxruntime"] = [partial(session.run, None, feed) for session in sessions]
+    return found, sizes
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        gemv = own_gemv(Path(folder))
+        for shape in args.shapes:
+            out, columns = map(int, shape.split("x"))
+            for rows in args.rows:
+                calls, sizes = contenders(out, columns, rows, args, gemv)
+                rate = cpu.read_rate()
+                seconds = median_times(calls, args.rounds if rows < 64 else max(1, args.rounds // 2), clock)
+                for name, value in seconds.items():
+                    bits = int(name.split()[0]) if name[0].isdigit() else None
+                    row: dict[str, Any] = {"shape": shape, "rows": rows, "name": name, "ms": 1e3 * value}
+                    row |= {f"x {dense}": seconds[dense] / value for dense in DENSE if dense in seconds}
+                    if bits is not None and rows == 1:
+                        row["GB/s"] = sizes[bits] / value / 1e9
+                        row["of the read rate"] = row["GB/s"] / rate
+                    found.append(row)
+                print(table(found[-len(seconds) :]), flush=True)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    columns = ("ms", *(f"x {dense}" for dense in DENSE), "GB/s", "of the read rate")
+    lines = [
+        f"| {rows[0]['shape']}, {rows[0]['rows']} rows | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['name']} | " + " | ".join(f"{row[c]:.2f}" if c in row else "" for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Two threads against one, wall time, rounds interleaved."""
+    found = []
+    for shape in args.shapes:
+        out, columns = map(int, shape.split("x"))
+        x = torch.randn(1, columns)
+        for bits in args.bits:
+            handles = packed(out, columns, bits, args.rotate << 20)
+            calls = {str(n): [partial(cpu.linear, x, handle, "a16", None, n) for handle in handles] for n in (1, 2)}
+            seconds = median_times(calls, args.rounds, time.perf_counter)
+            found.append({"shape": shape, "bits": bits, "two_threads": seconds["1"] / seconds["2"]})
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2, 8])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 128])
+    parser.add_argument("--paths", nargs="+", default=["a16", "a8", "exact"])
+    parser.add_argument("--rotate", type=int, default=300, help="MB of weights that one round reads")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.onnx = bool(find_spec("onnxruntime") and find_spec("onnx"))
+    if cpu.best() is None:
+        raise SystemExit(f"there is no C++ kernel to measure; {cpu.HOW}.")
+    print(f"{cpu.best()} kernel, {args.threads} thread(s), one thread reads {cpu.read_rate():.1f} GB/s")
+    rows = scaling(args) if args.scaling else measure(args)
+    if args.json:
+        record(args.json, rows, args.threads)
+
+
+if __name__ == "__main__":
+    main()

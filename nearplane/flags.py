@@ -1,0 +1,135 @@
+"""The flags of each command: one dataclass a command, whose fields are its flags and whose docstrings are its help."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nearplane.core.grid import Grid
+from nearplane.methods import METHODS
+from nearplane.plan import Dtype, FormatName
+from nearplane.runtime.cpu import Arithmetic
+
+
+@dataclass
+class Quantize:
+    """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
+
+    Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
+    OUT appears complete or not at all.
+    """
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A local transformers folder, a hub id, or "demo"."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
+    """Folder to write; must not exist, or be empty."""
+    method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
+    """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
+    format: FormatName = "compressed-tensors"
+    """Checkpoint format."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class Eval:
+    """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
+    dataset: str | None = None
+    """Text file or dataset name; none: the held-out part of the embedded text."""
+    seqlen: int = 2048
+    """Tokens per window, cut to the model's own limit."""
+    windows: int | None = None
+    """Read only this many windows."""
+    reference: str | None = None
+    """The original model, to compare with."""
+    device: str = "auto"
+    """Where to compute."""
+    dtype: str = "float32"
+    """Computation dtype."""
+    packed: bool = True
+    """Multiply quantized weights as they are, as they will be run; --no-packed makes them dense first."""
+    arithmetic: Arithmetic = "auto"
+    """How packed weights are multiplied: exact (float32), a16 or a8 (activations of 16 or 8 bits); auto: the default."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class Generate:
+    """Text from a checkpoint, its weights kept packed. Streams; says at the end how fast it was and what it took.
+
+    Tokens go to standard output, the figures to standard error.
+    """
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
+    prompt: str
+    """The text to continue, or with --chat the user's message."""
+    max_new_tokens: int = 128
+    """Stop after so many tokens."""
+    chat: bool = False
+    """Put the prompt through the model's chat template."""
+    temperature: float = 0.0
+    """0: always the likeliest token; above: sample."""
+    seed: int = 0
+    """For sampling."""
+    threads: int | None = None
+    """CPU threads; none: as torch decides."""
+    arithmetic: Arithmetic = "auto"
+    """How packed weights are multiplied: exact (float32), a16 or a8 (activations of 16 or 8 bits); auto: the default."""
+    head_bits: int | None = None
+    """Also round the output head to so many bits, in memory."""
+    device: str = "auto"
+    """Where to compute."""
+    dtype: str = "float32"
+    """Computation dtype, and what dense weights are held in."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class Bench:
+    """Tokens per second of a checkpoint packed, against the same weights dense in bf16 and fp32: same process, same threads."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A quantized checkpoint."""
+    prompt_tokens: int = 128
+    """Length of the prompt whose prefill is timed."""
+    new_tokens: int = 32
+    """Tokens decoded after it."""
+    rounds: int = 3
+    """Interleaved rounds; the median counts."""
+    threads: int | None = None
+    """CPU threads; none: as torch decides."""
+    against: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    """Dense models to compare with; all are in memory at once."""
+    head_bits: int = 8
+    """Width of the output head in the row that rounds it."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class Inspect:
+    """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer.
+
+    Quantizes nothing: it reads one block of each kind and runs 8 tokens through it."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A transformers folder, a hub id, or "demo"."""
+    grid: tyro.conf.OmitArgPrefixes[Grid] = field(default_factory=Grid)
+    """The grid that sizes after quantization are computed for."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""

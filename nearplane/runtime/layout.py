@@ -1,0 +1,183 @@
+"""How a quantized weight lies in memory while a model runs. Made when a checkpoint is loaded, never stored.
+
+Decides the order of codes: tiles of 16 output channels, each a stream of blocks of 32 inputs. A block has 8 steps of 4
+inputs; a step is 64 bytes, 4 consecutive inputs of each of the 16 channels. Codes of ``b`` bits take ``b`` bits: a
+block is planes of 4, 2 and 1 bits, as ``b`` is written in binary (3 bits are a plane of two and a plane of one). A
+byte of a plane holds one field each of 2, 4 or 8 consecutive steps, the first in its lowest bits; 8-bit codes are bytes
+as they are.
+
+Groups begin at blocks: where a group's width is no multiple of 32, or groups are not contiguous columns (desc_act), the
+positions of the layout are the columns in another order, with gaps, and ``order`` says which.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from nearplane.core.errors import SettingError
+
+TILE, BLOCK, STEPS = 16, 32, 8
+# Planes of a width, and for each: steps that share a byte.
+PLANES = {bits: tuple(p for p in (4, 2, 1) if bits & p) for bits in range(2, 8)} | {8: (8,)}
+# What scales may be stored as; kept as integers of the same bits, which a model's .to(dtype) leaves alone.
+SCALE_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layout's tensors do not say themselves."""
+
+    out: int
+    columns: int
+    bits: int
+    positions: int
+    """Columns with their gaps, a multiple of 32."""
+    span: int
+    """Positions of a group; the last group may have fewer."""
+    groups: int
+    zero: int
+    """The zero of every group, where ``zeros`` is empty."""
+    scale_dtype: torch.dtype
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 output channels, the last one padded."""
+        return -(-self.out // TILE)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One weight."""
+
+    shape: Shape
+    codes: UInt8[Tensor, "tiles blocks bytes"]
+    scales: Int[Tensor, "tiles groups 16"]
+    """Bits of floats of ``shape.scale_dtype``."""
+    zeros: UInt8[Tensor, "tiles groups 16"]
+    """Empty where all are ``shape.zero``."""
+    order: Int[Tensor, "positions"]
+    """Column at each position, -1 for none; empty where position and column are the same."""
+
+    def rows(self, first: int, last: int) -> "Tiles":
+        """Tiles ``first`` to ``last`` only."""
+        shape = replace(self.shape, out=min(self.shape.out, last * TILE) - first * TILE)
+        zeros = self.zeros[first:last] if self.zeros.numel() else self.zeros
+        return Tiles(shape, self.codes[first:last], self.scales[first:last], zeros, self.order)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all four."""
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.order))
+
+
+def tile(
+    codes: UInt8[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero: UInt8[Tensor, "out groups"],
+    bits: int,
+    width: int,
+    group: Int[Tensor, "in"] | None = None,
+) -> Tiles:
+    """Lay out a weight whose groups have ``width`` columns (the last may have fewer).
+
+    ``group``: group of each column where they are not contiguous. Raises SettingError for widths or scales that have
+    no layout.
+    """
+    if bits not in PLANES or scale.dtype not in SCALE_BITS:
+        raise SettingError(f"{bits} bits with {scale.dtype} scales have no packed layout.")
+    out, columns = codes.shape
+    order = _order(columns, width, group)
+    positions = len(order)
+    groups = scale.shape[1]
+    span = positions if groups == 1 else -(-width // BLOCK) * BLOCK
+    trivial = torch.equal(order[:columns], torch.arange(columns)) and bool((order[columns:] < 0).all())
+    if not trivial:
+        codes = torch.where(order >= 0, codes[:, order.clamp_min(0)], 0)
+    rows = -out % TILE
+    codes = torch.nn.functional.pad(codes, (0, positions - codes.shape[1], 0, rows))
+    blocks = codes.view(-1, TILE, positions // BLOCK, STEPS, 4).permute(
+        0, 2, 3, 1, 4
+    )  # tile, block, step, channel, input
+    same = bool((zero == zero[0, 0]).all())
+
+    def per_group(value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value, (0, 0, 0, rows)).view(-1, TILE, groups).transpose(1, 2).contiguous()
+
+    shape = Shape(out, columns, bits, positions, span, groups, int(zero[0, 0]) if same else 0, scale.dtype)
+    return Tiles(
+        shape,
+        _pack(blocks.reshape(*blocks.shape[:3], 64), bits),
+        per_group(scale).view(SCALE_BITS[scale.dtype]),
+        torch.empty(0, dtype=torch.uint8) if same else per_group(zero),
+        torch.empty(0, dtype=torch.int32) if trivial else order.int(),
+    )
+
+
+def _order(columns: int, width: int, group: Tensor | None) -> Int[Tensor, "positions"]:
+    """Column at each position."""
+    contiguous = torch.arange(columns) // width
+    group = contiguous if group is None else group
+    parts = []
+    for g in range(int(contiguous[-1]) + 1):
+        members = (group == g).nonzero()[:, 0]
+        if len(members) > -(-width // BLOCK) * BLOCK:
+            raise SettingError(f"group {g} has {len(members)} columns, more than the group size {width}.")
+        last = g == int(contiguous[-1])
+        room = -(-(len(members) if last else width) // BLOCK) * BLOCK
+        parts.append(torch.nn.functional.pad(members, (0, room - len(members)), value=-1))
+    return torch.cat(parts)
+
+
+def _pack(codes: UInt8[Tensor, "tiles blocks 8 64"], bits: int) -> UInt8[Tensor, "tiles blocks bytes"]:
+    """The planes of every block."""
+    if bits == 8:
+        return codes.flatten(2).contiguous()
+    parts, done = [], 0
+    for plane in PLANES[bits]:
+        shared = 8 // plane
+        field = (codes >> done & (1 << plane) - 1).view(*codes.shape[:2], STEPS // shared, shared, 64)
+        byte = field[:, :, :, 0].clone()
+        for i in range(1, shared):
+            byte |= field[:, :, :, i] << i * plane
+        parts.append(byte.flatten(2))
+        done += plane
+    return torch.cat(parts, 2)
+
+
+def codes_of(tiles: Tiles) -> UInt8[Tensor, "rows positions"]:
+    """Codes by channel (padded to 16) and position: the inverse of the packing."""
+    shape, packed = tiles.shape, tiles.codes
+    blocks = shape.positions // BLOCK
+    if shape.bits == 8:
+        steps = packed.view(shape.tiles, blocks, STEPS, 64)
+    else:
+        steps, at, done = torch.zeros(1, dtype=torch.uint8, device=packed.device), 0, 0
+        for plane in PLANES[shape.bits]:
+            part = packed[:, :, at : at + 64 * plane].view(shape.tiles, blocks, plane, 64)
+            shifts = torch.arange(0, 8, plane, dtype=torch.uint8, device=packed.device)
+            field = part[:, :, :, None] >> shifts[:, None] & (1 << plane) - 1
+            steps = steps | field.flatten(2, 3) << done
+            at, done = at + 64 * plane, done + plane
+    spread = steps.view(shape.tiles, blocks, STEPS, TILE, 4).permute(0, 3, 1, 2, 4)
+    return spread.reshape(shape.tiles * TILE, shape.positions)
+
+
+def dequantize(tiles: Tiles) -> Float[Tensor, "out in"]:
+    """The weight in float32: ``scale * (code - zero)``, exact for 16-bit scales."""
+    shape = tiles.shape
+    group = torch.arange(shape.positions, device=tiles.codes.device) // shape.span
+
+    def per_row(value: Tensor) -> Tensor:
+        return value.transpose(1, 2).reshape(shape.tiles * TILE, shape.groups)[:, group]
+
+    zero = per_row(tiles.zeros).float() if tiles.zeros.numel() else shape.zero
+    weight = (codes_of(tiles).float() - zero) * per_row(tiles.scales.view(shape.scale_dtype)).float()
+    weight = weight[: shape.out]
+    if not tiles.order.numel():
+        return weight[:, : shape.columns].contiguous()
+    used = tiles.order >= 0
+    result = weight.new_empty(shape.out, shape.columns)
+    result[:, tiles.order[used].long()] = weight[:, used]
+    return result

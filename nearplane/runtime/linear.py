@@ -1,0 +1,165 @@
+"""A linear layer whose weight stays packed. Picks a kernel for the input it is given, and says why."""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearplane.core.errors import SettingError
+from nearplane.runtime import cpu, reference, triton
+from nearplane.runtime.cpu import Arithmetic
+from nearplane.runtime.layout import Shape, Tiles, dequantize
+
+TENSORS = ("codes", "scales", "zeros", "order")
+
+
+class QuantizedLinear(nn.Module):
+    """``y = x W^T + bias``; takes the place of a ``Linear``, or of GPT-2's ``Conv1D``.
+
+    Its four integer tensors (``Tiles``) are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work, and
+    ``.to(dtype)`` leaves them alone. Inputs and outputs are float32, float16, bfloat16 or float64.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    order: Tensor
+
+    def __init__(self, tiles: Tiles, bias: Tensor | None = None, arithmetic: Arithmetic = "auto") -> None:
+        """``bias``: (out,). ``arithmetic``: how the CPU kernel multiplies (``cpu.linear``)."""
+        super().__init__()
+        self.shape = tiles.shape
+        self.in_features, self.out_features = tiles.shape.columns, tiles.shape.out
+        self.arithmetic = arithmetic
+        for name in TENSORS:
+            self.register_buffer(name, getattr(tiles, name))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._handle: cpu.Handle | None = None
+
+    @property
+    def tiles(self) -> Tiles:
+        """The weight."""
+        return Tiles(self.shape, self.codes, self.scales, self.zeros, self.order)
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype for code that asks for them: on the meta device, without values. ``dequantized`` has those."""
+        dtype = self.shape.scale_dtype if self.bias is None else self.bias.dtype
+        return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        """The weight in float32."""
+        return dequantize(self.tiles)
+
+    def why(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+        """Which kernel an input would get, and the reasons against the ones before it."""
+        device = device or self.codes.device
+        reasons = {"C++": cpu.supports(device, dtype), "Triton": triton.supports(self.shape, device, dtype)}
+        for name, reason in reasons.items():
+            if reason is None:
+                detail = (
+                    f" ({cpu.best()}, {cpu.resolve(self.arithmetic, cpu.best() or 'portable')})"
+                    if name == "C++"
+                    else ""
+                )
+                return name + detail
+        return "plain torch: " + "; ".join(reason for reason in reasons.values() if reason)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            raise ValueError(f"expected (..., {self.in_features}) floats, got {list(x.shape)} of {x.dtype}")
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            described = _described(self.shape)
+            return cast(Tensor, torch.ops.nearplane.linear(x, *self._parts(), self.bias, *described, self.arithmetic))
+        if x.requires_grad and torch.is_grad_enabled():
+            return reference.linear(x, self.tiles, self.bias)
+        handle = self._handle
+        if handle is not None and cpu.supports(x.device, x.dtype) is None:
+            return cpu.linear(x, handle, self.arithmetic)
+        return self._unprepared(x)
+
+    def _unprepared(self, x: Tensor) -> Tensor:
+        """The first call, and every call that is not the C++ kernel's."""
+        if x.device != self.codes.device:
+            raise ValueError(f"input on {x.device}, weight on {self.codes.device}")
+        if cpu.supports(x.device, x.dtype) is None:
+            self._handle = cpu.prepare(self.tiles, self.bias)
+        return run(x, self.tiles, self.bias, self.arithmetic)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scales, self.zeros, self.order
+
+    # A handle holds addresses: it must not outlive the tensors that it was made of.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in (*TENSORS, "bias"):
+            self.__dict__["_handle"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._handle = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._handle = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.shape.bits}, groups={self.shape.groups}"
+        )
+
+
+def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor:
+    """By the first kernel that supports the input, else by the plain path."""
+    if cpu.supports(x.device, x.dtype) is None:
+        return cpu.linear(x, cpu.prepare(tiles, bias), arithmetic)
+    if triton.supports(tiles.shape, x.device, x.dtype) is None:
+        return triton.linear(x, tiles, bias)
+    return reference.linear(x, tiles, bias)
+
+
+SCALES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _described(shape: Shape) -> tuple[list[int], int]:
+    """A shape as an operator's arguments."""
+    sizes = [shape.out, shape.columns, shape.bits, shape.positions, shape.span, shape.groups, shape.zero]
+    return sizes, SCALES.index(shape.scale_dtype)
+
+
+@torch.library.custom_op("nearplane::linear", mutates_args=())
+def _linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, bias: Tensor | None, sizes: list[int],
+    scale_dtype: int, arithmetic: str,
+) -> Tensor:  # fmt: skip
+    """The same as an operator, opaque to compilers and tracers."""
+    out, columns, bits, positions, span, groups, zero = sizes
+    shape = Shape(out, columns, bits, positions, span, groups, zero, SCALES[scale_dtype])
+    return run(x, Tiles(shape, codes, scales, zeros, order), bias, cast(Arithmetic, arithmetic))
+
+
+@_linear.register_fake
+def _(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, bias: Tensor | None, sizes: list[int],
+    scale_dtype: int, arithmetic: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], sizes[0])
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Every packed linear of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
+    """Choose how every packed linear of a model multiplies. SettingError for a name that is none."""
+    if arithmetic not in ("auto", *cpu.PATHS):
+        raise SettingError(f"arithmetic must be auto, exact, a16 or a8; got {arithmetic!r}.")
+    for module in quantized_linears(model).values():
+        module.arithmetic = arithmetic

@@ -1,0 +1,201 @@
+"""QuantizedLinear as a module among others, and what runs where the kernel cannot."""
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from problems import Problem, problem
+from torch import nn
+
+from nearplane.core.errors import SettingError
+from nearplane.runtime import cpu, linear, triton
+from nearplane.runtime.head import quantize_head
+from nearplane.runtime.linear import QuantizedLinear, quantized_linears, set_arithmetic
+
+
+@pytest.fixture(params=["kernel", "no kernel"])
+def layer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> QuantizedLinear:
+    """A layer, on a machine with a kernel and on one without."""
+    if request.param == "kernel" and cpu.best() is None:
+        pytest.skip("no C++ kernel was built (no compiler)")
+    if request.param == "no kernel":
+        monkeypatch.setattr(cpu, "best", lambda: None)
+    return made()
+
+
+def made(seed: int = 0, **options: Any) -> QuantizedLinear:
+    return QuantizedLinear(given(seed).tiles, torch.arange(40.0) / 40, **options)
+
+
+def given(seed: int = 0) -> Problem:
+    return problem(40, 96, 3, 32, seed=seed)
+
+
+def expected(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return x.double() @ given(seed).dense.T + torch.arange(40.0) / 40
+
+
+def close(found: torch.Tensor, x: torch.Tensor, seed: int = 0, tolerance: float = 1e-4) -> bool:
+    wanted = expected(x, seed)
+    return bool((found.double() - wanted).norm() <= tolerance * wanted.norm())
+
+
+def test_dtypes_in_and_out(layer: QuantizedLinear) -> None:
+    x = torch.randn(2, 5, 96)
+    for dtype, tolerance in (
+        (torch.float32, 1e-4),
+        (torch.float64, 1e-7),
+        (torch.float16, 2e-3),
+        (torch.bfloat16, 2e-2),
+    ):
+        y = layer(x.to(dtype))
+        assert y.dtype == dtype and y.shape == (2, 5, 40)
+        assert close(y, x.to(dtype), tolerance=tolerance)
+
+
+def test_copies_stand_alone(layer: QuantizedLinear) -> None:
+    x = torch.randn(1, 96)
+    before = layer(x)  # makes a handle, which must not be shared
+    twin, thawed = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    layer.codes.zero_()
+    for other in (twin, thawed):
+        assert torch.equal(other(x), before)
+    assert not torch.equal(layer(x), before), "a change of the codes in place is seen"
+
+
+def test_state_dict_round_trip(layer: QuantizedLinear) -> None:
+    x, other = torch.randn(3, 96), made(seed=1)
+    layer(x), other(x)
+    for assign in (False, True):
+        target = made(seed=2)
+        target(x)
+        target.load_state_dict(other.state_dict(), assign=assign)
+        assert close(target(x), x, seed=1)
+    assert set(layer.state_dict()) == {"codes", "scales", "zeros", "order", "bias"}
+
+
+def test_casting_the_model_leaves_the_weight_alone(layer: QuantizedLinear) -> None:
+    x = torch.randn(4, 96)
+    layer(x)
+    for change in (layer.half, layer.bfloat16, layer.double, layer.float, lambda: layer.to(torch.float16)):
+        change()
+        assert layer.codes.dtype == torch.uint8 and layer.scales.dtype == torch.int16
+        assert close(layer(x), x, tolerance=3e-3)  # the bias has been rounded
+    layer.bias = nn.Parameter(torch.zeros(40), requires_grad=False)
+    assert close(layer(x) + torch.arange(40.0) / 40, x)
+
+
+def test_gradients_reach_the_input(layer: QuantizedLinear) -> None:
+    x = torch.randn(3, 96, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad.double(), given().dense.sum(0).expand(3, -1), atol=1e-5)
+
+
+def test_compiled_without_a_break(layer: QuantizedLinear) -> None:
+    model = nn.Sequential(layer, nn.ReLU())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+        assert compiled(torch.randn(7, 2, 96)).shape == (7, 2, 40)
+    exported = torch.export.export(model, (x,))
+    assert "nearplane.linear" in str(exported.graph)
+
+
+def test_the_operator_is_well_made(layer: QuantizedLinear) -> None:
+    arguments = (torch.randn(2, 96), *layer._parts(), layer.bias, *linear._described(layer.shape), "exact")
+    torch.library.opcheck(torch.ops.nearplane.linear, arguments)
+
+
+def test_callers_in_many_threads(layer: QuantizedLinear) -> None:
+    x = torch.randn(8, 96)
+    right, wrong = layer(x), list[int]()
+    fresh = made()  # its handle is made by whichever comes first
+
+    def call(i: int) -> None:
+        for _ in range(50):
+            if not torch.allclose(fresh(x[i]), right[i], atol=1e-4):
+                wrong.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_wrong_inputs_are_refused(layer: QuantizedLinear) -> None:
+    for bad in (torch.randn(2, 95), torch.zeros(2, 96, dtype=torch.int64), torch.randn(()), torch.randn(96, 2)):
+        with pytest.raises(ValueError, match=r"expected \(..., 96\) floats"):
+            layer(bad)
+    with pytest.raises((ValueError, RuntimeError), match="meta"):
+        made()(torch.randn(2, 96, device="meta"))
+    assert layer(torch.randn(0, 96)).shape == (0, 40)
+    assert layer(torch.full((1, 96), torch.nan)).isnan().all()
+
+
+def test_it_says_what_it_is(layer: QuantizedLinear) -> None:
+    assert "in_features=96, out_features=40, bias=True, bits=3" in repr(layer)
+    weight = layer.weight
+    assert weight.shape == (40, 96) and weight.is_meta
+    assert torch.equal(layer.dequantized(), given().dense.float())
+
+
+def test_why_names_the_kernel_or_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = made()
+    if cpu.best() is not None:
+        assert layer.why() == f"C++ ({cpu.best()}, {cpu.resolve('auto', cpu.best() or 'portable')})"
+        assert "not torch.float64" in layer.why(dtype=torch.float64)
+    monkeypatch.setattr(cpu, "best", lambda: None)
+    reasons = layer.why()
+    assert reasons.startswith("plain torch: ") and "C++ compiler" in reasons and "runs on CUDA" in reasons
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(triton, "find_spec", lambda _: True)
+    assert layer.why(cuda) == "Triton"
+    assert "not torch.float64" in layer.why(cuda, torch.float64)
+    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    assert "Triton is not installed" in layer.why(cuda)
+    five = QuantizedLinear(problem(bits=5).tiles)
+    assert "2, 3, 4 and 8 bits, not 5" in five.why(cuda)
+
+
+@pytest.mark.skipif(cpu.best() in (None, "portable"), reason="no C++ kernel with vectors")
+def test_arithmetic_is_chosen_by_name() -> None:
+    model, x = nn.Sequential(made(), nn.Linear(40, 2)), torch.randn(4, 96)
+    results = []
+    for arithmetic in ("exact", "a16", "a8", "auto"):
+        set_arithmetic(model, arithmetic)  # type: ignore[arg-type]
+        results.append(model[0](x))
+    assert torch.equal(results[1], results[3])
+    errors = [float((y.double() - expected(x)).norm()) for y in results]
+    assert errors[0] < errors[1] < errors[2]
+    with pytest.raises(SettingError, match="a9"):
+        set_arithmetic(model, "a9")  # type: ignore[arg-type]
+    assert list(quantized_linears(model)) == ["0"]
+
+
+def test_a_head_is_rounded_on_request() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = nn.Linear(96, 50)
+
+        def get_output_embeddings(self) -> Any:
+            return self.lm_head
+
+    model, x = Model(), torch.randn(5, 96)
+    with torch.no_grad():
+        before = model.lm_head(x)
+        quantize_head(model, 8)
+        assert isinstance(model.lm_head, QuantizedLinear)
+        after = model.lm_head(x)
+        assert 1e-4 < (after - before).norm() / before.norm() < 1e-2
+    with pytest.raises(SettingError, match="no dense output head"):
+        quantize_head(model, 8)
+    with pytest.raises(SettingError, match="no dense output head"):
+        quantize_head(nn.Linear(2, 2), 8)
