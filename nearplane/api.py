@@ -94,9 +94,9 @@ def load(
     """The transformers model in a folder, quantized by us or others (compressed-tensors, GPTQ) or not at all.
 
     Quantized weights stay packed in memory and are multiplied as they are (``runtime/``); ``packed=False`` makes them
-    dense, in ``dtype``. ``arithmetic``: how the CPU kernel multiplies, "exact", "a16" or "a8"; "auto" is a16 where there
-    are vector instructions for it. ``head_bits``: also round the output head, in memory. Raises NearplaneError for
-    whatever cannot be read.
+    dense. Everything dense has ``dtype`` ("auto": as stored). ``arithmetic``: how the CPU kernel multiplies, "exact",
+    "a16" or "a8"; "auto" is a16 where there are vector instructions for it. ``head_bits``: also round the output head,
+    in memory. Raises NearplaneError for whatever cannot be read.
     """
     return load_model(
         path,

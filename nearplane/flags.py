@@ -91,8 +91,8 @@ class Generate:
     """Also round the output head to so many bits, in memory."""
     device: str = "auto"
     """Where to compute."""
-    dtype: str = "float32"
-    """Computation dtype, and what dense weights are held in."""
+    dtype: str = "auto"
+    """What dense weights are held and activations computed in: float32, float16, bfloat16; auto: as stored."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

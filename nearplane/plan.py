@@ -132,7 +132,7 @@ def make_plan(
         known = ", ".join(get_args(Need))
         raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")
     source = open_source(model, trust_remote_code=trust_remote_code)
-    stored = source.dtype if dtype == "auto" else pick_dtype(dtype)
+    stored = pick_dtype(dtype) or source.dtype
     compute = torch.float32 if where.type == "cpu" else source.dtype
     grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
     blocks = discover(source)
@@ -178,9 +178,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """The dtype of that name; SettingError for any other than the three that checkpoints are stored in."""
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, None for "auto"; SettingError for any other than the three that checkpoints are stored in."""
+    if name == "auto":
+        return None
     if name not in ("float32", "float16", "bfloat16"):
-        raise SettingError(f"dtype must be float32, float16 or bfloat16; got {name!r}.")
+        raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {name!r}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

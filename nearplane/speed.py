@@ -96,8 +96,8 @@ def bench(
 ) -> Speed:
     """Time decoding and prefill: packed (a16, a8, and a16 with a rounded head), and dense as named in ``against``.
 
-    The dense models are the checkpoint's own weights, dequantized: as fast as the original's. SettingError for a
-    checkpoint without packed weights.
+    Packed models hold what is not quantized in the dtype it is stored in. The dense models are the checkpoint's own
+    weights, dequantized: as fast as the original's. SettingError for a checkpoint without packed weights.
     """
     if prompt_tokens < 1 or new_tokens < 1 or rounds < 1 or (threads is not None and threads < 1):
         raise SettingError("prompt_tokens, new_tokens, rounds and threads must be at least 1.")
@@ -125,12 +125,12 @@ def _bench(
     def opened(**options: Any) -> nn.Module:
         return load_model(model, device=torch.device("cpu"), trust_remote_code=trust, **options)
 
-    packed = opened()
+    packed = opened(dtype=None)
     if not quantized_linears(packed):
         raise SettingError(f"{model} is not quantized; there is nothing packed to measure.")
     kernel = next(iter(quantized_linears(packed).values())).why()
-    models = {f"packed {packed_name}": opened(arithmetic=packed_name) for packed_name in ("a16", "a8")}
-    models[f"packed a16, {head_bits}-bit head"] = opened(arithmetic="a16", head_bits=head_bits)
+    models = {f"packed {packed_name}": opened(dtype=None, arithmetic=packed_name) for packed_name in ("a16", "a8")}
+    models[f"packed a16, {head_bits}-bit head"] = opened(dtype=None, arithmetic="a16", head_bits=head_bits)
     models |= {f"dense {name}": opened(packed=False, dtype=DENSE[name]) for name in against}
     del packed
     rate = None if cpu.best() is None else cpu.read_rate()

@@ -28,7 +28,7 @@ def load_model(
     model: str | Path,
     *,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     packed: bool = True,
     arithmetic: Arithmetic = "auto",
     head_bits: int | None = None,
@@ -36,7 +36,7 @@ def load_model(
 ) -> nn.Module:
     """The model. Its quantized linears are ``QuantizedLinear``, or with ``packed=False`` dense ones of ``dtype``.
 
-    Everything else has ``dtype``. ``head_bits`` rounds the output head to so many bits in memory
+    Everything else has ``dtype``; None: the one it is stored in. ``head_bits`` rounds the output head to so many bits in memory
     (``runtime/head.py``). No other quantization package is needed. Raises NearplaneError with one sentence for
     anything that cannot be read.
     """
@@ -47,6 +47,7 @@ def load_model(
         del config.quantization_config
     skeleton = build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
     modules = _modules(skeleton, checkpoint)
+    dtype = dtype or _stored(checkpoint)
     state: dict[str, Tensor] = {}
     for name in checkpoint.dense:
         value = checkpoint.store.get(name)
@@ -69,6 +70,13 @@ def load_model(
         result.__dict__["save_pretrained"] = MethodType(_refuse_to_save, result)
         set_arithmetic(result, arithmetic)
     return result.to(device).eval()
+
+
+def _stored(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json names; float32 where it names none."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    found = getattr(torch, str(named), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
 
 
 def _modules(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
