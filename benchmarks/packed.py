@@ -7,7 +7,8 @@ Groups of 128, asymmetric, float16 scales. Weights of every contender are rotate
 them; rounds of all contenders are interleaved, and the median counts. With one thread the time is the process's CPU time,
 with more it is wall time. Floor: the bytes of the packed weight at the rate at which one thread reads memory, measured in
 the same run. Contenders: torch's bfloat16 and float32 F.linear, a plain bfloat16 GEMV of our own (bf16_gemv.cpp, one row,
-one thread; compiled here, left out without a compiler), onnxruntime's MatMulNBits where onnxruntime and onnx are installed.
+one thread; compiled here, left out without a compiler), and where they are installed onnxruntime's MatMulNBits (with onnx) and
+OpenVINO's compressed MatMul, both with 8-bit activations.
 --scaling measures one thread against two instead (an idle machine, please).
 """
 
@@ -96,6 +97,33 @@ def onnx_matmul(out: int, columns: int, bits: int, rows: int, rotate: int, threa
     return sessions
 
 
+def openvino_matmul(out: int, columns: int, bits: int, rows: int, rotate: int, threads: int) -> list[Any]:
+    """Compiled models of one compressed MatMul each, with dynamic quantization of activations in groups of 32."""
+    import numpy as np
+    import openvino
+    from openvino import opset13 as ops
+
+    kind, groups = {4: openvino.Type.u4, 8: openvino.Type.u8}[bits], columns // GROUP
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
+
+    def codes(*shape: int) -> Any:
+        packed = np.random.randint(0, 256, int(np.prod(shape)) * bits // 8, dtype=np.uint8)
+        tensor = (
+            openvino.Tensor(packed, openvino.Shape(shape), kind) if bits < 8 else openvino.Tensor(packed.reshape(shape))
+        )
+        return ops.convert(openvino.op.Constant(tensor), np.float16)
+
+    models = []
+    for _ in range(copies(out * columns * bits // 8, rotate)):
+        x = ops.parameter([rows, columns], np.float32)
+        scale = ops.constant(np.random.rand(out, groups, 1).astype(np.float16))
+        weight = ops.multiply(ops.subtract(codes(out, groups, GROUP), codes(out, groups, 1)), scale)
+        dense = ops.convert(ops.reshape(weight, ops.constant([out, columns]), False), np.float32)
+        model = openvino.Model([ops.matmul(x, dense, False, True)], [x], "linear")
+        models.append(openvino.compile_model(model, "CPU", settings).create_infer_request())
+    return models
+
+
 def median_times(contenders: dict[str, list[Contender]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Seconds of one call: every round goes through every copy of every contender; the first is not counted."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -134,10 +162,15 @@ def contenders(
             found[f"{bits} bits {path}"] = [
                 partial(cpu.linear, x, handle, path, None, args.threads) for handle in handles
             ]
+        # Other runtimes rotate over at most 24 weights: each is a session of its own.
+        others = (rows, min(rotate if rows == 1 else 1, 24 * tiles.nbytes), args.threads)
         if args.onnx and bits in (2, 4, 8):
-            sessions = onnx_matmul(out, columns, bits, rows, rotate if rows == 1 else 1, args.threads)
             feed = {"x": x.numpy()}
+            sessions = onnx_matmul(out, columns, bits, *others)
             found[f"{bits} bits onnxruntime"] = [partial(session.run, None, feed) for session in sessions]
+        if args.openvino and bits in (4, 8):
+            requests = openvino_matmul(out, columns, bits, *others)
+            found[f"{bits} bits openvino"] = [partial(request.infer, [x.numpy()]) for request in requests]
     return found, sizes
 
 
@@ -205,6 +238,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.onnx = bool(find_spec("onnxruntime") and find_spec("onnx"))
+    args.openvino = bool(find_spec("openvino"))
     if cpu.best() is None:
         raise SystemExit(f"there is no C++ kernel to measure; {cpu.HOW}.")
     print(f"{cpu.best()} kernel, {args.threads} thread(s), one thread reads {cpu.read_rate():.1f} GB/s")

@@ -18,6 +18,7 @@ from nearplane.core.errors import NearplaneError, NumericalError
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.source import build_skeleton, locate, names_in_model, read_config
 from nearplane.progress import CONSOLE
+from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.head import quantize_head
 from nearplane.runtime.layout import tile
@@ -66,6 +67,8 @@ def load_model(
         _fill(result, modules[name], checkpoint, name)
     if head_bits is not None:
         quantize_head(result, head_bits)
+    if holes and device.type == "cpu" and cpu.best() is None:
+        CONSOLE.print(f"note: packed weights run in plain torch, slowly: {cpu.supports(device, torch.float32)}")
     if holes or head_bits is not None:
         result.__dict__["save_pretrained"] = MethodType(_refuse_to_save, result)
         set_arithmetic(result, arithmetic)
