@@ -87,6 +87,7 @@ struct Arch {
     using Real = __m512;
     static constexpr int ROWS = 8;  // rows of x that share an unpacked weight, a8; half of it for a16
     template <int BITS> static constexpr int OFFSET = 0;
+    template <int BITS> static constexpr bool WORDS = false;  // a16 as 16-bit words instead of two digits
     template <int BITS> static constexpr int NARROW = STEPS;  // steps after which a Part must be widened
 
     static INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -144,6 +145,8 @@ struct Arch {
     // vpmaddubsw saturates beyond 32767. Full bytes are therefore taken as code - 128, whose sign moves to the digit.
     template <int BITS> static constexpr int OFFSET = BITS == 8 ? 128 : 0;
     template <int BITS> static constexpr int NARROW = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+    // Where every product of bytes must be widened at once, products of words are cheaper.
+    template <int BITS> static constexpr bool WORDS = NARROW<BITS> == 1;
 
     static INLINE __m256i half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static INLINE Codes load(const uint8_t* p) { return {half(p), half(p + 32)}; }
@@ -174,6 +177,15 @@ struct Arch {
         KEEP(part.b);
     }
     static INLINE Sum no_sum() { return no_part(); }
+    static INLINE void dot_words(Sum& sum, Codes c, int32_t even, int32_t odd) {  // words of inputs 0 and 2, 1 and 3
+        const __m256i m = _mm256_set1_epi16(255), e = _mm256_set1_epi32(even), o = _mm256_set1_epi32(odd);
+        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_and_si256(c.a, m), e));
+        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_and_si256(c.b, m), e));
+        sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_srli_epi16(c.a, 8), o));
+        sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_srli_epi16(c.b, 8), o));
+        KEEP(sum.a);
+        KEEP(sum.b);
+    }
     template <int BITS> static INLINE void widen(Sum& sum, Part& part) {
         const __m256i ones = _mm256_set1_epi16(1);
         sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(part.a, ones));
@@ -225,6 +237,7 @@ struct Arch {
     };
     static constexpr int ROWS = 2;
     template <int BITS> static constexpr int OFFSET = 0;
+    template <int BITS> static constexpr bool WORDS = false;
     template <int BITS> static constexpr int NARROW = STEPS;
 
     static INLINE Codes load(const uint8_t* p) {
@@ -353,15 +366,20 @@ namespace {
 
 using Weight = NearplaneWeight;
 
+// In what form activations are multiplied: a8 in bytes; a16 in two digits, or in words where Arch::WORDS says so.
+enum Form { FLOATS, BYTES, DIGITS, WORDS };
+constexpr int planes_of(Form form) { return form == DIGITS ? 2 : 1; }            // sums that are kept apart
+constexpr int bytes_of(Form form) { return form == BYTES ? 1 : 2; }              // of one activation
+constexpr int run_of(Form form) { return form == BYTES ? 32 : 128; }             // activations that share a scale
+constexpr int offset_of(Form form, int offset) { return form == WORDS ? 0 : offset; }  // words take codes as they are
+
 // The rows of x as the kernel wants them.
 struct Activations {
-    int64_t positions = 0, runs = 0;
+    int64_t runs = 0;
     std::vector<float> x;                    // exact: [rows, positions]
-    std::vector<int8_t> digits;              // a16, a8: [rows, planes, positions]
+    std::vector<int8_t> digits;              // [rows, planes, positions], or words [rows, positions], of four: 0, 2, 1, 3
     std::vector<float> scale, sum;           // [rows, runs], [rows, runs, planes]
 };
-
-constexpr int run_of(int planes) { return planes == 2 ? 128 : 32; }
 
 // Runs are parts of groups: f(first position, end, group), in order.
 template <class F> INLINE void for_runs(const Weight& w, int length, F&& f) {
@@ -399,8 +417,8 @@ float magnitude(const float* x, int64_t n) {
     return from_bits(most);
 }
 
-template <int PLANES> void digitize(const float* x, int64_t n, int8_t* digits, int64_t plane, float* scale, float* sum) {
-    constexpr float FULL = PLANES == 2 ? float(DIGIT * (BASE + 1)) : float(DIGIT);
+template <Form FORM> void digitize(const float* x, int64_t n, int8_t* digits, int64_t plane, float* scale, float* sum) {
+    constexpr float FULL = FORM == BYTES ? float(DIGIT) : float(DIGIT * (BASE + 1));
     const float most = magnitude(x, n);
     // A NaN or Inf makes its row NaN, as it would (nearly) everywhere in a dense product. Below 1e-30 a run counts as zero.
     const bool finite = most <= 3.402823466e38f;
@@ -409,44 +427,53 @@ template <int PLANES> void digitize(const float* x, int64_t n, int8_t* digits, i
     int32_t total[2] = {0, 0};
     for (int64_t i = 0; i < n; i++) {
         const float value = finite ? __builtin_rintf(x[i] * inverse) : 0.f;
-        if constexpr (PLANES == 2) {
+        if constexpr (FORM == DIGITS) {
             const float high = __builtin_rintf(value * (1.f / BASE));
             const int32_t h = int32_t(high), l = int32_t(value - BASE * high);
             digits[i] = int8_t(h);
             digits[plane + i] = int8_t(l);
             total[0] += h;
             total[1] += l;
+        } else if constexpr (FORM == WORDS) {
+            const int16_t word = int16_t(int32_t(value));
+            memcpy(digits + 2 * i, &word, 2);
+            total[0] += word;
         } else {
             digits[i] = int8_t(int32_t(value));
             total[0] += int32_t(value);
         }
     }
-    UNROLL
-    for (int p = 0; p < PLANES; p++) sum[p] = float(total[p]);
+    for (int64_t i = 0; FORM == WORDS && i < n; i += 4) {  // 0, 1, 2, 3 to 0, 2, 1, 3
+        uint64_t four;
+        memcpy(&four, digits + 2 * i, 8);
+        four = (four & 0xffff00000000ffff) | (four & 0xffff0000) << 16 | (four >> 16 & 0xffff0000);
+        memcpy(digits + 2 * i, &four, 8);
+    }
+    for (int p = 0; p < planes_of(FORM); p++) sum[p] = float(total[p]);
 }
 
-template <int PLANES> void prepare(const Weight& w, const void* x, int64_t rows, int64_t stride, int dtype, Activations& a) {
-    a.positions = w.positions;
-    if constexpr (PLANES == 0) {
+template <Form FORM> void prepare(const Weight& w, const void* x, int64_t rows, int64_t stride, int dtype, Activations& a) {
+    constexpr int PLANES = planes_of(FORM), BYTES_EACH = bytes_of(FORM);
+    if constexpr (FORM == FLOATS) {
         a.x.resize(size_t(rows * w.positions));
         for (int64_t r = 0; r < rows; r++) gather(w, x, r, stride, dtype, a.x.data() + r * w.positions);
-        return;
-    }
-    a.runs = 0;
-    for_runs(w, run_of(PLANES), [&](int64_t, int64_t, int64_t) { a.runs++; });
-    a.x.resize(size_t(w.positions));
-    a.digits.resize(size_t(rows * PLANES * w.positions));
-    a.scale.resize(size_t(rows * a.runs));
-    a.sum.resize(size_t(rows * a.runs * PLANES));
-    for (int64_t r = 0; r < rows; r++) {
-        gather(w, x, r, stride, dtype, a.x.data());
-        int64_t run = r * a.runs;
-        for_runs(w, run_of(PLANES), [&](int64_t from, int64_t end, int64_t) {
-            int8_t* digits = a.digits.data() + r * PLANES * w.positions + from;
-            digitize<PLANES == 0 ? 1 : PLANES>(a.x.data() + from, end - from, digits, w.positions, &a.scale[size_t(run)],
-                                               &a.sum[size_t(run * PLANES)]);
-            run++;
-        });
+    } else {
+        a.runs = 0;
+        for_runs(w, run_of(FORM), [&](int64_t, int64_t, int64_t) { a.runs++; });
+        a.x.resize(size_t(w.positions));
+        a.digits.resize(size_t(rows * BYTES_EACH * w.positions));
+        a.scale.resize(size_t(rows * a.runs));
+        a.sum.resize(size_t(rows * a.runs * PLANES));
+        for (int64_t r = 0; r < rows; r++) {
+            gather(w, x, r, stride, dtype, a.x.data());
+            int64_t run = r * a.runs;
+            for_runs(w, run_of(FORM), [&](int64_t from, int64_t end, int64_t) {
+                int8_t* digits = a.digits.data() + r * BYTES_EACH * w.positions + (FORM == WORDS ? 2 : 1) * from;
+                digitize<FORM>(a.x.data() + from, end - from, digits, w.positions, &a.scale[size_t(run)],
+                               &a.sum[size_t(run * PLANES)]);
+                run++;
+            });
+        }
     }
 }
 
@@ -463,15 +490,19 @@ INLINE Real zeros_of(const Weight& w, int64_t tile, int64_t group) {
     return w.zeros == nullptr ? Arch::all(float(w.zero)) : Arch::bytes(w.zeros + (tile * w.groups + group) * TILE);
 }
 
-// Some blocks of one tile, all in one run: sums[row][plane] of code x digit.
-template <class Source, int BITS, int PLANES, int ROWS>
+template <int BITS> struct ArchOf {  // looked into only where WORDS is: not every Arch has dot_words
+    using type = Arch;
+};
+
+// Some blocks of one tile, all in one run: sums[row][plane] of code x activation. `row`: bytes between rows of digits.
+template <class Source, int BITS, Form FORM, int ROWS, int PLANES>
 INLINE void sums_of(const uint8_t* block, int64_t blocks, const int8_t* digits, int64_t row, int64_t plane,
                     Arch::Sum (&sums)[ROWS][PLANES]) {
-    constexpr int NARROW = Arch::NARROW<BITS>;
-    for (int64_t b = 0; b < blocks; b++, block += Source::BYTES, digits += BLOCK) {
+    constexpr int NARROW = Arch::NARROW<BITS>, WIDTH = FORM == WORDS ? 2 : 1;
+    for (int64_t b = 0; b < blocks; b++, block += Source::BYTES, digits += WIDTH * BLOCK) {
         if constexpr (Source::FAR)  // the hardware stops at the end of a page
             for (int line = 0; line < Source::BYTES; line += 64) __builtin_prefetch(block + AHEAD + line);
-        Arch::Part part[ROWS][PLANES];
+        [[maybe_unused]] Arch::Part part[ROWS][PLANES];
         UNROLL
         for (int r = 0; r < ROWS; r++)
             UNROLL
@@ -480,32 +511,40 @@ INLINE void sums_of(const uint8_t* block, int64_t blocks, const int8_t* digits, 
         for (int step = 0; step < STEPS; step++) {
             const Codes codes = Source::codes(block, step);
             UNROLL
-            for (int r = 0; r < ROWS; r++)
-                UNROLL
-                for (int p = 0; p < PLANES; p++) {
-                    int32_t four;
-                    memcpy(&four, digits + r * row + p * plane + 4 * step, 4);
-                    Arch::dot<BITS>(part[r][p], codes, four);
-                    if ((step + 1) % NARROW == 0) Arch::widen<BITS>(sums[r][p], part[r][p]);
+            for (int r = 0; r < ROWS; r++) {
+                if constexpr (FORM == WORDS) {
+                    int32_t pairs[2];
+                    memcpy(pairs, digits + r * row + 8 * step, 8);
+                    ArchOf<BITS>::type::dot_words(sums[r][0], codes, pairs[0], pairs[1]);
+                } else {
+                    UNROLL
+                    for (int p = 0; p < PLANES; p++) {
+                        int32_t four;
+                        memcpy(&four, digits + r * row + p * plane + 4 * step, 4);
+                        Arch::dot<BITS>(part[r][p], codes, four);
+                        if ((step + 1) % NARROW == 0) Arch::widen<BITS>(sums[r][p], part[r][p]);
+                    }
                 }
+            }
         }
     }
 }
 
 // One tile by ROWS rows of x over positions [from, to), which begin and end with runs: added to y [rows, 16 floats].
-template <class Source, int BITS, int PLANES, int ROWS>
+template <class Source, int BITS, Form FORM, int ROWS>
 void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Activations& a, int64_t row, int64_t from,
                   int64_t to, float* y) {
-    constexpr int64_t RUN = run_of(PLANES);
-    const int64_t plane = w.positions, apart = PLANES * plane, runs_of_group = (w.span + RUN - 1) / RUN;
+    constexpr int PLANES = planes_of(FORM), WIDTH = FORM == WORDS ? 2 : 1;
+    constexpr int64_t RUN = run_of(FORM);
+    const int64_t plane = w.positions, apart = bytes_of(FORM) * plane, runs_of_group = (w.span + RUN - 1) / RUN;
     int64_t group = from / w.span, run = group * runs_of_group + (from - group * w.span) / RUN;
-    const int8_t* digits = a.digits.data() + row * apart + from;
+    const int8_t* digits = a.digits.data() + row * apart + WIDTH * from;
     Real total[ROWS];
     UNROLL
     for (int r = 0; r < ROWS; r++) total[r] = Arch::get(y + r * TILE);
     for (int64_t first = from; first < to; group++) {
         const Real scale = scales_of(w, tile, group);
-        const Real zero = Arch::sub(zeros_of(w, tile, group), Arch::all(float(Arch::OFFSET<BITS>)));
+        const Real zero = Arch::sub(zeros_of(w, tile, group), Arch::all(float(offset_of(FORM, Arch::OFFSET<BITS>))));
         const int64_t end = (group + 1) * w.span < to ? (group + 1) * w.span : to;
         Real part[ROWS];
         UNROLL
@@ -517,13 +556,13 @@ void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Act
             for (int r = 0; r < ROWS; r++)
                 UNROLL
                 for (int p = 0; p < PLANES; p++) sums[r][p] = Arch::no_sum();
-            sums_of<Source, BITS, PLANES, ROWS>(codes, length / BLOCK, digits, apart, plane, sums);
+            sums_of<Source, BITS, FORM, ROWS>(codes, length / BLOCK, digits, apart, plane, sums);
             const float *scales = a.scale.data() + row * a.runs + run, *digit_sums = a.sum.data() + (row * a.runs + run) * PLANES;
             UNROLL
             for (int r = 0; r < ROWS; r++) {
                 Real value{};
                 UNROLL
-                for (int p = 0; p < PLANES; p++) {  // below 2^24, so floats are exact up to here
+                for (int p = 0; p < PLANES; p++) {  // of bytes below 2^24, so floats are exact up to here
                     const Real shift = Arch::all(-digit_sums[r * a.runs * PLANES + p]);
                     const Real centred = Arch::fma(zero, shift, Arch::real(sums[r][p]));
                     value = p == 0 ? centred : Arch::fma(value, Arch::all(float(BASE)), centred);
@@ -531,7 +570,7 @@ void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Act
                 part[r] = Arch::fma(value, Arch::all(scales[r * a.runs]), part[r]);
             }
             first += length;
-            digits += length;
+            digits += WIDTH * length;
             codes += length / BLOCK * Source::BYTES;
         }
         UNROLL
@@ -576,11 +615,11 @@ void exact_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Activ
     }
 }
 
-template <class Source, int BITS, int PLANES, int ROWS>
+template <class Source, int BITS, Form FORM, int ROWS>
 INLINE void tile_by_rows(const Weight& w, int64_t tile, const uint8_t* codes, const Activations& a, int64_t row, int64_t from,
                          int64_t to, float* y) {
-    if constexpr (PLANES == 0) exact_tile<Source, BITS, ROWS>(w, tile, codes, a, row, from, to, y);
-    else integer_tile<Source, BITS, PLANES, ROWS>(w, tile, codes, a, row, from, to, y);
+    if constexpr (FORM == FLOATS) exact_tile<Source, BITS, ROWS>(w, tile, codes, a, row, from, to, y);
+    else integer_tile<Source, BITS, FORM, ROWS>(w, tile, codes, a, row, from, to, y);
 }
 
 void store(const float* y, int64_t tile, int64_t out, const float* bias, void* to, int64_t row, int dtype) {
@@ -595,7 +634,7 @@ constexpr int64_t SLAB = 512;        // positions whose unpacked codes, 8 KiB a 
 constexpr int64_t ROWS_AT_ONCE = 128;  // rows whose digits of a slab stay in the second
 
 // Tiles [first, last) by all rows.
-template <int BITS, int PLANES>
+template <int BITS, Form FORM>
 void product(const Weight& w, const Activations& a, int64_t rows, const float* bias, int dtype, void* out, int64_t first,
              int64_t last) {
     using From = Packed<BITS>;
@@ -603,12 +642,12 @@ void product(const Weight& w, const Activations& a, int64_t rows, const float* b
     if (rows == 1) {
         for (int64_t tile = first; tile < last; tile++) {
             float y[TILE] = {};
-            tile_by_rows<From, BITS, PLANES, 1>(w, tile, w.codes + tile * blocks * From::BYTES, a, 0, 0, w.positions, y);
+            tile_by_rows<From, BITS, FORM, 1>(w, tile, w.codes + tile * blocks * From::BYTES, a, 0, 0, w.positions, y);
             store(y, tile, w.out, bias, out, 0, dtype);
         }
         return;
     }
-    constexpr int TOGETHER = PLANES == 1 ? Arch::ROWS : Arch::ROWS / 2 > 1 ? Arch::ROWS / 2 : 1;
+    constexpr int TOGETHER = FORM == BYTES || FORM == WORDS ? Arch::ROWS : Arch::ROWS / 2;
     // A slab ends where a run ends: at a multiple of 128 within groups that are longer, else with a group.
     const int64_t per_slab = w.span >= SLAB ? 0 : SLAB / w.span;
     std::vector<uint8_t> codes(size_t((SLAB + BLOCK) / BLOCK) * 64 * STEPS);
@@ -629,10 +668,10 @@ void product(const Weight& w, const Activations& a, int64_t rows, const float* b
                 float* sums = y.data() + (tile - first) * ROWS_AT_ONCE * TILE;
                 int64_t row = 0;
                 for (; row + TOGETHER <= count; row += TOGETHER)
-                    tile_by_rows<Unpacked<BITS>, BITS, PLANES, TOGETHER>(w, tile, codes.data(), a, top + row, from, to,
+                    tile_by_rows<Unpacked<BITS>, BITS, FORM, TOGETHER>(w, tile, codes.data(), a, top + row, from, to,
                                                                          sums + row * TILE);
                 for (; row < count; row++)
-                    tile_by_rows<Unpacked<BITS>, BITS, PLANES, 1>(w, tile, codes.data(), a, top + row, from, to,
+                    tile_by_rows<Unpacked<BITS>, BITS, FORM, 1>(w, tile, codes.data(), a, top + row, from, to,
                                                                   sums + row * TILE);
             }
         }
@@ -644,10 +683,20 @@ void product(const Weight& w, const Activations& a, int64_t rows, const float* b
 
 using Product = void (*)(const Weight&, const Activations&, int64_t, const float*, int, void*, int64_t, int64_t);
 
-template <int PLANES> Product product_of(int bits) {
-    constexpr Product all[] = {product<2, PLANES>, product<3, PLANES>, product<4, PLANES>, product<5, PLANES>,
-                               product<6, PLANES>, product<7, PLANES>, product<8, PLANES>};
-    return all[bits - 2];
+template <int BITS> constexpr Form A16_FORM = Arch::WORDS<BITS> ? WORDS : DIGITS;
+
+template <int BITS> Product by_path(int path) {
+    return path == EXACT ? product<BITS, FLOATS> : path == A16 ? product<BITS, A16_FORM<BITS>> : product<BITS, BYTES>;
+}
+
+Product product_of(int bits, int path) {
+    constexpr Product (*by_bits[])(int) = {by_path<2>, by_path<3>, by_path<4>, by_path<5>, by_path<6>, by_path<7>, by_path<8>};
+    return by_bits[bits - 2](path);
+}
+
+Form form_of(int bits, int path) {
+    constexpr Form a16[] = {A16_FORM<2>, A16_FORM<3>, A16_FORM<4>, A16_FORM<5>, A16_FORM<6>, A16_FORM<7>, A16_FORM<8>};
+    return path == EXACT ? FLOATS : path == A16 ? a16[bits - 2] : BYTES;
 }
 
 // ------------------------------------------------------------------------------------------------ threads
@@ -803,17 +852,10 @@ int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int6
                      void* y, int path, int threads) {
     try {
         static thread_local Activations activations;  // kept: allocating it anew costs as much as a small product
-        Product product;
-        if (path == EXACT) {
-            prepare<0>(*w, x, rows, stride, dtype, activations);
-            product = product_of<0>(w->bits);
-        } else if (path == A16) {
-            prepare<2>(*w, x, rows, stride, dtype, activations);
-            product = product_of<2>(w->bits);
-        } else {
-            prepare<1>(*w, x, rows, stride, dtype, activations);
-            product = product_of<1>(w->bits);
-        }
+        const Product product = product_of(w->bits, path);
+        const Form form = form_of(w->bits, path);
+        const auto fill = form == FLOATS ? prepare<FLOATS> : form == BYTES ? prepare<BYTES> : form == DIGITS ? prepare<DIGITS> : prepare<WORDS>;
+        fill(*w, x, rows, stride, dtype, activations);
         const int64_t tiles = (w->out + TILE - 1) / TILE, bytes = w->positions / BLOCK * 64 * w->bits;
         int64_t chunk = rows > 1 ? 4 : CHUNK_BYTES / bytes;
         chunk = chunk < 1 ? 1 : chunk;

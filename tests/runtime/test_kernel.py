@@ -6,6 +6,7 @@ Without any library these tests are skipped, and test_linear.py shows what runs 
 
 import ctypes
 import os
+import platform
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -222,6 +223,12 @@ def test_the_best_instruction_set_is_chosen_and_auto_means_a16_on_vectors() -> N
     assert [cpu.resolve("auto", isa) for isa in cpu.ISAS] == ["a16", "a16", "exact"]
     with pytest.raises(SettingError, match="a17"):
         cpu.resolve("a17", best)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(compiler() is None or platform.machine() != "x86_64", reason="no compiler, or not x86-64")
+def test_the_build_left_nothing_out() -> None:
+    """A library that does not compile is left out of the install without an error: it must be noticed here."""
+    assert [isa for isa in cpu.ISAS if cpu.library_path(isa) is None] == []
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
