@@ -19,6 +19,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if !defined(_WIN32)
@@ -636,7 +637,7 @@ constexpr int64_t ROWS_AT_ONCE = 128;  // rows whose digits of a slab stay in th
 // Tiles [first, last) by all rows.
 template <int BITS, Form FORM>
 void product(const Weight& w, const Activations& a, int64_t rows, const float* bias, int dtype, void* out, int64_t first,
-             int64_t last) {
+             int64_t last) noexcept {  // its scratch of some 100 KB is the only thing that could fail
     using From = Packed<BITS>;
     const int64_t blocks = w.positions / BLOCK;
     if (rows == 1) {
@@ -681,7 +682,7 @@ void product(const Weight& w, const Activations& a, int64_t rows, const float* b
     }
 }
 
-using Product = void (*)(const Weight&, const Activations&, int64_t, const float*, int, void*, int64_t, int64_t);
+using Product = void (*)(const Weight&, const Activations&, int64_t, const float*, int, void*, int64_t, int64_t) noexcept;
 
 template <int BITS> constexpr Form A16_FORM = Arch::WORDS<BITS> ? WORDS : DIGITS;
 
@@ -755,7 +756,10 @@ class Pool {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             const int helpers = int(threads - 1 < job->chunks - 1 ? threads - 1 : job->chunks - 1);
-            while (int(workers_.size()) < helpers) workers_.emplace_back([this] { loop(); });
+            try {
+                while (int(workers_.size()) < helpers) workers_.emplace_back([this, mine = generation_] { loop(mine); });
+            } catch (const std::system_error&) {  // no thread to be had: those that are there, and the caller, do it
+            }
             for (int i = 0; i < helpers; i++) jobs_.push_back(job);  // once for each helper that may join
             waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
             if (sleeping_ > 0) wake_.notify_all();
@@ -767,29 +771,28 @@ class Pool {
         }
     }
     void shut_down() {
+        std::vector<std::thread> workers;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
+            workers.swap(workers_);
+            generation_++;
             waiting_.store(1, std::memory_order_release);
             wake_.notify_all();
         }
-        for (auto& worker : workers_) worker.join();
-        workers_.clear();
-        stop_ = false;
-        waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
+        for (auto& worker : workers) worker.join();
     }
 
   private:
-    void loop() {
+    void loop(int mine) {
         for (;;) {
             std::shared_ptr<Job> job;
             spin_until([&] { return waiting_.load(std::memory_order_acquire) > 0; });
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 sleeping_++;
-                wake_.wait(lock, [&] { return stop_ || !jobs_.empty(); });
+                wake_.wait(lock, [&] { return generation_ != mine || !jobs_.empty(); });
                 sleeping_--;
-                if (stop_) return;
+                if (generation_ != mine) return;
                 job = jobs_.front();
                 jobs_.pop_front();
                 waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
@@ -803,7 +806,7 @@ class Pool {
     std::vector<std::thread> workers_;
     std::atomic<int64_t> waiting_{0};
     int sleeping_ = 0;
-    bool stop_ = false;
+    int generation_ = 0;  // workers of an earlier one leave
 };
 
 // On the heap and never freed: a forked child inherits a pool whose threads did not come along, and takes a new one.
@@ -822,6 +825,7 @@ Pool& the_pool() {
 }
 
 constexpr int64_t CHUNK_BYTES = 1 << 16;    // of codes: some 5 microseconds of one row
+constexpr int64_t ROWS_PREPARED = 512;       // of x at a time, which bounds what is kept
 constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done before another thread has woken
 
 }  // namespace
@@ -850,36 +854,36 @@ int nearplane_runs(int isa) {
 // Returns 0; 1 where memory runs out. The arguments are checked by the caller (cpu.py).
 int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int64_t stride, int dtype, const float* bias,
                      void* y, int path, int threads) {
-    try {
-        static thread_local Activations activations;  // kept: allocating it anew costs as much as a small product
-        const Product product = product_of(w->bits, path);
-        const Form form = form_of(w->bits, path);
-        const auto fill = form == FLOATS ? prepare<FLOATS> : form == BYTES ? prepare<BYTES> : form == DIGITS ? prepare<DIGITS> : prepare<WORDS>;
-        fill(*w, x, rows, stride, dtype, activations);
-        const int64_t tiles = (w->out + TILE - 1) / TILE, bytes = w->positions / BLOCK * 64 * w->bits;
-        int64_t chunk = rows > 1 ? 4 : CHUNK_BYTES / bytes;
-        chunk = chunk < 1 ? 1 : chunk;
-        if (threads <= 1 || tiles <= chunk || w->out * w->positions * rows < ALONE_PRODUCTS) {
-            for (int64_t first = 0; first < tiles; first += chunk)
-                product(*w, activations, rows, bias, dtype, y, first, first + chunk < tiles ? first + chunk : tiles);
-            return 0;
+    static thread_local Activations activations;  // kept: allocating it anew costs as much as a small product
+    const Form form = form_of(w->bits, path);
+    const auto fill = form == FLOATS   ? prepare<FLOATS>
+                      : form == BYTES  ? prepare<BYTES>
+                      : form == DIGITS ? prepare<DIGITS>
+                                       : prepare<WORDS>;
+    const int64_t tiles = (w->out + TILE - 1) / TILE, bytes = w->positions / BLOCK * 64 * w->bits;
+    const int64_t chunk = rows > 1 ? 4 : std::max<int64_t>(1, CHUNK_BYTES / bytes), size = dtype == F32 ? 4 : 2;
+    for (int64_t top = 0; top < rows; top += ROWS_PREPARED) {
+        const int64_t count = std::min(rows - top, ROWS_PREPARED);
+        try {
+            fill(*w, static_cast<const char*>(x) + top * stride * size, count, stride, dtype, activations);
+            auto job = std::make_shared<Job>();
+            job->weight = w;
+            job->activations = &activations;
+            job->product = product_of(w->bits, path);
+            job->rows = count;
+            job->bias = bias;
+            job->dtype = dtype;
+            job->out = static_cast<char*>(y) + top * w->out * size;
+            job->tiles = tiles;
+            job->chunk = chunk;
+            job->chunks = (tiles + chunk - 1) / chunk;
+            if (threads <= 1 || job->chunks <= 1 || w->out * w->positions * count < ALONE_PRODUCTS) job->work();
+            else the_pool().run(job, threads);
+        } catch (const std::bad_alloc&) {
+            return 1;
         }
-        auto job = std::make_shared<Job>();
-        job->weight = w;
-        job->activations = &activations;
-        job->product = product;
-        job->rows = rows;
-        job->bias = bias;
-        job->dtype = dtype;
-        job->out = y;
-        job->tiles = tiles;
-        job->chunk = chunk;
-        job->chunks = (tiles + chunk - 1) / chunk;
-        the_pool().run(job, threads);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
     }
+    return 0;
 }
 
 // Joins the workers; the next call that needs them starts new ones.

@@ -155,7 +155,7 @@ def test_halves_are_rounded_as_torch_rounds_them(run: Run) -> None:
 @pytest.mark.parametrize("arithmetic", BOUNDS)
 def test_any_number_of_threads_gives_the_same_bits(run: Run, arithmetic: str) -> None:
     given = problem(400, 512, 4, 128)
-    for rows in (1, 5, 140):
+    for rows in (1, 5, 140, 600):
         x = normal(rows, 512)
         alone = run(x, given, None, arithmetic, 1)
         for threads in (2, 3, 8):
