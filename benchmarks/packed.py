@@ -51,7 +51,7 @@ def packed(out: int, columns: int, bits: int, rotate: int) -> list[cpu.Handle]:
     number = copies(first.nbytes, rotate)
     again = [Tiles(first.shape, *(part.clone() for part in (first.codes, first.scales, first.zeros, first.order)))
              for _ in range(number - 1)]  # fmt: skip
-    return [cpu.prepare(tiles, None) for tiles in (first, *again)]
+    return [cpu.prepare(tiles) for tiles in (first, *again)]
 
 
 def own_gemv(folder: Path) -> ctypes.CDLL | None:
@@ -142,6 +142,8 @@ def contenders(
 ) -> tuple[Any, Any]:
     """Every way to multiply, and the bytes of the packed weights by width."""
     rotate, x = args.rotate << 20, torch.randn(rows, columns)
+    if rows >= 64:  # compute, not memory, is what it takes: a few weights, more than the caches hold
+        rotate = 64 << 20
     found: dict[str, list[Contender]] = {}
 
     dense = [torch.randn(out, columns).bfloat16() for _ in range(copies(2 * out * columns, rotate))]
@@ -155,7 +157,7 @@ def contenders(
         found["own bf16"] = [partial(gemv.gemv, w.data_ptr(), x.data_ptr(), y.data_ptr(), out, columns) for w in dense]
     sizes = {}
     for bits in args.bits:
-        handles = packed(out, columns, bits, rotate if rows == 1 else 1)
+        handles = packed(out, columns, bits, rotate)
         tiles: Any = handles[0].owners[1]
         sizes[bits] = tiles.nbytes
         for path in args.paths:
@@ -163,7 +165,7 @@ def contenders(
                 partial(cpu.linear, x, handle, path, None, args.threads) for handle in handles
             ]
         # Other runtimes rotate over at most 24 weights: each is a session of its own.
-        others = (rows, min(rotate if rows == 1 else 1, 24 * tiles.nbytes), args.threads)
+        others = (rows, min(rotate, 24 * tiles.nbytes), args.threads)
         if args.onnx and bits in (2, 4, 8):
             feed = {"x": x.numpy()}
             sessions = onnx_matmul(out, columns, bits, *others)
@@ -217,10 +219,12 @@ def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
         x = torch.randn(1, columns)
         for bits in args.bits:
             handles = packed(out, columns, bits, args.rotate << 20)
-            calls = {str(n): [partial(cpu.linear, x, handle, "a16", None, n) for handle in handles] for n in (1, 2)}
+            calls = {
+                str(n): [partial(cpu.linear, x, handle, None, "a16", None, n) for handle in handles] for n in (1, 2)
+            }
             seconds = median_times(calls, args.rounds, time.perf_counter)
             found.append({"shape": shape, "bits": bits, "two_threads": seconds["1"] / seconds["2"]})
-            print(json.dumps(found[-1]), flush=True)
+            print(f"| {shape} | {bits} bits | {found[-1]['two_threads']:.2f} |", flush=True)
     return found
 
 

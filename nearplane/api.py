@@ -120,6 +120,7 @@ def evaluate(
     dtype: str = "float32",
     packed: bool = True,
     arithmetic: Arithmetic = "auto",
+    head_bits: int | None = None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Evaluation:
@@ -130,7 +131,7 @@ def evaluate(
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(model, packed=packed, arithmetic=arithmetic, **settings)
+    loaded = load(model, packed=packed, arithmetic=arithmetic, head_bits=head_bits, **settings)
     original = None if reference is None else load(reference, **settings)
     tokenizer = load_tokenizer(locate(model), trust_remote_code=trust_remote_code)
     return evaluate_model(

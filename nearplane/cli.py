@@ -31,7 +31,7 @@ from nearplane.methods import METHODS, Method
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
 from nearplane.runtime.linear import quantized_linears
-from nearplane.speed import bench
+from nearplane.speed import bench, check_threads
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -132,6 +132,7 @@ def _eval(argv: list[str]) -> None:
         dtype=args.dtype,
         packed=args.packed,
         arithmetic=args.arithmetic,
+        head_bits=args.head_bits,
         trust_remote_code=args.trust_remote_code,
         progress=True,
     )
@@ -186,9 +187,8 @@ def _bench(argv: list[str]) -> None:
 
 
 def _set_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise SettingError(f"--threads must be at least 1; got {threads}.")
     if threads is not None:
+        check_threads(threads)
         torch.set_num_threads(threads)
 
 

@@ -58,6 +58,8 @@ class Eval:
     """Multiply quantized weights as they are, as they will be run; --no-packed makes them dense first."""
     arithmetic: Arithmetic = "auto"
     """How packed weights are multiplied: exact (float32), a16 or a8 (activations of 16 or 8 bits); auto: the default."""
+    head_bits: int | None = None
+    """Also round the output head to so many bits, in memory."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
     trust_remote_code: bool = False

@@ -1,6 +1,5 @@
 """``nearplane generate``: text from a checkpoint, streamed, with what it cost."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -70,10 +69,12 @@ def generate(
 
     ``temperature`` 0 takes the likeliest token. Raises SettingError for settings that cannot work.
     """
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not (temperature == 0 or 0.01 <= temperature <= 100):
         raise SettingError(
-            f"max_new_tokens must be at least 1 and temperature 0 or more; got {max_new_tokens}, {temperature}."
+            f"max_new_tokens must be at least 1, temperature 0 or from 0.01 to 100; got {max_new_tokens}, {temperature}."
         )
+    if not 0 <= seed < 2**63:
+        raise SettingError(f"seed must be from 0 to 2**63 - 1; got {seed}.")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise SettingError("this model's tokenizer has no chat template; leave out --chat.")
     if chat:
@@ -83,11 +84,7 @@ def generate(
     ids = inputs["input_ids"]
     if not ids.shape[1]:
         raise SettingError("the prompt has no tokens.")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and ids.shape[1] + max_new_tokens > limit:
-        raise SettingError(
-            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's {limit} positions."
-        )
+    check_positions(model, ids.shape[1] + max_new_tokens)
     streamer = _Streamer(tokenizer, write)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -117,7 +114,17 @@ def generate(
     )
 
 
+def check_positions(model: nn.Module, tokens: int) -> None:
+    """SettingError if a prompt and what follows it are more tokens than the model has positions."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit:
+        raise SettingError(f"prompt and new tokens, {tokens} together, exceed the model's {limit} positions.")
+
+
 def peak_bytes() -> int:
     """Peak resident memory of this process."""
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,9 +13,11 @@ from rich.table import Table
 from torch import nn
 
 from nearplane.core.errors import SettingError
+from nearplane.generation import check_positions
 from nearplane.models.load import load_model
 from nearplane.progress import bar
 from nearplane.runtime import cpu
+from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.linear import QuantizedLinear, quantized_linears
 
 
@@ -56,7 +58,7 @@ class Speed:
     def print(self, console: Console) -> None:
         """For people."""
         table = Table(title=f"{self.model}: {self.kernel}, {self.threads} threads")
-        columns = ("decode", "x bf16", "prefill", "x bf16", "MB/token", "floor", "head")
+        columns = ("decode", "x bf16", "prefill", "x bf16", "MB", "floor", "head")
         table.add_column("weights", no_wrap=True)
         for column in columns:
             table.add_column(column, justify="right")
@@ -77,7 +79,7 @@ class Speed:
         console.print(
             f"tokens/s; batch 1, {self.new_tokens} tokens decoded after a prompt of {self.prompt_tokens}, median of "
             f"{self.rounds} interleaved rounds; floor: a token's bytes of weights at the rate of reading memory ({rate}); "
-            "head: its part of a decoded token's time",
+            "MB: those bytes; head: its part of a decoded token's time",
             soft_wrap=True,
         )
 
@@ -99,14 +101,22 @@ def bench(
     Packed models hold what is not quantized in the dtype it is stored in. The dense models are the checkpoint's own
     weights, dequantized: as fast as the original's. SettingError for a checkpoint without packed weights.
     """
-    if prompt_tokens < 1 or new_tokens < 1 or rounds < 1 or (threads is not None and threads < 1):
-        raise SettingError("prompt_tokens, new_tokens, rounds and threads must be at least 1.")
+    if min(prompt_tokens, new_tokens, rounds) < 1:
+        raise SettingError("prompt_tokens, new_tokens and rounds must be at least 1.")
+    if threads is not None:
+        check_threads(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         return _bench(model, prompt_tokens, new_tokens, rounds, against, head_bits, trust_remote_code, progress)
     finally:
         torch.set_num_threads(before)
+
+
+def check_threads(threads: int) -> None:
+    """SettingError for a number of threads that no machine has."""
+    if not 1 <= threads <= 1024:
+        raise SettingError(f"threads must be at least 1 and at most 1024; got {threads}.")
 
 
 DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -128,9 +138,11 @@ def _bench(
     packed = opened(dtype=None)
     if not quantized_linears(packed):
         raise SettingError(f"{model} is not quantized; there is nothing packed to measure.")
+    check_positions(packed, prompt + new)
     kernel = next(iter(quantized_linears(packed).values())).why()
-    models = {f"packed {packed_name}": opened(dtype=None, arithmetic=packed_name) for packed_name in ("a16", "a8")}
-    models[f"packed a16, {head_bits}-bit head"] = opened(dtype=None, arithmetic="a16", head_bits=head_bits)
+    ways: tuple[Arithmetic, ...] = ("a16", "a8") if cpu.best() is not None else ("auto",)
+    models = {f"packed {way if way != 'auto' else 'plain'}": opened(dtype=None, arithmetic=way) for way in ways}
+    models[f"{next(iter(models))}, head{head_bits}"] = opened(dtype=None, arithmetic=ways[0], head_bits=head_bits)
     models |= {f"dense {name}": opened(packed=False, dtype=DENSE[name]) for name in against}
     del packed
     rate = None if cpu.best() is None else cpu.read_rate()

@@ -427,7 +427,8 @@ def test_generate_streams_text_and_says_what_it_cost(checkpoint: Path, capsys: p
     assert "(1 threads)" in capsys.readouterr().err
     for wrong, sentence in (
         (["--chat"], "no chat template"), (["--max-new-tokens", "0"], "at least 1"), (["--threads", "0"], "at least 1"),
-        (["--head-bits", "9"], "bits must be 2 to 8"),
+        (["--head-bits", "9"], "bits must be 2 to 8"), (["--threads", "100000"], "at most 1024"),
+        (["--seed", str(2**64)], "seed must be"), (["--temperature", "nan"], "from 0.01 to 100"),
     ):  # fmt: skip
         assert sentence in refused([*words, *wrong], capsys)
 
@@ -442,6 +443,7 @@ def test_bench_prints_a_table_or_json(checkpoint: Path, model: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "dense bf16" in printed and "tokens/s; batch 1, 2 tokens decoded after a prompt of 4" in printed
     assert "is not quantized" in refused(["bench", str(model)], capsys)
+    assert "64 positions" in refused(["bench", str(checkpoint), "--prompt-tokens", "80"], capsys)
 
 
 def test_eval_measures_the_packed_model(checkpoint: Path, data: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ Decides what becomes of quantized weights: packed linears, which keep them as th
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def load_model(
     (``runtime/head.py``). No other quantization package is needed. Raises NearplaneError with one sentence for
     anything that cannot be read.
     """
+    cpu.check(arithmetic)
     folder = locate(model, trust_remote_code=trust_remote_code)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
@@ -68,9 +69,12 @@ def load_model(
     if head_bits is not None:
         quantize_head(result, head_bits)
     if holes and device.type == "cpu" and cpu.best() is None:
-        CONSOLE.print(f"note: packed weights run in plain torch, slowly: {cpu.supports(device, torch.float32)}")
+        _warn_once()
     if holes or head_bits is not None:
-        result.__dict__["save_pretrained"] = MethodType(_refuse_to_save, result)
+        result.requires_grad_(False)  # else every linear would be asked for a gradient
+        for module in result.modules():
+            if hasattr(module, "save_pretrained"):
+                module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, arithmetic)
     return result.to(device).eval()
 
@@ -126,7 +130,13 @@ def _fill(model: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> Non
     model.set_submodule(path, QuantizedLinear(tiles, bias))
 
 
-def _refuse_to_save(model: nn.Module, *_: Any, **__: Any) -> None:
+@cache
+def _warn_once() -> None:
+    reason = cpu.supports(torch.device("cpu"), torch.float32)
+    CONSOLE.print(f"note: packed weights run in plain torch, slowly: {reason}")
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise NearplaneError(
         "this model's weights are packed for running, which is not a format on disk; copy the checkpoint's folder "
         "instead, or load with packed=False to save dense weights."

@@ -23,8 +23,11 @@ Isa = Literal["avx512", "avx2", "portable"]
 ISAS: dict[Isa, int] = {"avx512": 2, "avx2": 1, "portable": 0}  # the best first
 PATHS: dict[str, int] = {"exact": 0, "a16": 1, "a8": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ABI = 1  # nearplane_abi() of the kernel.cpp that belongs to this file
-HOW = "it is built while nearplane is installed, where a C++ compiler is found (g++ or clang++): install nearplane anew"
+ABI = 2  # nearplane_abi() of the kernel.cpp that belongs to this file
+HOW = (
+    "it is built while nearplane is installed, where there is a C++ compiler (g++ or clang++): with one, in a clone, "
+    "pip install --force-reinstall --no-deps ."
+)
 
 
 class _Weight(ctypes.Structure):
@@ -41,8 +44,8 @@ class Handle(NamedTuple):
     """A weight as the kernel takes it. Holds the tensors whose memory it points to."""
 
     weight: ctypes._Pointer  # type: ignore[type-arg]
-    bias: Tensor | None
     shape: Shape
+    addresses: tuple[int, ...]
     owners: tuple[object, ...]
 
 
@@ -59,7 +62,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         raise NearplaneError(f"{path} was built for another version of nearplane; {HOW}.")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.nearplane_linear.argtypes = [
-        ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, pointer, ctypes.c_int, ctypes.c_int,
+        ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int,
+        ctypes.c_int,
     ]  # fmt: skip
     library.nearplane_read.argtypes = [pointer, number]
     library.nearplane_read.restype = ctypes.c_uint64
@@ -81,12 +85,17 @@ def best() -> Isa | None:
     return next((isa for isa in ISAS if library(isa) is not None), None)
 
 
+def check(arithmetic: str) -> None:
+    """SettingError for a name that is none."""
+    if arithmetic not in ("auto", *PATHS):
+        raise SettingError(f"arithmetic must be auto, {', '.join(PATHS)}; got {arithmetic!r}.")
+
+
 def resolve(arithmetic: Arithmetic, isa: Isa) -> Literal["exact", "a16", "a8"]:
     """What "auto" means: a16 where there are vectors for it, which are faster so and more exact than bfloat16."""
     if arithmetic == "auto":
         return "exact" if isa == "portable" else "a16"
-    if arithmetic not in PATHS:
-        raise SettingError(f"arithmetic must be auto, exact, a16 or a8; got {arithmetic!r}.")
+    check(arithmetic)
     return arithmetic
 
 
@@ -101,20 +110,27 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(tiles: Tiles, bias: Tensor | None) -> Handle:
-    """Point at a weight. The handle is good for as long as its tensors are not resized or moved."""
-    shape = tiles.shape
-    where = [
-        None if not part.numel() else part.data_ptr() for part in (tiles.codes, tiles.scales, tiles.zeros, tiles.order)
-    ]
+def prepare(tiles: Tiles) -> Handle:
+    """Point at a weight: good for as long as ``addresses(tiles)`` are the handle's. ValueError for one that is malformed."""
+    tiles.check()
+    shape, where = tiles.shape, addresses(tiles)
     sizes = (shape.out, shape.columns, shape.positions, shape.groups, shape.span)
-    weight = _Weight(*where, *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype])
-    bias = None if bias is None else bias.detach().float().contiguous()
-    return Handle(ctypes.pointer(weight), bias, shape, (weight, tiles))
+    weight = _Weight(*(at or None for at in where), *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype])
+    return Handle(ctypes.pointer(weight), shape, where, (weight, tiles))
+
+
+def addresses(tiles: Tiles) -> tuple[int, ...]:
+    """Where the four tensors lie; 0 for an empty one."""
+    return tiles.codes.data_ptr(), tiles.scales.data_ptr(), tiles.zeros.data_ptr(), tiles.order.data_ptr()
 
 
 def linear(
-    x: Tensor, handle: Handle, arithmetic: Arithmetic = "auto", isa: Isa | None = None, threads: int | None = None
+    x: Tensor,
+    handle: Handle,
+    bias: Tensor | None = None,
+    arithmetic: Arithmetic = "auto",
+    isa: Isa | None = None,
+    threads: int | None = None,
 ) -> Tensor:
     """``x @ W.T + bias``, (..., in) to (..., out) of the same dtype; ``supports`` must have said None.
 
@@ -128,15 +144,18 @@ def linear(
     if kernel is None or isa is None:
         raise SettingError(f"no C++ kernel for {isa or 'any instruction set'} can run here; {HOW}.")
     shape = handle.shape
-    x = x.contiguous()
+    if x.shape[-1:] != (shape.columns,):
+        raise ValueError(f"expected (..., {shape.columns}), got {list(x.shape)}")
+    x = x.resolve_neg().contiguous()
     y = torch.empty((*x.shape[:-1], shape.out), dtype=x.dtype)
     rows = x.numel() // shape.columns
     if rows:
-        path = PATHS[resolve(arithmetic, isa)]
-        bias = None if handle.bias is None else handle.bias.data_ptr()
+        if bias is not None:
+            bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+        adds = (None, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
         sizes = rows, shape.columns, DTYPES[x.dtype]
-        to = bias, y.data_ptr(), path, threads or torch.get_num_threads()
-        if kernel.nearplane_linear(handle.weight, x.data_ptr(), *sizes, *to):
+        how = PATHS[resolve(arithmetic, isa)], threads or torch.get_num_threads()
+        if kernel.nearplane_linear(handle.weight, x.data_ptr(), *sizes, *adds, y.data_ptr(), *how):
             raise MemoryError(f"no memory for the activations of {rows} rows")
     return y
 

@@ -623,9 +623,14 @@ INLINE void tile_by_rows(const Weight& w, int64_t tile, const uint8_t* codes, co
     else integer_tile<Source, BITS, FORM, ROWS>(w, tile, codes, a, row, from, to, y);
 }
 
-void store(const float* y, int64_t tile, int64_t out, const float* bias, void* to, int64_t row, int dtype) {
+struct Bias {
+    const void* values;  // or null
+    int dtype;
+};
+
+void store(const float* y, int64_t tile, int64_t out, Bias bias, void* to, int64_t row, int dtype) {
     for (int64_t n = tile * TILE; n < out && n < (tile + 1) * TILE; n++) {
-        const float value = y[n - tile * TILE] + (bias != nullptr ? bias[n] : 0.f);
+        const float value = y[n - tile * TILE] + (bias.values != nullptr ? element(bias.values, n, bias.dtype) : 0.f);
         if (dtype == F32) static_cast<float*>(to)[row * out + n] = value;
         else static_cast<uint16_t*>(to)[row * out + n] = dtype == F16 ? to_half(value) : to_bfloat(value);
     }
@@ -636,7 +641,7 @@ constexpr int64_t ROWS_AT_ONCE = 128;  // rows whose digits of a slab stay in th
 
 // Tiles [first, last) by all rows.
 template <int BITS, Form FORM>
-void product(const Weight& w, const Activations& a, int64_t rows, const float* bias, int dtype, void* out, int64_t first,
+void product(const Weight& w, const Activations& a, int64_t rows, Bias bias, int dtype, void* out, int64_t first,
              int64_t last) noexcept {  // its scratch of some 100 KB is the only thing that could fail
     using From = Packed<BITS>;
     const int64_t blocks = w.positions / BLOCK;
@@ -682,7 +687,7 @@ void product(const Weight& w, const Activations& a, int64_t rows, const float* b
     }
 }
 
-using Product = void (*)(const Weight&, const Activations&, int64_t, const float*, int, void*, int64_t, int64_t) noexcept;
+using Product = void (*)(const Weight&, const Activations&, int64_t, Bias, int, void*, int64_t, int64_t) noexcept;
 
 template <int BITS> constexpr Form A16_FORM = Arch::WORDS<BITS> ? WORDS : DIGITS;
 
@@ -710,7 +715,7 @@ struct Job {
     const Activations* activations;
     Product product;
     int64_t rows;
-    const float* bias;
+    Bias bias;
     int dtype;
     void* out;
     int64_t tiles, chunk, chunks;
@@ -755,16 +760,22 @@ class Pool {
     void run(const std::shared_ptr<Job>& job, int threads) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            const int helpers = int(threads - 1 < job->chunks - 1 ? threads - 1 : job->chunks - 1);
+            const int64_t wanted = std::min<int64_t>(threads, job->chunks) - 1;
             try {
-                while (int(workers_.size()) < helpers) workers_.emplace_back([this, mine = generation_] { loop(mine); });
+                while (int64_t(workers_.size()) < wanted) workers_.emplace_back([this, mine = generation_] { loop(mine); });
             } catch (const std::system_error&) {  // no thread to be had: those that are there, and the caller, do it
             }
-            for (int i = 0; i < helpers; i++) jobs_.push_back(job);  // once for each helper that may join
+            const int64_t helpers = std::min<int64_t>(wanted, int64_t(workers_.size()));
+            jobs_.insert(jobs_.end(), size_t(helpers), job);  // once for each helper that may join
             waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
-            if (sleeping_ > 0) wake_.notify_all();
+            for (int64_t i = 0; i < helpers && sleeping_ > 0; i++) wake_.notify_one();
         }
         job->work();
+        {  // whoever has not come by now is not needed
+            std::lock_guard<std::mutex> lock(mutex_);
+            jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end());
+            waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
+        }
         if (!job->complete() && !spin_until([&] { return job->complete(); })) {
             std::unique_lock<std::mutex> lock(job->mutex);
             job->finished.wait(lock, [&] { return job->complete(); });
@@ -834,7 +845,7 @@ constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done befo
 
 extern "C" {
 
-int nearplane_abi() { return 1; }
+int nearplane_abi() { return 2; }
 
 // Whether this machine can run an instruction set's library. Asked of the portable one.
 int nearplane_runs(int isa) {
@@ -850,10 +861,10 @@ int nearplane_runs(int isa) {
 #endif
 }
 
-// x [rows, in] with `stride` elements from row to row, y [rows, out] of the same dtype, bias [out] float32 or null.
+// x [rows, in] with `stride` elements from row to row, y [rows, out] of the same dtype, bias [out] of its own or null.
 // Returns 0; 1 where memory runs out. The arguments are checked by the caller (cpu.py).
-int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int64_t stride, int dtype, const float* bias,
-                     void* y, int path, int threads) {
+int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int64_t stride, int dtype, const void* bias,
+                     int bias_dtype, void* y, int path, int threads) {
     static thread_local Activations activations;  // kept: allocating it anew costs as much as a small product
     const Form form = form_of(w->bits, path);
     const auto fill = form == FLOATS   ? prepare<FLOATS>
@@ -871,7 +882,7 @@ int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int6
             job->activations = &activations;
             job->product = product_of(w->bits, path);
             job->rows = count;
-            job->bias = bias;
+            job->bias = {bias, bias_dtype};
             job->dtype = dtype;
             job->out = static_cast<char*>(y) + top * w->out * size;
             job->tiles = tiles;

@@ -60,6 +60,26 @@ class Tiles:
     order: Int[Tensor, "positions"]
     """Column at each position, -1 for none; empty where position and column are the same."""
 
+    def check(self) -> None:
+        """ValueError unless the tensors are what the shape says: a kernel reads memory by it."""
+        shape = self.shape
+        per_group = (shape.tiles, shape.groups, TILE)
+        wanted = {
+            "codes": (torch.uint8, (shape.tiles, shape.positions // BLOCK, 64 * shape.bits)),
+            "scales": (SCALE_BITS[shape.scale_dtype], per_group),
+            "zeros": (torch.uint8, per_group if self.zeros.numel() else (0,)),
+            "order": (torch.int32, (shape.positions,) if self.order.numel() else (0,)),
+        }
+        for name, (dtype, sizes) in wanted.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != dtype or tuple(tensor.shape) != sizes or not tensor.is_contiguous():
+                found = f"{list(tensor.shape)} of {tensor.dtype}" + (
+                    ", not contiguous" if not tensor.is_contiguous() else ""
+                )
+                raise ValueError(f"a packed weight's {name} must be {list(sizes)} of {dtype}; got {found}")
+        if self.order.numel() and not -1 <= int(self.order.min()) <= int(self.order.max()) < shape.columns:
+            raise ValueError(f"a packed weight's order names columns outside 0 to {shape.columns - 1}")
+
     def rows(self, first: int, last: int) -> "Tiles":
         """Tiles ``first`` to ``last`` only."""
         shape = replace(self.shape, out=min(self.shape.out, last * TILE) - first * TILE)
@@ -123,7 +143,9 @@ def _order(columns: int, width: int, group: Tensor | None) -> Int[Tensor, "posit
     for g in range(int(contiguous[-1]) + 1):
         members = (group == g).nonzero()[:, 0]
         if len(members) > -(-width // BLOCK) * BLOCK:
-            raise SettingError(f"group {g} has {len(members)} columns, more than the group size {width}.")
+            raise SettingError(
+                f"group {g} has {len(members)} columns, and there is room for {-(-width // BLOCK) * BLOCK}."
+            )
         last = g == int(contiguous[-1])
         room = -(-(len(members) if last else width) // BLOCK) * BLOCK
         parts.append(torch.nn.functional.pad(members, (0, room - len(members)), value=-1))

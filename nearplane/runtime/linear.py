@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearplane.core.errors import SettingError
 from nearplane.runtime import cpu, reference, triton
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import Shape, Tiles, dequantize
@@ -67,46 +66,34 @@ class QuantizedLinear(nn.Module):
         return "plain torch: " + "; ".join(reason for reason in reasons.values() if reason)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point() or x.layout != torch.strided:
             raise ValueError(f"expected (..., {self.in_features}) floats, got {list(x.shape)} of {x.dtype}")
-        if torch.compiler.is_compiling() or type(x) is not Tensor:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
             described = _described(self.shape)
             return cast(Tensor, torch.ops.nearplane.linear(x, *self._parts(), self.bias, *described, self.arithmetic))
-        if x.requires_grad and torch.is_grad_enabled():
-            return reference.linear(x, self.tiles, self.bias)
-        handle = self._handle
-        if handle is not None and cpu.supports(x.device, x.dtype) is None:
-            return cpu.linear(x, handle, self.arithmetic)
-        return self._unprepared(x)
-
-    def _unprepared(self, x: Tensor) -> Tensor:
-        """The first call, and every call that is not the C++ kernel's."""
         if x.device != self.codes.device:
             raise ValueError(f"input on {x.device}, weight on {self.codes.device}")
-        if cpu.supports(x.device, x.dtype) is None:
-            self._handle = cpu.prepare(self.tiles, self.bias)
-        return run(x, self.tiles, self.bias, self.arithmetic)
+        if cpu.supports(x.device, x.dtype) is not None:
+            return run(x, self.tiles, self.bias, self.arithmetic)
+        handle, tiles = self._handle, self.tiles
+        if handle is None or handle.addresses != cpu.addresses(tiles) or handle.shape is not self.shape:
+            handle = self._handle = cpu.prepare(tiles)  # at first, and when the tensors have been replaced or moved
+        return cpu.linear(x, handle, self.bias, self.arithmetic)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.codes, self.scales, self.zeros, self.order
 
-    # A handle holds addresses: it must not outlive the tensors that it was made of.
+    def get_extra_state(self) -> Tensor:
+        """The shape, which the four tensors do not tell, as numbers."""
+        sizes, scale_dtype = _described(self.shape)
+        return torch.tensor([*sizes, scale_dtype])
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in (*TENSORS, "bias"):
-            self.__dict__["_handle"] = None
-        super().__setattr__(name, value)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._handle = None
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._handle = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def set_extra_state(self, state: Tensor) -> None:
+        *sizes, scale_dtype = state.tolist()
+        self.shape = _shape(sizes, scale_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_handle": None}  # addresses are this process's
 
     def extra_repr(self) -> str:
         return (
@@ -118,7 +105,7 @@ class QuantizedLinear(nn.Module):
 def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor:
     """By the first kernel that supports the input, else by the plain path."""
     if cpu.supports(x.device, x.dtype) is None:
-        return cpu.linear(x, cpu.prepare(tiles, bias), arithmetic)
+        return cpu.linear(x, cpu.prepare(tiles), bias, arithmetic)
     if triton.supports(tiles.shape, x.device, x.dtype) is None:
         return triton.linear(x, tiles, bias)
     return reference.linear(x, tiles, bias)
@@ -133,15 +120,22 @@ def _described(shape: Shape) -> tuple[list[int], int]:
     return sizes, SCALES.index(shape.scale_dtype)
 
 
+def _shape(sizes: list[int], scale_dtype: int) -> Shape:
+    out, columns, bits, positions, span, groups, zero = sizes
+    return Shape(out, columns, bits, positions, span, groups, zero, SCALES[scale_dtype])
+
+
 @torch.library.custom_op("nearplane::linear", mutates_args=())
 def _linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, bias: Tensor | None, sizes: list[int],
     scale_dtype: int, arithmetic: str,
 ) -> Tensor:  # fmt: skip
     """The same as an operator, opaque to compilers and tracers."""
-    out, columns, bits, positions, span, groups, zero = sizes
-    shape = Shape(out, columns, bits, positions, span, groups, zero, SCALES[scale_dtype])
-    return run(x, Tiles(shape, codes, scales, zeros, order), bias, cast(Arithmetic, arithmetic))
+    tiles = Tiles(_shape(sizes, scale_dtype), codes, scales, zeros, order)
+    tiles.check()
+    if x.shape[-1:] != (tiles.shape.columns,) or x.device != codes.device:
+        raise ValueError(f"expected (..., {tiles.shape.columns}) on {codes.device}, got {list(x.shape)} on {x.device}")
+    return run(x, tiles, bias, cast(Arithmetic, arithmetic))
 
 
 @_linear.register_fake
@@ -152,6 +146,21 @@ def _(
     return x.new_empty(*x.shape[:-1], sizes[0])
 
 
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.described, ctx.dtype = inputs[6:8], inputs[0].dtype
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """To the input only: codes have no gradient, and a bias that learns beside them is nobody's."""
+    tiles = Tiles(_shape(*ctx.described), *ctx.saved_tensors)
+    back = gradient.float() @ dequantize(tiles).to(gradient.device)
+    return back.to(ctx.dtype), *[None] * 8
+
+
+_linear.register_autograd(_backward, setup_context=_remember)
+
+
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Every packed linear of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
@@ -159,7 +168,6 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
     """Choose how every packed linear of a model multiplies. SettingError for a name that is none."""
-    if arithmetic not in ("auto", *cpu.PATHS):
-        raise SettingError(f"arithmetic must be auto, exact, a16 or a8; got {arithmetic!r}.")
+    cpu.check(arithmetic)
     for module in quantized_linears(model).values():
         module.arithmetic = arithmetic

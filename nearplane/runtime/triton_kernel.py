@@ -51,7 +51,7 @@ def multiply(  # type: ignore[no-untyped-def]
             column = tl.load(order + column)
         known = (row < rows)[:, None] & ((column >= 0) & (column < columns))[None, :]
         part = tl.load(x + row[:, None].to(tl.int64) * columns + column[None, :], mask=known, other=0.0)
-        # tf32 holds every float16 and bfloat16 activation exactly
+        # tf32 (11 bits) holds a float16 or bfloat16 activation exactly, and rounds the weight as those would
         total += tl.dot(part.to(tl.float32), weight, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -66,10 +66,11 @@ def launch(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     if rows:
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(shape.out, CHANNELS))
         scales = tiles.scales.view(shape.scale_dtype)
-        multiply[grid](
-            x, tiles.codes, scales, tiles.zeros, tiles.order, y if bias is None else bias, y, rows, shape.out,
-            shape.columns, shape.positions // 32, shape.span, shape.groups, shape.zero,
-            BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, BIAS=bias is not None,
-            ROWS=ROWS, CHANNELS=CHANNELS, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+        with torch.cuda.device(x.device if x.is_cuda else -1):
+            multiply[grid](
+                x, tiles.codes, scales, tiles.zeros, tiles.order, y if bias is None else bias, y, rows, shape.out,
+                shape.columns, shape.positions // 32, shape.span, shape.groups, shape.zero,
+                BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, BIAS=bias is not None,
+                ROWS=ROWS, CHANNELS=CHANNELS, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            )  # fmt: skip
     return y

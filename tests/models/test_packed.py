@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nearplane import RTN, Grid, NearplaneError
 from nearplane.core.errors import SettingError
 from nearplane.generation import generate
 from nearplane.models.source import load_tokenizer
+from nearplane.runtime import cpu, reference
 from nearplane.runtime.linear import QuantizedLinear, quantized_linears
 from nearplane.speed import bench, token_bytes
 
@@ -113,6 +115,11 @@ def test_a_packed_model_is_a_model(checkpoint: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(twin), logits(packed))
     with pytest.raises(NearplaneError, match="copy the checkpoint's folder"):
         twin.save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    for inner in (packed.model, pickle.loads(pickle.dumps(packed))):
+        with pytest.raises(NearplaneError, match="copy the checkpoint's folder"):
+            inner.save_pretrained(tmp_path / "again")  # type: ignore[operator,union-attr]
+    torch.save(packed, tmp_path / "whole.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "whole.pt", weights_only=False)), logits(packed))
     fresh = nearplane.load(checkpoint)
     fresh.load_state_dict(packed.state_dict())
     assert torch.equal(logits(fresh), logits(packed))
@@ -132,6 +139,16 @@ def test_compiled(checkpoint: Path) -> None:
     packed = nearplane.load(checkpoint)
     compiled = torch.compile(packed, backend="aot_eager")
     assert torch.allclose(logits(compiled), logits(packed), atol=1e-4)
+    found = compiled(input_ids=IDS, use_cache=False).logits  # gradients on, as they are by default
+    assert torch.allclose(found, logits(packed), atol=1e-4)
+
+
+@pytest.mark.skipif(cpu.best() is None, reason="no C++ kernel was built (no compiler)")
+def test_the_kernel_runs_whether_gradients_are_on_or_not(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = nearplane.load(checkpoint)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+    monkeypatch.setattr(reference, "linear", None)  # any use of it fails
+    assert not packed(input_ids=IDS, use_cache=False).logits.requires_grad
 
 
 def test_a_rounded_head(checkpoint: Path) -> None:
@@ -159,7 +176,7 @@ def test_generation_is_what_transformers_generates(checkpoint: Path) -> None:
     twice = [generate(packed, tokenizer, "w5", max_new_tokens=6, temperature=1.5, seed=s).text for s in (1, 1, 2)]
     assert twice[0] == twice[1] != twice[2]
     for wrong, sentence in (
-        ({"max_new_tokens": 0}, "at least 1"), ({"temperature": -1.0}, "0 or more"), ({"chat": True}, "no chat template"),
+        ({"max_new_tokens": 0}, "at least 1"), ({"temperature": -1.0}, "0 or from 0.01"), ({"chat": True}, "no chat template"),
         ({"max_new_tokens": 62}, "exceed the model's 64 positions"),
     ):  # fmt: skip
         with pytest.raises(SettingError, match=sentence):
@@ -177,10 +194,10 @@ def test_chat_goes_through_the_template(checkpoint: Path) -> None:
 def test_bench_measures_what_it_says(checkpoint: Path) -> None:
     result = bench(checkpoint, prompt_tokens=8, new_tokens=4, rounds=1, threads=1)
     names = [row.name for row in result.rows]
-    assert names == ["packed a16", "packed a8", "packed a16, 8-bit head", "dense bf16", "dense fp32"]
+    assert names == ["packed a16", "packed a8", "packed a16, head8", "dense bf16", "dense fp32"]
     assert all(row.decode > 0 and row.prefill > 0 and 0 < row.head_share < 1 for row in result.rows)
     sizes = {row.name: row.token_bytes for row in result.rows}
-    assert sizes["dense fp32"] == 2 * sizes["dense bf16"] > sizes["packed a16"] > sizes["packed a16, 8-bit head"]
+    assert sizes["dense fp32"] == 2 * sizes["dense bf16"] > sizes["packed a16"] > sizes["packed a16, head8"]
     dense = nearplane.load(checkpoint, packed=False)
     embedding = dense.get_input_embeddings().weight.nbytes  # type: ignore[operator,union-attr]
     assert sizes["dense fp32"] == sum(p.nbytes for p in dense.parameters()) - embedding

@@ -44,7 +44,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "library", lambda _: library)
-            return cpu.linear(x, cpu.prepare(given.tiles, bias), arithmetic, isa, threads)
+            return cpu.linear(x, cpu.prepare(given.tiles), bias, arithmetic, isa, threads)
 
     return by
 
@@ -58,8 +58,8 @@ def error(y: Tensor, x: Tensor, given: Problem, bias: Tensor | None) -> float:
     return float((y.double() - expected).norm() / expected.norm())
 
 
-SHAPES = [(48, 256, 64, False), (16, 128, 32, False), (50, 224, 128, False), (33, 200, -1, False), (40, 1160, -1, False),
-          (20, 144, 48, False), (24, 256, 64, True)]  # fmt: skip
+SHAPES = [(48, 256, 64, False), (16, 2304, 1024, False), (16, 128, 32, False), (50, 224, 128, False), (33, 200, -1, False),
+          (40, 1160, -1, False), (20, 144, 48, False), (24, 256, 64, True)]  # fmt: skip
 
 
 @pytest.mark.parametrize("arithmetic", BOUNDS)
@@ -166,7 +166,7 @@ def test_instruction_sets_agree(run: Run) -> None:
     """Integer sums are exact, so only the order of a few float operations differs."""
     given, x = problem(64, 512, 3, 128), normal(3, 512)
     for arithmetic in ("a16", "a8"):
-        portable = cpu.linear(x, cpu.prepare(given.tiles, None), arithmetic, "portable")  # type: ignore[arg-type]
+        portable = cpu.linear(x, cpu.prepare(given.tiles), None, arithmetic, "portable")  # type: ignore[arg-type]
         assert (run(x, given, None, arithmetic) - portable).abs().max() <= 1e-5 * portable.abs().max()
 
 
@@ -182,7 +182,7 @@ def test_inputs_of_any_layout(run: Run) -> None:
 def test_callers_in_many_threads_and_a_fork_between() -> None:
     """Eight callers at once on a pool of four, before and after a fork, and in the child."""
     given, x = problem(800, 1024, 4, 128), normal(8, 1024)
-    handle = cpu.prepare(given.tiles, None)
+    handle = cpu.prepare(given.tiles)
     expected = [cpu.linear(x[i : i + 1], handle, threads=1) for i in range(8)]
     wrong: list[int] = []
 
@@ -242,7 +242,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", lambda _: None)
     with pytest.raises(SettingError, match="no C\\+\\+ kernel for avx512"):
-        cpu.linear(normal(1, 256), cpu.prepare(problem().tiles, None), "exact", "avx512")
+        cpu.linear(normal(1, 256), cpu.prepare(problem().tiles), None, "exact", "avx512")
 
 
 def test_reading_memory_is_timed() -> None:

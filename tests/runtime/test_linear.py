@@ -74,7 +74,60 @@ def test_state_dict_round_trip(layer: QuantizedLinear) -> None:
         target(x)
         target.load_state_dict(other.state_dict(), assign=assign)
         assert close(target(x), x, seed=1)
-    assert set(layer.state_dict()) == {"codes", "scales", "zeros", "order", "bias"}
+    assert set(layer.state_dict()) == {"codes", "scales", "zeros", "order", "bias", "_extra_state"}
+    # What the tensors do not tell, here dtype of the scales and the common zero, goes with them.
+    plain = [QuantizedLinear(problem(40, 96, 4, 32, True, dtype).tiles) for dtype in (torch.float16, torch.bfloat16)]
+    plain[1](x)
+    plain[1].load_state_dict(plain[0].state_dict())
+    assert torch.equal(plain[1](x), plain[0](x))
+
+
+def test_tensors_that_are_replaced_are_seen(layer: QuantizedLinear) -> None:
+    """However it is done: the kernel holds addresses, and must not use old ones."""
+    x, other = torch.randn(3, 96), made(seed=1)
+    layer(x)
+    swapped = {name: getattr(other, name) for name in ("codes", "scales", "zeros")}
+    assert close(torch.func.functional_call(layer, swapped, (x,)), x, seed=1)
+    assert close(layer(x), x)
+    for name, tensor in swapped.items():
+        layer._buffers[name] = tensor
+    assert close(layer(x), x, seed=1)
+    for name in swapped:
+        getattr(layer, name).data = getattr(made(seed=2), name)
+    assert close(layer(x), x, seed=2)
+    layer.codes.share_memory_()
+    assert close(layer(x), x, seed=2)
+    layer.bfloat16()
+    assert layer.bias is not None
+    before = layer(x)
+    layer.bias.add_(100)
+    assert torch.allclose(layer(x), before + 100, atol=1)
+
+
+def test_malformed_weights_are_refused(layer: QuantizedLinear) -> None:
+    x = torch.randn(2, 96)
+    good = layer._parts()
+    sizes = linear._described(layer.shape)
+
+    def call(*parts: torch.Tensor, given: torch.Tensor = x) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.nearplane.linear(given, *parts, None, *sizes, "exact")
+        return found
+
+    assert call(*good).shape == (2, 40)
+    broken = [
+        (good[0][:1], *good[1:]), (good[0].float(), *good[1:]), (good[0].transpose(0, 1).contiguous().transpose(0, 1), *good[1:]),
+        (good[0], good[1].float(), *good[2:]), (*good[:2], good[2][:, :1], good[3]),
+        (*good[:3], torch.full((96,), 96, dtype=torch.int32)),
+    ]  # fmt: skip
+    for parts in broken:
+        with pytest.raises(ValueError, match="a packed weight's"):
+            call(*parts)
+    with pytest.raises(ValueError, match="96"):
+        call(*good, given=x[:, :48])
+    layer.codes = broken[2][0]
+    if cpu.best() is not None:
+        with pytest.raises(ValueError, match="not contiguous"):
+            layer(x)
 
 
 def test_casting_the_model_leaves_the_weight_alone(layer: QuantizedLinear) -> None:
@@ -89,10 +142,12 @@ def test_casting_the_model_leaves_the_weight_alone(layer: QuantizedLinear) -> No
 
 
 def test_gradients_reach_the_input(layer: QuantizedLinear) -> None:
-    x = torch.randn(3, 96, requires_grad=True)
-    layer(x).sum().backward()
-    assert x.grad is not None
-    assert torch.allclose(x.grad.double(), given().dense.sum(0).expand(3, -1), atol=1e-5)
+    wanted = given().dense.sum(0).expand(3, -1)
+    for x in (torch.randn(3, 96, requires_grad=True), nn.Parameter(torch.randn(3, 96))):
+        for module in (layer, torch.compile(layer, backend="aot_eager")):
+            x.grad = None
+            module(x).sum().backward()
+            assert x.grad is not None and torch.allclose(x.grad.double(), wanted, atol=1e-5)
 
 
 def test_compiled_without_a_break(layer: QuantizedLinear) -> None:
@@ -135,6 +190,10 @@ def test_wrong_inputs_are_refused(layer: QuantizedLinear) -> None:
             layer(bad)
     with pytest.raises((ValueError, RuntimeError), match="meta"):
         made()(torch.randn(2, 96, device="meta"))
+    with pytest.raises(ValueError, match="floats"):
+        layer(torch.randn(2, 96).to_sparse())
+    x = torch.randn(2, 96)
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
     assert layer(torch.randn(0, 96)).shape == (0, 40)
     assert layer(torch.full((1, 96), torch.nan)).isnan().all()
 
