@@ -162,7 +162,7 @@ def contenders(
         sizes[bits] = tiles.nbytes
         for path in args.paths:
             found[f"{bits} bits {path}"] = [
-                partial(cpu.linear, x, handle, path, None, args.threads) for handle in handles
+                partial(cpu.linear, x, handle, arithmetic=path, threads=args.threads) for handle in handles
             ]
         # Other runtimes rotate over at most 24 weights: each is a session of its own.
         others = (rows, min(rotate, 24 * tiles.nbytes), args.threads)
@@ -220,7 +220,8 @@ def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
         for bits in args.bits:
             handles = packed(out, columns, bits, args.rotate << 20)
             calls = {
-                str(n): [partial(cpu.linear, x, handle, None, "a16", None, n) for handle in handles] for n in (1, 2)
+                str(n): [partial(cpu.linear, x, handle, arithmetic="a16", threads=n) for handle in handles]
+                for n in (1, 2)
             }
             seconds = median_times(calls, args.rounds, time.perf_counter)
             found.append({"shape": shape, "bits": bits, "two_threads": seconds["1"] / seconds["2"]})
