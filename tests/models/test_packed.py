@@ -194,10 +194,12 @@ def test_chat_goes_through_the_template(checkpoint: Path) -> None:
 def test_bench_measures_what_it_says(checkpoint: Path) -> None:
     result = bench(checkpoint, prompt_tokens=8, new_tokens=4, rounds=1, threads=1)
     names = [row.name for row in result.rows]
-    assert names == ["packed a16", "packed a8", "packed a16, head8", "dense bf16", "dense fp32"]
+    first = "packed plain" if cpu.best() is None else "packed a16"  # without a kernel there is one way only
+    assert [name for name in names if name != "packed a8"] == [first, f"{first}, head8", "dense bf16", "dense fp32"]
+    assert ("packed a8" in names) == (cpu.best() is not None)
     assert all(row.decode > 0 and row.prefill > 0 and 0 < row.head_share < 1 for row in result.rows)
     sizes = {row.name: row.token_bytes for row in result.rows}
-    assert sizes["dense fp32"] == 2 * sizes["dense bf16"] > sizes["packed a16"] > sizes["packed a16, head8"]
+    assert sizes["dense fp32"] == 2 * sizes["dense bf16"] > sizes[first] > sizes[f"{first}, head8"]
     dense = nearplane.load(checkpoint, packed=False)
     embedding = dense.get_input_embeddings().weight.nbytes  # type: ignore[operator,union-attr]
     assert sizes["dense fp32"] == sum(p.nbytes for p in dense.parameters()) - embedding
