@@ -77,7 +77,8 @@ class Speed:
             else f"{self.read_gbs:.1f} GB/s by one thread"
         )
         console.print(
-            f"tokens/s; batch 1, {self.new_tokens} tokens decoded after a prompt of {self.prompt_tokens}, median of "
+            "tokens/s; packed computes in float32; "
+            f"batch 1, {self.new_tokens} tokens decoded after a prompt of {self.prompt_tokens}, median of "
             f"{self.rounds} interleaved rounds; floor: a token's bytes of weights at the rate of reading memory ({rate}); "
             "MB: those bytes; head: its part of a decoded token's time",
             soft_wrap=True,
@@ -98,8 +99,8 @@ def bench(
 ) -> Speed:
     """Time decoding and prefill: packed (a16, a8, and a16 with a rounded head), and dense as named in ``against``.
 
-    Packed models hold what is not quantized in the dtype it is stored in. The dense models are the checkpoint's own
-    weights, dequantized: as fast as the original's. SettingError for a checkpoint without packed weights.
+    Packed models compute in float32, on a CPU the fastest dtype for what is not a product. The dense models are the
+    checkpoint's own weights, dequantized: as fast as the original's. SettingError for a checkpoint without packed weights.
     """
     if min(prompt_tokens, new_tokens, rounds) < 1:
         raise SettingError("prompt_tokens, new_tokens and rounds must be at least 1.")
@@ -135,14 +136,14 @@ def _bench(
     def opened(**options: Any) -> nn.Module:
         return load_model(model, device=torch.device("cpu"), trust_remote_code=trust, **options)
 
-    packed = opened(dtype=None)
+    packed = opened()
     if not quantized_linears(packed):
         raise SettingError(f"{model} is not quantized; there is nothing packed to measure.")
     check_positions(packed, prompt + new)
     kernel = next(iter(quantized_linears(packed).values())).why()
     ways: tuple[Arithmetic, ...] = ("a16", "a8") if cpu.best() is not None else ("auto",)
-    models = {f"packed {way if way != 'auto' else 'plain'}": opened(dtype=None, arithmetic=way) for way in ways}
-    models[f"{next(iter(models))}, head{head_bits}"] = opened(dtype=None, arithmetic=ways[0], head_bits=head_bits)
+    models = {f"packed {way if way != 'auto' else 'plain'}": opened(arithmetic=way) for way in ways}
+    models[f"{next(iter(models))}, head{head_bits}"] = opened(arithmetic=ways[0], head_bits=head_bits)
     models |= {f"dense {name}": opened(packed=False, dtype=DENSE[name]) for name in against}
     del packed
     rate = None if cpu.best() is None else cpu.read_rate()

@@ -1,12 +1,16 @@
-"""The scripts under runs/ that make the published tables, on a tiny model."""
+"""The scripts under runs/ that make the published tables, on a tiny model, and the benchmark of packed linears, on tiny ones."""
 
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+
+from nearplane.runtime import cpu
 
 RUNS = Path(__file__).parent.parent / "runs"
 
@@ -75,3 +79,35 @@ def test_fresh_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[0] for row in rows] == variants
     moved = {kind for kind, value in zip(head[1:], rows[3][1:], strict=True) if float(value) != 0}
     assert {"o_proj", "down_proj"} & moved and moved <= {"o_proj", "down_proj"}
+
+
+@pytest.mark.skipif(cpu.best() is None, reason="no C++ kernel was built (no compiler)")
+def test_packed_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every contender that is installed is timed at every shape, and the record has their ratios."""
+    benchmarks = RUNS.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    words = [
+        "packed.py",
+        "--rounds",
+        "1",
+        "--shapes",
+        "256x128",
+        "--bits",
+        "3",
+        "8",
+        "--rows",
+        "1",
+        "8",
+        "--rotate",
+        "1",
+        "--json",
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, str(folder / "packed.json")])
+    before = torch.get_num_threads()
+    runpy.run_path(str(benchmarks / "packed.py"), run_name="__main__")
+    torch.set_num_threads(before)
+    assert "| 256x128, 8 rows |" in capsys.readouterr().out
+    rows = json.loads((folder / "packed.json").read_text())["rows"]
+    own = [row for row in rows if row["name"].split()[0] in ("3", "8")]
+    assert len(own) >= 2 * 2 * 3 and all(row["ms"] > 0 and row["x torch bf16"] > 0 for row in own)
+    assert all(row["of the read rate"] > 0 for row in own if row["rows"] == 1)

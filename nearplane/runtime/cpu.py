@@ -111,17 +111,17 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def prepare(tiles: Tiles) -> Handle:
-    """Point at a weight: good for as long as ``addresses(tiles)`` are the handle's. ValueError for one that is malformed."""
+    """Point at a weight: good while its tensors' ``addresses`` are the handle's. ValueError for one that is malformed."""
     tiles.check()
-    shape, where = tiles.shape, addresses(tiles)
+    shape, where = tiles.shape, addresses(tiles.codes, tiles.scales, tiles.zeros, tiles.order)
     sizes = (shape.out, shape.columns, shape.positions, shape.groups, shape.span)
     weight = _Weight(*(at or None for at in where), *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype])
     return Handle(ctypes.pointer(weight), shape, where, (weight, tiles))
 
 
-def addresses(tiles: Tiles) -> tuple[int, ...]:
-    """Where the four tensors lie; 0 for an empty one."""
-    return tiles.codes.data_ptr(), tiles.scales.data_ptr(), tiles.zeros.data_ptr(), tiles.order.data_ptr()
+def addresses(codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor) -> tuple[int, ...]:
+    """Where the four tensors of a weight lie; 0 for an empty one."""
+    return codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), order.data_ptr()
 
 
 def linear(
@@ -147,7 +147,7 @@ def linear(
     if x.shape[-1:] != (shape.columns,):
         raise ValueError(f"expected (..., {shape.columns}), got {list(x.shape)}")
     x = x.resolve_neg().contiguous()
-    y = torch.empty((*x.shape[:-1], shape.out), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], shape.out))
     rows = x.numel() // shape.columns
     if rows:
         if bias is not None:

@@ -71,13 +71,21 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
             described = _described(self.shape)
             return cast(Tensor, torch.ops.nearplane.linear(x, *self._parts(), self.bias, *described, self.arithmetic))
-        if x.device != self.codes.device:
+        held = self._buffers  # a module's attributes are slow to look up, next to a small layer's product
+        codes, scales, zeros, order = held["codes"], held["scales"], held["zeros"], held["order"]
+        if x.device != codes.device:  # type: ignore[union-attr]
             raise ValueError(f"input on {x.device}, weight on {self.codes.device}")
         if cpu.supports(x.device, x.dtype) is not None:
             return run(x, self.tiles, self.bias, self.arithmetic)
-        handle, tiles = self._handle, self.tiles
-        if handle is None or handle.addresses != cpu.addresses(tiles) or handle.shape is not self.shape:
-            handle = self._handle = cpu.prepare(tiles)  # at first, and when the tensors have been replaced or moved
+        handle = self._handle
+        if (
+            handle is None
+            or handle.addresses != cpu.addresses(codes, scales, zeros, order)  # type: ignore[arg-type]
+            or handle.shape is not self.shape
+        ):
+            handle = self._handle = cpu.prepare(
+                self.tiles
+            )  # at first, and when the tensors have been replaced or moved
         return cpu.linear(x, handle, self.bias, self.arithmetic)
 
     def _parts(self) -> tuple[Tensor, ...]:
