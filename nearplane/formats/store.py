@@ -1,13 +1,16 @@
 """What is on disk: the tensors of a transformers folder, each read when asked for and not before.
 
 Decides which files of a folder are its weights (``model.safetensors``, else the index, else the only safetensors
-file), and refuses at open what would otherwise fail hours later: a missing, truncated or misnamed shard.
+file), and refuses at open what would otherwise fail hours later: a missing, truncated or misnamed shard. Tensors are read,
+not memory-mapped: mapped pages count as resident as long as the file is open, and a file that is cut short meanwhile
+kills a process that has mapped it, where a short read is an error with a name.
 """
 
 import json
+import os
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +31,72 @@ DTYPES = {
 }  # fmt: skip
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Shard:
+    """One open safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        """Check the header (safetensors does, against the file's length) and read it. NearplaneError names the file."""
+        self.path = path
+        try:
+            with safe_open(path, framework="pt", device="cpu"):
+                pass
+            self._file = path.open("rb", buffering=0)
+            length = int.from_bytes(self._read(0, 8), "little")
+            header = json.loads(self._read(8, length))
+        except FileNotFoundError as error:
+            raise NearplaneError(f"{path} is missing; download the folder again.") from error
+        except SafetensorError as error:
+            raise NearplaneError(f"{path} is truncated or corrupt ({error}); download it again.") from error
+        except (OSError, ValueError) as error:
+            raise NearplaneError(f"{path} cannot be read: {error}.") from error
+        header.pop("__metadata__", None)
+        self.tensors = {
+            name: Stored(entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        _, shape, start, end = self.tensors[name]
+        dtype = self.dtype(name)
+        try:
+            raw = self._read(start, end - start)
+        except OSError as error:
+            raise NearplaneError(f"tensor {name} cannot be read from {self.path}: {error}.") from error
+        if not raw:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        stored = self.tensors[name].dtype
+        if stored not in DTYPES:
+            raise NearplaneError(f"tensor {name} in {self.path} has dtype {stored}, which is not supported.")
+        return DTYPES[stored]
+
+    def _read(self, start: int, size: int) -> bytearray:
+        """Bytes from a place in the file; OSError where it ends before."""
+        data = bytearray(size)
+        view, done = memoryview(data), 0
+        while done < size:
+            read = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            if read == 0:
+                raise OSError(f"the file ends {size - done} bytes too early, it has been changed since it was opened")
+            done += read
+        return data
+
+
 class Store:
-    """Lazy, memory-mapped access to the tensors of one folder.
+    """Lazy access to the tensors of one folder.
 
     Opening reads and checks every shard's header and no tensor. Raises NearplaneError, naming the file, for whatever
     makes the folder unreadable.
@@ -45,8 +112,8 @@ class Store:
             raise NearplaneError(f"{self.folder} {problem}; give the folder that holds model.safetensors.")
         promised = _weight_map(self.folder)
         # Insertion order of the shards is that of the index, so that the first problem reported is the first shard's.
-        self._shards: dict[str, Any] = {file: _open(self.folder / file) for file in dict.fromkeys(promised.values())}
-        held = {file: set(shard.keys()) for file, shard in self._shards.items()}
+        self._shards = {file: Shard(self.folder / file) for file in dict.fromkeys(promised.values())}
+        held = {file: set(shard.tensors) for file, shard in self._shards.items()}
         if not (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
             for name, file in promised.items():
                 if name not in held[file]:
@@ -59,34 +126,25 @@ class Store:
         self.names = frozenset(self._file)
 
     def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU. It may view the mapped file: clone it before writing to it."""
-        file = self._where(name)
-        try:
-            tensor: Tensor = self._shards[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise NearplaneError(f"tensor {name} cannot be read from {self.folder / file}: {error}.") from error
-        return tensor
+        """One tensor, on the CPU, in memory of its own."""
+        return self._where(name).get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; reads no data."""
-        return tuple(self._shards[self._where(name)].get_slice(name).get_shape())
+        return self._where(name).tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor; reads no data."""
-        file = self._where(name)
-        stored = self._shards[file].get_slice(name).get_dtype()
-        if stored not in DTYPES:
-            raise NearplaneError(f"tensor {name} in {self.folder / file} has dtype {stored}, which is not supported.")
-        return DTYPES[stored]
+        return self._where(name).dtype(name)
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor; reads no data."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def _where(self, name: str) -> str:
+    def _where(self, name: str) -> Shard:
         if name not in self._file:
             raise NearplaneError(f"{self.folder} holds no tensor named {name}.")
-        return self._file[name]
+        return self._shards[self._file[name]]
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -150,15 +208,3 @@ def _stays_inside(file: str) -> bool:
     return bool(file) and all(
         not path.anchor and ".." not in path.parts for path in (PurePosixPath(file), PureWindowsPath(file))
     )
-
-
-def _open(path: Path) -> safe_open:
-    """A shard with a checked header: safetensors compares it with the file's length."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError as error:
-        raise NearplaneError(f"{path} is missing; download the folder again.") from error
-    except SafetensorError as error:
-        raise NearplaneError(f"{path} is truncated or corrupt ({error}); download it again.") from error
-    except OSError as error:
-        raise NearplaneError(f"{path} cannot be read: {error}.") from error

@@ -52,6 +52,21 @@ def test_links_may_leave_the_folder(tmp_path: Path) -> None:
     assert Store(folder).names == {"a", "b"}
 
 
+def test_a_file_cut_short_while_it_is_open_is_a_sentence(tmp_path: Path) -> None:
+    """No mapped page, no bus error; and what was read before stays whole."""
+    sharded(tmp_path)
+    store = Store(tmp_path)
+    a = store.get("a")
+    with (tmp_path / "one.safetensors").open("r+b") as file:
+        file.truncate(90)
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(
+        NearplaneError, match=r"tensor a cannot be read from .*one\.safetensors: the file ends .* too early"
+    ):
+        store.get("a")
+    assert torch.equal(a, A) and torch.equal(store.get("b"), B)
+
+
 def missing_shard(folder: Path) -> None:
     sharded(folder)
     (folder / "two.safetensors").unlink()
