@@ -1,6 +1,7 @@
 """The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
 
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nearplane.core.grid import Grid
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
+from nearplane.interrupts import stoppable
 from nearplane.methods import Method, NearPlane
 from nearplane.models.discover import Stage, is_linear
 from nearplane.models.load import load_model
@@ -21,6 +23,7 @@ from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
 from nearplane.progress import bar
 from nearplane.report import LinearRow, Report
+from nearplane.resume import replay, restore, seal
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.stream import OpenBlock
 
@@ -39,6 +42,7 @@ def quantize(
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
+    resume: bool = False,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -46,9 +50,11 @@ def quantize(
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
     NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
-    computation is float32 whatever is stored. Raises NearplaneError for whatever cannot work; nothing half-written stays.
+    computation is float32 whatever is stored. ``resume``: go on after the last finished block that ``out`` holds, if it
+    holds any; the settings must be the same. Raises NearplaneError for whatever cannot work. However it ends, ``out`` holds
+    the finished checkpoint, or the finished blocks for a later ``resume``, or nothing.
     """
-    writer = Writer(Path(out))
+    writer = Writer(Path(out), resume=resume)
     plan = make_plan(
         model,
         method or NearPlane(),
@@ -61,21 +67,33 @@ def quantize(
     )
     report = Report(str(model), plan.settings, str(out), data=plan.data)
     report.events += plan.warnings()
-    with writer, bar(progress) as display:
+    with writer, stoppable() as stop, bar(progress) as display:
+        done = restore(plan, writer, report)
         task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
         if progress:
-            announce(report, plan.blocks)
-        walk = plan.stream()
-        while True:
+            announce(report, plan.blocks, done)
+        walk = plan.stream() if done < len(plan.blocks) else iter(())
+        for number in count():
+            mark = report.mark()
             with report.timed("forward"):  # opening a block, and running the one before it over every sample
                 block = next(walk, None)
+            stop.check()
             if block is None:
                 break
+            if number < done:
+                replay(plan, writer, number, block)
+                display.advance(task, len(block.stages))
+                continue
             for stage in block.stages:
                 rows = _solve_stage(plan, block, stage, writer, report)
                 display.advance(task)
                 if progress:
                     display.console.print(stage_line(block.block, stage, rows))
+                if stage is not block.stages[-1]:
+                    stop.check()
+            with report.timed("write"):
+                seal(plan, writer, report, block, mark)
+            stop.check()
         with report.timed("write"):
             _write_the_rest(plan, writer, report)
     return report

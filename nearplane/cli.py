@@ -7,12 +7,14 @@ import importlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +27,10 @@ from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.formats.journal import STATE
 from nearplane.generation import generate
 from nearplane.inspection import inspect
+from nearplane.interrupts import Interrupted
 from nearplane.methods import METHODS, Method
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
@@ -84,16 +88,31 @@ def main(argv: list[str] | None = None) -> int:
         commands[argv[0]](_canonical(argv[1:]))
     except NearplaneError as error:
         print(f"nearplane: {error}", file=sys.stderr)
+        _how_to_resume(argv)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a file or folder that the system will not give us
         print(f"nearplane: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("nearplane: interrupted; nothing was written.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        kept = "" if _left_something(argv) else "; nothing was written"
+        print(f"nearplane: interrupted{kept}.", file=sys.stderr)
+        _how_to_resume(argv)
+        return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
     return 0
+
+
+def _left_something(argv: list[str]) -> bool:
+    """Whether a quantize command has left finished blocks in its OUT."""
+    return argv[0] == "quantize" and any((Path(word) / STATE).is_dir() for word in argv[1:] if word[:1] != "-")
+
+
+def _how_to_resume(argv: list[str]) -> None:
+    """The command that goes on, where there is something to go on with."""
+    if _left_something(argv):
+        again = [*argv, *(["--resume"] if "--resume" not in argv else [])]
+        print(f"finished blocks are kept; go on with: {shlex.join(['nearplane', *again])}", file=sys.stderr)
 
 
 def _quantize(argv: list[str]) -> None:
@@ -115,6 +134,7 @@ def _quantize(argv: list[str]) -> None:
         format=args.format,
         device=args.device,
         dtype=args.dtype,
+        resume=args.resume,
         trust_remote_code=args.trust_remote_code,
     )
     print(summary(report))

@@ -17,13 +17,13 @@ class Quantize:
     """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
 
     Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
-    OUT appears complete or not at all.
+    OUT is complete when it has an index. A run that was ended (Ctrl-C, kill, a full disk) goes on with --resume.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A local transformers folder, a hub id, or "demo"."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Folder to write; must not exist, or be empty."""
+    """Folder to write; must not exist, or be empty, or with --resume hold what an ended run left."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
     """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
     format: FormatName = "compressed-tensors"
@@ -32,6 +32,8 @@ class Quantize:
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
     """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
+    resume: bool = False
+    """Go on after the last finished block in OUT; with the same settings, but for --damp-percent and --nsamples."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

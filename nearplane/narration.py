@@ -13,7 +13,7 @@ USUAL: dict[int | str, tuple[float, float]] = {
 }
 
 
-def announce(report: Report, blocks: list[Block]) -> None:
+def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
     """Say what is about to happen, and what "error" means."""
     settings, data = report.settings, report.data
     method, grid = dict(settings["method"]), settings["grid"]
@@ -33,6 +33,8 @@ def announce(report: Report, blocks: list[Block]) -> None:
         say("weight error: ‖Q-W‖²/‖W‖², the worst linear of the stage")
     for event in report.events:
         say(f"note: {event}")
+    if done:
+        say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
 
 
 def stage_line(block: Block, stage: Stage, rows: list[LinearRow]) -> str:

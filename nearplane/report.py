@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,16 @@ class LinearRow:
     seconds: float
 
 
+class Mark(NamedTuple):
+    """How far a report had come."""
+
+    linears: int
+    events: int
+    rounds: dict[str, int]
+    bytes: int
+    seconds: dict[str, float]
+
+
 @dataclass
 class Report:
     """The record of one run, written as ``report.json`` beside the checkpoint."""
@@ -70,6 +80,33 @@ class Report:
     dense: list[dict[str, Any]] = field(default_factory=list)  # large parameters not quantized, with the reason
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("before", "after", "quantized", "dense"), 0))
     seconds: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0  # times the run went on after it was ended
+
+    def mark(self) -> "Mark":
+        """Where the record stands."""
+        return Mark(len(self.linears), len(self.events), dict(self.rounds), self.bytes["quantized"], dict(self.seconds))
+
+    def since(self, mark: "Mark") -> dict[str, Any]:
+        """What was added after a mark, for JSON."""
+        return {
+            "linears": [asdict(row) for row in self.linears[mark.linears :]],
+            "events": self.events[mark.events :],
+            "rounds": {key: count - mark.rounds[key] for key, count in self.rounds.items()},
+            "bytes": self.bytes["quantized"] - mark.bytes,
+            "seconds": {key: value - mark.seconds.get(key, 0.0) for key, value in self.seconds.items()},
+            "resumed": self.resumed,
+        }
+
+    def extend(self, part: dict[str, Any]) -> None:
+        """Add what ``since`` gave."""
+        self.linears += [LinearRow(**{**row, "shape": tuple(row["shape"])}) for row in part["linears"]]
+        self.events += part["events"]
+        for key, count in part["rounds"].items():
+            self.rounds[key] += count
+        self.bytes["quantized"] += part["bytes"]
+        for key, value in part["seconds"].items():
+            self.seconds[key] = self.seconds.get(key, 0.0) + value
+        self.resumed = part["resumed"]
 
     def add(
         self,

@@ -78,7 +78,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     store = Store(folder)
     config = read_json(store.folder / "config.json")
-    quantization = _quantization(store, config)
+    return read_tensors(store, config, _quantization(store, config))
+
+
+def read_tensors(store: Store, config: dict[str, Any], quantization: dict[str, Any] | None) -> Checkpoint:
+    """The same of tensors whose description is at hand."""
     format, layers = _find(store, quantization)
     if quantization is not None and not layers:
         raise NearplaneError(f"{store.folder} says that it is quantized ({format}), but holds no quantized tensor.")

@@ -125,6 +125,16 @@ class Store:
             self._file = {name: file for file, names in held.items() for name in names}
         self.names = frozenset(self._file)
 
+    @classmethod
+    def of(cls, files: list[Path]) -> "Store":
+        """The tensors of certain files of one folder, whatever they are called."""
+        store = cls.__new__(cls)
+        store.folder = files[0].parent
+        store._shards = {file.name: Shard(file) for file in files}
+        store._file = {name: file for file, shard in store._shards.items() for name in shard.tensors}
+        store.names = frozenset(store._file)
+        return store
+
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own."""
         return self._where(name).get(name)
@@ -174,7 +184,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     unfinished = sorted(folder.glob(f"*{UNFINISHED}"))
     if unfinished:
         raise NearplaneError(
-            f"{folder} was not written to its end ({unfinished[0].name} is left over); delete it and quantize again."
+            f"{folder} was not written to its end ({unfinished[0].name} is left over); finish it with nearplane quantize --resume, or delete it."
         )
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(files) == 1:

@@ -1,12 +1,12 @@
-"""Writing a transformers folder: shard by shard in bounded memory, and whole or not at all.
+"""Writing a transformers folder: shard by shard in bounded memory, whole or resumable.
 
 Decides the names of the shards and the order in which files appear. Every file is written under a temporary name,
-forced to disk and renamed; the index comes last, so a folder without it was not finished.
+forced to disk and renamed; the index comes last, so a folder without it was not finished. What was sealed survives
+whatever ends the process, and a writer that resumes the folder goes on after it; without a seal nothing stays.
 """
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,19 +19,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.formats.store import INDEX, UNFINISHED
+from nearplane.formats.journal import STATE, Journal, file_hash, holder, sync
+from nearplane.formats.store import INDEX, UNFINISHED, Shard, Store
+
+FINAL = "model-{:05}-of-{:05}.safetensors"
 
 
 class Writer:
-    """Writes into a new or empty folder, and leaves it as it was unless ``finish()`` is reached.
+    """Writes into a new or empty folder, and leaves it as it was unless something was sealed or ``finish()`` reached.
 
-    Raises SettingError before anything is touched if ``out`` is a file or holds something; NearplaneError when the
-    disk refuses.
+    With ``resume`` the folder may hold what an earlier writer left: ``records`` are what it sealed, in order, as far as
+    it can be trusted, ``lost`` says why there are no more if a record or its shard is damaged. Raises SettingError before
+    anything is touched if ``out`` is a file or holds something else; NearplaneError when the disk refuses, or when
+    another process writes there.
     """
 
-    def __init__(self, out: Path, *, shard_bytes: int = 4 * 2**30) -> None:
+    def __init__(self, out: Path, *, shard_bytes: int = 4 * 2**30, resume: bool = False) -> None:
         self.out = Path(out)
-        self.shard_bytes = shard_bytes
+        self.shard_bytes, self.resume = shard_bytes, resume
+        self.records: list[dict[str, Any]] = []
+        self.lost: str | None = None
+        self._journal = Journal(self.out)
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shard_of: dict[str, int] = {}  # tensor name -> shard, counted from 0
@@ -52,9 +60,14 @@ class Writer:
             # A folder that cannot be written to must say so now, not after hours of solving.
             with tempfile.TemporaryFile(dir=self.out):
                 pass
+            self._journal.lock()
+            self._take_over()
         except OSError as error:
-            self._remove()
+            self._give_up()
             raise NearplaneError(f"folder {self.out} cannot be written to: {error}.") from error
+        except BaseException:
+            self._give_up()
+            raise
         return self
 
     def __exit__(
@@ -62,7 +75,25 @@ class Writer:
     ) -> None:
         self._pending.clear()
         if not self._finished:
-            self._remove()
+            self._give_up()
+
+    def seal(self, record: dict[str, Any]) -> None:
+        """Make everything since the last seal durable, with a record (for JSON) that ``records`` will give back."""
+        self._refuse_finished()
+        first = sum(len(earlier["shards"]) for earlier in self.records)
+        if self._pending:
+            self._flush()
+        shards = [self._part(i) for i in range(first, self._shards)]
+        try:
+            record = {**record, "shards": {path.name: file_hash(path) for path in shards}}
+            self._journal.add(len(self.records), record)
+        except OSError as error:
+            raise NearplaneError(f"the state of {self.out} cannot be written: {error}.") from error
+        self.records.append(record)
+
+    def sealed(self, number: int) -> Store:
+        """The tensors under a seal."""
+        return Store.of([self.out / name for name in self.records[number]["shards"]])
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Add copies of tensors; they stay in memory until their shard is full. A name comes only once."""
@@ -103,12 +134,12 @@ class Writer:
             self._flush()
         if not self._shards:
             raise NearplaneError(f"no tensor was written to {self.out}; there is no model to finish.")
-        names = [f"model-{i + 1:05}-of-{self._shards:05}.safetensors" for i in range(self._shards)]
+        names = [FINAL.format(i + 1, self._shards) for i in range(self._shards)]
         self._written.update(self.out / name for name in names)  # before the renames: an interrupt may fall between
         try:
             for i, name in enumerate(names):
                 self._part(i).rename(self.out / name)
-            _sync(self.out)
+            sync(self.out)
         except OSError as error:
             raise NearplaneError(f"the shards in {self.out} cannot be renamed: {error}.") from error
         index = {
@@ -119,6 +150,10 @@ class Writer:
         with self._atomic(self.out / INDEX, len(data)) as temporary:
             temporary.write_bytes(data)
         self._finished = True
+        try:
+            self._journal.clear()
+        except OSError as error:
+            raise NearplaneError(f"{self.out} is complete, but {STATE} in it cannot be removed: {error}.") from error
 
     def _flush(self) -> None:
         """Write the pending tensors as the next shard, under a name that no reader takes for a weight."""
@@ -136,9 +171,9 @@ class Writer:
         self._written.update((temporary, target))
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(target)
-            _sync(self.out)
+            sync(self.out)
         except (OSError, SafetensorError) as error:
             raise NearplaneError(
                 f"{target} cannot be written ({error}): it needs {need / 1e9:.3g} GB and {_free(self.out)}."
@@ -163,16 +198,59 @@ class Writer:
                 raise SettingError(f"{self.out} is a link that leads nowhere; choose another output folder.")
             if self.out.exists() and not self.out.is_dir():
                 raise SettingError(f"{self.out} is a file; choose a new or empty output folder.")
-            if self.out.exists() and any(self.out.iterdir()):
+            if (self.out / STATE).is_dir():
+                other = holder(self.out)
+                if other is not None:
+                    raise NearplaneError(f"{self.out} is being written by {other}; wait for it or stop it.")
+                if not self.resume:
+                    raise SettingError(
+                        f"{self.out} holds a run that was not finished; resume it (--resume), or delete the folder."
+                    )
+            elif self.resume and (self.out / INDEX).exists():
+                raise SettingError(f"{self.out} is finished; there is nothing to resume.")
+            elif self.out.exists() and any(self.out.iterdir()):
                 raise SettingError(f"{self.out} is not empty; choose a new or empty output folder.")
         except OSError as error:
             raise NearplaneError(f"{self.out} cannot be read: {error}.") from error
 
-    def _remove(self) -> None:
-        """Take back every file and folder made here, and nothing else."""
-        for path in self._written:
-            with contextlib.suppress(OSError):  # the error that led here matters more; what stays has no index
+    def _take_over(self) -> None:
+        """Bring a resumed folder into the state after its last good seal, and count that as written here."""
+        if not self.resume:
+            return
+        self._unfinish()
+        self.records, self.lost = self._journal.records()
+        self._journal.cut(len(self.records))
+        sealed = [name for record in self.records for name in record["shards"]]
+        for path in [*self.out.glob(f"part-*{UNFINISHED}"), *self.out.glob(".*.tmp")]:
+            if path.name not in sealed:
+                path.unlink()
+        for name in sealed:
+            tensors = Shard(self.out / name).tensors
+            self._shard_of |= dict.fromkeys(tensors, self._shards)
+            self._total += sum(tensor.end - tensor.start for tensor in tensors.values())
+            self._shards += 1
+
+    def _unfinish(self) -> None:
+        """Undo as much of ``finish`` as was done."""
+        (self.out / INDEX).unlink(missing_ok=True)
+        for path in self.out.glob("model-*-of-*.safetensors"):
+            path.rename(self._part(int(path.name.split("-")[1]) - 1))
+
+    def _give_up(self) -> None:
+        """Take back every file and folder made here and not sealed, and nothing else."""
+        with contextlib.suppress(OSError):  # the error that led here matters more; what stays has no index
+            if self.records:
+                self._unfinish()
+        sealed = {self.out / name for record in self.records for name in record["shards"]}
+        for path in self._written - sealed:
+            with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+        if self.records:
+            self._journal.release()
+            return
+        with contextlib.suppress(OSError):
+            if self._journal.held:
+                self._journal.clear()
         for folder in self._created:
             with contextlib.suppress(OSError):  # somebody else put a file there: it is theirs, and stays
                 folder.rmdir()
@@ -182,15 +260,6 @@ def _own(tensor: Tensor) -> Tensor:
     """A copy on the CPU, contiguous and alone in its storage: safetensors refuses shared memory."""
     own = tensor.detach().to("cpu").contiguous()
     return own.clone() if own.data_ptr() == tensor.data_ptr() else own
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _free(folder: Path) -> str:

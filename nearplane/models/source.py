@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
+from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -161,6 +162,8 @@ def _from_hub(model: str, patterns: list[str]) -> Path:
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration, refusing code that the folder itself would run."""
+    if (folder / STATE).is_dir():
+        raise NearplaneError(f"{folder} holds a run that was not finished; nearplane quantize --resume finishes it.")
     path = folder / "config.json"
     raw = read_json(path)
     if not isinstance(raw.get("model_type"), str):

@@ -1,0 +1,327 @@
+"""A run that is ended at any instant goes on where it was, and ends in the same bytes."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import nearplane
+from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane
+from nearplane.cli import main
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
+from nearplane.formats import write
+from nearplane.formats.journal import STATE, Journal
+from nearplane.formats.store import INDEX
+
+TIMES = ("seconds", "resumed")
+GRID = Grid(bits=3, group_size=16, sym=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "text.txt").write_text(tiny.text(2000))
+    return tiny.save(tiny.build("llama", num_hidden_layers=3), folder / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> dict[str, Any]:
+    """What an uninterrupted run leaves."""
+    run(model, model.parent / "whole")
+    return contents(model.parent / "whole")
+
+
+def run(model: Path, out: Path, **options: Any) -> nearplane.Report:
+    calibration = Calibration(dataset=str(model.parent / "text.txt"), nsamples=8, seqlen=24)
+    settings = {"method": NearPlane(), "grid": GRID, "calibration": calibration, "progress": False, **options}
+    return nearplane.quantize(model, out, **settings)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file's bytes; the report without times and its own name."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    report = json.loads(found.pop("report.json"))
+    for key in (*TIMES, "out"):
+        report.pop(key)
+    report["totals"].pop("seconds")
+    for row in report["linears"]:
+        row.pop("seconds")
+    return {**found, "report.json": report}
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Run something in a forked process; returns its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def at_event(number: int, act: Callable[[], None], folder: Path) -> list[int]:
+    """Act when files below ``folder`` are opened for writing, renamed or removed for the ``number``-th time."""
+    seen = [0]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and args[1] is not None and set(str(args[1])) & set("wax+")
+        opened = (
+            event == "open" and args[1] is None and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        changed = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+        if (writes or opened or changed) and str(args[0]).startswith(str(folder)) and seen[0] >= 0:
+            seen[0] += 1
+            if seen[0] == number:
+                act()
+
+    sys.addaudithook(hook)  # for good: only in a child
+    return seen
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_anywhere_ends_in_the_same_bytes(seed: int, model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL between any two changes of the folder, again and again until the run gets through: 20 and more in all."""
+    out, dice, deaths = tmp_path / "out", random.Random(seed), 0
+    for attempt in range(30):
+        step = dice.randint(1, 14 if attempt < 8 else 300)
+
+        def work(step: int = step) -> None:
+            at_event(step, kill, out)
+            run(model, out, resume=True)
+
+        if in_a_child(work) == 0:
+            break
+        deaths += 1
+    assert deaths >= 5
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_killed_while_a_shard_is_written(block: int, model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    out, calls = tmp_path / "out", []
+
+    def half(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        save_file(tensors, path, **options)
+        calls.append(path)
+        if len(calls) == block + 1:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size // 2)
+            kill()
+
+    def work() -> None:
+        write.save_file = half  # type: ignore[assignment]
+        run(model, out)
+
+    assert os.WTERMSIG(in_a_child(work)) == signal.SIGKILL
+    assert len(list(out.glob("part-*"))) == block and (out / STATE).is_dir()
+    with pytest.raises(NearplaneError, match="holds a run that was not finished"):
+        nearplane.load(out)
+    with pytest.raises(SettingError, match="holds a run that was not finished; resume it"):
+        run(model, out)
+    report = run(model, out, resume=True)
+    assert contents(out) == whole and report.resumed == 1
+
+
+def test_killed_at_random_times(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """By the clock, from outside, wherever that falls."""
+    dice = random.Random(7)
+    out = tmp_path / "out"
+    for _ in range(6):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run(model, out, resume=True)
+            finally:
+                os._exit(0)
+        time.sleep(dice.uniform(0.05, 0.6))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if (out / INDEX).exists() and not (out / STATE).exists():
+            break
+    else:
+        run(model, out, resume=True)
+    assert contents(out) == whole
+
+
+def test_a_full_disk_at_any_write_keeps_what_is_done(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """Each change of the folder in turn is refused: one sentence, no half of a file under a name that counts."""
+    for number in range(1, 60, 4):
+        out, told = tmp_path / str(number), tmp_path / f"{number}.txt"
+
+        def work(number: int = number, out: Path = out, told: Path = told) -> None:
+            def full() -> None:
+                raise OSError(28, "No space left on device")
+
+            at_event(number, full, out)
+            try:
+                run(model, out)
+            except NearplaneError as error:
+                told.write_text(str(error))
+                return
+            told.write_text("done")
+
+        assert in_a_child(work) == 0
+        if told.read_text() == "done":  # where a refusal does no harm, such as in tidying up
+            assert contents(out) == whole
+            continue
+        assert "No space left" in told.read_text()
+        assert "is complete, but" in told.read_text() or not list(out.glob("*.safetensors"))
+        run(model, out, resume=True)
+        assert contents(out) == whole
+
+
+def interrupted(model: Path, out: Path, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """A run that ends after so many stages."""
+    calls: list[int] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class NearPlaneThatStops(NearPlane):
+        def solve(self, *args: Any) -> Any:
+            calls.append(1)
+            if len(calls) > after:
+                raise error("here")
+            return super().solve(*args)
+
+    NearPlaneThatStops.__name__ = "NearPlane"
+    with pytest.raises(error):
+        run(model, out, method=NearPlaneThatStops())
+
+
+def test_a_changed_setting_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(model, out, 5)
+    before = sorted(path.name for path in out.rglob("*"))
+    text = str(model.parent / "text.txt")
+    for changed, name in (
+        ({"grid": dataclasses.replace(GRID, bits=4)}, r"grid\.bits was 3 when .* was begun and is 4 now"),
+        ({"method": GPTQ()}, r"method\.name was 'NearPlane'"),
+        ({"format": "gptq_v2"}, "format was 'compressed-tensors'"),
+        ({"calibration": Calibration(dataset=text, nsamples=8, seqlen=24, seed=1)}, r"calibration\.seed was 0"),
+    ):
+        with pytest.raises(SettingError, match=name):
+            run(model, out, resume=True, **changed)
+        assert sorted(path.name for path in out.rglob("*")) == before
+    original = (model.parent / "text.txt").read_text()
+    (model.parent / "text.txt").write_text("Another text. " + original)
+    try:
+        with pytest.raises(SettingError, match="calibration text is not the one"):
+            run(model, out, resume=True)
+    finally:
+        (model.parent / "text.txt").write_text(original)
+
+
+def test_damping_and_samples_may_change_for_the_blocks_to_come(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(model, out, 5)
+    text = str(model.parent / "text.txt")
+    report = run(
+        model,
+        out,
+        resume=True,
+        method=NearPlane(damp_percent=0.05),
+        calibration=Calibration(text, nsamples=12, seqlen=24),
+    )
+    first, last = report.linears[0], report.linears[-1]
+    assert first.tokens == 8 * 24 and last.tokens == 12 * 24
+    assert any("method.damp_percent was 0.01 in the blocks before model.layers.1" in event for event in report.events)
+    assert any("calibration.nsamples was 8" in event for event in report.events)
+    nearplane.load(out)
+
+
+@pytest.mark.parametrize("what", ["record", "shard"])
+def test_a_damaged_state_falls_back_to_the_last_good_block(
+    what: str, model: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted(model, out, 9)
+    assert len(list((out / STATE).glob("block-*.json"))) == 2
+    path = out / STATE / "block-00001.json" if what == "record" else next(out.glob("part-00002*"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    report = run(model, out, resume=True)
+    assert report.events[-1].endswith(f"{path.name} is damaged") or any(path.name in e for e in report.events)
+    found, expected = contents(out), dict(whole)
+    found["report.json"]["events"] = expected["report.json"]["events"]
+    assert found == expected
+
+
+def test_two_runs_on_one_folder(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    journal = Journal(out)
+    journal.lock()
+    for resume in (False, True):
+        with pytest.raises(NearplaneError, match=rf"is being written by process {os.getpid()} on .*, since 20"):
+            run(model, out, resume=resume)
+    journal.release()
+    run(model, out, resume=True, method=RTN())
+    with pytest.raises(SettingError, match="is finished; there is nothing to resume"):
+        run(model, out, resume=True)
+
+
+def test_nan_in_a_block_is_named_and_the_blocks_before_it_are_safe(
+    model: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    file = broken / "model.safetensors"
+    good = file.read_bytes()
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, file)
+    (tmp_path / "text.txt").write_text((model.parent / "text.txt").read_text())
+    out = tmp_path / "out"
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        run(broken, out)
+    file.write_bytes(good)
+    run(broken, out, resume=True)
+    found = contents(out)
+    assert {k: v for k, v in found.items() if k != "report.json"} == {
+        k: v for k, v in whole.items() if k != "report.json"
+    }
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_after_the_stage_and_says_how_to_go_on(
+    number: signal.Signals, status: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, solve, calls = tmp_path / "out", GPTQ.solve, []
+
+    def signalled(self: GPTQ, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), number)
+        return solve(self, *args)
+
+    monkeypatch.setattr(GPTQ, "solve", signalled)
+    words = ["quantize", str(model), str(out), "--method", "gptq", "--bits", "3", "--group-size", "16"]
+    words += ["--dataset", str(model.parent / "text.txt"), "--nsamples", "8", "--seqlen", "24"]
+    assert main(words) == status
+    told = capsys.readouterr().err
+    assert "stopping after this stage" in told and len(calls) == 6
+    assert f"go on with: nearplane {' '.join(words)} --resume" in told
+    assert main([*words, "--resume"]) == 0
+    assert "1 of 3 blocks are done" in capsys.readouterr().err.replace("\n", " ")
+    nearplane.load(out)
