@@ -42,6 +42,7 @@ def quantize(
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
+    offload: str | Path | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -50,8 +51,9 @@ def quantize(
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
     NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
-    computation is float32 whatever is stored. ``resume``: go on after the last finished block that ``out`` holds, if it
-    holds any; the settings must be the same. Raises NearplaneError for whatever cannot work. However it ends, ``out`` holds
+    computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
+    on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
+    settings must be the same. Raises NearplaneError for whatever cannot work. However it ends, ``out`` holds
     the finished checkpoint, or the finished blocks for a later ``resume``, or nothing.
     """
     writer = Writer(Path(out), resume=resume)
@@ -72,7 +74,7 @@ def quantize(
         task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
         if progress:
             announce(report, plan.blocks, done)
-        walk = plan.stream() if done < len(plan.blocks) else iter(())
+        walk = plan.stream(None if offload is None else Path(offload)) if done < len(plan.blocks) else iter(())
         for number in count():
             mark = report.mark()
             with report.timed("forward"):  # opening a block, and running the one before it over every sample

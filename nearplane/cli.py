@@ -134,6 +134,7 @@ def _quantize(argv: list[str]) -> None:
         format=args.format,
         device=args.device,
         dtype=args.dtype,
+        offload=args.offload,
         resume=args.resume,
         trust_remote_code=args.trust_remote_code,
     )

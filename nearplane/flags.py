@@ -32,6 +32,8 @@ class Quantize:
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
     """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
+    offload: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Keep hidden states in files below this folder, not in memory."""
     resume: bool = False
     """Go on after the last finished block in OUT; with the same settings, but for --damp-percent and --nsamples."""
     trust_remote_code: bool = False

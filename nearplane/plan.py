@@ -38,11 +38,13 @@ class Plan:
     compute: torch.dtype
     device: torch.device
 
-    def stream(self) -> Any:
-        """The walk over blocks."""
+    def stream(self, offload: Path | None = None) -> Any:
+        """The walk over blocks; ``offload``: a folder for the hidden states."""
         ids = None if self.tokens is None else self.tokens.ids
         reference = bool(self.method.needs & {"D", "R"})
-        return stream(self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference)
+        return stream(
+            self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference, offload=offload
+        )
 
     def disk_name(self, site: str) -> str:
         """A site's name in the checkpoint."""

@@ -26,11 +26,12 @@ def restore(plan: Plan, writer: Writer, report: Report) -> int:
     now = _identity(plan)
     for record, block in zip(writer.records, plan.blocks, strict=False):
         changed = _changed(record["run"], now)
-        if record["block"] != block.name or set(changed) - set(FREE) - {"data.sha256", "data.windows", "data.tokens"}:
-            name = next((key for key in changed if key not in FREE), "model")
-            was, is_now = changed.get(name, (record["block"], block.name))
+        bound = [key for key in changed if key not in FREE and not key.startswith("data.")]
+        if record["block"] != block.name or bound:
+            name = bound[0] if bound else "block"
+            was, value = changed.get(name, (record["block"], block.name))
             raise SettingError(
-                f"{name} was {was!r} when {writer.out} was begun and is {is_now!r} now; resume with what it was, or "
+                f"{name} was {was!r} when {writer.out} was begun and is {value!r} now; resume with what it was, or "
                 "begin in another folder."
             )
         if "calibration.nsamples" not in changed and any(key.startswith("data.") for key in changed):

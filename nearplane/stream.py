@@ -10,8 +10,10 @@ costs each stream one forward, not one per stage. All batches are then on their 
 than ``IN_FLIGHT_BYTES`` every stage is reached by a forward of its own instead, with the same result.
 """
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from nearplane.calibrate.forward import Forward, Stream, hooked
 from nearplane.calibrate.observe import Measuring, residual_drift
+from nearplane.calibrate.offload import OnDisk
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
@@ -151,6 +154,7 @@ class Walk:
         device: torch.device,
         dtype: torch.dtype,
         reference: bool,
+        offload: Path | None = None,
     ) -> None:
         self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -163,7 +167,9 @@ class Walk:
         if tokens is not None:
             step = max(1, BATCH_TOKENS // tokens.shape[1])
             self.batches = [tokens[a : a + step].to(device) for a in range(0, len(tokens), step)]
-            self.streams = [Stream(source.model, names, self.batches) for _ in range(2 if reference else 1)]
+            for name in ("quantized", "reference")[: 2 if reference else 1]:
+                hidden = None if offload is None else OnDisk(offload, name, len(self.batches))
+                self.streams.append(Stream(source.model, names, self.batches, hidden))
             width = max(site.shape[0] + site.shape[1] for block in blocks for site in block.sites)
             self.keep = tokens.numel() * width * 2 * dtype.itemsize * len(self.streams) <= IN_FLIGHT_BYTES
         discover.load_outside(source, names, device, dtype)
@@ -177,13 +183,15 @@ def stream(
     device: torch.device,
     dtype: torch.dtype,
     reference: bool,
+    offload: Path | None = None,
 ) -> Iterator[OpenBlock]:
     """Open each block in turn, hand it out, advance both streams through it, free it.
 
     ``tokens`` (samples, seqlen), or None when the method reads no data. ``reference`` keeps the second stream.
+    ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory.
     """
-    with torch.no_grad():
-        walk = Walk(source, blocks, tokens, device, dtype, reference)
+    with torch.no_grad(), _scratch(offload) as folder:
+        walk = Walk(source, blocks, tokens, device, dtype, reference, folder)
         for k, block in enumerate(blocks):
             opened = OpenBlock(walk, k)
             try:
@@ -195,9 +203,27 @@ def stream(
                 opened.close()
 
 
+@contextmanager
+def _scratch(offload: Path | None) -> Iterator[Path | None]:
+    """A folder of this run's own below ``offload``, gone afterwards."""
+    if offload is None:
+        yield None
+        return
+    try:
+        offload.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=offload, prefix="nearplane-")
+    except OSError as error:
+        raise NearplaneError(f"folder {offload} for hidden states cannot be written to: {error}.") from error
+    with folder:
+        yield Path(folder.name)
+
+
 def _check_finite(walk: Walk, block: Block) -> None:
     """A stream that is non-finite everywhere can calibrate nothing any more."""
-    if walk.streams and not any(bool(h.isfinite().any()) for h in walk.streams[0].hidden if h is not None):
+    if not walk.streams:
+        return
+    hidden = (walk.streams[0].hidden[batch] for batch in range(len(walk.batches)))
+    if not any(bool(h.isfinite().any()) for h in hidden if h is not None):
         raise NearplaneError(
             f"every activation after {block.name} is NaN or Inf; the model does not run in this dtype on this device."
         )

@@ -274,7 +274,7 @@ def test_calibration_text_too_short(model: Path, tmp_path: Path, capsys: pytest.
         assert says in refused(words, capsys, out)
 
 
-def test_interrupt_leaves_nothing(
+def test_an_interrupt_before_a_block_is_done_leaves_nothing(
     model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nearplane.methods import GPTQ
@@ -284,14 +284,14 @@ def test_interrupt_leaves_nothing(
 
     def interrupt(self: GPTQ, *args: Any) -> Any:
         solved.append(1)
-        if len(solved) == 6:  # in the second of two blocks of four stages
+        if len(solved) == 3:  # of the four stages of the first block
             raise KeyboardInterrupt
         return solve(self, *args)
 
     monkeypatch.setattr(GPTQ, "solve", interrupt)
     out = tmp_path / "out"
     assert main(["quantize", str(model), str(out), "--method", "gptq", *data]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "interrupted; nothing was written" in capsys.readouterr().err
     assert not out.exists()
 
 

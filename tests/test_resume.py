@@ -68,8 +68,9 @@ def in_a_child(work: Callable[[], object]) -> int:
     if pid == 0:
         try:
             work()
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
     return os.waitpid(pid, 0)[1]
 
 
@@ -163,8 +164,8 @@ def test_killed_at_random_times(model: Path, whole: dict[str, Any], tmp_path: Pa
 
 def test_a_full_disk_at_any_write_keeps_what_is_done(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     """Each change of the folder in turn is refused: one sentence, no half of a file under a name that counts."""
-    for number in range(1, 60, 4):
-        out, told = tmp_path / str(number), tmp_path / f"{number}.txt"
+    for number in range(1, 44, 6):
+        out, told = tmp_path / str(number), tmp_path / f"told-{number}.txt"
 
         def work(number: int = number, out: Path = out, told: Path = told) -> None:
             def full() -> None:
@@ -186,6 +187,16 @@ def test_a_full_disk_at_any_write_keeps_what_is_done(model: Path, whole: dict[st
         assert "is complete, but" in told.read_text() or not list(out.glob("*.safetensors"))
         run(model, out, resume=True)
         assert contents(out) == whole
+
+
+def test_offloaded_hidden_states_change_nothing(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """And leave nothing behind, also where the run fails."""
+    run(model, tmp_path / "out", offload=tmp_path / "deep" / "scratch")
+    assert contents(tmp_path / "out") == whole
+    assert not any((tmp_path / "deep" / "scratch").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NearplaneError, match=r"file/scratch for hidden states cannot be written to"):
+        run(model, tmp_path / "again", offload=tmp_path / "file" / "scratch")
 
 
 def interrupted(model: Path, out: Path, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:

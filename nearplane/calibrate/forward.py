@@ -12,6 +12,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from nearplane.calibrate.offload import OnDisk
 from nearplane.models import discover
 from nearplane.models.discover import Stop
 
@@ -19,9 +20,10 @@ from nearplane.models.discover import Stop
 class Stream:
     """One hidden state per batch, advanced block by block."""
 
-    def __init__(self, model: nn.Module, names: list[str], batches: list[Tensor]) -> None:
+    def __init__(self, model: nn.Module, names: list[str], batches: list[Tensor], hidden: OnDisk | None = None) -> None:
+        """``hidden``: where the states are kept, if not in memory."""
         self.model, self.names, self.batches = model, names, batches
-        self.hidden: list[Tensor | None] = [None] * len(batches)
+        self.hidden: list[Tensor | None] | OnDisk = [None] * len(batches) if hidden is None else hidden
 
 
 class Forward(greenlet):

@@ -184,7 +184,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     unfinished = sorted(folder.glob(f"*{UNFINISHED}"))
     if unfinished:
         raise NearplaneError(
-            f"{folder} was not written to its end ({unfinished[0].name} is left over); finish it with nearplane quantize --resume, or delete it."
+            f"{folder} was not written to its end ({unfinished[0].name} is left over); "
+            "finish it with nearplane quantize --resume, or delete it."
         )
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(files) == 1:

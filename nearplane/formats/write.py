@@ -65,7 +65,7 @@ class Writer:
         except OSError as error:
             self._give_up()
             raise NearplaneError(f"folder {self.out} cannot be written to: {error}.") from error
-        except BaseException:
+        except NearplaneError:
             self._give_up()
             raise
         return self

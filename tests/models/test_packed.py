@@ -74,12 +74,12 @@ def test_gptq(format: str, bits: int, sym: bool, tmp_path: Path) -> None:
 def test_gptq_with_groups_in_activation_order(tmp_path: Path) -> None:
     """As AutoGPTQ writes desc_act: columns of a group are not neighbours."""
     out = written(tmp_path, format="gptq_v2")
-    path = next(out.glob("*.safetensors"))
-    state = load_file(path)
     generator = torch.Generator().manual_seed(0)
-    for name in [name for name in state if name.endswith("g_idx")]:
-        state[name] = state[name][torch.randperm(len(state[name]), generator=generator)]
-    save_file(state, path, metadata={"format": "pt"})
+    for path in out.glob("*.safetensors"):
+        state = load_file(path)
+        for name in [name for name in state if name.endswith("g_idx")]:
+            state[name] = state[name][torch.randperm(len(state[name]), generator=generator)]
+        save_file(state, path, metadata={"format": "pt"})
     packed = nearplane.load(out)
     assert all(module.order.numel() for module in quantized_linears(packed).values())
     assert same(packed, nearplane.load(out, packed=False))
@@ -98,9 +98,8 @@ def test_architectures(kind: str, tmp_path: Path) -> None:
 def test_nothing_dense_is_left(checkpoint: Path) -> None:
     packed, dense = nearplane.load(checkpoint), nearplane.load(checkpoint, packed=False)
     names = set(quantized_linears(packed))
-    stored = sum(
-        tensor.nbytes for name, tensor in load_file(next(checkpoint.glob("*.safetensors"))).items() if "weight_" in name
-    )
+    states = [load_file(path) for path in checkpoint.glob("*.safetensors")]
+    stored = sum(tensor.nbytes for state in states for name, tensor in state.items() if "weight_" in name)
     assert sum(module.tiles.nbytes for module in quantized_linears(packed).values()) <= 1.15 * stored
     kept = {name for name, _ in packed.named_parameters()}
     assert kept == {name for name, _ in dense.named_parameters() if name.removesuffix(".weight") not in names}
