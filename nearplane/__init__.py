@@ -10,6 +10,7 @@ from nearplane.core.moments import Moments
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
 from nearplane.report import Report
+from nearplane.verification import Verification, verify
 
 __version__ = _version("nearplane")
 
@@ -28,7 +29,9 @@ __all__ = [
     "Quantized",
     "Report",
     "ResComp",
+    "Verification",
     "evaluate",
     "load",
     "quantize",
+    "verify",
 ]

@@ -32,6 +32,7 @@ from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
 from nearplane.runtime.linear import quantized_linears
 from nearplane.speed import bench, check_threads
+from nearplane.verification import verify
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -53,6 +54,7 @@ USAGE = f"""nearplane {__version__}: quantize transformers by error compensation
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
   nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
   nearplane bench MODEL                                      tokens/s, packed against bf16 and fp32
+  nearplane verify OUT [--engine vllm]                       every file and tensor re-read, problems listed
 
 MODEL is a local transformers folder, a hub id, or "demo". Each command explains itself with --help.
 Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsamples 16
@@ -62,12 +64,13 @@ Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsa
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "quantize": _quantize,
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
         "bench": _bench,
+        "verify": _verify,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -78,10 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    status = 0
     try:
         if argv[0] not in commands:
             raise SettingError(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}.")
-        commands[argv[0]](_canonical(argv[1:]))
+        status = commands[argv[0]](_canonical(argv[1:])) or 0
     except NearplaneError as error:
         print(f"nearplane: {error}", file=sys.stderr)
         return 2
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nearplane: interrupted; nothing was written.", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def _quantize(argv: list[str]) -> None:
@@ -184,6 +188,13 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(result.as_dict()))
     else:
         result.print(Console())
+
+
+def _verify(argv: list[str]) -> int:
+    args = _parse(flags.Verify, "verify", argv)
+    result = verify(args.out, args.engine, trust_remote_code=args.trust_remote_code, progress=True)
+    print(json.dumps(result.as_dict()) if args.json else result)
+    return 0 if result.ok else 1
 
 
 def _set_threads(threads: int | None) -> None:

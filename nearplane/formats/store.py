@@ -45,14 +45,14 @@ class Store:
             raise NearplaneError(f"{self.folder} {problem}; give the folder that holds model.safetensors.")
         promised = _weight_map(self.folder)
         # Insertion order of the shards is that of the index, so that the first problem reported is the first shard's.
-        self._shards: dict[str, Any] = {file: _open(self.folder / file) for file in dict.fromkeys(promised.values())}
+        self._shards: dict[str, Any] = {
+            file: open_shard(self.folder / file) for file in dict.fromkeys(promised.values())
+        }
         held = {file: set(shard.keys()) for file, shard in self._shards.items()}
         if not (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
             for name, file in promised.items():
                 if name not in held[file]:
-                    raise NearplaneError(
-                        f"{self.folder / INDEX} promises tensor {name} in {file}, which lacks it; download both again."
-                    )
+                    raise NearplaneError(lacking(self.folder, name, file))
             self._file = promised
         else:
             self._file = {name: file for file, names in held.items() for name in names}
@@ -104,6 +104,11 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
+def lacking(folder: Path, name: str, file: str) -> str:
+    """The sentence about a tensor that the index names and its shard does not hold."""
+    return f"{folder / INDEX} promises tensor {name} in {file}, which lacks it; download both again."
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     """File of each tensor, as promised by the index; of a single file, one entry under the file's own name.
 
@@ -112,7 +117,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if (folder / SINGLE).exists():
         return {SINGLE: SINGLE}
     if (folder / INDEX).exists():
-        return _read_index(folder / INDEX)
+        return read_index(folder / INDEX)
     unfinished = sorted(folder.glob(f"*{UNFINISHED}"))
     if unfinished:
         raise NearplaneError(
@@ -134,7 +139,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     raise NearplaneError(f"{folder} holds no safetensors file; give the folder that holds model.safetensors.")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index, with every file name checked to stay inside the folder."""
     promised = read_json(path).get("weight_map")
     if not isinstance(promised, dict) or not promised:
@@ -152,7 +157,7 @@ def _stays_inside(file: str) -> bool:
     )
 
 
-def _open(path: Path) -> safe_open:
+def open_shard(path: Path) -> safe_open:
     """A shard with a checked header: safetensors compares it with the file's length."""
     try:
         return safe_open(path, framework="pt", device="cpu")
