@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
+from nearplane.conversion import Conversion, convert
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
@@ -20,6 +21,7 @@ __all__ = [
     "OBQ",
     "RTN",
     "Calibration",
+    "Conversion",
     "Evaluation",
     "Grid",
     "Method",
@@ -30,6 +32,7 @@ __all__ = [
     "Report",
     "ResComp",
     "Verification",
+    "convert",
     "evaluate",
     "load",
     "quantize",

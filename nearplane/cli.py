@@ -23,6 +23,7 @@ from rich.console import Console
 from nearplane import __version__, flags
 from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
+from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.generation import generate
@@ -55,6 +56,7 @@ USAGE = f"""nearplane {__version__}: quantize transformers by error compensation
   nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
   nearplane bench MODEL                                      tokens/s, packed against bf16 and fp32
   nearplane verify OUT [--engine vllm]                       every file and tensor re-read, problems listed
+  nearplane convert OUT NEW --format gptq                    the same codes and scales in another format
 
 MODEL is a local transformers folder, a hub id, or "demo". Each command explains itself with --help.
 Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsamples 16
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         "generate": _generate,
         "bench": _bench,
         "verify": _verify,
+        "convert": _convert,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -195,6 +198,11 @@ def _verify(argv: list[str]) -> int:
     result = verify(args.out, args.engine, trust_remote_code=args.trust_remote_code, progress=True)
     print(json.dumps(result.as_dict()) if args.json else result)
     return 0 if result.ok else 1
+
+
+def _convert(argv: list[str]) -> None:
+    args = _parse(flags.Convert, "convert", argv)
+    print(convert(args.out, args.new, args.format, trust_remote_code=args.trust_remote_code, progress=True))
 
 
 def _set_threads(threads: int | None) -> None:

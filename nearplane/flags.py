@@ -141,6 +141,20 @@ class Verify:
 
 
 @dataclass
+class Convert:
+    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros stay as they are."""
+
+    out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """The quantized checkpoint."""
+    new: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="NEW")]]
+    """Folder to write; must not exist, or be empty."""
+    format: FormatName
+    """The format to write."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
 class Inspect:
     """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer.
 

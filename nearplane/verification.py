@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
+from nearplane.formats.base import conv1d_reason
 from nearplane.formats.engines import ENGINES, caveat, order_refusal, refusal
 from nearplane.formats.examine import examine
 from nearplane.formats.files import FileSum, Findings, check_files, files, holds_weights, sums
@@ -242,10 +243,8 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
         reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
         if reason is not None:
             found.problem(reason)
-        elif isinstance(module, Conv1D) and not FORMATS[checkpoint.format or ""].holds_conv1d:
-            found.problem(
-                f"{layer} is a Conv1D, which {checkpoint.format} does not reach: transformers leaves it random."
-            )
+        elif isinstance(module, Conv1D) and conv1d_reason(FORMATS[checkpoint.format or ""]) is not None:
+            found.problem(f"{layer}: {conv1d_reason(FORMATS[checkpoint.format or ''])}.")
     _check_ignored(checkpoint, modules, on_disk, set(quantized), found)
 
 

@@ -57,6 +57,13 @@ def tail_reason(grid: Grid, in_features: int) -> str | None:
     return f"group_size {grid.group_size} does not divide the {in_features} input columns; what divides them: {choice}"
 
 
+def conv1d_reason(format: Format) -> str | None:
+    """Why a Conv1D cannot be stored; None if it can."""
+    if format.holds_conv1d:
+        return None
+    return f"{format.name} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
+
+
 def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
     """The same weight on the CPU with scales in ``grid.scale_dtype``, once it is known that disk can hold it exactly.
 
