@@ -71,8 +71,10 @@ class Verification:
         lines += [f"note: {note}" for note in self.notes] + [f"problem: {problem}" for problem in self.problems]
         count = len(self.problems)
         result = f"{count} problem{'s' if count > 1 else ''}" if count else "no problem found"
-        what = f"{self.layers} quantized layers and {self.tensors} other tensors read"
-        return "\n".join([*lines, f"{self.path}: {self.format or 'not quantized'}, {what}; {result}"])
+        what = f"{self.format or 'not quantized'}, {self.layers} quantized layers and {self.tensors} other tensors read"
+        if not self.layers + self.tensors:
+            what = "no tensor could be read"
+        return "\n".join([*lines, f"{self.path}: {what}; {result}"])
 
 
 def verify(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -414,6 +415,29 @@ def test_conv1d_is_out_of_reach_of_compressed_tensors(tmp_path: Path, monkeypatc
     assert len(found) == 8 and all("compressed-tensors knows nn.Linear only" in text for text in found)
 
 
+def test_no_damage_is_an_exception(made: Path, tmp_path: Path) -> None:
+    """Bytes turned, files cut, values of the JSON files replaced: whatever it is, a list comes back."""
+    draw = random.Random(0)
+    values: list[Any] = [None, 0, -1, "x", [], {}, True, 1e9, [1], {"a": 1}]
+    for turn in range(60):
+        out = Path(shutil.copytree(made / draw.choice([*KINDS, "dense"]), tmp_path / str(turn)))
+        path = draw.choice([*out.glob("*config.json"), *out.glob("*.safetensors"), *out.glob(INDEX)])
+        data = bytearray(path.read_bytes())
+        if path.suffix == ".json" and turn % 2:
+            content = inner = json.loads(data)
+            while isinstance(inner, dict | list) and inner:
+                parent, key = inner, draw.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+                inner = parent[key] if draw.random() < 0.7 else None
+            parent[key] = draw.choice(values)
+            path.write_text(json.dumps(content))
+        elif turn % 3:
+            data[draw.randrange(min(len(data), 3000))] = draw.randrange(256)
+            path.write_bytes(data)
+        else:
+            path.write_bytes(data[: draw.randrange(len(data))])
+        assert isinstance(nearplane.verify(out), Verification)
+
+
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(NearplaneError, match="holds no safetensors file"):
         nearplane.verify(tmp_path)
@@ -437,7 +461,11 @@ def test_command_line(made: Path, broken: Callable[[str], Path], capsys: pytest.
     (out / SHARD).write_bytes(b"no header")
     assert main(["verify", str(out)]) == 1
     captured = capsys.readouterr()
-    assert "problem: " in captured.out and "1 problem\n" in captured.out and "Traceback" not in captured.err
+    assert (
+        "problem: " in captured.out
+        and "no tensor could be read; 1 problem\n" in captured.out
+        and "Traceback" not in captured.err
+    )
     assert main(["verify", str(out.parent / "absent-folder")]) == 2
     assert main(["verify", str(out), "--engine", "tgi"]) == 2
     assert "Traceback" not in capsys.readouterr().err
