@@ -4,12 +4,14 @@ from importlib.metadata import version as _version
 
 from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
+from nearplane.conversion import Conversion, convert
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
 from nearplane.report import Report
+from nearplane.verification import Verification, verify
 
 __version__ = _version("nearplane")
 
@@ -19,6 +21,7 @@ __all__ = [
     "OBQ",
     "RTN",
     "Calibration",
+    "Conversion",
     "Evaluation",
     "Grid",
     "Method",
@@ -28,7 +31,10 @@ __all__ = [
     "Quantized",
     "Report",
     "ResComp",
+    "Verification",
+    "convert",
     "evaluate",
     "load",
     "quantize",
+    "verify",
 ]

@@ -16,7 +16,7 @@ from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
 from nearplane.interrupts import stoppable
 from nearplane.methods import Method, NearPlane
-from nearplane.models.discover import Stage, is_linear
+from nearplane.models.discover import Stage, linears_besides
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
@@ -26,10 +26,6 @@ from nearplane.report import LinearRow, Report
 from nearplane.resume import replay, restore, seal
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.stream import OpenBlock
-
-# Files that make a folder a usable model, besides weights and config.json.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-              "generation_config.json", "*.jinja", "preprocessor_config.json", "LICENSE*")  # fmt: skip
 
 
 def quantize(
@@ -226,7 +222,7 @@ def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
         writer.put({name: value})
     report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
     quantized = set(sites.values())
-    ignore = [name for name, m in source.model.named_modules() if is_linear(m) and name not in quantized]
+    ignore = linears_besides(source.model, quantized)
     settings = {
         "static_groups": getattr(plan.method, "static_groups", True),
         "true_sequential": True,
@@ -240,9 +236,6 @@ def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     writer.json("config.json", config | dtype | {"quantization_config": quantization})
     for name, content in plan.format.extra_files(quantization).items():
         writer.json(name, content)
-    for pattern in (*COMPANIONS, *(["*.py"] if source.trust_remote_code else [])):
-        for path in sorted(source.folder.glob(pattern)):
-            if path.is_file():
-                writer.copy(path)
+    writer.companions(source.folder, code=source.trust_remote_code)
     writer.json("report.json", report.as_dict())
     writer.finish()

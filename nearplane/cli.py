@@ -25,6 +25,7 @@ from rich.console import Console
 from nearplane import __version__, flags
 from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
+from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats.journal import STATE
@@ -36,6 +37,7 @@ from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
 from nearplane.runtime.linear import quantized_linears
 from nearplane.speed import bench, check_threads
+from nearplane.verification import verify
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -57,6 +59,8 @@ USAGE = f"""nearplane {__version__}: quantize transformers by error compensation
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
   nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
   nearplane bench MODEL                                      tokens/s, packed against bf16 and fp32
+  nearplane verify OUT [--engine vllm]                       every file and tensor re-read, problems listed
+  nearplane convert OUT NEW --format gptq                    the same codes and scales in another format
 
 MODEL is a local transformers folder, a hub id, or "demo". Each command explains itself with --help.
 Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsamples 16
@@ -66,12 +70,14 @@ Start here:  nearplane quantize demo out --bits 3 --group-size 64 --no-sym --nsa
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "quantize": _quantize,
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
         "bench": _bench,
+        "verify": _verify,
+        "convert": _convert,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -82,10 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    status = 0
     try:
         if argv[0] not in commands:
             raise SettingError(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}.")
-        commands[argv[0]](_canonical(argv[1:]))
+        status = commands[argv[0]](_canonical(argv[1:])) or 0
     except NearplaneError as error:
         print(f"nearplane: {error}", file=sys.stderr)
         _how_to_resume(argv)
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nearplane: interrupted{kept}.", file=sys.stderr)
         _how_to_resume(argv)
         return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
-    return 0
+    return status
 
 
 def _left_something(argv: list[str]) -> bool:
@@ -205,6 +212,18 @@ def _bench(argv: list[str]) -> None:
         print(json.dumps(result.as_dict()))
     else:
         result.print(Console())
+
+
+def _verify(argv: list[str]) -> int:
+    args = _parse(flags.Verify, "verify", argv)
+    result = verify(args.out, args.engine, trust_remote_code=args.trust_remote_code, progress=True)
+    print(json.dumps(result.as_dict()) if args.json else result)
+    return 0 if result.ok else 1
+
+
+def _convert(argv: list[str]) -> None:
+    args = _parse(flags.Convert, "convert", argv)
+    print(convert(args.out, args.new, args.format, trust_remote_code=args.trust_remote_code, progress=True))
 
 
 def _set_threads(threads: int | None) -> None:

@@ -129,6 +129,36 @@ class Bench:
 
 
 @dataclass
+class Verify:
+    """Re-read a whole checkpoint, every file and tensor, and list what is wrong with it, with the sha256 of each file.
+
+    Exit status 0: nothing is wrong; 1: something is; 2: the folder is no checkpoint."""
+
+    out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """A transformers folder, quantized by nearplane or another tool, or not at all."""
+    engine: Literal["vllm", "sglang", "transformers"] | None = None
+    """Also say what this engine would refuse."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class Convert:
+    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros stay as they are."""
+
+    out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
+    """The quantized checkpoint."""
+    new: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="NEW")]]
+    """Folder to write; must not exist, or be empty."""
+    format: FormatName
+    """The format to write."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
 class Inspect:
     """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, its grid per layer.
 

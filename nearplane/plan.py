@@ -12,7 +12,7 @@ from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS
-from nearplane.formats.base import Format
+from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method
 from nearplane.methods.base import Need
 from nearplane.models.discover import Block, discover
@@ -141,8 +141,8 @@ def make_plan(
     for block in blocks:
         for site in block.sites:
             reason = FORMATS[format].supports(grid, site.shape)
-            if site.transposed and not FORMATS[format].holds_conv1d:
-                reason = f"{format} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
+            if site.transposed:
+                reason = conv1d_reason(FORMATS[format]) or reason
             reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
             if reason is not None:
                 raise SettingError(f"{site.name}: {reason}.")

@@ -1,8 +1,10 @@
 """Tiny random models of many architectures, saved as ordinary transformers folders with a tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -42,6 +44,19 @@ def save(model: Any, folder: Path) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def one_shard(folder: Path) -> Path:
+    """Put a checkpoint's tensors, which come in a shard for each block, into one file, which is easier to damage."""
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= safetensors.torch.load_file(path)
+        path.unlink()
+    shard, index = "model-00001-of-00001.safetensors", folder / "model.safetensors.index.json"
+    safetensors.torch.save_file(state, folder / shard, metadata={"format": "pt"})
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "weight_map": dict.fromkeys(sorted(state), shard)}, indent=2))
     return folder
 
 

@@ -15,6 +15,7 @@ from nearplane.core.grid import Grid, Quantized, ScaleDtype
 
 # Group sizes worth suggesting: kernels read at least 8 columns at a time, and beyond 256 one scale per row is near.
 SUGGESTED = range(8, 257, 8)
+ONLY_HERE = "only nearplane loads such a weight"
 
 
 class Format(Protocol):
@@ -54,6 +55,13 @@ def tail_reason(grid: Grid, in_features: int) -> str | None:
     fitting = [str(size) for size in SUGGESTED if in_features % size == 0]
     choice = f"{', '.join(fitting)}, or -1 (one scale per row)" if fitting else "-1 (one scale per row) only"
     return f"group_size {grid.group_size} does not divide the {in_features} input columns; what divides them: {choice}"
+
+
+def conv1d_reason(format: Format) -> str | None:
+    """Why a Conv1D cannot be stored; None if it can."""
+    if format.holds_conv1d:
+        return None
+    return f"{format.name} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
 
 
 def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:

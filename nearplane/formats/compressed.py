@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
-from nearplane.formats.base import check, tail_reason
+from nearplane.formats.base import ONLY_HERE, check, tail_reason
 from nearplane.formats.bits import pack
 
 # The release of the library whose reading of these tensors is the one described here.
@@ -39,7 +39,7 @@ class CompressedTensors:
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """A tail group has its own scale on disk, but the library refuses to multiply it out."""
         reason = tail_reason(grid, shape[1])
-        return reason and f"{reason}. Only nearplane loads such a weight; vLLM, SGLang and transformers refuse it."
+        return reason and f"{reason}; {ONLY_HERE}, vLLM, SGLang and transformers refuse it."
 
     def scale_dtype(self, model_dtype: torch.dtype) -> ScaleDtype:
         """The model's own: loaders cast scales to it."""

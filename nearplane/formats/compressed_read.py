@@ -18,6 +18,7 @@ from nearplane.formats.bits import unpack, words_of
 from nearplane.formats.layer import (
     Decoded,
     StoredLayer,
+    collect,
     expect,
     group_of_columns,
     require,
@@ -55,8 +56,11 @@ class Scheme:
         return f"config group {self.label} ({self.bits} bits, {groups})"
 
 
-def find_layers(store: Store, config: dict[str, Any]) -> dict[str, StoredLayer]:
-    """Every quantized weight of the folder. NearplaneError names what is unsupported or does not fit together."""
+def find_layers(store: Store, config: dict[str, Any], broken: dict[str, str] | None = None) -> dict[str, StoredLayer]:
+    """Every quantized weight of the folder. NearplaneError names what is unsupported or does not fit together.
+
+    ``broken``: where layers that do not fit are listed instead.
+    """
     where = f"quantization_config of {store.folder}"
     for key, meaning in (("transform_config", "online transforms"), ("sparsity_config", "sparse weights")):
         part = config.get(key)
@@ -64,12 +68,23 @@ def find_layers(store: Store, config: dict[str, Any]) -> dict[str, StoredLayer]:
             raise NearplaneError(f"{where} asks for {meaning} ({key}), which nearplane does not read.")
     schemes = _schemes(config, where)
     ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
-    layers = {}
-    for name in sorted(_prefixes(store)):
+
+    def find(name: str) -> StoredLayer:
         if any(_matches(name, entry) for entry in ignore):
             raise NearplaneError(f"{where} lists {name} under ignore, yet the layer is stored quantized.")
-        layers[name] = _layer(store, name, _scheme_of(name, schemes, where))
-    return layers
+        return _layer(store, name, _scheme_of(name, schemes, where))
+
+    return collect(_prefixes(store), find, broken)
+
+
+def expects(config: dict[str, Any], names: set[str], kind: str) -> bool:
+    """Whether the configuration says that a module is quantized: ``names``, what it is called in model and file."""
+    where = "quantization_config"
+    ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
+    if any(_matches(name, entry) for name in names for entry in ignore):
+        return False
+    targets = [target for scheme in _schemes(config, where) for target in scheme.targets]
+    return kind in targets or any(_matches(name, target) for name in names for target in targets)
 
 
 def decode(store: Store, layer: StoredLayer) -> Decoded:

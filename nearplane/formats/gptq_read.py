@@ -4,6 +4,7 @@ Decides bits and group size of each layer, which may differ from the configurati
 then the shapes speak. Groups may be in any order (``desc_act``), and old checkpoints have no ``g_idx``.
 """
 
+import re
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from nearplane.formats.gptq import WIDTHS
 from nearplane.formats.layer import (
     Decoded,
     StoredLayer,
+    collect,
     expect,
     group_of_columns,
     require,
@@ -39,8 +41,11 @@ def version(config: dict[str, Any], folder: str) -> Literal["gptq", "gptq_v2"]:
     return "gptq" if stored == "gptq" else "gptq_v2"
 
 
-def find_layers(store: Store, config: dict[str, Any]) -> dict[str, StoredLayer]:
-    """Every quantized weight of the folder. NearplaneError names the tensor that does not fit the configuration."""
+def find_layers(store: Store, config: dict[str, Any], broken: dict[str, str] | None = None) -> dict[str, StoredLayer]:
+    """Every quantized weight of the folder. NearplaneError names the tensor that does not fit the configuration.
+
+    ``broken``: where layers that do not fit are listed instead.
+    """
     where = f"quantization config of {store.folder}"
     layout = version(config, str(store.folder))
     bits = setting(config, "bits", int, None, where)
@@ -51,8 +56,8 @@ def find_layers(store: Store, config: dict[str, Any]) -> dict[str, StoredLayer]:
         raise NearplaneError(f"{where} has group_size {size}; it must be positive or -1.")
     sym = setting(config, "sym", bool, True, where)
     varied = bool(config.get("dynamic"))
-    layers = {}
-    for name in sorted(name.removesuffix(".qweight") for name in store.names if name.endswith(".qweight")):
+
+    def find(name: str) -> StoredLayer:
         tensors = tensors_of(store, name, (*NEEDED, "g_idx"))
         require(store, tensors, name, NEEDED)
         for suffix in ("qweight", "qzeros"):
@@ -60,8 +65,26 @@ def find_layers(store: Store, config: dict[str, Any]) -> dict[str, StoredLayer]:
             if store.dtype(tensors[suffix]) != torch.int32 or len(sides) != 2 or min(sides) < 1:
                 raise NearplaneError(f"tensor {tensors[suffix]} in {store.folder} must be an int32 matrix.")
         grid, shape = _grid(store, tensors, Grid(bits, size, sym), varied)
-        layers[name] = StoredLayer(name, grid, shape, tensors, layout)
-    return layers
+        return StoredLayer(name, grid, shape, tensors, layout)
+
+    return collect({name.removesuffix(".qweight") for name in store.names if name.endswith(".qweight")}, find, broken)
+
+
+def expects(config: dict[str, Any], names: set[str]) -> bool:
+    """Whether the configuration says that a linear is quantized: ``names``, what it is called in model and file."""
+    where = "quantization config"
+    if any(name.rpartition(".")[2] == "lm_head" for name in names) and not config.get("lm_head"):
+        return False
+    inside = setting(config, "modules_in_block_to_quantize", list, [], where)
+    inner = [str(name) for part in inside for name in (part if isinstance(part, list) else [part])]
+    if inner and not any(name == part or name.endswith("." + part) for name in names for part in inner):
+        return False
+    rules = setting(config, "dynamic", dict, {}, where)
+    try:
+        skipped = [re.compile(str(rule).removeprefix("-:")) for rule in rules if str(rule).startswith("-:")]
+    except re.error as error:
+        raise NearplaneError(f"a rule of dynamic in the {where} is no regular expression: {error}.") from error
+    return not any(pattern.match(name) for name in names for pattern in skipped)
 
 
 def decode(store: Store, layer: StoredLayer) -> Decoded:

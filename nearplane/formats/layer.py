@@ -1,5 +1,6 @@
 """What the readers of all formats agree on: where a quantized weight lies, and what is read from there."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,21 @@ class Decoded(NamedTuple):
 def tensors_of(store: Store, name: str, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Those tensors of a module that exist, by suffix."""
     return {suffix: f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in store.names}
+
+
+def collect(
+    names: Iterable[str], find: Callable[[str], StoredLayer], broken: dict[str, str] | None
+) -> dict[str, StoredLayer]:
+    """The layers of these names, sorted. One that cannot be read raises, or with ``broken`` is listed there instead."""
+    layers = {}
+    for name in sorted(names):
+        try:
+            layers[name] = find(name)
+        except NearplaneError as error:
+            if broken is None:
+                raise
+            broken[name] = str(error)
+    return layers
 
 
 def require(store: Store, layer: dict[str, str], name: str, suffixes: tuple[str, ...]) -> None:

@@ -37,6 +37,26 @@ class Checkpoint:
     dense: list[str]
     """Names of all other tensors, sorted."""
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the configuration says that groups may lie in activation order."""
+        config = self.quantization or {}
+        if self.format != "compressed-tensors":
+            return bool(config.get("desc_act"))
+        groups = [group.get("weights") for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
+        return any(weights.get("actorder") for weights in groups if isinstance(weights, dict))
+
+    def expects(self, names: set[str], kind: str) -> bool:
+        """Whether the configuration says that a linear of these names (in model and file) is quantized.
+
+        ``kind``: the class by which a format may address it, "Linear" or another.
+        """
+        if self.quantization is None:
+            return False
+        if self.format == "compressed-tensors":
+            return compressed_read.expects(self.quantization, names, kind)
+        return gptq_read.expects(self.quantization, names)
+
     def quantized(self, prefix: str) -> Quantized:
         """Codes, scales and zeros of one layer. NearplaneError if its groups are not contiguous columns."""
         layer, decoded = self.decode(prefix)
@@ -71,34 +91,42 @@ class Checkpoint:
         return layer, decoded
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, broken: dict[str, str] | None = None) -> Checkpoint:
     """Open a transformers folder and check all shapes; reads no weight.
 
-    NearplaneError names the file, tensor or quantization method that is missing, damaged or not supported.
+    NearplaneError names the file, tensor or quantization method that is missing, damaged or not supported. With
+    ``broken``, a layer whose tensors do not fit goes there, by name with the reason, and the rest is opened.
     """
     store = Store(folder)
     config = read_json(store.folder / "config.json")
-    return read_tensors(store, config, _quantization(store, config))
+    return read_tensors(store, config, _quantization(store, config), broken)
 
 
-def read_tensors(store: Store, config: dict[str, Any], quantization: dict[str, Any] | None) -> Checkpoint:
+def read_tensors(
+    store: Store,
+    config: dict[str, Any],
+    quantization: dict[str, Any] | None,
+    broken: dict[str, str] | None = None,
+) -> Checkpoint:
     """The same of tensors whose description is at hand."""
-    format, layers = _find(store, quantization)
-    if quantization is not None and not layers:
+    format, layers = _find(store, quantization, broken)
+    if quantization is not None and not layers and not broken:
         raise NearplaneError(f"{store.folder} says that it is quantized ({format}), but holds no quantized tensor.")
     taken = {name for layer in layers.values() for name in layer.tensors.values()}
     return Checkpoint(store, config, quantization, format, layers, sorted(store.names - taken))
 
 
-def _find(store: Store, config: dict[str, Any] | None) -> tuple[str | None, dict[str, StoredLayer]]:
+def _find(
+    store: Store, config: dict[str, Any] | None, broken: dict[str, str] | None
+) -> tuple[str | None, dict[str, StoredLayer]]:
     """The format's name and the quantized layers."""
     if config is None:
         return None, {}
     method = config.get("quant_method")
     if method == "compressed-tensors":
-        return "compressed-tensors", compressed_read.find_layers(store, config)
+        return "compressed-tensors", compressed_read.find_layers(store, config, broken)
     if method == "gptq":
-        return gptq_read.version(config, str(store.folder)), gptq_read.find_layers(store, config)
+        return gptq_read.version(config, str(store.folder)), gptq_read.find_layers(store, config, broken)
     raise NearplaneError(f"{store.folder} is quantized with {method}; {SUPPORTED}.")
 
 

@@ -117,9 +117,7 @@ class Store:
         if not (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
             for name, file in promised.items():
                 if name not in held[file]:
-                    raise NearplaneError(
-                        f"{self.folder / INDEX} promises tensor {name} in {file}, which lacks it; download both again."
-                    )
+                    raise NearplaneError(lacking(self.folder, name, file))
             self._file = promised
         else:
             self._file = {name: file for file, names in held.items() for name in names}
@@ -172,6 +170,11 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
+def lacking(folder: Path, name: str, file: str) -> str:
+    """The sentence about a tensor that the index names and its shard does not hold."""
+    return f"{folder / INDEX} promises tensor {name} in {file}, which lacks it; download both again."
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     """File of each tensor, as promised by the index; of a single file, one entry under the file's own name.
 
@@ -180,7 +183,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if (folder / SINGLE).exists():
         return {SINGLE: SINGLE}
     if (folder / INDEX).exists():
-        return _read_index(folder / INDEX)
+        return read_index(folder / INDEX)
     unfinished = sorted(folder.glob(f"*{UNFINISHED}"))
     if unfinished:
         raise NearplaneError(
@@ -203,7 +206,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     raise NearplaneError(f"{folder} holds no safetensors file; give the folder that holds model.safetensors.")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index, with every file name checked to stay inside the folder."""
     promised = read_json(path).get("weight_map")
     if not isinstance(promised, dict) or not promised:

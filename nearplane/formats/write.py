@@ -24,6 +24,10 @@ from nearplane.formats.store import INDEX, UNFINISHED, Shard, Store
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
 
+# Files that make a folder a usable model, besides weights and config.json.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+              "generation_config.json", "*.jinja", "preprocessor_config.json", "LICENSE*")  # fmt: skip
+
 
 class Writer:
     """Writes into a new or empty folder, and leaves it as it was unless something was sealed or ``finish()`` reached.
@@ -126,6 +130,13 @@ class Writer:
             raise NearplaneError(f"{path} is not a file and cannot be copied to {self.out}.")
         with self._atomic(target, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
+
+    def companions(self, folder: Path, *, code: bool) -> None:
+        """Copy what makes another folder a usable model besides weights and configuration; ``code``: its Python, too."""
+        for pattern in (*COMPANIONS, *(["*.py"] if code else [])):
+            for path in sorted(folder.glob(pattern)):
+                if path.is_file():
+                    self.copy(path)
 
     def finish(self) -> None:
         """Give the shards their final names and write the index: from here on the folder is complete."""

@@ -131,6 +131,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
+    """The linears that stay dense, which a configuration has to name, in the model's order."""
+    return [name for name, module in model.named_modules() if is_linear(module) and name not in quantized]
+
+
 @contextmanager
 def patched(model: nn.Module, names: list[str], run: Callable[..., Any]) -> Iterator[None]:
     """Replace every block's forward by ``run(k, original, *args, **kwargs)`` for the time being."""

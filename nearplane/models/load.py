@@ -3,7 +3,6 @@
 Decides what becomes of quantized weights: packed linears, which keep them as they are, or dense ones.
 """
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, NumericalError
 from nearplane.formats.read import Checkpoint, open_checkpoint
-from nearplane.models.source import build_skeleton, locate, names_in_model, read_config
+from nearplane.models.source import locate, names_in_model, open_skeleton
 from nearplane.progress import CONSOLE
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
@@ -43,12 +42,9 @@ def load_model(
     """
     cpu.check(arithmetic)
     folder = locate(model, trust_remote_code=trust_remote_code)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
-    if checkpoint.quantization is not None and hasattr(config, "quantization_config"):
-        del config.quantization_config
-    skeleton = build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
-    modules = _modules(skeleton, checkpoint)
+    modules = modules_of(skeleton, checkpoint)
     dtype = dtype or _stored(checkpoint)
     state: dict[str, Tensor] = {}
     for name in checkpoint.dense:
@@ -86,24 +82,27 @@ def _stored(checkpoint: Checkpoint) -> torch.dtype:
     return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
 
 
-def _modules(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Module of the model by name of the quantized layer. NearplaneError where shapes disagree or there is none."""
     found = names_in_model(skeleton, [name + ".weight" for name in checkpoint.layers])
     modules = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in found.items()}
     known = dict(skeleton.named_modules())
     for disk, name in modules.items():
-        shape, module = checkpoint.layers[disk].shape, known.get(name)
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear | Conv1D) or weight is None:
-            raise NearplaneError(
-                f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
-            )
-        asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
-        if asked != shape:
-            raise NearplaneError(
-                f"{checkpoint.store.folder}: {disk}.weight has shape {list(shape)}, config.json asks for {list(asked)}."
-            )
+        reason = misfit(checkpoint, disk, known.get(name))
+        if reason is not None:
+            raise NearplaneError(reason)
     return modules
+
+
+def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str | None:
+    """Why a quantized layer is not the weight of this module of its model; None if it is."""
+    shape, weight = checkpoint.layers[disk].shape, getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear | Conv1D) or weight is None:
+        return f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
+    asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
+    if asked != shape:
+        return f"{checkpoint.store.folder}: {disk}.weight has shape {list(shape)}, config.json asks for {list(asked)}."
+    return None
 
 
 class _Hole(nn.Module):

@@ -4,6 +4,7 @@ The skeleton is the model's own class with every parameter on the meta device; `
 to life from disk and ``unload`` sends them back, so that nothing is resident but what is being worked on.
 """
 
+import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -198,6 +199,14 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
         raise NearplaneError(f"{folder}: no model can be built from its config.json ({_first_line(error)}).") from error
     return model.eval()
+
+
+def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
+    """Configuration and skeleton of a folder, quantized or not: how its weights are stored is not the model's affair."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
 
 
 def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:

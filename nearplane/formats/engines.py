@@ -1,0 +1,96 @@
+"""Which engines load a choice of format, grid and shapes, and why not.
+
+A table read from the engines' sources and documentation at the versions below, not run here but for what
+``docs/formats.md`` marks as tested. ``refusal`` is a reason not to write such a checkpoint for that engine, ``caveat`` a
+condition under which it loads, or what it costs there.
+"""
+
+from collections.abc import Iterable
+
+from nearplane.core.errors import SettingError
+from nearplane.core.grid import Grid
+from nearplane.formats.base import ONLY_HERE, tail_reason
+
+ENGINES: tuple[str, ...] = ("vllm", "sglang", "transformers")
+VLLM, SGLANG, TRANSFORMERS = "vLLM 0.33", "SGLang 0.5.23", "transformers 5.23"
+TITLES = dict(zip(ENGINES, (VLLM, SGLANG, TRANSFORMERS), strict=True))
+"""The versions that this was read at."""
+
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
+# Marlin, the fast kernel of vLLM and SGLang, knows these group sizes, 4 and 8 bits symmetric, and 4 bits asymmetric.
+MARLIN_GROUPS = (-1, 32, 64, 128)
+FAST_BITS = (4, 8)
+
+
+def refusal(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int]]) -> str | None:
+    """Why the engine does not load weights of these (out, in) shapes on this grid in this format; None if it does.
+
+    SettingError for an engine or a format that does not exist.
+    """
+    _check(engine, format)
+    for shape in sorted(set(shapes)):
+        reason = tail_reason(grid, shape[1])
+        if reason is not None:
+            return f"{reason}; {ONLY_HERE}"
+    bits, gptq = grid.storage_bits, format != "compressed-tensors"
+    if engine == "vllm" and gptq and bits not in FAST_BITS:
+        return f"{VLLM} loads GPTQ of 4 or 8 bits, not {bits}; compressed-tensors of {bits} bits it loads"
+    if engine == "vllm" and gptq and not grid.sym:
+        return f"{VLLM} loads symmetric GPTQ only; asymmetric weights it loads as compressed-tensors"
+    if engine == "sglang" and not gptq and bits not in FAST_BITS:
+        return f"{SGLANG} loads compressed-tensors of 4 or 8 bits, not {bits}"
+    return None
+
+
+def order_refusal(engine: str, grid: Grid) -> str | None:
+    """Why the engine does not load GPTQ whose groups are in activation order (``desc_act``); None if it does.
+
+    No checkpoint that nearplane writes has them; those of other tools may.
+    """
+    _check(engine, "gptq")
+    if engine != "vllm" or grid.group_size == -1:
+        return None
+    return f"{VLLM} refuses groups in activation order (desc_act)"
+
+
+def caveat(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int]]) -> str | None:
+    """On what condition the engine loads such a checkpoint, or what it costs there; None if nothing is known.
+
+    None as well for what it refuses.
+    """
+    if refusal(engine, format, grid, shapes) is not None:
+        return None
+    if engine == "transformers":
+        return _transformers(format, grid)
+    return _marlin(engine, format, grid)
+
+
+def _marlin(engine: str, format: str, grid: Grid) -> str | None:
+    """What vLLM and SGLang run more slowly than by Marlin."""
+    bits, name = grid.storage_bits, TITLES[engine]
+    if engine == "sglang" and format != "compressed-tensors" and (bits not in FAST_BITS or not grid.sym):
+        return f"{SGLANG} runs it without its Marlin kernels, slower"
+    if bits not in FAST_BITS:
+        return f"{VLLM} runs {bits} bits by a CUDA kernel slower than those of 4 and 8 bits"
+    if not grid.sym and bits == 8:
+        return f"the Marlin kernels of {name} take 8 bits symmetric only; another kernel must run it, slower"
+    if grid.group_size in MARLIN_GROUPS:
+        return None
+    known = ", ".join(map(str, MARLIN_GROUPS[1:]))
+    return f"the Marlin kernels of {name} take group sizes {known} and -1; another must run {grid.group_size}, slower"
+
+
+def _transformers(format: str, grid: Grid) -> str | None:
+    if format != "compressed-tensors":
+        kernel = "" if grid.storage_bits in FAST_BITS and grid.sym else ", and runs its plain torch kernel"
+        return f"{TRANSFORMERS} needs the packages optimum and gptqmodel for it{kernel}"
+    if not grid.sym:
+        return f"{TRANSFORMERS} loads it with quantization_config=CompressedTensorsConfig(dequantize=True) only"
+    return f"{TRANSFORMERS} needs the package compressed-tensors, and makes the weights dense at the first forward"
+
+
+def _check(engine: str, format: str) -> None:
+    if engine not in ENGINES:
+        raise SettingError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+    if format not in FORMATS:
+        raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")

@@ -1,0 +1,145 @@
+"""Whether the files of a checkpoint are whole: the index against its shards, leftovers of a write, JSON that parses.
+
+Decides what of a folder is a problem (a reader would fail, or read something else than was written) and what only a note.
+Everything is listed; nothing here stops at the first thing that is wrong.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nearplane.core.errors import NearplaneError
+from nearplane.formats.store import INDEX, SINGLE, UNFINISHED, Shard, lacking, read_index, read_json
+
+LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``write.py`` calls a file that is not done
+
+
+@dataclass
+class Findings:
+    """What was found, in sentences: problems, and what a person may want to know besides. Each only once."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        """Something is wrong."""
+        if text not in self.problems:
+            self.problems.append(text)
+
+    def note(self, text: str) -> None:
+        """Something is unusual, or could not be looked at."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextmanager
+    def listing(self) -> Iterator[None]:
+        """A NearplaneError inside becomes a problem."""
+        try:
+            yield
+        except NearplaneError as error:
+            self.problem(str(error))
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """One file of the folder, with what identifies its content."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether anything in the folder says that it is, or was to be, a checkpoint in safetensors."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, f"*{UNFINISHED}"))
+
+
+def sums(folder: Path, found: Findings) -> Iterator[FileSum]:
+    """Hash the files of the folder one after the other; one that cannot be read is a problem."""
+    for path in files(folder):
+        try:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                yield FileSum(path.name, stream.tell(), digest)
+        except OSError as error:
+            found.problem(f"{path} cannot be read: {error}.")
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of the folder itself, by name; links that lead nowhere among them."""
+    return sorted(path for path in folder.iterdir() if path.is_file() or not path.exists())
+
+
+def check_files(folder: Path, found: Findings) -> None:
+    """Everything that can be told from names, headers and JSON, without reading a tensor."""
+    for pattern in LEFTOVERS:
+        for path in sorted(folder.glob(pattern)):
+            found.problem(
+                f"{path} is left over from a write that did not finish; delete it, and write again what it was."
+            )
+    for path in sorted(folder.glob("*.json")):
+        with found.listing():
+            _parse(path)
+    with found.listing():
+        if not (folder / "config.json").exists():
+            read_json(folder / "config.json")  # raises the sentence that every reader would
+    indexed: set[str] = set()
+    if (folder / INDEX).exists():
+        with found.listing():
+            indexed = _check_index(folder, found)
+    shards = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in indexed]
+    for path in shards:
+        with found.listing():
+            Shard(path)
+        if path.name == SINGLE and indexed:
+            found.note(f"{path} is what readers take; {INDEX} does not name it, and they ignore what it names.")
+        elif indexed:
+            found.note(f"{path} is not named in {INDEX}; no reader takes it for weights.")
+
+
+def _parse(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise NearplaneError(f"{path} cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise NearplaneError(f"{path} is not valid JSON ({error}); download it again.") from error
+
+
+def _check_index(folder: Path, found: Findings) -> set[str]:
+    """Compare the index with its shards, both ways; returns the shards' names."""
+    index = folder / INDEX
+    promised = read_index(index)
+    shards = list(dict.fromkeys(promised.values()))
+    total: int | None = 0
+    for file in shards:
+        held: dict[str, int] | None = None
+        with found.listing():
+            held = {name: at.end - at.start for name, at in Shard(folder / file).tensors.items()}
+        if held is None:
+            total = None
+            continue
+        wanted = {name for name, place in promised.items() if place == file}
+        for name in sorted(wanted - held.keys()):
+            found.problem(lacking(folder, name, file))
+            total = None
+        for name in sorted(held.keys() - wanted):
+            where = f"places it in {promised[name]}" if name in promised else "does not name it"
+            found.problem(f"{folder / file} holds tensor {name}, and {INDEX} {where}: no reader finds it there.")
+        for name in sorted(wanted & held.keys()):
+            total = None if total is None else total + held[name]
+    if total is not None:
+        _check_total(index, total, found)
+    return set(shards)
+
+
+def _check_total(index: Path, total: int, found: Findings) -> None:
+    metadata = read_json(index).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated is None:
+        found.note(f"{index} states no total_size.")
+    elif stated != total:
+        found.problem(f"{index} states a total_size of {stated} bytes, and its tensors take {total}.")

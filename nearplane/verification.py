@@ -1,0 +1,272 @@
+"""What ``verify`` does: re-read a whole checkpoint and list what is wrong with it.
+
+Decides what a checkpoint owes its readers: whole files, layers that hold what their format says, a configuration that
+speaks of every linear, siblings that an engine can fuse, every weight that the model asks for. A damaged file is a line
+of the list, never an exception; only a folder that is no checkpoint at all raises. One tensor is in memory at a time.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
+
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.grid import Grid
+from nearplane.formats import FORMATS
+from nearplane.formats.base import conv1d_reason
+from nearplane.formats.engines import ENGINES, caveat, order_refusal, refusal
+from nearplane.formats.examine import examine
+from nearplane.formats.files import FileSum, Findings, check_files, files, holds_weights, sums
+from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.formats.store import Store, read_json
+from nearplane.models.discover import is_linear
+from nearplane.models.load import misfit
+from nearplane.models.source import locate, names_in_model, open_skeleton
+from nearplane.progress import bar
+
+# Linears that read the same input, which engines fuse into one: they must share bits and group size.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"),
+    ("q", "k", "v"), ("wq", "wk", "wv"), ("wi_0", "wi_1"),
+)  # fmt: skip
+EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was read, and what was found. A checkpoint is fine where ``problems`` is empty."""
+
+    path: str
+    format: str | None
+    """"compressed-tensors", "gptq" or "gptq_v2"; None: dense, or not to be told."""
+    engine: str | None
+    files: tuple[FileSum, ...]
+    layers: int
+    """Quantized weights that were read."""
+    tensors: int
+    """Other tensors that were read."""
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    """Unusual, or not looked at, but not wrong."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "ok": self.ok}
+
+    def __str__(self) -> str:
+        width = max((len(file.name) for file in self.files), default=4)
+        lines = [f"{'file':<{width}} {'bytes':>14}  sha256"]
+        lines += [f"{file.name:<{width}} {file.bytes:>14,}  {file.sha256}" for file in self.files]
+        lines += [f"note: {note}" for note in self.notes] + [f"problem: {problem}" for problem in self.problems]
+        count = len(self.problems)
+        result = f"{count} problem{'s' if count > 1 else ''}" if count else "no problem found"
+        what = f"{self.format or 'not quantized'}, {self.layers} quantized layers and {self.tensors} other tensors read"
+        if not self.layers + self.tensors:
+            what = "no tensor could be read"
+        return "\n".join([*lines, f"{self.path}: {what}; {result}"])
+
+
+def verify(
+    path: str | Path, engine: str | None = None, *, trust_remote_code: bool = False, progress: bool = False
+) -> Verification:
+    """Re-read every file and tensor of a checkpoint, quantized or not, ours or another tool's, and list what is wrong.
+
+    ``engine``: also what that engine ("vllm", "sglang", "transformers") would refuse. NearplaneError only for a folder that
+    is no checkpoint at all, and for settings; everything else is in ``problems``.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise SettingError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+    folder = locate(path, trust_remote_code=trust_remote_code)
+    if not holds_weights(folder):
+        Store(folder)  # says what the folder holds instead
+    found, broken = Findings(), dict[str, str]()
+    check_files(folder, found)
+    checkpoint = _open(folder, broken, found)
+    layers, dense = (len(checkpoint.layers), len(checkpoint.dense)) if checkpoint else (0, 0)
+    with bar(progress) as display:
+        task = display.add_task("hash", total=len(files(folder)))
+        hashed = []
+        for file in sums(folder, found):
+            hashed.append(file)
+            display.advance(task)
+        if checkpoint is not None:
+            task = display.add_task("check", total=layers + dense)
+            for name in checkpoint.layers:
+                examine(checkpoint, name, found)
+                display.advance(task)
+            for name in checkpoint.dense:
+                _check_finite(checkpoint, name, found)
+                display.advance(task)
+    if checkpoint is not None:
+        _check_configuration(checkpoint, found)
+        _check_siblings(checkpoint, found)
+        _check_engine(checkpoint, engine, found)
+        with found.listing():
+            _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
+            _check_model(checkpoint, broken, model, found)
+    format = checkpoint.format if checkpoint else None
+    return Verification(
+        str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes)
+    )
+
+
+def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint | None:
+    """The checkpoint, its unreadable layers among the problems; None where nothing can be read at all."""
+    try:
+        checkpoint = open_checkpoint(folder, broken)
+    except NearplaneError as error:
+        found.problem(str(error))
+        found.note("No tensor was checked, because the folder cannot be opened; verify again when that is mended.")
+        return None
+    for reason in broken.values():
+        found.problem(reason)
+    return checkpoint
+
+
+def _check_finite(checkpoint: Checkpoint, name: str, found: Findings) -> None:
+    with found.listing():
+        value = checkpoint.store.get(name)
+        if not value.is_floating_point():
+            return
+        bad = int((~(value.float() if value.itemsize == 1 else value).isfinite()).sum())
+        if bad:
+            found.problem(f"tensor {name} holds {bad} NaN or Inf values.")
+
+
+def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
+    """quantize_config.json against config.json, and scales against the dtype that loaders cast them to."""
+    folder, stated = checkpoint.store.folder, checkpoint.config.get("quantization_config")
+    beside = folder / "quantize_config.json"
+    if beside.exists() and isinstance(stated, dict):
+        with found.listing():
+            legacy = read_json(beside)
+            differing = sorted(key for key in stated.keys() & legacy.keys() if stated[key] != legacy[key])
+            if differing:
+                found.problem(f"{beside} and config.json disagree on {', '.join(differing)}; loaders read either.")
+            alone = sorted(stated.keys() ^ legacy.keys())
+            if alone:
+                found.note(f"{beside} and config.json: only one of them states {', '.join(alone)}.")
+    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    scales = {layer.grid.scale_dtype for layer in checkpoint.layers.values()} - {dtype}
+    if checkpoint.format == "compressed-tensors" and scales and dtype in ("float16", "bfloat16"):
+        found.note(
+            f"Scales are stored in {', '.join(sorted(scales))}; engines round them to {dtype}, the model's dtype."
+        )
+
+
+def _check_siblings(checkpoint: Checkpoint, found: Findings) -> None:
+    """Linears that engines fuse: all quantized or none, and alike."""
+    dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")}
+    present = checkpoint.layers.keys() | dense
+    experts: dict[str, list[str]] = {}
+    for parent in sorted({name.rpartition(".")[0] for name in checkpoint.layers}):
+        for leaves in SIBLINGS:
+            names = [f"{parent}.{leaf}".removeprefix(".") for leaf in leaves]
+            _check_alike([name for name in names if name in present], checkpoint, found)
+    for name in present:
+        match = EXPERT.match(name)
+        if match:
+            experts.setdefault(match.group(1), []).append(name)
+    for names in experts.values():
+        _check_alike(sorted(names), checkpoint, found)
+
+
+def _check_alike(names: list[str], checkpoint: Checkpoint, found: Findings) -> None:
+    kinds: dict[str, str] = {}
+    for name in names:
+        layer = checkpoint.layers.get(name)
+        kinds.setdefault("not quantized" if layer is None else _grid_name(layer.grid), name)
+    if len(kinds) > 1:
+        told = "; ".join(f"{name} {kind}" for kind, name in kinds.items())
+        found.problem(f"Engines fuse these, and they differ: {told}.")
+
+
+def _grid_name(grid: Grid) -> str:
+    groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    return f"{grid.storage_bits} bits in {groups}{'' if grid.sym else ', asymmetric'}"
+
+
+def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -> None:
+    if engine is None or checkpoint.format is None:
+        return
+    shapes: dict[Grid, set[tuple[int, int]]] = {}
+    for layer in checkpoint.layers.values():
+        shapes.setdefault(layer.grid, set()).add(layer.shape)
+    for grid, some in shapes.items():
+        reason = refusal(engine, checkpoint.format, grid, some)
+        if reason is None and checkpoint.format != "compressed-tensors" and checkpoint.ordered:
+            reason = order_refusal(engine, grid)
+        condition = caveat(engine, checkpoint.format, grid, some)
+        if reason is not None:
+            found.problem(f"engine {engine}: {reason}.")
+        elif condition is not None:
+            found.note(f"engine {engine}: {condition}.")
+
+
+def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Module, found: Findings) -> None:
+    """Everything that the model's class asks for is there, in its shape, and the configuration knows every linear."""
+    folder, modules, state = checkpoint.store.folder, dict(model.named_modules()), model.state_dict()
+    quantized = {f"{name}.weight": name for name in (*checkpoint.layers, *broken)}
+    dense = [name for name in checkpoint.dense if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
+    on_disk = names_in_model(model, [*dense, *quantized])
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = []
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        disk = on_disk.get(name)
+        if disk is None and value.is_meta and name not in tied:
+            missing.append(name)
+        elif disk is not None and disk not in quantized and checkpoint.store.shape(disk) != tuple(value.shape):
+            stored, asked = list(checkpoint.store.shape(disk)), list(value.shape)
+            found.problem(f"{folder}: {disk} has shape {stored}, config.json asks for {asked}.")
+    merged = any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
+    if missing and merged:
+        found.note(
+            f"transformers merges weights of {type(model).__name__} while loading; {_some(missing)} were not found."
+        )
+    elif missing:
+        found.problem(f"{folder} lacks weights that config.json asks for: {_some(missing)}.")
+    unused = sorted(disk for name, disk in on_disk.items() if name not in state and disk not in quantized)
+    if unused and not (missing and merged):
+        found.note(f"Stored tensors that belong to no parameter of the model: {_some(unused)}.")
+    names = {disk: name for name, disk in on_disk.items()}
+    for weight, layer in quantized.items():
+        module = modules.get(names.get(weight, weight).removesuffix(".weight"))
+        reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
+        if reason is not None:
+            found.problem(reason)
+        elif isinstance(module, Conv1D) and conv1d_reason(FORMATS[checkpoint.format or ""]) is not None:
+            found.problem(f"{layer}: {conv1d_reason(FORMATS[checkpoint.format or ''])}.")
+    _check_ignored(checkpoint, modules, on_disk, set(quantized), found)
+
+
+def _check_ignored(
+    checkpoint: Checkpoint, modules: dict[str, nn.Module], on_disk: dict[str, str], quantized: set[str], found: Findings
+) -> None:
+    """A linear that is not stored quantized must be left out by the configuration, or engines look for its codes."""
+    expected = []
+    for name, module in modules.items():
+        disk = on_disk.get(f"{name}.weight", f"{name}.weight")
+        kind = "Linear" if isinstance(module, nn.Linear) else type(module).__name__
+        known = {name, disk.removesuffix(".weight")}
+        if is_linear(module) and disk not in quantized and checkpoint.expects(known, kind):
+            expected.append(name)
+    if expected:
+        found.problem(
+            f"Neither quantized nor left out by the quantization_config, so that engines look for codes: {_some(expected)}."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
