@@ -21,6 +21,9 @@ from torch import Tensor
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import INDEX, UNFINISHED
 
+# Tensors wait in memory until so many bytes of them make a file.
+SHARD_BYTES = 4 << 30
+
 
 class Writer:
     """Writes into a new or empty folder, and leaves it as it was unless ``finish()`` is reached.
@@ -29,7 +32,7 @@ class Writer:
     disk refuses.
     """
 
-    def __init__(self, out: Path, *, shard_bytes: int = 4 * 2**30) -> None:
+    def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
         self.out = Path(out)
         self.shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
