@@ -10,6 +10,7 @@ from torch import nn
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.estimate import refuse
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
@@ -40,13 +41,15 @@ def quantize(
     device: str = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
     progress: bool = True,
 ) -> Report:
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
     NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
-    computation is float32 whatever is stored. Raises NearplaneError for whatever cannot work; nothing half-written stays.
+    computation is float32 whatever is stored. Raises NearplaneError for whatever cannot work, a run that does not fit into
+    memory or onto the disk included (not with ``force``); nothing half-written stays.
     """
     writer = Writer(Path(out))
     plan = make_plan(
@@ -59,6 +62,8 @@ def quantize(
         dtype,
         trust_remote_code,
     )
+    if not force:
+        refuse(plan, Path(out))
     report = Report(str(model), plan.settings, str(out), data=plan.data)
     report.events += plan.warnings()
     with writer, bar(progress) as display:

@@ -25,6 +25,7 @@ from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.forecast import forecast
 from nearplane.generation import generate
 from nearplane.inspection import inspect
 from nearplane.methods import METHODS, Method
@@ -49,6 +50,7 @@ SWITCHES = {
 USAGE = f"""nearplane {__version__}: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT [--bits 3] [--method gptq]   write a quantized checkpoint
+  nearplane plan MODEL [--method gptq]                       memory, disk and time that quantize will take
   nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
   nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], None]] = {
         "quantize": _quantize,
+        "plan": _plan,
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
@@ -97,27 +100,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quantize(argv: list[str]) -> None:
+    args = _job(flags.Quantize, "quantize", argv)
+    print(summary(quantize(args.model, args.out, **_choices(args), force=args.force)))
+
+
+def _plan(argv: list[str]) -> None:
+    args = _job(flags.Plan, "plan", argv)
+    found = forecast(args.model, **_choices(args))
+    print(json.dumps(found.as_dict()) if args.json else found)
+
+
+def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:
+    """The flags of ``quantize`` and ``plan``: the command's own, and those of method, grid and calibration."""
     kind, default = _method_class(argv)
     options = [
         ("method_options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=default)),
         ("grid", tyro.conf.OmitArgPrefixes[Grid], field(default_factory=Grid)),
         ("calibration", tyro.conf.OmitArgPrefixes[Calibration], field(default_factory=Calibration)),
     ]
-    command = make_dataclass("Quantize", options, bases=(flags.Quantize,))
-    command.__doc__ = flags.Quantize.__doc__
-    args: Any = _parse(command, "quantize", argv)
-    report = quantize(
-        args.model,
-        args.out,
-        method=args.method_options,
-        grid=args.grid,
-        calibration=args.calibration,
-        format=args.format,
-        device=args.device,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
-    print(summary(report))
+    command = make_dataclass(base.__name__, options, bases=(base,))
+    command.__doc__ = base.__doc__
+    return _parse(command, name, argv)
+
+
+def _choices(args: Any) -> dict[str, Any]:
+    """What ``quantize`` and ``forecast`` take alike."""
+    same = {
+        name: getattr(args, name) for name in ("grid", "calibration", "format", "device", "dtype", "trust_remote_code")
+    }
+    return {"method": args.method_options, **same}
 
 
 def _eval(argv: list[str]) -> None:

@@ -31,7 +31,7 @@ from nearplane.machine import available_memory, cuda_memory, free_disk, resident
 from nearplane.models.discover import Block, Stage, head_name
 from nearplane.plan import Plan
 from nearplane.stream import batch_rows, kept
-from nearplane.workspace import Shape
+from nearplane.workspace import Shape, stage_shape
 
 # Beside what this process holds already: tokenizer and text, the buffers of kernels, what the allocator does not give
 # back. Measured on the demo model (benchmarks/plan.py).
@@ -96,9 +96,7 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        memory = [
-            asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory
-        ]
+        memory = [asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory]
         return {k: v for k, v in asdict(self).items() if k != "loaded"} | {"memory": memory}
 
 
@@ -143,8 +141,8 @@ def estimate(plan: Plan) -> Estimate:
         memory.append(Memory("cpu", start, {"base": base + LATER} | held, base))
         parts.pop("pending")
         memory.append(Memory(str(plan.device), where, {"base": CUDA_CONTEXT} | parts, 0))
-    stage = max((s for b in plan.blocks for s in b.stages), key=lambda s: _shape(s, False).m * s[0].shape[1])
-    shape = _shape(stage, False)
+    stage = max((s for b in plan.blocks for s in b.stages), key=lambda s: stage_shape(s, False).m * s[0].shape[1])
+    shape = stage_shape(stage, False)
     store = plan.source.store
     mapped = sum(store.nbytes(name) for name in store.names)
     disk = {"quantized": walk.quantized, "dense": walk.dense, "other files": walk.files}
@@ -202,7 +200,7 @@ class _Walk:
         yield "the start", {"outside": outside, "block": block, **quiet, "solver": checking, "pending": 0}
         on_cpu = outside if self.plan.device.type == "cpu" else 0
         # On a GPU a stage's codes, scales and zeros come over to be packed; nothing else of the walk is here.
-        yield "the end", {"outside": on_cpu, "block": 0, **quiet, "solver": checking, "pending": pending}
+        yield "the end", {"outside": on_cpu, "block": 0, **quiet, "solver": 0, "pending": pending}
 
     def _block(self, block: Block) -> Iterator[tuple[str, dict[str, int]]]:
         first = sum(site.shape[0] for site in block.stages[0]) if block.stages else 0
@@ -213,7 +211,7 @@ class _Walk:
             "streams": self.size * self.tokens * self.hidden * self.streams,
         }
         pending = min(self.quantized, SHARD_BYTES)
-        shapes = [_shape(stage, self.streams == 2) for stage in block.stages]
+        shapes = [stage_shape(stage, self.streams == 2) for stage in block.stages]
         for number, (stage, shape) in enumerate(zip(block.stages, shapes, strict=True)):
             waiting = (self.tokens if self.kept else self.batch) * self.streams
             wide = shape.n + 2 * self.hidden + (first if number == 1 else 0)
@@ -222,13 +220,17 @@ class _Walk:
             before = shapes[max(0, number - 1)].m + shape.n
             running = self.size * self.batch * before
             for moments, factor, solver in self._steps(shape, running):
-                yield _names(stage), always | {
-                    "paused": paused if self.kept else 0,
-                    "moments": moments,
-                    "factor": factor,
-                    "solver": solver + (0 if self.kept else paused),
-                    "pending": pending,
-                }
+                yield (
+                    _names(stage),
+                    always
+                    | {
+                        "paused": paused if self.kept else 0,
+                        "moments": moments,
+                        "factor": factor,
+                        "solver": solver + (0 if self.kept else paused),
+                        "pending": pending,
+                    },
+                )
 
     def _steps(self, shape: Shape, running: int) -> Iterator[tuple[int, int, int]]:
         """Bytes of moments, factor and solver at each step of a stage: observe, prepare, solve, measure."""
@@ -242,11 +244,6 @@ class _Walk:
             yield moments, 0, number * int(max(work.check, work.prepare))
         yield moments, state, number * int(weight + work.solve)
         yield moments, state, number * int(weight + work.result + work.measure)
-
-
-def _shape(stage: Stage, two: bool) -> Shape:
-    rows = [site.shape[0] for site in stage]
-    return Shape(sum(rows), stage[0].shape[1], max(rows), two and len(stage) == 1 and stage[0].adds_to is not None)
 
 
 def _names(stage: Stage) -> str:

@@ -1,17 +1,18 @@
 """What a method holds in memory while it works on one stage, counted in numbers of the solving dtype.
 
 One stage has ``n`` inputs and ``m`` outputs, the rows of all its linears; ``r`` rows are those of its largest linear. A
-uint8 counts as a quarter, a bool too. The counts are those of the code they name: ``tests/test_plan.py`` compares them with the tensors
-that live while it runs.
+uint8 counts as a quarter, a bool too. The counts are those of the code they name: ``tests/test_plan.py`` compares them
+with the tensors that live while it runs.
 """
 
 from dataclasses import dataclass
 
 from nearplane.core.grid import CHUNK_WEIGHTS
-from nearplane.methods import OBQ, RTN, GPTQ, GPTAQ, Method, NearPlane, ResComp
+from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
 from nearplane.methods.base import Need, Sweeping
 from nearplane.methods.nearplane import TRIAL_ROWS
 from nearplane.methods.obq import CHUNK_NUMBERS
+from nearplane.models.discover import Stage
 
 BYTE = 0.25
 # What the search for scales holds of a chunk of rows: the error of an attempt, its codes, what is best so far.
@@ -26,6 +27,12 @@ class Shape:
     n: int  # inputs
     r: int  # outputs of the largest linear
     point: bool  # R stands in for D here: a lone linear that adds to the residual stream
+
+
+def stage_shape(stage: Stage, two: bool) -> Shape:
+    """Of a stage; ``two``: there is a reference stream."""
+    rows = [site.shape[0] for site in stage]
+    return Shape(sum(rows), stage[0].shape[1], max(rows), two and len(stage) == 1 and stage[0].adds_to is not None)
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,13 @@ def work(method: Method, shape: Shape) -> Work:
     if isinstance(method, OBQ):
         chunk = max(1, min(m, CHUNK_NUMBERS // n**2)) * square
         return Work(check, 6 * square, 2 * square, 2 * whole + 4 * chunk, measure, result)
-    pushes = _pushes(method)
+    count = pushes(method)
     # The Cholesky factor and its input: two. A push: the factor, the ordered D and two solves; the push before it.
-    prepare = (3.0 + pushes if pushes else 2.0) * square
-    return Work(check, prepare, (1 + pushes) * square, (2.75 + pushes) * whole + FITTING, measure, result)
+    prepare = (3.0 + count if count else 2.0) * square
+    return Work(check, prepare, (1 + count) * square, (2.75 + count) * whole + FITTING, measure, result)
 
 
-def _pushes(method: Method) -> int:
+def pushes(method: Method) -> int:
     """Matrices by which targets move during the sweep, each with its array of (in, out)."""
     if isinstance(method, ResComp):
         return 2
