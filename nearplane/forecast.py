@@ -1,5 +1,6 @@
 """What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def forecast(
     trust_remote_code: bool = False,
 ) -> Forecast:
     """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do."""
+    start = time.perf_counter()
     plan = sketch_plan(
         model,
         method or NearPlane(),
@@ -92,7 +94,7 @@ def forecast(
         trust_remote_code,
     )
     found = estimate(plan)
-    return Forecast(plan, found, pace(plan, found))
+    return Forecast(plan, found, pace(plan, found, time.perf_counter() - start))
 
 
 def _table(memory: Memory, available: int | None) -> list[str]:

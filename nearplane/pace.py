@@ -5,7 +5,7 @@ Counted, per token of each stream: a block's forward is 2 FLOPs a weight and 2 s
 rounds multiply (``solving``). Report.add takes 6 m n², and 2 m n² for the drift. All of that goes at the rate of a matrix
 product. What it does not explain, column loops, the search for scales, rounding, is fitted as ``a n + b m n`` to the
 method's own ``solve`` on small random problems, and as ``b n²`` to ``prepare``. The rest is per number: reading and
-widening a weight, activations, packing, and writing at the rate of a file of 32 MB. Files are not read ahead: where the
+widening a weight, activations, packing, and writing at the rate of a file of 32 MB. A run opens the model as the plan did, which was timed. Files are not read ahead: where the
 checkpoint comes from a slow disk, reading it takes longer than is said here.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from nearplane.calibrate.data import read_text, tokenize
 from nearplane.calibrate.observe import Measuring
 from nearplane.core.moments import Moments
 from nearplane.estimate import Estimate
@@ -35,6 +36,7 @@ TINY = [(16, 64), (64, 64), (32, 128)]  # of OBQ, which costs out in³
 BUDGET = 6.0
 TOKENS = 1024
 DISK_BYTES = 32 << 20
+SAMPLE = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,11 @@ class Rates:
     disk: float  # a byte
 
 
-def pace(plan: Plan, found: Estimate) -> dict[str, float]:
-    """Seconds of each phase of a run, after measuring this machine."""
-    return seconds(plan, found, rates(plan))
+def pace(plan: Plan, found: Estimate, opening: float) -> dict[str, float]:
+    """Seconds of each phase of a run, after measuring this machine; ``opening``: what it took to make the plan."""
+    phases = seconds(plan, found, rates(plan))
+    phases["start"] += opening + (reading(plan) if plan.method.needs else 0.0)
+    return phases
 
 
 def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
@@ -172,6 +176,21 @@ def rates(plan: Plan) -> Rates:
     return Rates(
         flop, solver_flop, element, load, gram, prepare, column, each, max(0.0, measure) / (m * n), pack, _disk()
     )
+
+
+def reading(plan: Plan) -> float:
+    """Seconds to load the tokenizer and tokenize the calibration text, from its first SAMPLE characters.
+
+    0 where there is no tokenizer yet, or the text would have to be downloaded.
+    """
+    dataset, start = plan.calibration.dataset, time.perf_counter()
+    if not (plan.source.folder / "tokenizer_config.json").exists() or not (dataset is None or Path(dataset).is_file()):
+        return 0.0
+    text, tokenizer = read_text(dataset, "calibration"), plan.source.tokenizer
+    loaded = time.perf_counter()
+    tokenize(tokenizer, text._replace(content=text.content[:SAMPLE]))
+    share = max(1.0, len(text.content) / SAMPLE)
+    return loaded - start + share * (time.perf_counter() - loaded)
 
 
 class _Clock:

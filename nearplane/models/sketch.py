@@ -112,8 +112,10 @@ def _from_config(folder: Path, trust_remote_code: bool) -> Source:
     text = raw.get("text_config")
     given = raw.get("dtype") or raw.get("torch_dtype") or (text.get("dtype") if isinstance(text, dict) else None)
     dtype = getattr(torch, str(given or "float32").removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise NearplaneError(f"{folder / 'config.json'} names the dtype {given!r}, which torch does not know.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise NearplaneError(
+            f"{folder / 'config.json'} names the dtype {given!r}, which is no floating dtype of torch."
+        )
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
     if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(skeleton)):
         raise NearplaneError(
