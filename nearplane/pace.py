@@ -3,7 +3,7 @@
 Counted, per token of each stream: a block's forward is 2 FLOPs a weight and 2 seqlen x hidden for causal attention, H costs n²
 (half of it is mirrored), D 2 n², R 4 m n. Per stage: a factor n³/3, a sweep m n², and for NearPlane what its steps and
 rounds multiply (``solving``). Report.add takes 6 m n², and 2 m n² for the drift. All of that goes at the rate of a matrix
-product. What it does not explain, column loops, the search for scales, rounding, is fitted as ``a n + b m n`` to the
+product. What it does not explain, column loops, the search for scales, rounding, is fitted as ``a n + b m n + c n²`` to the
 method's own ``solve`` on small random problems, and as ``b n²`` to ``prepare``. The rest is per number: reading and
 widening a weight, activations, packing, and writing at the rate of a file of 32 MB. A run opens the model as the plan did, which was timed. Files are not read ahead: where the
 checkpoint comes from a slow disk, reading it takes longer than is said here.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from nearplane.report import Report
 from nearplane.workspace import Shape, pushes, stage_shape
 
 # Small problems (out, in), the smallest first; no new one is begun after BUDGET seconds.
-PROBLEMS = [(64, 512), (512, 512), (512, 1024)]
-TINY = [(16, 64), (64, 64), (32, 128)]  # of OBQ, which costs out in³
+PROBLEMS = [(64, 512), (1024, 256), (512, 512), (512, 1024)]
+TINY = [(16, 64), (64, 64), (128, 32), (32, 128)]  # of OBQ, which costs out in³
 BUDGET = 6.0
 TOKENS = 1024
 DISK_BYTES = 32 << 20
@@ -51,6 +52,7 @@ class Rates:
     prepare: float  # n² of prepare, beyond its FLOPs
     column: float  # n of solve
     weight: float  # m n of solve
+    square: float  # n² of solve
     measure: float  # m n of Report.add
     pack: float  # a weight
     disk: float  # a byte
@@ -91,6 +93,7 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
                 phases["observe"] += rates.gram * tokens * observing(method, s)
                 phases["prepare"] += rates.solver_flop * preparing(method, s.n) + rates.prepare * s.n**2
             phases["solve"] += rates.solver_flop * solving(method, s) + rates.column * s.n + rates.weight * weights
+            phases["solve"] += rates.square * s.n**2
             phases["measure"] += rates.measure * weights
             if needs:
                 drift = 2 * weights * s.n * bool(needs & {"D"} and not s.point)
@@ -172,9 +175,9 @@ def rates(plan: Plan) -> Rates:
     measure = clock(lambda: report.add("", weight, solved, grid, moments, None, 0.0))
     measure -= solver_flop * 6 * m * n * n if method.needs else 0.0
     pack = clock(lambda: plan.format.tensors("x", solved, grid)) / (m * n)
-    column, each = _fit(found)
+    column, each, rest = _fit(found)
     return Rates(
-        flop, solver_flop, element, load, gram, prepare, column, each, max(0.0, measure) / (m * n), pack, _disk()
+        flop, solver_flop, element, load, gram, prepare, column, each, rest, max(0.0, measure) / (m * n), pack, _disk()
     )
 
 
@@ -223,16 +226,26 @@ def _moments(method: Method, n: int, draw: Callable[..., torch.Tensor], clock: _
     return taken / (TOKENS * observing(method, Shape(n, n, n, False))), measuring.result()
 
 
-def _fit(found: list[tuple[int, int, float]]) -> tuple[float, float]:
-    """``a n + b m n`` through what is left of each time, least squares, neither below 0."""
-    rows = torch.tensor([[n, m * n] for m, n, _ in found], dtype=torch.float64)
-    left = torch.tensor([max(0.0, taken) for *_, taken in found], dtype=torch.float64)
-    if len(found) > 1:
-        size = rows.amax(0)
-        a, b = (torch.linalg.lstsq(rows / size, left[:, None]).solution[:, 0] / size).tolist()
-        if a >= 0 and b >= 0:
-            return float(a), float(b)
-    return 0.0, float((left / rows[:, 1]).mean())
+def _fit(found: list[tuple[int, int, float]]) -> tuple[float, float, float]:
+    """``a n + b m n + c n²`` through what is left of each time, least squares of the relative error, none below 0.
+
+    The least over numbers that are not negative is the least of some subset of the terms: all are tried.
+    """
+    rows = torch.tensor([[n, m * n, n * n] for m, n, _ in found], dtype=torch.float64)
+    left = torch.tensor([max(1e-9, taken) for *_, taken in found], dtype=torch.float64)
+    rows, ones = rows / left[:, None], torch.ones(len(found), dtype=torch.float64)
+    best, result = torch.inf, [0.0, 0.0, 0.0]
+    for count in range(1, min(3, len(found)) + 1):
+        for terms in combinations(range(3), count):
+            chosen = rows[:, list(terms)]
+            size = chosen.norm(dim=0)
+            found_here = torch.linalg.lstsq(chosen / size, ones[:, None]).solution[:, 0] / size
+            missed = float((chosen @ found_here - ones).norm())
+            if bool((found_here >= 0).all()) and missed < best:
+                best, result = missed, [0.0, 0.0, 0.0]
+                for term, value in zip(terms, found_here.tolist(), strict=True):
+                    result[term] = value
+    return result[0], result[1], result[2]
 
 
 def _disk() -> float:

@@ -209,7 +209,7 @@ def test_a_run_that_cannot_fit_is_refused(
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates without measuring."""
-    monkeypatch.setattr(pace, "rates", lambda _plan: pace.Rates(*[1e-6] * 11))
+    monkeypatch.setattr(pace, "rates", lambda _plan: pace.Rates(*[1e-6] * 12))
 
 
 @pytest.mark.usefixtures("at_once")
@@ -284,6 +284,14 @@ def test_rates_are_measured_and_add_up(method: Method, model: Path, monkeypatch:
     phases = pace.seconds(plan, found, measured)
     assert all(value >= 0 for value in phases.values()) and phases["write"] > 0
     assert bool(phases["observe"]) == bool(method.needs)
+
+
+def test_the_fit_finds_the_terms() -> None:
+    shapes = [(64, 512), (1024, 256), (512, 512), (512, 1024)]
+    for terms in ((3e-5, 2e-7, 1e-8), (0.0, 2e-7, 0.0), (3e-5, 0.0, 1e-7)):
+        times = [(m, n, terms[0] * n + terms[1] * m * n + terms[2] * n * n) for m, n in shapes]
+        assert pace._fit(times) == pytest.approx(terms, rel=1e-6, abs=1e-15)
+    assert pace._fit([(8, 16, -1.0)]) == pytest.approx((0, 0, 0), abs=1e-9)  # explained by its FLOPs
 
 
 def test_time_counts_the_work(model: Path) -> None:
