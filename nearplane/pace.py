@@ -1,12 +1,13 @@
 """How long a run will take here: counted work, at rates measured in a few seconds on this machine.
 
-Counted, per token of each stream: a block's forward is 2 FLOPs a weight and 2 seqlen x hidden for causal attention, H costs n²
-(half of it is mirrored), D 2 n², R 4 m n. Per stage: a factor n³/3, a sweep m n², and for NearPlane what its steps and
-rounds multiply (``solving``). Report.add takes 6 m n², and 2 m n² for the drift. All of that goes at the rate of a matrix
-product. What it does not explain, column loops, the search for scales, rounding, is fitted as ``a n + b m n + c n²`` to the
-method's own ``solve`` on small random problems, and as ``b n²`` to ``prepare``. The rest is per number: reading and
-widening a weight, activations, packing, and writing at the rate of a file of 32 MB. A run opens the model as the plan did, which was timed. Files are not read ahead: where the
-checkpoint comes from a slow disk, reading it takes longer than is said here.
+Counted, per token of each stream: a block's forward is 2 FLOPs a weight and 2 seqlen x hidden for causal attention, H
+costs n² (half of it is mirrored), D 2 n², R 4 m n. Per stage: a factor n³/3, a sweep m n², and for NearPlane what its
+steps and rounds multiply (``solving``). Report.add takes 6 m n², and 2 m n² for the drift. All of that goes at the rate
+of a matrix product. What it does not explain, column loops, the search for scales, rounding, is fitted as
+``a n + b m n + c n²`` to the method's own ``solve`` on small random problems, and as ``b n²`` to ``prepare``. The rest is
+per number: reading and widening a weight, activations, packing, and writing at the rate of a file of 32 MB. A run opens
+the model as the plan did, which was timed. Files are not read ahead: where the checkpoint comes from a slow disk, reading
+it takes longer than is said here.
 """
 
 import os
