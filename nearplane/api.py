@@ -11,6 +11,7 @@ from torch import nn
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.estimate import refuse
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
@@ -41,6 +42,7 @@ def quantize(
     offload: str | Path | None = None,
     resume: bool = False,
     trust_remote_code: bool = False,
+    force: bool = False,
     progress: bool = True,
 ) -> Report:
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
@@ -49,8 +51,9 @@ def quantize(
     NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
-    settings must be the same. Raises NearplaneError for whatever cannot work. However it ends, ``out`` holds
-    the finished checkpoint, or the finished blocks for a later ``resume``, or nothing.
+    settings must be the same. Raises NearplaneError for whatever cannot work, a run that does not fit into memory or onto
+    the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint, or the finished blocks
+    for a later ``resume``, or nothing.
     """
     writer = Writer(Path(out), resume=resume)
     plan = make_plan(
@@ -63,6 +66,8 @@ def quantize(
         dtype,
         trust_remote_code,
     )
+    if not force:
+        refuse(plan, Path(out), offload is not None)
     report = Report(str(model), plan.settings, str(out), data=plan.data)
     report.events += plan.warnings()
     with writer, stoppable() as stop, bar(progress) as display:

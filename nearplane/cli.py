@@ -2,9 +2,6 @@
 twice. A NearplaneError becomes one sentence on standard error and exit status 2.
 """
 
-import contextlib
-import importlib
-import io
 import json
 import os
 import shlex
@@ -13,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +20,26 @@ from rich.console import Console
 
 from nearplane import __version__, flags
 from nearplane.api import evaluate, load, quantize
+from nearplane.arguments import canonical, method_class, parse
 from nearplane.calibrate.data import Calibration
 from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.forecast import forecast
 from nearplane.formats.journal import STATE
 from nearplane.generation import generate
 from nearplane.inspection import inspect
 from nearplane.interrupts import Interrupted
-from nearplane.methods import METHODS, Method
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
 from nearplane.runtime.linear import quantized_linears
 from nearplane.speed import bench, check_threads
 from nearplane.verification import verify
 
-# Names that users of other toolkits type; one name inside.
-ALIASES = {
-    "--wbits": "--bits", "--w-bit": "--bits", "--num-bits": "--bits", "--nbits": "--bits",
-    "--groupsize": "--group-size", "--q-group-size": "--group-size",
-    "--percdamp": "--damp-percent", "--dampening-frac": "--damp-percent",
-    "--nsample": "--nsamples", "--num-calibration-samples": "--nsamples", "--max-seq-length": "--seqlen",
-}  # fmt: skip
-# Switches of other toolkits that stand for a flag and its value.
-SWITCHES = {
-    "--act-order": ["--order", "activation"], "--actorder": ["--order", "activation"], "--desc-act": ["--order", "activation"],
-    "--asym": ["--no-sym"], "--true-sequential": [],
-}  # fmt: skip
-
 USAGE = f"""nearplane {__version__}: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT [--bits 3] [--method gptq]   write a quantized checkpoint
+  nearplane plan MODEL [--method gptq]                       memory, disk and time that quantize will take
   nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
   nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
@@ -72,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int | None]] = {
         "quantize": _quantize,
+        "plan": _plan,
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
@@ -92,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in commands:
             raise SettingError(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}.")
-        status = commands[argv[0]](_canonical(argv[1:])) or 0
+        status = commands[argv[0]](canonical(argv[1:])) or 0
     except NearplaneError as error:
         print(f"nearplane: {error}", file=sys.stderr)
         _how_to_resume(argv)
@@ -123,33 +109,38 @@ def _how_to_resume(argv: list[str]) -> None:
 
 
 def _quantize(argv: list[str]) -> None:
-    kind, default = _method_class(argv)
+    args = _job(flags.Quantize, "quantize", argv)
+    print(summary(quantize(args.model, args.out, **_choices(args), resume=args.resume, force=args.force)))
+
+
+def _plan(argv: list[str]) -> None:
+    args = _job(flags.Plan, "plan", argv)
+    found = forecast(args.model, **_choices(args))
+    print(json.dumps(found.as_dict()) if args.json else found)
+
+
+def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:
+    """The flags of ``quantize`` and ``plan``: the command's own, and those of method, grid and calibration."""
+    kind, default = method_class(argv)
     options = [
         ("method_options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=default)),
         ("grid", tyro.conf.OmitArgPrefixes[Grid], field(default_factory=Grid)),
         ("calibration", tyro.conf.OmitArgPrefixes[Calibration], field(default_factory=Calibration)),
     ]
-    command = make_dataclass("Quantize", options, bases=(flags.Quantize,))
-    command.__doc__ = flags.Quantize.__doc__
-    args: Any = _parse(command, "quantize", argv)
-    report = quantize(
-        args.model,
-        args.out,
-        method=args.method_options,
-        grid=args.grid,
-        calibration=args.calibration,
-        format=args.format,
-        device=args.device,
-        dtype=args.dtype,
-        offload=args.offload,
-        resume=args.resume,
-        trust_remote_code=args.trust_remote_code,
-    )
-    print(summary(report))
+    command = make_dataclass(base.__name__, options, bases=(base,))
+    command.__doc__ = base.__doc__
+    return parse(command, name, argv)
+
+
+def _choices(args: Any) -> dict[str, Any]:
+    """What ``quantize`` and ``forecast`` take alike."""
+    names = ("grid", "calibration", "format", "device", "dtype", "offload", "trust_remote_code")
+    same = {name: getattr(args, name) for name in names}
+    return {"method": args.method_options, **same}
 
 
 def _eval(argv: list[str]) -> None:
-    args = _parse(flags.Eval, "eval", argv)
+    args = parse(flags.Eval, "eval", argv)
     result = evaluate(
         args.model,
         dataset=args.dataset,
@@ -175,7 +166,7 @@ def _eval(argv: list[str]) -> None:
 
 
 def _generate(argv: list[str]) -> None:
-    args = _parse(flags.Generate, "generate", argv)
+    args = parse(flags.Generate, "generate", argv)
     _set_threads(args.threads)
     options = {"device": args.device, "dtype": args.dtype, "arithmetic": args.arithmetic, "head_bits": args.head_bits}
     model = load(args.model, trust_remote_code=args.trust_remote_code, **options)
@@ -196,7 +187,7 @@ def _generate(argv: list[str]) -> None:
 
 
 def _bench(argv: list[str]) -> None:
-    args = _parse(flags.Bench, "bench", argv)
+    args = parse(flags.Bench, "bench", argv)
     result = bench(
         args.model,
         prompt_tokens=args.prompt_tokens,
@@ -215,14 +206,14 @@ def _bench(argv: list[str]) -> None:
 
 
 def _verify(argv: list[str]) -> int:
-    args = _parse(flags.Verify, "verify", argv)
+    args = parse(flags.Verify, "verify", argv)
     result = verify(args.out, args.engine, trust_remote_code=args.trust_remote_code, progress=True)
     print(json.dumps(result.as_dict()) if args.json else result)
     return 0 if result.ok else 1
 
 
 def _convert(argv: list[str]) -> None:
-    args = _parse(flags.Convert, "convert", argv)
+    args = parse(flags.Convert, "convert", argv)
     print(convert(args.out, args.new, args.format, trust_remote_code=args.trust_remote_code, progress=True))
 
 
@@ -233,69 +224,5 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _inspect(argv: list[str]) -> None:
-    args = _parse(flags.Inspect, "inspect", argv)
+    args = parse(flags.Inspect, "inspect", argv)
     print(inspect(args.model, args.grid, trust_remote_code=args.trust_remote_code))
-
-
-def _parse(command: Any, name: str, argv: list[str]) -> Any:
-    """The command's fields from its flags; the parser's box about a wrong one becomes a sentence like any other."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(command, prog=f"nearplane {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
-    except SystemExit as stop:
-        if not complaint.getvalue():  # --help
-            raise
-        # A box, plainer where the terminal is: its title, a rule, what is wrong, a rule or an empty line, more.
-        lines = [line.strip("│").rstrip() for line in complaint.getvalue().splitlines()[1:]]
-        rule = [not line.strip("─- ") for line in lines]
-        first = 1 if rule[0] else 0
-        told = lines[first : rule.index(True, first)]
-        words = " ".join(line.strip() for line in told if not line.startswith(" " * 8)).rstrip(".")
-        raise SettingError(f"{words}; nearplane {name} --help lists the options.") from stop
-
-
-def _canonical(argv: list[str]) -> list[str]:
-    """Known aliases under the one name used inside; underscores become dashes."""
-    result: list[str] = []
-    for word in argv:
-        if not word.startswith("--"):
-            result.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
-        if flag == "--scale-dtype":
-            raise SettingError(
-                "scales are stored in the dtype that --format and --dtype imply; there is no flag for it."
-            )
-        if flag in SWITCHES and not equals:
-            result += SWITCHES[flag]
-        else:
-            result.append(ALIASES.get(flag, flag) + equals + value)
-    return result
-
-
-def _method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:
-    """The class that --method names: its fields become flags."""
-    given = [b for a, b in pairwise(argv) if a == "--method"]
-    given += [a.partition("=")[2] for a in argv if a.startswith("--method=")]
-    if len(given) > 1:
-        raise SettingError(f"--method is given {len(given)} times; give it once.")
-    name = given[0] if given else "nearplane"
-    if name in METHODS:
-        return METHODS[name], METHODS[name]
-    module, _, attribute = name.partition(":")
-    if not attribute or not module:
-        raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
-    sys.path.insert(0, "")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
-    if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
-        raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
-    try:
-        kind()
-    except TypeError as error:
-        raise SettingError(f"method {name!r} needs a default for every field ({error}).") from error
-    return kind, kind

@@ -13,17 +13,11 @@ from nearplane.runtime.cpu import Arithmetic
 
 
 @dataclass
-class Quantize:
-    """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
-
-    Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
-    OUT is complete when it has an index. A run that was ended (Ctrl-C, kill, a full disk) goes on with --resume.
-    """
+class Job:
+    """What ``plan`` and ``quantize`` share."""
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A local transformers folder, a hub id, or "demo"."""
-    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
-    """Folder to write; must not exist, or be empty, or with --resume hold what an ended run left."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
     """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
     format: FormatName = "compressed-tensors"
@@ -34,10 +28,37 @@ class Quantize:
     """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
     offload: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Keep hidden states in files below this folder, not in memory."""
-    resume: bool = False
-    """Go on after the last finished block in OUT; with the same settings, but for --damp-percent and --nsamples."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+
+@dataclass
+class Plan(Job):
+    """Say what quantize will need with the same flags, before any compute: memory, disk, time, and whether it fits here.
+
+    Reads no weight: MODEL may be a folder that holds nothing but config.json. The time comes from a few seconds of
+    measuring this machine.
+    """
+
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+
+
+@dataclass
+class Quantize(Job):
+    """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
+
+    Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
+    What cannot fit into this machine is refused first; nearplane plan says why. OUT is complete when it has an index; a run
+    that was ended before (Ctrl-C, kill, a full disk) goes on with --resume.
+    """
+
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]] = field(kw_only=True)
+    """Folder to write; must not exist, or be empty, or with --resume hold what an ended run left."""
+    resume: bool = False
+    """Go on after the last finished block in OUT; with the same settings, but for --damp-percent and --nsamples."""
+    force: bool = False
+    """Run even if the estimate of memory or disk says that it cannot fit."""
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """What ``inspect`` prints: the anatomy of a model, or the grids of a quantized checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from nearplane.core.grid import Grid
+from nearplane.formats import FORMATS
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.source import locate, open_source
@@ -36,7 +38,9 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
     inside = sum(source.store.nbytes(n) for n in sites)
     weights = sum(s.shape[0] * s.shape[1] for s in sites.values())
     width = source.dtype.itemsize
-    after = before - inside + sum(_packed_bytes(s.shape, grid, width) for s in sites.values())
+    packing = FORMATS["compressed-tensors"]
+    grid = replace(grid, scale_dtype=packing.scale_dtype(source.dtype))
+    after = before - inside + sum(packing.nbytes(s.shape, grid) for s in sites.values())
     lines.append(f"\nquantized: {weights:,} weights in {len(sites)} linears")
     lines.append(f"left dense: {(before - inside) // width:,} parameters, the largest:")
     dense = sorted((n for n in source.store.names if n not in sites), key=source.store.nbytes, reverse=True)
@@ -66,15 +70,6 @@ def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int], bool]]]:
 def _repairs(site: Site, stage: Stage) -> bool:
     """Whether NearPlane's target of this linear answers the residual stream's drift: it adds to it, alone."""
     return site.adds_to is not None and len(stage) == 1
-
-
-def _packed_bytes(shape: tuple[int, int], grid: Grid, width: int) -> int:
-    """Codes, scales, zeros and the shape of one weight as compressed-tensors stores it."""
-    out, columns = shape
-    groups = grid.group_count(columns)
-    words = -(-columns * grid.storage_bits // 32)
-    zeros = 0 if grid.sym else 4 * -(-out * grid.storage_bits // 32) * groups
-    return 4 * out * words + width * out * groups + zeros + 16
 
 
 def _quantized(model: str | Path, checkpoint: Checkpoint) -> str:

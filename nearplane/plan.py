@@ -16,6 +16,7 @@ from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method
 from nearplane.methods.base import Need
 from nearplane.models.discover import Block, discover
+from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.stream import stream
 
@@ -45,6 +46,14 @@ class Plan:
         return stream(
             self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference, offload=offload
         )
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Windows of calibration text and tokens in each, known before any is read; (0, 0) where none is."""
+        if not self.method.needs:
+            return 0, 0
+        seqlen = min(self.calibration.seqlen, longest_input(self.source.model) or self.calibration.seqlen)
+        return self.calibration.nsamples, seqlen
 
     def disk_name(self, site: str) -> str:
         """A site's name in the checkpoint."""
@@ -125,6 +134,38 @@ def make_plan(
     trust_remote_code: bool,
 ) -> Plan:
     """Open the source and settle every choice; refuse, before any compute, what cannot work."""
+    where = _choices(method, format, device)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype)
+    if method.needs:
+        tokens = calibration.load(source.tokenizer, longest_input(source.model))
+        check_vocabulary(tokens.ids, source.model)
+        plan = replace(plan, tokens=tokens)
+    _check_dense(source, plan.blocks, plan.stored)
+    return plan
+
+
+def sketch_plan(
+    model: str | Path,
+    method: Method,
+    grid: Grid,
+    calibration: Calibration,
+    format: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+) -> Plan:
+    """The same choices and refusals without reading a weight or a token: MODEL may be a lone config.json.
+
+    Good for an estimate; it cannot be run.
+    """
+    where = _choices(method, format, device)
+    source = open_sketch(model, trust_remote_code=trust_remote_code)
+    return _settle(source, discover_sketch(source), method, grid, calibration, format, where, dtype)
+
+
+def _choices(method: Method, format: str, device: str) -> torch.device:
+    """What can be refused before the model is opened."""
     where = pick_device(device)
     if format not in FORMATS:
         raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
@@ -133,11 +174,23 @@ def make_plan(
     if not set(method.needs) <= set(get_args(Need)):
         known = ", ".join(get_args(Need))
         raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")
-    source = open_source(model, trust_remote_code=trust_remote_code)
+    return where
+
+
+def _settle(
+    source: Source,
+    blocks: list[Block],
+    method: Method,
+    grid: Grid,
+    calibration: Calibration,
+    format: str,
+    where: torch.device,
+    dtype: str,
+) -> Plan:
+    """Dtypes and grid; refuse what the format or the method cannot hold."""
     stored = pick_dtype(dtype) or source.dtype
     compute = torch.float32 if where.type == "cpu" else source.dtype
     grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
-    blocks = discover(source)
     for block in blocks:
         for site in block.sites:
             reason = FORMATS[format].supports(grid, site.shape)
@@ -146,11 +199,7 @@ def make_plan(
             reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
             if reason is not None:
                 raise SettingError(f"{site.name}: {reason}.")
-    tokens = calibration.load(source.tokenizer, longest_input(source.model)) if method.needs else None
-    if tokens is not None:
-        check_vocabulary(tokens.ids, source.model)
-    _check_dense(source, blocks, stored)
-    return Plan(source, blocks, tokens, method, grid, calibration, FORMATS[format], stored, compute, where)
+    return Plan(source, blocks, None, method, grid, calibration, FORMATS[format], stored, compute, where)
 
 
 def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> None:

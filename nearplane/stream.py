@@ -36,6 +36,17 @@ BATCH_TOKENS = 2048
 IN_FLIGHT_BYTES = 4 << 30
 
 
+def batch_rows(seqlen: int) -> int:
+    """Sequences in one forward."""
+    return max(1, BATCH_TOKENS // seqlen)
+
+
+def kept(blocks: list[Block], tokens: int, dtype: torch.dtype, streams: int) -> bool:
+    """Whether all forwards of a block may wait at once, or each stage is reached anew."""
+    width = max((site.shape[0] + site.shape[1] for block in blocks for site in block.sites), default=0)
+    return tokens * width * 2 * dtype.itemsize * streams <= IN_FLIGHT_BYTES
+
+
 class OpenBlock:
     """A block while its weights are in memory: what the walk hands out."""
 
@@ -165,13 +176,12 @@ class Walk:
         self.keep = False
         names = [block.name for block in blocks]
         if tokens is not None:
-            step = max(1, BATCH_TOKENS // tokens.shape[1])
+            step = batch_rows(tokens.shape[1])
             self.batches = [tokens[a : a + step].to(device) for a in range(0, len(tokens), step)]
             for name in ("quantized", "reference")[: 2 if reference else 1]:
                 hidden = None if offload is None else OnDisk(offload, name, len(self.batches))
                 self.streams.append(Stream(source.model, names, self.batches, hidden))
-            width = max(site.shape[0] + site.shape[1] for block in blocks for site in block.sites)
-            self.keep = tokens.numel() * width * 2 * dtype.itemsize * len(self.streams) <= IN_FLIGHT_BYTES
+            self.keep = kept(blocks, tokens.numel(), dtype, len(self.streams))
         discover.load_outside(source, names, device, dtype)
 
 

@@ -41,6 +41,9 @@ class Format(Protocol):
     def tensors(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
         """The tensors of the module ``name``, on the CPU and contiguous. NearplaneError names the module."""
 
+    def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
+        """Bytes of the tensors of a weight of this (out, in) shape; ``grid.scale_dtype`` counts."""
+
     def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         """The ``quantization_config`` of config.json; ``ignore``: module names left as they were."""
 

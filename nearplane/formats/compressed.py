@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats.base import ONLY_HERE, check, tail_reason
-from nearplane.formats.bits import pack
+from nearplane.formats.bits import pack, words_of
 
 # The release of the library whose reading of these tensors is the one described here.
 LAYOUT_VERSION = "0.17.0"
@@ -56,6 +56,13 @@ class CompressedTensors:
         if not grid.sym:  # a zero point beside a symmetric weight makes vLLM refuse the checkpoint
             tensors[f"{name}.weight_zero_point"] = pack(zero.T, grid.storage_bits).T.contiguous()
         return tensors
+
+    def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
+        """Of ``tensors``, exactly."""
+        (out, columns), groups = shape, grid.group_count(shape[1])
+        scale: torch.dtype = getattr(torch, grid.scale_dtype)
+        zeros = 0 if grid.sym else 4 * groups * words_of(out, grid.storage_bits)
+        return 4 * out * words_of(columns, grid.storage_bits) + scale.itemsize * out * groups + zeros + 16
 
     def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         """One group for all linear layers. The library refuses keys it does not know, so ``settings`` stay out."""

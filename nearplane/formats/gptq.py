@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats.base import check, tail_reason
-from nearplane.formats.bits import pack
+from nearplane.formats.bits import pack, words_of
 
 WIDTHS = (2, 3, 4, 8)
 # Kernels read words of 32 codes across both axes, and a 3-bit word only ends where 32 codes do.
@@ -62,6 +62,12 @@ class GPTQ:
             f"{name}.scales": scale.T.contiguous(),
             f"{name}.g_idx": columns // grid.group_width(codes.shape[1]),
         }
+
+    def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
+        """Of ``tensors``, exactly."""
+        (out, columns), groups = shape, grid.group_count(shape[1])
+        words = out * words_of(columns, grid.storage_bits) + groups * words_of(out, grid.storage_bits) + columns
+        return 4 * words + 2 * out * groups
 
     def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         """Loaders' own fields first; whatever else ``settings`` holds is kept under ``meta``.

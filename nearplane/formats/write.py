@@ -28,6 +28,9 @@ FINAL = "model-{:05}-of-{:05}.safetensors"
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
               "generation_config.json", "*.jinja", "preprocessor_config.json", "LICENSE*")  # fmt: skip
 
+# Tensors wait in memory until so many bytes of them make a file.
+SHARD_BYTES = 4 << 30
+
 
 class Writer:
     """Writes into a new or empty folder, and leaves it as it was unless something was sealed or ``finish()`` reached.
@@ -38,7 +41,7 @@ class Writer:
     another process writes there.
     """
 
-    def __init__(self, out: Path, *, shard_bytes: int = 4 * 2**30, resume: bool = False) -> None:
+    def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES, resume: bool = False) -> None:
         self.out = Path(out)
         self.shard_bytes, self.resume = shard_bytes, resume
         self.records: list[dict[str, Any]] = []

@@ -120,10 +120,15 @@ def block_names(source: Source) -> list[str]:
 
 def load_outside(source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype) -> None:
     """Load everything that runs before or between blocks: all but the blocks and an output head of its own."""
-    head = source.model.get_output_embeddings()  # type: ignore[operator]
-    head_name = next((n for n, m in source.model.named_modules() if m is head), None)
-    inside = [*blocks] if head_name is None else [*blocks, head_name]
+    head = head_name(source)
+    inside = [*blocks] if head is None else [*blocks, head]
     source.load("", device, dtype, skip=inside)
+
+
+def head_name(source: Source) -> str | None:
+    """Name of the output head's module, where there is one."""
+    head = source.model.get_output_embeddings()  # type: ignore[operator]
+    return next((name for name, module in source.model.named_modules() if module is head), None)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -128,8 +128,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model given as a folder, a hub id or ``demo``."""
+def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model given as a folder, a hub id (``weights=False``: its small files only) or ``demo``."""
     if str(model) == "demo":
         from nearplane.models.demo import demo_folder
 
@@ -141,7 +141,8 @@ def locate(model: str | Path, *, trust_remote_code: bool = False) -> Path:
         raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
     if not HUB_ID.fullmatch(str(model)):
         raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
-    return _from_hub(str(model), HUB_PATTERNS + ["*.py"] * trust_remote_code)
+    patterns = [pattern for pattern in HUB_PATTERNS if weights or pattern != "*.safetensors"]
+    return _from_hub(str(model), patterns + ["*.py"] * trust_remote_code)
 
 
 def _from_hub(model: str, patterns: list[str]) -> Path:

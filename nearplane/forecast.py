@@ -1,0 +1,120 @@
+"""What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nearplane.calibrate.data import Calibration
+from nearplane.core.grid import Grid
+from nearplane.estimate import Estimate, Memory, estimate, gb, suggestions
+from nearplane.formats.engines import ENGINES, caveat, refusal
+from nearplane.machine import free_disk
+from nearplane.methods import Method, NearPlane
+from nearplane.pace import pace
+from nearplane.plan import Dtype, FormatName, Plan, sketch_plan
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An estimate of a run, and the time it will take."""
+
+    plan: Plan
+    estimate: Estimate
+    seconds: dict[str, float]
+
+    def engines(self) -> list[tuple[str, str | None, str | None]]:
+        """Each engine, why it does not load such a checkpoint, and on what condition it does."""
+        plan = self.plan
+        what = plan.format.name, plan.grid, sorted({site.shape for block in plan.blocks for site in block.sites})
+        return [(engine, refusal(engine, *what), caveat(engine, *what)) for engine in ENGINES]
+
+    def lacking(self) -> list[str]:
+        """Why the run does not fit here; empty if it does."""
+        return self.estimate.lacking(Path.cwd())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plan, found = self.plan, self.estimate
+        return {
+            "model": plan.source.name,
+            **{key: value for key, value in plan.settings.items() if key != "calibration"},
+            **found.as_dict(),
+            "free_disk": free_disk(Path.cwd()),
+            "seconds": self.seconds | {"total": sum(self.seconds.values())},
+            "lacking": self.lacking(),
+            "suggestions": suggestions(plan, found, Path.cwd()),
+            "engines": {engine: {"refusal": no, "caveat": but} for engine, no, but in self.engines()},
+        }
+
+    def __str__(self) -> str:
+        plan, found = self.plan, self.estimate
+        windows, seqlen = found.windows
+        data = f", {windows} x {seqlen} tokens" if windows else ", no data"
+        sites = sum(len(block.sites) for block in plan.blocks)
+        grid = f"{plan.grid.bits} bits, group {plan.grid.group_size}"
+        lines = [
+            f"{plan.source.name}: {sites} linears in {len(plan.blocks)} blocks; {type(plan.method).__name__}, {grid}{data}",
+            f"largest stage {found.largest}, {found.largest_shape[0]} x {found.largest_shape[1]}",
+        ]
+        for memory in found.memory:
+            lines += _table(memory, found.available(memory))
+        kept = "" if found.kept or not windows else "; too many tokens to let forwards wait, each stage is reached anew"
+        if windows:
+            lines.append(f"{('one stream', 'two streams')[found.streams - 1]} of hidden states{kept}")
+        free = free_disk(Path.cwd())
+        wanted = ", ".join(f"{name} {gb(size)}" for name, size in found.disk.items() if size >= 1e5)
+        have = "" if free is None else f"; {gb(free)} are free here"
+        lines.append(f"disk    {gb(sum(found.disk.values()))}: {wanted}{have}")
+        spent = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.05)
+        lines.append(f"time    {clock(sum(self.seconds.values()))} at the rates measured now: {spent}")
+        for engine, no, but in self.engines():
+            verdict = f"does not load it: {no}" if no else f"loads it: {but}" if but else "loads it"
+            lines.append(f"{engine:<12} {verdict}")
+        lacks = self.lacking()
+        lines += [f"does not fit: {lack}" for lack in lacks] or ["fits"]
+        lines += [f"try: {tip}" for tip in suggestions(plan, found, Path.cwd())]
+        lines += [f"note: {note}" for note in plan.warnings()]
+        return "\n".join(lines)
+
+
+def forecast(
+    model: str | Path,
+    *,
+    method: Method | None = None,
+    grid: Grid | None = None,
+    calibration: Calibration | None = None,
+    format: FormatName = "compressed-tensors",
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    offload: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Forecast:
+    """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do."""
+    start = time.perf_counter()
+    plan = sketch_plan(
+        model,
+        method or NearPlane(),
+        grid or Grid(),
+        calibration or Calibration(),
+        format,
+        device,
+        dtype,
+        trust_remote_code,
+    )
+    found = estimate(plan, offload is not None)
+    return Forecast(plan, found, pace(plan, found, time.perf_counter() - start))
+
+
+def _table(memory: Memory, available: int | None) -> list[str]:
+    have = "" if available is None else f"; {gb(memory.need)} beyond what it holds now, {gb(available)} are available"
+    lines = [f"memory  {gb(memory.peak)} on {memory.device} at {memory.where}{have}"]
+    lines += [f"    {name:<9} {gb(size):>9}" for name, size in memory.parts.items() if size >= 1e5]
+    return lines
+
+
+def clock(seconds: float) -> str:
+    """A duration in words."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,310 @@
+"""``plan``: its sizes against what is written and what lives in memory, its refusals, models that are only a config."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from models.test_discover import STAGES
+
+import nearplane
+from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, estimate, pace, workspace
+from nearplane.calibrate.observe import Measuring
+from nearplane.cli import main
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.estimate import Estimate
+from nearplane.forecast import Forecast
+from nearplane.formats import FORMATS
+from nearplane.models.discover import discover
+from nearplane.models.sketch import discover_sketch, open_sketch
+from nearplane.models.source import open_source
+from nearplane.plan import Plan, sketch_plan
+from nearplane.report import Report
+from nearplane.stream import IN_FLIGHT_BYTES
+from nearplane.workspace import Shape, stage_shape
+
+SMALL = Calibration(nsamples=4, seqlen=32)
+FLAGS = ["--nsamples", "4", "--seqlen", "32", "--group-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "text.txt").write_text(tiny.text(1500))
+    return tiny.save(tiny.build("llama"), folder / "model")
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    """A folder that holds nothing but the configuration."""
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "config.json").write_text((model / "config.json").read_text())
+    return folder
+
+
+def planned(model: Path, method: Method, format: str = "compressed-tensors", **grid: Any) -> Plan:
+    return sketch_plan(model, method, Grid(**{"group_size": 32, **grid}), SMALL, format, "cpu", "auto", False)
+
+
+def parts(model: Path, method: Method) -> dict[str, int]:
+    return estimate.estimate(planned(model, method)).memory[0].parts
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_stages_are_found_without_weights(kind: str, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.build(kind), tmp_path / "m")
+    true = discover(open_source(folder))
+    assert discover_sketch(open_sketch(folder)) == true
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert discover_sketch(open_sketch(folder)) == true
+
+
+@pytest.mark.parametrize(("format", "grid"), [
+    ("compressed-tensors", {}), ("compressed-tensors", {"bits": 3, "sym": False, "group_size": 24}),
+    ("compressed-tensors", {"bits": "ternary", "group_size": -1}), ("gptq", {"bits": 3}), ("gptq_v2", {"sym": False}),
+])  # fmt: skip
+def test_disk_is_what_is_written(format: Any, grid: dict[str, Any], model: Path, config: Path, tmp_path: Path) -> None:
+    report = nearplane.quantize(
+        model, tmp_path / "out", method=RTN(), grid=Grid(**{"group_size": 32, **grid}), format=format, progress=False
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    for folder in (model, config):
+        disk = estimate.estimate(planned(folder, RTN(), format, **grid)).disk
+        assert disk["quantized"] == report.bytes["quantized"] and disk["dense"] == report.bytes["dense"]
+        assert disk["quantized"] + disk["dense"] == index["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (32, 40), (33, 7)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_knows_its_bytes(name: str, shape: tuple[int, int]) -> None:
+    for sym in (True, False):
+        grid = Grid(bits=3, group_size=16, sym=sym, scale_dtype=FORMATS[name].scale_dtype(torch.bfloat16))
+        if FORMATS[name].supports(grid, shape) is None:
+            solved = RTN().solve(torch.randn(shape), None, grid)
+            tensors = FORMATS[name].tensors("x", solved, grid)
+            assert FORMATS[name].nbytes(shape, grid) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _peak() -> Any:
+    """The counter of live tensors in benchmarks/solver.py."""
+    import sys
+
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location("solver_benchmark", folder / "solver.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module.Peak()
+
+
+@pytest.mark.parametrize("shape", [(128, 640, False), (640, 256, False), (384, 384, True)])
+@pytest.mark.parametrize("method", [
+    RTN(), GPTQ(), GPTAQ(), ResComp(), NearPlane(), NearPlane(rounds=0), NearPlane(target=False), NearPlane(beam=2, rounds=0),
+], ids=str)  # fmt: skip
+def test_work_arrays_are_those_that_live(method: Method, shape: tuple[int, int, bool]) -> None:
+    m, n, point = shape
+    stage = Shape(m, n, m, point and "R" in method.needs)
+    generator = torch.Generator().manual_seed(0)
+    weight, grid, moments, state = torch.randn(m, n, generator=generator), Grid(group_size=64), None, None
+    expected = workspace.work(method, stage)
+    if method.needs:
+        measuring = Measuring(method.needs, n, m if stage.point else None, weight, 8)
+        xhat = torch.randn(512, n, generator=generator) @ torch.randn(n, n, generator=generator)
+        x = xhat + torch.randn(512, n, generator=generator)
+        drift = torch.randn(512, m, generator=generator) if stage.point else None
+        measuring.add(torch.Size([8, 64]), 0, xhat, x if "D" in method.needs and not stage.point else None, drift)
+        with _peak() as peak:
+            moments = measuring.result()
+        held = [t for part in (moments, moments.held) if part for t in (part.H, part.D, part.R) if t is not None]
+        assert sum(t.numel() for t in held) == workspace.moments(method.needs, stage)
+        with _peak() as peak:
+            state = method.prepare(moments)
+        assert peak.most / 4 == pytest.approx(max(expected.prepare, expected.check), rel=0.25)
+        if state is not moments:
+            assert peak.now / 4 == pytest.approx(expected.state, rel=0.05)
+    fitting = workspace.FITTING  # a constant that dwarfs the rest at these sizes
+    with _peak() as peak:
+        solved = method.solve(weight, state, grid)
+    assert 0.75 * (expected.solve - fitting) < peak.most / 4 < 1.1 * expected.solve
+    with _peak() as peak:
+        Report("", {}).add("", weight, solved, grid, moments, None, 0.0)
+    assert peak.most / 4 == pytest.approx(expected.measure, rel=0.1)
+
+
+def test_memory_follows_its_formulas(model: Path) -> None:
+    plan = planned(model, GPTQ())
+    walk = estimate._Walk(plan)
+    down = [found for where, found in walk.moments() if where.endswith("down_proj") and found["factor"]]
+    tokens, hidden, inner = 4 * 32, 64, 96
+    sites = sum(s.shape[0] * s.shape[1] for s in plan.blocks[0].sites)
+    stored = {name: plan.source.store.shape(disk) for name, disk in plan.source.names.items()}
+    outside = sum(torch.Size(s).numel() for n, s in stored.items() if "layers" not in n and not n.startswith("lm_head"))
+    for found in down:
+        assert found["outside"] == 4 * outside
+        assert found["block"] == 4 * (sites + 2 * hidden)  # two norms
+        assert found["streams"] == 4 * tokens * hidden
+        assert found["paused"] == 4 * tokens * (inner + 2 * hidden)
+        assert found["moments"] == 4 * inner**2 and found["factor"] == 4 * inner**2
+    assert {found["solver"] for found in down} >= {int(4 * hidden * inner * 7.25)}  # the weight, 6 of Report.add, codes
+
+
+def test_two_streams_where_a_reference_is_kept(model: Path) -> None:
+    def largest(method: Method, part: str) -> int:
+        return max(found[part] for _, found in estimate._Walk(planned(model, method)).moments())
+
+    for method in (GPTAQ(), NearPlane()):
+        assert estimate.estimate(planned(model, method)).streams == 2
+        assert largest(method, "streams") == 2 * largest(GPTQ(), "streams")
+        assert largest(method, "paused") == 2 * largest(GPTQ(), "paused")
+        assert largest(method, "block") > 1.9 * largest(GPTQ(), "block")
+    assert estimate.estimate(planned(model, NearPlane(target=False))).streams == 1
+    assert largest(RTN(), "streams") == largest(RTN(), "moments") == 0
+    # H and D, and both again of the held-out tokens; the down projection's R is smaller than D.
+    assert largest(NearPlane(residual=False), "moments") == 4 * largest(GPTQ(), "moments")
+    assert largest(NearPlane(), "moments") == largest(GPTQ(), "moments") * 2 * (96 + 64) // 96
+
+
+def test_many_tokens_are_not_kept_waiting(model: Path) -> None:
+    width = 2 * (64 + 96) * 4
+    for tokens, kept in ((IN_FLIGHT_BYTES // width, True), (IN_FLIGHT_BYTES // width + 64, False)):
+        calibration = Calibration(nsamples=-(-tokens // 64) if not kept else tokens // 64, seqlen=64)
+        plan = sketch_plan(model, GPTQ(), Grid(), calibration, "compressed-tensors", "cpu", "auto", False)
+        walk = estimate._Walk(plan)
+        assert walk.kept == kept and estimate.estimate(plan).kept == kept
+        assert any(found["paused"] for _, found in walk.moments()) == kept
+
+
+def test_a_run_that_cannot_fit_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["quantize", str(model), str(out), "--dataset", str(model.parent / "text.txt"), *FLAGS]
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nearplane: needs ") and " MB at " in message and "0 MB are available" in message
+    assert "--method gptq" in message and message.endswith("--force runs anyway.\n") and not out.exists()
+    with pytest.raises(SettingError, match="are available"):
+        nearplane.quantize(model, out, method=RTN(), grid=Grid(group_size=32), progress=False)
+    assert main([*words, "--force"]) == 0 and (out / "report.json").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(estimate, "available_memory", lambda: None)  # nothing is known: nothing is refused
+    monkeypatch.setattr(estimate, "free_disk", lambda _folder: 10)
+    with pytest.raises(SettingError, match="of disk, 0 MB are free; another disk, or fewer --bits"):
+        nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
+    monkeypatch.setattr(estimate, "free_disk", lambda _folder: None)
+    nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates without measuring."""
+    monkeypatch.setattr(pace, "rates", lambda _plan: pace.Rates(*[1e-6] * 12))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_command(model: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (model, config):
+        assert main(["plan", str(folder), *FLAGS]) == 0
+        printed = capsys.readouterr().out
+        for part in ("14 linears in 2 blocks; NearPlane, 4 bits, group 32, 4 x 32 tokens", "memory ", "base", "two streams",
+                     "disk ", "time ", "observe", "largest stage model.layers.0.mlp.gate_proj+up_proj"):  # fmt: skip
+            assert part in printed
+    assert main(["plan", str(config), "--method", "gptq", "--json", *FLAGS]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"model", "method", "grid", "memory", "disk", "free_disk", "largest", "streams", "kept", "windows",
+            "seconds", "lacking", "suggestions"} <= set(found)  # fmt: skip
+    memory = found["memory"][0]
+    assert memory["peak"] == sum(memory["parts"].values()) and memory["need"] == memory["peak"] - memory["base"]
+    assert set(found["seconds"]) == {"start", "forward", "observe", "prepare", "solve", "measure", "write", "total"}
+    assert found["method"]["name"] == "GPTQ" and found["streams"] == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_plan_and_quantize_have_the_same_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    def flags(command: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            main([command, "--help", "--method", "gptaq"])
+        words = capsys.readouterr().out.replace(",", " ").replace("|", " ").split()
+        return {word for word in words if word.startswith("--")}
+
+    assert flags("plan") - flags("quantize") == {"--json", "--no-json"}
+    assert flags("quantize") - flags("plan") == {"--force", "--no-force"}
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_cannot_be_planned(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(folder: Path, *words: str) -> str:
+        assert main(["plan", str(folder), *words]) == 2
+        return capsys.readouterr().err
+
+    assert "does not exist" in says(tmp_path)
+    assert "divide" in says(config, "--format", "gptq", "--group-size", "40")
+    raw = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(raw | {"dtype": "int3"}))
+    assert "int3" in says(config)
+    (config / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    assert "quantized already" in says(config)
+    (config / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    assert "merges weights" in says(config)
+    (config / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(NearplaneError, match="no weights"):
+        open_sketch(config).store.get("lm_head.weight")
+
+
+def test_a_lack_is_reported_by_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "available_memory", lambda: 0)
+    plan = planned(model, NearPlane())
+    found: Estimate = estimate.estimate(plan)
+    text = str(Forecast(plan, found, {"solve": 1.0}))
+    assert "does not fit: needs" in text and "try: --method gptq keeps one stream" in text
+
+
+@pytest.mark.parametrize(
+    "method", [RTN(), GPTQ(), GPTAQ(), NearPlane(), nearplane.OBQ()], ids=lambda m: type(m).__name__
+)
+def test_rates_are_measured_and_add_up(method: Method, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "PROBLEMS", [(8, 32), (16, 64)])
+    monkeypatch.setattr(pace, "TINY", [(8, 32)])
+    monkeypatch.setattr(pace, "DISK_BYTES", 1024)
+    plan = planned(model, method)
+    measured = pace.rates(plan)
+    assert measured.flop > 0 and measured.load > 0 and measured.weight + measured.column >= 0
+    found = estimate.estimate(plan)
+    phases = pace.seconds(plan, found, measured)
+    assert all(value >= 0 for value in phases.values()) and phases["write"] > 0
+    assert bool(phases["observe"]) == bool(method.needs)
+
+
+def test_the_fit_finds_the_terms() -> None:
+    shapes = [(64, 512), (1024, 256), (512, 512), (512, 1024)]
+    for terms in ((3e-5, 2e-7, 1e-8), (0.0, 2e-7, 0.0), (3e-5, 0.0, 1e-7)):
+        times = [(m, n, terms[0] * n + terms[1] * m * n + terms[2] * n * n) for m, n in shapes]
+        assert pace._fit(times) == pytest.approx(terms, rel=1e-6, abs=1e-15)
+    assert pace._fit([(8, 16, -1.0)]) == pytest.approx((0, 0, 0), abs=1e-9)  # explained by its FLOPs
+
+
+def test_time_counts_the_work(model: Path) -> None:
+    """One FLOP a second, and nothing else costs: the sweep's m n² per stage, H's n² per token."""
+    plan = planned(model, GPTQ())
+    nothing = dict.fromkeys(pace.Rates.__annotations__, 0.0)
+    found = estimate.estimate(plan)
+    shapes = [stage_shape(stage, False) for block in plan.blocks for stage in block.stages]
+    phases = pace.seconds(plan, found, pace.Rates(**nothing | {"gram": 1.0, "solver_flop": 1.0}))
+    assert phases["observe"] == 128 * sum(s.n**2 for s in shapes)
+    assert phases["solve"] == sum(s.m * s.n**2 for s in shapes)
+    assert phases["prepare"] == pytest.approx(sum(s.n**3 for s in shapes) / 3)
+    forward = pace.seconds(plan, found, pace.Rates(**nothing | {"flop": 1.0}))["forward"]
+    stages = [s.m * s.n for s in shapes]
+    attention = 2 * 2 * 32 * 64
+    assert forward == 128 * (2 * sum(stages[:-1]) + attention)  # nothing runs behind the last stage's input
