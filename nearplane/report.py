@@ -17,6 +17,9 @@ from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
+# Numbers of a weight that are measured at a time.
+MEASURED_AT_ONCE = 1 << 22
+
 
 def environment() -> dict[str, str]:
     """Versions that a result depends on."""
@@ -119,27 +122,23 @@ class Report:
         seconds: float,
     ) -> LinearRow:
         """Measure one solved weight against its original."""
-        delta = dequantize(quantized, grid).to(weight.dtype).sub_(weight)
+        found = _measure(weight, quantized, grid, moments)
         error = rtn_error = None
         if moments is not None:
-            power = _energy(weight, moments.H)
-            rtn = _rounded(weight, quantized, grid).sub_(weight)
-            error, rtn_error = (_energy(d, moments.H) / power if power > 0 else 0.0 for d in (delta, rtn))
+            error, rtn_error = (e / found.power if found.power > 0 else 0.0 for e in (found.error, found.rtn))
             # A method that corrects drift leaves W on purpose: it is judged on what it minimizes.
-            wanted = pull(weight, moments.D, moments.R)
-            loss, rtn_loss = (e * power - 2 * float((d * wanted).sum()) for e, d in ((error, delta), (rtn_error, rtn)))
-            if loss > rtn_loss and rtn_error > 0:
+            worse = found.error - 2 * found.answered > found.rtn - 2 * found.rtn_answered
+            if worse and rtn_error > 0:
                 self.events.append(
                     f"{name}: serves its objective worse than rounding to nearest (error {error:.3g}, rtn {rtn_error:.3g})"
                 )
         certificate, course = quantized.certificate, quantized.course
-        norm = float(weight.square().sum())
         row = LinearRow(
             name=name,
             shape=(weight.shape[0], weight.shape[1]),
             error=error,
             rtn_error=rtn_error,
-            weight_error=float(delta.square().sum()) / norm if norm > 0 else 0.0,
+            weight_error=found.moved / found.norm if found.norm > 0 else 0.0,
             loss=None if certificate is None else float(certificate.loss.sum()),
             bound=None if certificate is None else float(certificate.bound.sum()),
             bound_ratio=None if certificate is None else ratio(certificate),
@@ -191,6 +190,37 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "totals": self.totals}
+
+
+class _Measured(NamedTuple):
+    """Sums over all rows of a weight W and its solution Q; energies are ‖· X̂‖² per token."""
+
+    norm: float = 0.0  # ‖W‖²
+    moved: float = 0.0  # ‖Q-W‖²
+    power: float = 0.0  # of W
+    error: float = 0.0  # of Q-W
+    rtn: float = 0.0  # of the weight rounded to nearest, less W
+    answered: float = 0.0  # how much Q-W gives of what the drift asks
+    rtn_answered: float = 0.0
+
+
+def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments | None) -> _Measured:
+    """By chunks of rows: a copy of the weight for each of these would be the largest thing a run holds."""
+    step = max(1, MEASURED_AT_ONCE // weight.shape[1])
+    total = _Measured()
+    for first in range(0, len(weight), step):
+        part = slice(first, first + step)
+        w, q = weight[part], quantized.rows(part)
+        delta = dequantize(q, grid).to(w.dtype).sub_(w)
+        found = _Measured(float(w.square().sum()), float(delta.square().sum()))
+        if moments is not None:
+            rtn = _rounded(w, q, grid).sub_(w)
+            wanted = pull(w, moments.D, None if moments.R is None else moments.R[part])
+            power, error, rtn_error = (_energy(each, moments.H) for each in (w, delta, rtn))
+            answered, rtn_answered = (float((each * wanted).sum()) for each in (delta, rtn))
+            found = _Measured(found.norm, found.moved, power, error, rtn_error, answered, rtn_answered)
+        total = _Measured(*(a + b for a, b in zip(total, found, strict=True)))
+    return total
 
 
 def _energy(weight: Tensor, H: Tensor) -> float:

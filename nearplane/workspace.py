@@ -13,6 +13,7 @@ from nearplane.methods.base import Need, Sweeping
 from nearplane.methods.nearplane import TRIAL_ROWS
 from nearplane.methods.obq import CHUNK_NUMBERS
 from nearplane.models.discover import Stage
+from nearplane.report import MEASURED_AT_ONCE
 
 BYTE = 0.25
 # What the search for scales holds of a chunk of rows: the error of an attempt, its codes, what is best so far.
@@ -68,7 +69,7 @@ def work(method: Method, shape: Shape) -> Work:
     square, whole, largest = float(n * n), float(m * n), float(shape.r * n)
     reads = bool(method.needs)
     # Report.add: the error of the codes, then scale, zero, code, difference and product of rounding to nearest.
-    measure = 6 * largest if reads else 5.25 * largest
+    measure = (6 if reads else 5.25) * min(largest, max(n, MEASURED_AT_ONCE))
     result = BYTE * whole
     check = 1.5 * max(square, whole if shape.point and "R" in method.needs else 0.0) if reads else 0.0
     if isinstance(method, RTN) or not reads:  # fitted chunk by chunk; scale, zero and code of every weight

@@ -204,6 +204,20 @@ def test_same_seed_same_bytes_and_another_seed_differs(llama: Path, tmp_path: Pa
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_measuring_by_chunks_of_rows_changes_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {}
+    for size in (1 << 22, 200):  # all rows at once, and three
+        monkeypatch.setattr(nearplane.report, "MEASURED_AT_ONCE", size)
+        rows[size] = nearplane.quantize(
+            llama, tmp_path / str(size), calibration=calibration(llama), progress=False
+        ).linears
+    for one, other in zip(*rows.values(), strict=True):
+        for key in ("error", "rtn_error", "weight_error"):
+            assert getattr(other, key) == pytest.approx(getattr(one, key), rel=1e-4)
+
+
 def test_report_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
     grid = Grid(bits=4, group_size=32)
     report = nearplane.quantize(llama, tmp_path / "out", grid=grid, calibration=calibration(llama), progress=False)
