@@ -155,7 +155,7 @@ def estimate(plan: Plan, offload: bool = False) -> Estimate:
 class _Walk:
     """The moments of a run, and what is held at each."""
 
-    def __init__(self, plan: Plan, offload: bool) -> None:
+    def __init__(self, plan: Plan, offload: bool = False) -> None:
         self.plan, source, store = plan, plan.source, plan.source.store
         self.needs = plan.method.needs
         self.size = plan.compute.itemsize

@@ -244,7 +244,7 @@ def poison(value: torch.Tensor) -> torch.Tensor:
 def test_a_nan_weight_is_named_and_nothing_stays(
     model: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
+    name = "model.layers.0.mlp.up_proj.weight"
     broken = edit(copy(model, tmp_path / "broken"), **{name.replace(".", "__"): poison})
     for method, extra in (("rtn", GRID), ("gptaq", data)):
         out = tmp_path / "out"
