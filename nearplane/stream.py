@@ -32,6 +32,8 @@ from nearplane.models.source import Source
 
 # Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
 BATCH_TOKENS = 2048
+# Numbers of a weight that are put in place at a time: their codes, scales and zeros as floats are five times as many.
+PLACED_AT_ONCE = 1 << 22
 # What paused forwards may hold: the stream, a stage's input and a few tensors of that width, per token and stream.
 IN_FLIGHT_BYTES = 4 << 30
 
@@ -106,7 +108,10 @@ class OpenBlock:
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""
         weight = site.weight(self.walk.source.model)
-        weight.copy_(dequantize(quantized, grid).to(weight.dtype))
+        step = max(1, PLACED_AT_ONCE // site.shape[1])
+        for first in range(0, site.shape[0], step):
+            part = slice(first, first + step)
+            weight[part] = dequantize(quantized.rows(part), grid).to(weight.dtype)
         if any(site in stage for stage in self.stages[: max(self.reached, 0)]):
             self._drop()  # the paused forwards have passed it with its former weight
 
