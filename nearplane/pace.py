@@ -29,7 +29,7 @@ from nearplane.estimate import Estimate
 from nearplane.methods import OBQ, RTN, Method, NearPlane
 from nearplane.methods.nearplane import DAMPINGS, TRIAL_ROWS
 from nearplane.plan import Plan
-from nearplane.report import Report
+from nearplane.report import Report, measured_rows
 from nearplane.workspace import Shape, pushes, stage_shape
 
 # Small problems (out, in), the smallest first; no new one is begun after BUDGET seconds.
@@ -97,8 +97,8 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
             phases["solve"] += rates.square * s.n**2
             phases["measure"] += rates.measure * weights
             if needs:
-                drift = 2 * weights * s.n * bool(needs & {"D"} and not s.point)
-                phases["measure"] += rates.solver_flop * (6 * weights * s.n + drift)
+                products = 3 + bool(needs & {"D"} and not s.point)
+                phases["measure"] += rates.solver_flop * products * 2 * s.judged * s.n**2
             phases["write"] += rates.pack * weights
     phases["write"] += rates.disk * sum(found.disk.values())
     return phases
@@ -174,7 +174,7 @@ def rates(plan: Plan) -> Rates:
             break
     solved = method.solve(weight, state, grid)
     measure = clock(lambda: report.add("", weight, solved, grid, moments, None, 0.0))
-    measure -= solver_flop * 6 * m * n * n if method.needs else 0.0
+    measure -= solver_flop * 6 * len(range(m)[measured_rows(m)]) * n * n if method.needs else 0.0
     pack = clock(lambda: plan.format.tensors("x", solved, grid)) / (m * n)
     column, each, rest = _fit(found)
     return Rates(

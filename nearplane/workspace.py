@@ -13,7 +13,7 @@ from nearplane.methods.base import Need, Sweeping
 from nearplane.methods.nearplane import TRIAL_ROWS
 from nearplane.methods.obq import CHUNK_NUMBERS
 from nearplane.models.discover import Stage
-from nearplane.report import MEASURED_AT_ONCE
+from nearplane.report import MEASURED_AT_ONCE, measured_rows
 
 BYTE = 0.25
 # What the search for scales holds of a chunk of rows: the error of an attempt, its codes, what is best so far.
@@ -28,12 +28,15 @@ class Shape:
     n: int  # inputs
     r: int  # outputs of the largest linear
     point: bool  # R stands in for D here: a lone linear that adds to the residual stream
+    judged: int = 0  # rows, of all linears, that errors are measured on
 
 
 def stage_shape(stage: Stage, two: bool) -> Shape:
     """Of a stage; ``two``: there is a reference stream."""
     rows = [site.shape[0] for site in stage]
-    return Shape(sum(rows), stage[0].shape[1], max(rows), two and len(stage) == 1 and stage[0].adds_to is not None)
+    judged = sum(len(range(row)[measured_rows(row)]) for row in rows)
+    point = two and len(stage) == 1 and stage[0].adds_to is not None
+    return Shape(sum(rows), stage[0].shape[1], max(rows), point, judged)
 
 
 @dataclass(frozen=True)

@@ -311,3 +311,15 @@ def test_conv1d_is_refused_where_loaders_would_not_find_it(tmp_path: Path) -> No
     with pytest.raises(nearplane.NearplaneError, match="random weights; use gptq"):
         nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_a_tall_weight_are_those_of_every_third_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(2500, 16, generator=generator), torch.randn(64, 16, generator=generator)
+    moments, grid = Moments.zeros(16), Grid(3, 16, False)
+    moments.add(x)
+    quantized = RTN().solve(weight, None, grid)
+    row = nearplane.report.Report("m", {}).add("a", weight, quantized, grid, moments, None, 0.0)
+    delta = dequantize(quantized, grid) - weight
+    assert row.error == pytest.approx(float((x @ delta[::3].T).norm() / (x @ weight[::3].T).norm()) ** 2, rel=1e-4)
+    assert row.weight_error == pytest.approx(float(delta.norm() / weight.norm()) ** 2, rel=1e-4)
