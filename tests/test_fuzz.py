@@ -4,6 +4,7 @@ About 2,000 cases by default; ``pytest tests/test_fuzz.py --hypothesis-profile=f
 """
 
 import contextlib
+import copy
 import json
 import resource
 import shutil
@@ -82,13 +83,16 @@ def damaged_json(draw: Any, good: Any) -> str:
     """The text of a JSON value of which up to three parts are others, missing or new."""
     value = json.loads(json.dumps(good))
     for _ in range(draw(st.integers(1, 3))):
-        *way, last = draw(st.sampled_from(list(places(value)) or [("x",)]))
+        found = list(places(value))
+        if not found:
+            break
+        *way, last = draw(st.sampled_from(found))
         inside = value
         for key in way:
             inside = inside[key]
         act = draw(st.sampled_from(["set", "set", "set", "delete", "rename"]))
         if act == "set":
-            inside[last] = draw(VALUES)
+            inside[last] = copy.deepcopy(draw(VALUES))
         elif act == "delete":
             del inside[last]
         elif isinstance(inside, dict):
