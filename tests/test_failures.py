@@ -92,7 +92,7 @@ def test_out_that_cannot_be_written(model: Path, tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out", Path("/proc/nearplane-out")):
         with pytest.raises(NearplaneError, match=rf"{out} cannot be (read|written to)"):
-            run(model, out)
+            run(model, out, force=True)  # else the estimate may say first that no disk is there
     mkdir = Path.mkdir
 
     def refused(self: Path, *args: Any, **options: Any) -> None:
@@ -101,7 +101,7 @@ def test_out_that_cannot_be_written(model: Path, tmp_path: Path, monkeypatch: py
         mkdir(self, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(NearplaneError, match="out cannot be written to: .*Read-only file system"):
+    with pytest.raises(NearplaneError, match=r"out cannot be written to: .*Read-only file system"):
         run(model, tmp_path / "out")
 
 
@@ -150,14 +150,14 @@ def test_an_activation_that_overflows_is_named_and_the_block_before_it_is_safe(
 @pytest.mark.parametrize("size", [1e12, 1e25])
 def test_extreme_activations_are_named(size: float, model: Path, tmp_path: Path) -> None:  # noqa: F811
     """1e25 has no square in float32: an error; 1e12 has one, and the run goes on and says so."""
-    name = "model.layers.1.post_attention_layernorm.weight"
+    name = "model.layers.1.input_layernorm.weight"
     source, out = spoiled(model, tmp_path, name, lambda w: w.fill_(size)), tmp_path / "out"
     if size > 1e20:
-        with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.gate_proj: the Hessian overflowed"):
+        with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj: the Hessian overflowed"):
             run(source, out, method=GPTQ())
         return
     report = run(source, out, method=GPTQ())
-    assert any("layers.1.mlp.gate_proj: extreme activations" in event for event in report.events)
+    assert any("layers.1.self_attn.q_proj: extreme activations" in event for event in report.events)
     for row in report.linears:
         assert row.error is not None and row.rtn_error is not None and row.error < row.rtn_error
 
@@ -221,13 +221,17 @@ KINDS = ["rank one", "dead columns", "one column a million times larger", "one c
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_hard_hessians(method: Any, kind: str, bits: int) -> None:
-    """Codes in range, finite values, and an error of at most rounding's; that is what rounding itself is measured by."""
+    """Codes in range, finite values, and a loss of at most rounding's; of rounding itself, half a step in every weight."""
     m, grid = hard(kind), Grid(bits=bits, group_size=16, sym=False)
     solved = method.solve(m.W, method.prepare(m.moments) if method.needs else None, grid)
     assert int(solved.codes.max()) < 2**bits and bool((solved.scale > 0).all())
     assert bool(dequantize(solved, grid).isfinite().all())
-    plain = RTN().solve(m.W, None, Grid(bits=bits, group_size=16, sym=False, fit="minmax"))
-    assert m.loss(solved, grid) <= 1.0 * m.loss(plain, grid) + 1e-12
+    if not method.needs:
+        solved = method.solve(m.W, None, Grid(bits=bits, group_size=16, sym=False, fit="minmax"))
+        step = solved.scale.repeat_interleave(16, 1)[:, :40]
+        assert bool(((dequantize(solved, grid) - m.W).abs() <= 0.51 * step).all())
+    plain = RTN().solve(m.W, None, grid)
+    assert m.loss(solved, grid) <= m.loss(plain, grid) or not method.needs
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)

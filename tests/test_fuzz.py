@@ -65,7 +65,9 @@ def bounded() -> Iterator[None]:
 # --- what is damaged, and how -------------------------------------------------------------------------------------
 
 HUGE = st.sampled_from([0, -1, 1, 2, 10**4, 10**5, 2**31, 10**9, 10**12, 2**63, 10**19, -(2**63), 10**40])
-ODD = st.sampled_from([None, True, False, "", "x", "../x", "re:(", "\x00", "é", [], {}, [[]], [0], {"a": 1}, float("inf"), 0.5])
+ODD = st.sampled_from(
+    [None, True, False, "", "x", "../x", "re:(", "\x00", "é", [], {}, [[]], [0], {"a": 1}, float("inf"), 0.5]
+)
 VALUES = st.one_of(HUGE, ODD, st.integers(-70, 300), st.text(max_size=6), st.floats())
 
 
@@ -191,6 +193,17 @@ def test_a_damaged_json_file(content: bytes, folder: Path) -> None:
         assert isinstance(read_json(folder / "x.json"), dict)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": 1', "NaN", "1", ""])
+def test_json_that_pythons_parser_balks_at(content: str, folder: Path) -> None:
+    (folder / "y.json").write_text(content)
+    with (
+        bounded(),
+        pytest.raises(NearplaneError, match=r"y\.json (is not valid JSON|must hold a JSON object)") as caught,
+    ):
+        read_json(folder / "y.json")
+    assert "\n" not in str(caught.value)
+
+
 # --- quantized checkpoints ----------------------------------------------------------------------------------------
 
 
@@ -272,4 +285,28 @@ def test_a_model_of_a_damaged_folder(read: Any, data: st.DataObject, folder: Pat
     good = json.loads((folder / f"{kind}.json").read_text())
     (models[kind] / "config.json").write_text(data.draw(damaged_json(good)))
     with bounded():
+        read(models[kind])
+
+
+ABSURD = [
+    ("llama", "num_hidden_layers", 10**9, "asks for num_hidden_layers=1000000000, beyond 1000"),
+    ("gemma2", "num_hidden_layers", 1001, "asks for num_hidden_layers=1001, beyond 1000"),
+    ("gpt2", "n_layer", 10**9, "asks for n_layer=1000000000, beyond 1000"),
+    ("llama", "hidden_size", 10**12, "asks for hidden_size=1000000000000, beyond"),
+    ("llama", "hidden_size", 10**400, "asks for hidden_size=10000000000000000000, beyond"),
+    ("gpt2", "n_positions", 100_000, "masks and tables alone would take .* GB"),
+    ("llama", "vocab_size", 10**9, "no model can be built|has shape|config.json asks for"),
+    ("llama", "intermediate_size", 10**8, "no model can be built|has shape|config.json asks for"),
+    ("llama", "vocab_size", 10**6, "has shape|config.json asks for"),
+]
+
+
+@pytest.mark.parametrize("read", [open_source, nearplane.load])
+@pytest.mark.parametrize(("kind", "key", "value", "sentence"), ABSURD)
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    read: Any, kind: str, key: str, value: int, sentence: str, folder: Path, models: dict[str, Path]
+) -> None:
+    config = json.loads((folder / f"{kind}.json").read_text()) | {key: value}
+    (models[kind] / "config.json").write_text(json.dumps(config))
+    with bounded(), pytest.raises(NearplaneError, match=sentence):
         read(models[kind])
