@@ -168,7 +168,12 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
         if plan.method.needs:
             with report.timed("observe"):
                 moments = block.observe(stage, plan.method.needs)
+            power = moments.rescale()
             moments.check()
+            if power:
+                report.events.append(
+                    f"{where}: extreme activations, moments scaled by 2^{power}; so are its loss and bound"
+                )
             if moments.dropped:
                 report.events.append(
                     f"{where}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation"

@@ -24,3 +24,5 @@ settings.register_profile(
     "nearplane", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("nearplane")
+# What tests/test_fuzz.py is run with once in a while: --hypothesis-profile=fuzz
+settings.register_profile("fuzz", settings.get_profile("nearplane"), derandomize=False, max_examples=160)

@@ -7,6 +7,7 @@ walk keeps no D then, ``W D`` being part of R. Everything the solvers do is inva
 no factor 2/N appears.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -18,6 +19,8 @@ from nearplane.core.errors import NumericalError, SettingError
 
 # An input that loses more than this share of its tokens to NaN or Inf calibrates on something else than the text.
 MOST_DROPPED = 0.05
+# Solvers multiply moments with each other; in float32 that is safe while the mean diagonal of H is 2^-48 to 2^48.
+WIDEST = 48
 
 
 @dataclass
@@ -119,6 +122,25 @@ class Moments:
                 mine.mul_(a).add_(its, alpha=b)
         self.tokens, self.dropped = tokens, self.dropped + other.dropped
 
+    def rescale(self) -> int:
+        """Bring moments of very large or small activations near 1; returns the power of two they were multiplied by.
+
+        Exact, and 0 for what any ordinary model shows. Nothing a solver does depends on a common factor.
+        """
+        mean = self._mean()
+        least = torch.finfo(self.H.dtype).tiny / torch.finfo(self.H.dtype).eps  # what is less has lost digits already
+        if not least <= mean < math.inf or 2.0**-WIDEST <= mean <= 2.0**WIDEST:
+            return 0
+        power = -2 * (math.frexp(mean)[1] // 2)  # even, so that a factor's square roots are scaled exactly, too
+        parts = [self] if self.held is None else [self, self.held]
+        for moment in (moment for part in parts for moment in (part.H, part.D, part.R)):
+            if moment is not None:
+                moment.mul_(2.0 ** (power // 2)).mul_(2.0 ** (power // 2))  # 2 ** power may be no number of the dtype
+        return power
+
+    def _mean(self) -> float:
+        return float(self.H.diagonal().double().mean())
+
     def check(self) -> None:
         """Raise NumericalError where no solver could give a meaningful answer."""
         total = self.tokens + self.dropped
@@ -136,6 +158,12 @@ class Moments:
             )
         if not bool((self.H.diagonal() > 0).any()):
             raise NumericalError("the Hessian is zero: every calibration input to this layer is zero.")
+        mean, dtype = self._mean(), str(self.H.dtype).removeprefix("torch.")
+        if not 2.0**-WIDEST <= mean <= 2.0**WIDEST:
+            raise NumericalError(
+                f"the activations are of size {math.sqrt(mean):.0e}, whose squares {dtype} cannot hold or multiply. Check "
+                "the model's weights and dtype; moments of one's own are brought near 1 by rescale()."
+            )
 
     def held_out(self) -> "Moments":
         """Those of the held-out tokens, for the methods that judge by them."""

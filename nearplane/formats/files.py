@@ -5,14 +5,13 @@ Everything is listed; nothing here stops at the first thing that is wrong.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearplane.core.errors import NearplaneError
-from nearplane.formats.store import INDEX, SINGLE, UNFINISHED, Shard, lacking, read_index, read_json
+from nearplane.formats.store import INDEX, SINGLE, UNFINISHED, Shard, lacking, parse_json, read_index, read_json
 
 LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``write.py`` calls a file that is not done
 
@@ -82,7 +81,7 @@ def check_files(folder: Path, found: Findings) -> None:
             )
     for path in sorted(folder.glob("*.json")):
         with found.listing():
-            _parse(path)
+            parse_json(path)
     with found.listing():
         if not (folder / "config.json").exists():
             read_json(folder / "config.json")  # raises the sentence that every reader would
@@ -98,15 +97,6 @@ def check_files(folder: Path, found: Findings) -> None:
             found.note(f"{path} is what readers take; {INDEX} does not name it, and they ignore what it names.")
         elif indexed:
             found.note(f"{path} is not named in {INDEX}; no reader takes it for weights.")
-
-
-def _parse(path: Path) -> None:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise NearplaneError(f"{path} cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
-        raise NearplaneError(f"{path} is not valid JSON ({error}); download it again.") from error
 
 
 def _check_index(folder: Path, found: Findings) -> set[str]:

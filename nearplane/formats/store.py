@@ -10,7 +10,7 @@ import json
 import os
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -155,16 +155,21 @@ class Store:
         return self._shards[self._file[name]]
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object; NearplaneError names the file when it is missing, unreadable or something else."""
+def parse_json(path: Path) -> Any:
+    """Whatever a JSON file holds; NearplaneError names the file when it is missing, unreadable or something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NearplaneError(f"{path} does not exist; a transformers folder needs it.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise NearplaneError(f"{path} cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside what is no JSON: numbers of thousands of digits, nesting
         raise NearplaneError(f"{path} is not valid JSON ({error}); download it again.") from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object; NearplaneError names the file when it is missing, unreadable or something else."""
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise NearplaneError(f"{path} must hold a JSON object, and holds a {type(content).__name__}.")
     return content

@@ -5,6 +5,7 @@ Decides what becomes of quantized weights: packed linears, which keep them as th
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def load_model(
     folder = locate(model, trust_remote_code=trust_remote_code)
     config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
+    _check_size(skeleton, checkpoint)
     modules = modules_of(skeleton, checkpoint)
     dtype = dtype or _stored(checkpoint)
     state: dict[str, Tensor] = {}
@@ -73,6 +75,18 @@ def load_model(
                 module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, arithmetic)
     return result.to(device).eval()
+
+
+def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a model far larger than what is stored before transformers makes its missing weights up in memory."""
+    store = checkpoint.store
+    held = sum(prod(store.shape(name)) for name in checkpoint.dense)
+    held += sum(prod(layer.shape) for layer in checkpoint.layers.values())
+    asked = sum(parameter.numel() for parameter in skeleton.parameters())
+    if asked > 2 * held + (1 << 20):
+        raise NearplaneError(
+            f"{store.folder} stores {held:.3g} weights, config.json asks for {asked:.3g}; download the folder again."
+        )
 
 
 def _stored(checkpoint: Checkpoint) -> torch.dtype:

@@ -25,6 +25,10 @@ from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
+MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30
+# What transformers raises over values it does not expect.
+BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -179,10 +183,22 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise NearplaneError(
             f"{path}: transformers {transformers.__version__} does not know model_type {raw['model_type']!r}."
         )
+    _refuse_absurd(raw, path)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+    except (*BAD_CONFIG, OSError, StrictDataclassError) as error:
         raise NearplaneError(f"{path} is not a usable configuration ({_first_line(error)}).") from error
+
+
+def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
+    """NearplaneError for a number of layers, or any size, that no model has."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else ((key, part) for part in value):
+            _refuse_absurd(part, path, str(name))
+    elif isinstance(value, int):
+        most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
+        if abs(value) > most and not key.endswith("seed"):
+            raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; download it again.")
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
@@ -193,11 +209,19 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
         )
     config.dtype = torch.float32
     try:
+        with torch.device("meta"):  # sizes first: buffers, such as masks, are real below
+            draft = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        size = sum(buffer.nbytes for buffer in draft.buffers())
+        if size > MOST_BUFFERS:
+            raise ValueError(f"its masks and tables alone would take {size / 1e9:.3g} GB")
+        del draft
         with init_empty_weights(include_buffers=False):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+    except (*BAD_CONFIG, ImportError, RuntimeError, MemoryError) as error:
         raise NearplaneError(f"{folder}: no model can be built from its config.json ({_first_line(error)}).") from error
     return model.eval()
 

@@ -1,0 +1,290 @@
+"""What goes wrong around a run: the disk, the model's numbers, odd inputs. A sentence, and what is done stays done."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from layers import Layer, layer
+from safetensors.torch import load_file, save_file
+from test_resume import GRID, contents, model, run, whole  # noqa: F401
+
+import nearplane
+from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
+from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.core.grid import dequantize
+from nearplane.core.moments import Moments
+from nearplane.formats import FORMATS
+from nearplane.formats.journal import STATE
+from nearplane.formats.read import open_checkpoint
+
+METHODS: list[Any] = [RTN(), OBQ(), GPTQ(), GPTQ(order="pivot"), GPTAQ(), ResComp(), NearPlane()]
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """The model in another place, in a shard for each block, with the calibration text beside it."""
+    shutil.copytree(source, folder / "model")
+    shutil.copy(source.parent / "text.txt", folder / "text.txt")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    (folder / "model" / "model.safetensors").unlink()
+    places = {name: f"{'.'.join(name.split('.')[1:3])}.safetensors" for name in tensors}
+    for file in set(places.values()):
+        save_file({name: t for name, t in tensors.items() if places[name] == file}, folder / "model" / file)
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder / "model"
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def after(monkeypatch: pytest.MonkeyPatch, stages: int, act: Callable[[], object]) -> None:
+    """Do something when so many stages are solved."""
+    solve, calls = NearPlane.solve, []
+
+    def solved(self: NearPlane, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == stages:
+            act()
+        return solve(self, *args)
+
+    monkeypatch.setattr(NearPlane, "solve", solved)
+
+
+# --- disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_shard_cut_short_in_mid_run(
+    model: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    source, out = copied(model, tmp_path), tmp_path / "out"
+    shard = source / "layers.2.safetensors"
+    good = shard.read_bytes()
+    after(monkeypatch, 5, lambda: shard.write_bytes(good[: len(good) // 2]))  # in place, as a sync tool may do
+    with pytest.raises(NearplaneError, match=r"cannot be read from .*layers\.2\.safetensors: the file ends .* early"):
+        run(source, out)
+    assert len(list((out / STATE).glob("block-*.json"))) >= 1
+    monkeypatch.undo()
+    shard.write_bytes(good)
+    report = run(source, out, resume=True)
+    assert report.resumed == 1
+    assert weights(out) == {name: data for name, data in whole.items() if name.endswith(".safetensors")}
+
+
+def test_a_source_shard_removed_in_mid_run_is_still_read(
+    model: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """What is open stays readable; a later run says what is missing."""
+    source, out = copied(model, tmp_path), tmp_path / "out"
+    after(monkeypatch, 5, (source / "layers.2.safetensors").unlink)
+    run(source, out)
+    assert weights(out) == {name: data for name, data in whole.items() if name.endswith(".safetensors")}
+    with pytest.raises(NearplaneError, match=r"layers\.2\.safetensors is missing"):
+        run(source, tmp_path / "again")
+
+
+def test_out_that_cannot_be_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Below a file, in a file system that takes no folders, and on one mounted read-only."""
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", Path("/proc/nearplane-out")):
+        with pytest.raises(NearplaneError, match=rf"{out} cannot be (read|written to)"):
+            run(model, out, force=True)  # else the estimate may say first that no disk is there
+    mkdir = Path.mkdir
+
+    def refused(self: Path, *args: Any, **options: Any) -> None:
+        if str(self).startswith(str(tmp_path)):
+            raise OSError(30, "Read-only file system")
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(NearplaneError, match=r"out cannot be written to: .*Read-only file system"):
+        run(model, tmp_path / "out")
+
+
+def test_unicode_and_spaces_in_every_path(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    place = tmp_path / "Größe 模型 (1) 'a'"
+    shutil.copytree(model, place / "mo del")
+    shutil.copy(model.parent / "text.txt", place / "Tëxt datei.txt")
+    run(
+        place / "mo del",
+        place / "aus gabe ü",
+        offload=place / "öff load",
+        calibration=Calibration(str(place / "Tëxt datei.txt"), nsamples=8, seqlen=24),
+    )
+    assert weights(place / "aus gabe ü") == {n: d for n, d in whole.items() if n.endswith(".safetensors")}
+    nearplane.load(place / "aus gabe ü")
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def spoiled(source: Path, folder: Path, name: str, act: Callable[[torch.Tensor], object]) -> Path:
+    """The model with one weight changed."""
+    shutil.copytree(source, folder / "model")
+    shutil.copy(source.parent / "text.txt", folder / "text.txt")
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    act(tensors[name])
+    save_file(tensors, file)
+    return folder / "model"
+
+
+def test_an_activation_that_overflows_is_named_and_the_block_before_it_is_safe(
+    model: Path, whole: dict[str, Any], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """A finite weight whose product with the up projection's output is infinite in every token."""
+    name, out = "model.layers.1.mlp.gate_proj.weight", tmp_path / "out"
+    source = spoiled(model, tmp_path, name, lambda w: w.fill_(3e38))
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\..*NaN or Inf|model\.layers\.1\..*(overflow|finite)"):
+        run(source, out)
+    assert len(list((out / STATE).glob("block-*.json"))) == 1
+    shutil.copy(model / "model.safetensors", source / "model.safetensors")
+    assert run(source, out, resume=True).resumed == 1
+    assert weights(out) == {n: d for n, d in whole.items() if n.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("size", [1e12, 1e25])
+def test_extreme_activations_are_named(size: float, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    """1e25 has no square in float32: an error; 1e12 has one, and the run goes on and says so."""
+    name = "model.layers.1.input_layernorm.weight"
+    source, out = spoiled(model, tmp_path, name, lambda w: w.fill_(size)), tmp_path / "out"
+    if size > 1e20:
+        with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj: the Hessian overflowed"):
+            run(source, out, method=GPTQ())
+        return
+    report = run(source, out, method=GPTQ())
+    assert any("layers.1.self_attn.q_proj: extreme activations" in event for event in report.events)
+    for row in report.linears:
+        assert row.error is not None and row.rtn_error is not None and row.error < row.rtn_error
+
+
+SOLVERS = [m for m in METHODS if m.needs]
+
+
+@pytest.mark.parametrize("method", SOLVERS, ids=repr)
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_size_of_activations_changes_no_code(method: Any, residual: bool) -> None:
+    """Scaled by a power of two every product is exact, so codes are equal to the last bit, or there is an error."""
+    if residual and not isinstance(method, NearPlane):
+        pytest.skip("only NearPlane reads R")
+    m = layer(6, 24, 200, residual=residual).to(torch.float32)
+    solved = method.solve(m.W, method.prepare(m.moments), GRID)
+    refused = []
+    for power in (-70, -58, -45, -30, -12, 20, 33, 47, 58, 66):
+        drift = None if m.drift is None else m.drift * 2.0**power
+        moments = Layer(m.W, m.xhat * 2.0**power, m.x * 2.0**power, drift, m.held).moments
+        if not -24 <= power <= 24:
+            with pytest.raises(NumericalError, match=r"squares float32 cannot hold|overflowed|is zero"):
+                method.prepare(moments)
+        moments.rescale()
+        try:
+            found = method.solve(m.W, method.prepare(moments), GRID)
+        except NumericalError:
+            refused.append(power)
+            continue
+        assert torch.equal(found.codes, solved.codes) and torch.equal(found.scale, solved.scale)
+    assert refused == [-70, -58, 66]
+
+
+def test_ordinary_moments_are_not_rescaled() -> None:
+    m = layer(6, 24, 200).moments
+    before = m.H.clone()
+    assert m.rescale() == 0 and torch.equal(m.H, before)
+
+
+# --- hard Hessians ------------------------------------------------------------------------------------------------
+
+
+def hard(kind: str) -> Layer:
+    """A layer without drift, so that its loss is that of one weight."""
+    m = layer(6, 40, 200)
+    if kind == "rank one":
+        m.xhat = m.xhat[:, :1] * torch.linspace(0.5, 2, 40, dtype=torch.float64)
+    elif kind == "dead columns":
+        m.xhat[:, ::3] = 0
+    elif kind == "one column a million times larger":
+        m.xhat[:, 17] *= 1e6
+    elif kind == "one column a million times smaller":
+        m.xhat[:, 17] *= 1e-6
+    m.x = m.xhat.clone()
+    return m.to(torch.float32)
+
+
+KINDS = ["rank one", "dead columns", "one column a million times larger", "one column a million times smaller"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_hard_hessians(method: Any, kind: str, bits: int) -> None:
+    """Codes in range, finite values, and a loss of at most rounding's; of rounding itself, half a step in every weight."""
+    m, grid = hard(kind), Grid(bits=bits, group_size=16, sym=False)
+    solved = method.solve(m.W, method.prepare(m.moments) if method.needs else None, grid)
+    assert int(solved.codes.max()) < 2**bits and bool((solved.scale > 0).all())
+    assert bool(dequantize(solved, grid).isfinite().all())
+    if not method.needs:
+        solved = method.solve(m.W, None, Grid(bits=bits, group_size=16, sym=False, fit="minmax"))
+        step = solved.scale.repeat_interleave(16, 1)[:, :40]
+        assert bool(((dequantize(solved, grid) - m.W).abs() <= 0.51 * step).all())
+    plain = RTN().solve(m.W, None, grid)
+    assert m.loss(solved, grid) <= m.loss(plain, grid) or not method.needs
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_hessian_of_zeros(method: Any) -> None:
+    """Rounding needs none; the others refuse."""
+    m = layer(6, 40, 50).to(torch.float32)
+    m.xhat, m.x = m.xhat * 0, m.x * 0
+    if not method.needs:
+        assert int(method.solve(m.W, None, GRID).codes.max()) < 8
+        return
+    with pytest.raises(NumericalError, match="the Hessian is zero: every calibration input"):
+        method.prepare(m.moments)
+
+
+@pytest.mark.parametrize("method", SOLVERS, ids=repr)
+@pytest.mark.parametrize("tokens", [0, 1, 39])
+def test_few_tokens(method: Any, tokens: int) -> None:
+    m = layer(6, 40, tokens or 1).to(torch.float32)
+    m.x = m.xhat.clone()
+    if tokens == 0:
+        with pytest.raises(NumericalError, match="no calibration token reached this input"):
+            method.prepare(Moments.zeros(40, drift="D" in method.needs))
+        return
+    solved = method.solve(m.W, method.prepare(m.moments), GRID)
+    assert int(solved.codes.max()) < 8 and bool(dequantize(solved, GRID).isfinite().all())
+    plain = RTN().solve(m.W, None, Grid(bits=3, group_size=16, sym=False, fit="minmax"))
+    assert m.loss(solved, GRID) <= m.loss(plain, GRID)
+
+
+@pytest.mark.parametrize("method", SOLVERS, ids=repr)
+def test_a_run_on_two_tokens(method: Any, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    calibration = Calibration(str(model.parent / "text.txt"), nsamples=1, seqlen=2)
+    report = run(model, tmp_path / "out", method=method, calibration=calibration)
+    assert all(row.tokens == 2 and row.error is not None and row.error < 1 for row in report.linears)
+    ids = tiny.tokens(1, 8)
+    assert nearplane.load(tmp_path / "out")(input_ids=ids, use_cache=False).logits.isfinite().all()
+
+
+# --- odd shapes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 40), (3, 33), (7, 31), (1, 65)])
+@pytest.mark.parametrize("grid", [Grid(3, 16, False), Grid(4, -1), Grid(8, 32, False), Grid(2, 1)], ids=repr)
+def test_odd_shapes_through_disk(method: Any, shape: tuple[int, int], grid: Grid, tmp_path: Path) -> None:
+    """What is solved comes back from a compressed-tensors file."""
+    m = layer(*shape, 60).to(torch.float32)
+    solved = method.solve(m.W, method.prepare(m.moments) if method.needs else None, grid)
+    chosen = FORMATS["compressed-tensors"]
+    save_file(chosen.tensors("m", solved, grid), tmp_path / "model.safetensors")
+    config = {"model_type": "x", "quantization_config": chosen.config(grid, ignore=[], settings={})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = open_checkpoint(tmp_path)
+    assert found.layers["m"].shape == shape
+    assert torch.equal(found.quantized("m").codes, solved.codes)
+    torch.testing.assert_close(found.weight("m"), dequantize(solved, grid), rtol=0, atol=0)
