@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 import torch
@@ -170,6 +171,7 @@ class Ranks:
 
     def _lost(self, error: RuntimeError) -> LostRank:
         """Who is gone, as far as can be told: of the others, who neither says why it left nor misses anybody."""
+        clear_frames(error.__traceback__)  # they hold the connections open
         _close()  # so that ranks which wait for this one learn of it, too
         self._note("lost", "")
         others = [r for r in range(self.world) if r != self.rank]
