@@ -24,9 +24,10 @@ from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
 from nearplane.progress import bar
-from nearplane.ranks import Ranks, solve, together
+from nearplane.ranks import Ranks, together
 from nearplane.report import LinearRow, Report, observed
 from nearplane.resume import replay, restore, seal
+from nearplane.rows import solve
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.stream import OpenBlock
 

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from nearplane.core.errors import NearplaneError, NumericalError, SettingError
-from nearplane.core.grid import Certificate, Grid, Quantized
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.grid import Certificate, Quantized
 from nearplane.core.moments import Moments
 from nearplane.interrupts import Interrupted
-from nearplane.methods.base import Method, rows_independent
 
 # A rank that is alive and silent for longer than this is given up. Ranks wait for each other while one solves, so that it
 # must exceed the longest stage; a rank that dies is noticed at once.
@@ -220,36 +219,6 @@ class Ranks:
 
     def _read(self, kind: str, rank: int) -> str:
         return self._store.get(f"{kind}/{rank}").decode() if self._noted(kind, rank) else ""
-
-
-def solve(ranks: Ranks, method: Method, weight: Tensor, state: Any, grid: Grid, number: int) -> Quantized:
-    """Stage ``number`` of a run: its rows split over the ranks where they are independent, else all by one rank, in turn."""
-    if rows_independent(method):
-        parts = {r: ranks.part(len(weight), r) for r in range(ranks.world)}
-    else:
-        parts = {number % ranks.world: slice(0, len(weight))}
-    parts = {r: rows for r, rows in parts.items() if rows.stop > rows.start}
-    mine: Quantized | NearplaneError | None = None
-    if ranks.rank in parts:
-        part = weight[parts[ranks.rank]]
-        try:
-            mine = method.solve(part, state, grid)
-            if mine.codes.shape != part.shape:
-                given, wanted = list(mine.codes.shape), list(part.shape)
-                raise SettingError(f"{type(method).__name__} returned codes of shape {given} for a weight of {wanted}")
-        except (NumericalError, SettingError) as error:
-            if ranks.world == 1:
-                raise
-            mine = error
-    if isinstance(mine, Quantized) and ranks.world == 1:
-        return mine
-    found = [ranks.share(mine if r == ranks.rank else None, r, weight.device) for r in parts]
-    if len(found) == 1:
-        return found[0]
-    codes, scale, zero = (torch.cat(tensors) for tensors in zip(*(part[:3] for part in found), strict=True))
-    known = [part.certificate for part in found if part.certificate is not None]
-    certificate = Certificate(*(torch.cat(rows) for rows in zip(*known, strict=True))) if known else None
-    return Quantized(codes, scale, zero, certificate, found[0].course)
 
 
 def is_first() -> bool:

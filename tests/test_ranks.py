@@ -70,9 +70,9 @@ def forked(world: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
                 except (NearplaneError, Interrupted) as error:
                     result = error, error.told
                 (folder / f"rank-{rank}").write_bytes(pickle.dumps(result))
-            except Exception:
-                traceback.print_exc()
             finally:
+                if sys.exc_info()[0]:
+                    traceback.print_exc()
                 os._exit(0)
     for pid in pids:
         os.waitpid(pid, 0)
