@@ -1,9 +1,9 @@
 """Strong scaling over ranks: seconds by phase of one run on 1, 2, ... ranks of one thread each, and bytes that travel.
 
-    python benchmarks/ranks.py [--ranks 1 2] [--layers 2] [--nsamples 16] [--json ranks.json]
+    python benchmarks/ranks.py [--ranks 1 2] [--layers 2] [--nsamples 16] [--clock cpu] [--json ranks.json]
 
 The model is the demo model's first ``--layers`` blocks. Phases are rank 0's: what it waits for others is in the phase that it
-waits in. Bytes handed to all_reduce and broadcasts are counted beside the formula of docs/large_models.md.
+waits in. ``--clock cpu`` counts its processor time instead, without waiting: for a machine that does other work, too. Bytes handed to all_reduce and broadcasts are counted beside the formula of docs/large_models.md.
 """
 
 import argparse
@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from plan import cut
@@ -26,6 +28,7 @@ GROUP = 64
 def child(words: list[str]) -> None:
     """One rank: run, and say as the last line what was spent and sent."""
     import nearplane
+    from nearplane.methods import METHODS as METHODS_OF
     from nearplane.ranks import Ranks, is_first, together
 
     found: list[Ranks] = []
@@ -43,11 +46,13 @@ def child(words: list[str]) -> None:
         return plans[-1]
 
     nearplane.api.together, nearplane.api.make_plan = watched, make_plan
-    model, out, method, nsamples = words
+    model, out, method, nsamples, clock = words
+    if clock == "cpu":
+        nearplane.report.time = SimpleNamespace(perf_counter=time.process_time)
     report = nearplane.quantize(
         model,
         out,
-        method=nearplane.METHODS[method](),
+        method=METHODS_OF[method](),
         grid=nearplane.Grid(bits=4, group_size=GROUP, sym=False),
         calibration=nearplane.Calibration(nsamples=int(nsamples), seqlen=512),
         progress=False,
@@ -77,6 +82,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = []
@@ -85,7 +91,7 @@ def main() -> None:
         for method in METHODS:
             for world in args.ranks:
                 launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-                words = [str(model), f"{scratch}/{method}-{world}", method, str(args.nsamples)]
+                words = [str(model), f"{scratch}/{method}-{world}", method, str(args.nsamples), args.clock]
                 command = [sys.executable, *launcher, __file__, "child", *words]
                 done = subprocess.run(
                     command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -96,7 +102,11 @@ def main() -> None:
                 phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["seconds"].items())
                 print(f"{method}, {world} ranks: {phases}; bytes {row['bytes']}, formula {row['formula']}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"layers": args.layers, "nsamples": args.nsamples, "rows": results}, indent=2))
+        args.json.write_text(
+            json.dumps(
+                {"layers": args.layers, "nsamples": args.nsamples, "clock": args.clock, "rows": results}, indent=2
+            )
+        )
 
 
 if __name__ == "__main__":
