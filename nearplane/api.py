@@ -1,6 +1,7 @@
 """The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
 
 import time
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
 from nearplane.progress import bar
-from nearplane.report import LinearRow, Report
+from nearplane.ranks import Ranks, together
+from nearplane.report import LinearRow, Report, observed
 from nearplane.resume import replay, restore, seal
+from nearplane.rows import solve
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.stream import OpenBlock
 
@@ -54,52 +57,28 @@ def quantize(
     settings must be the same. Raises NearplaneError for whatever cannot work, a run that does not fit into memory or onto
     the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint, or the finished blocks
     for a later ``resume``, or nothing.
+
+    Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
+    the solving, rank 0 writes, and each is given the same report.
     """
-    writer = Writer(Path(out), resume=resume)
-    plan = make_plan(
-        model,
-        method or NearPlane(),
-        grid or Grid(),
-        calibration or Calibration(),
-        format,
-        device,
-        dtype,
-        trust_remote_code,
-    )
-    if not force:
-        refuse(plan, Path(out), offload is not None)
-    report = Report(str(model), plan.settings, str(out), data=plan.data)
-    report.events += plan.warnings()
-    with writer, stoppable() as stop, bar(progress) as display:
-        done = restore(plan, writer, report)
-        task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
-        if progress:
-            announce(report, plan.blocks, done)
-        walk = plan.stream(None if offload is None else Path(offload)) if done < len(plan.blocks) else iter(())
-        for number in count():
-            mark = report.mark()
-            with report.timed("forward"):  # opening a block, and running the one before it over every sample
-                block = next(walk, None)
-            stop.check()
-            if block is None:
-                break
-            if number < done:
-                replay(plan, writer, number, block)
-                display.advance(task, len(block.stages))
-                continue
-            for stage in block.stages:
-                rows = _solve_stage(plan, block, stage, writer, report)
-                display.advance(task)
-                if progress:
-                    display.console.print(stage_line(block.block, stage, rows))
-                if stage is not block.stages[-1]:
-                    stop.check()
-            with report.timed("write"):
-                seal(plan, writer, report, block, mark)
-            stop.check()
-        with report.timed("write"):
-            _write_the_rest(plan, writer, report)
-    return report
+    with together(device) as ranks:
+        writer = ranks.first(lambda: Writer(Path(out), resume=resume))
+        plan = make_plan(
+            model,
+            method or NearPlane(),
+            grid or Grid(),
+            calibration or Calibration(),
+            format,
+            ranks.device,
+            dtype,
+            trust_remote_code,
+        )
+        if not force:
+            refuse(plan, Path(out), offload is not None, ranks)
+        report = Report(str(model), plan.settings, str(out), data=plan.data)
+        report.events += plan.warnings()
+        _walk(plan, writer, report, ranks, None if offload is None else Path(offload), progress and ranks.rank == 0)
+        return ranks.tell(report)
 
 
 def load(
@@ -160,57 +139,87 @@ def evaluate(
     )
 
 
-def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, report: Report) -> list[LinearRow]:
-    """Observe one stage's input, prepare once, solve the rows of all its weights together."""
-    moments, state, rows = None, None, []
+def _walk(
+    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, progress: bool
+) -> None:
+    """The run: every block in turn, then what is not quantized. Only rank 0 has a writer, and its report is the run's."""
+    quiet = ranks.rank > 0
+    with writer or nullcontext(), stoppable(ranks.most, quiet=quiet) as stop, bar(progress) as display:
+        done = ranks.tell(ranks.first(lambda: restore(plan, writer, report) if writer else []) or [])
+        task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
+        if progress:
+            announce(report, plan.blocks, len(done))
+        walk = plan.stream(offload, ranks) if len(done) < len(plan.blocks) else iter(())
+        for number in count():
+            mark = report.mark()
+            with report.timed("forward"):  # opening a block, and running the one before it over every sample
+                block = next(walk, None)
+            stop.check()
+            if block is None:
+                break
+            if number < len(done):
+                replay(plan, done[number], block)
+                display.advance(task, len(block.stages))
+                continue
+            for stage in block.stages:
+                rows = _solve_stage(plan, block, stage, writer, report, ranks)
+                display.advance(task)
+                if progress:
+                    display.console.print(stage_line(block.block, stage, rows))
+                if stage is not block.stages[-1]:
+                    stop.check()
+            with report.timed("write"):
+                if writer:
+                    seal(plan, writer, report, block, mark)
+            stop.check()
+        with report.timed("write"):
+            if writer:
+                _write_the_rest(plan, writer, report)
+
+
+def _solve_stage(
+    plan: Plan, block: OpenBlock, stage: Stage, writer: Writer | None, report: Report, ranks: Ranks
+) -> list[LinearRow]:
+    """Observe one stage's input, prepare once on every rank, solve the rows of all its weights together.
+
+    Every rank puts the result in place; the one with the writer also measures and writes it, and returns the rows.
+    """
+    moments, state = None, None
     where = stage[0].name
+    ranks.at(where)
     try:
         if plan.method.needs:
             with report.timed("observe"):
                 moments = block.observe(stage, plan.method.needs)
             power = moments.rescale()
             moments.check()
-            if power:
-                report.events.append(
-                    f"{where}: extreme activations, moments scaled by 2^{power}; so are its loss and bound"
-                )
-            if moments.dropped:
-                report.events.append(
-                    f"{where}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation"
-                )
-            held = moments.held
-            if held is not None and not 0 < held.tokens < moments.tokens:
-                report.events.append(f"{where}: too few tokens to hold any out, so none could judge")
+            report.events += observed(where, moments, power)
             with report.timed("prepare"):
                 state = plan.method.prepare(moments)
         start = time.perf_counter()
         with report.timed("solve"):  # all rows that read this input at once
             stacked = torch.cat([block.weight(site) for site in stage])
-            solved = plan.method.solve(stacked, state, plan.grid)
+            number = block.k * len(block.stages) + block.stages.index(stage)
+            solved = solve(ranks, plan.method, stacked, state, plan.grid, number)
         seconds = (time.perf_counter() - start) / len(stacked)
-        if solved.codes.shape != stacked.shape:
-            given, wanted = list(solved.codes.shape), list(stacked.shape)
-            raise SettingError(f"{type(plan.method).__name__} returned codes of shape {given} for a weight of {wanted}")
-        factor, done = getattr(state, "factor", None), 0
+        rows, done = [], 0
         for site in stage:
             where, part = site.name, slice(done, done := done + site.shape[0])
             weight, quantized = stacked[part], solved.rows(part)
-            with report.timed("measure"):
-                spent = seconds * len(weight)
-                rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, spent))
             block.replace(site, quantized, plan.grid)
+            if writer is None:
+                continue
+            factor, spent = getattr(state, "factor", None), seconds * len(weight)
+            with report.timed("measure"):
+                rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, spent))
             with report.timed("write"):
                 tensors = plan.format.tensors(plan.disk_name(site.name), quantized, plan.grid)
                 report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
                 writer.put(tensors)
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
-    if solved.course:
-        report.rounds["kept"] += solved.course.rounds
-        report.rounds["rejected"] += solved.course.rejected
-    if rows[0].damp_raised:
-        times, reached = rows[0].damp_raised, rows[0].damp_percent
-        report.events.append(f"{stage[0].name}: damping raised {times} times, to {reached:g}")
+    if rows:
+        report.settle(stage[0].name, solved.course, rows[0])
     return rows
 
 

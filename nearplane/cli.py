@@ -32,6 +32,7 @@ from nearplane.inspection import inspect
 from nearplane.interrupts import Interrupted
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
+from nearplane.ranks import is_first
 from nearplane.runtime.linear import quantized_linears
 from nearplane.speed import bench, check_threads
 from nearplane.verification import verify
@@ -80,8 +81,9 @@ def main(argv: list[str] | None = None) -> int:
             raise SettingError(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}.")
         status = commands[argv[0]](canonical(argv[1:])) or 0
     except NearplaneError as error:
-        print(f"nearplane: {error}", file=sys.stderr)
-        _how_to_resume(argv)
+        if not error.told:
+            print(f"nearplane: {error}", file=sys.stderr)
+            _how_to_resume(argv)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,10 +91,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nearplane: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        kept = "" if _left_something(argv) else "; nothing was written"
-        print(f"nearplane: interrupted{kept}.", file=sys.stderr)
-        _how_to_resume(argv)
-        return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
+        asked = error if isinstance(error, Interrupted) else None
+        if asked is None or not asked.told:
+            kept = "" if _left_something(argv) else "; nothing was written"
+            print(f"nearplane: interrupted{kept}.", file=sys.stderr)
+            _how_to_resume(argv)
+        return 128 + (asked.signal if asked else signal.SIGINT)
     return status
 
 
@@ -110,7 +114,9 @@ def _how_to_resume(argv: list[str]) -> None:
 
 def _quantize(argv: list[str]) -> None:
     args = _job(flags.Quantize, "quantize", argv)
-    print(summary(quantize(args.model, args.out, **_choices(args), resume=args.resume, force=args.force)))
+    report = quantize(args.model, args.out, **_choices(args), resume=args.resume, force=args.force)
+    if is_first():
+        print(summary(report))
 
 
 def _plan(argv: list[str]) -> None:

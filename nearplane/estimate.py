@@ -17,7 +17,7 @@ The peak is the largest sum over the steps of all stages. ``docs/large_models.md
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from nearplane.formats.write import SHARD_BYTES
 from nearplane.machine import available_memory, cuda_memory, free_disk, resident
 from nearplane.models.discover import Block, Stage, head_name
 from nearplane.plan import Plan
+from nearplane.ranks import Ranks
 from nearplane.stream import batch_rows, kept
 from nearplane.workspace import Shape, stage_shape
 
@@ -72,6 +73,7 @@ class Estimate:
     kept: bool  # paused forwards are kept: one forward per block
     windows: tuple[int, int]
     offload: bool = False
+    ranks: int = field(default=1, repr=False)  # of this run on this machine
     loaded: int = field(default=0, repr=False)  # of the CPU's need, what is in memory already
 
     def lacking(self, out: Path) -> list[str]:
@@ -92,17 +94,24 @@ class Estimate:
         if memory.device != "cpu":
             return cuda_memory(memory.device)
         have = available_memory()
-        return None if have is None else have + self.loaded
+        return None if have is None else have // self.ranks + self.loaded
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         memory = [asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory]
-        return {k: v for k, v in asdict(self).items() if k != "loaded"} | {"memory": memory}
+        return {k: v for k, v in asdict(self).items() if k not in ("loaded", "ranks")} | {"memory": memory}
 
 
-def refuse(plan: Plan, out: Path, offload: bool = False) -> None:
-    """SettingError, with the numbers, where the run cannot fit into this machine's memory or the disk of ``out``."""
-    found = estimate(plan, offload)
+def refuse(plan: Plan, out: Path, offload: bool = False, ranks: Ranks | None = None) -> None:
+    """SettingError, with the numbers, where the run cannot fit into this machine's memory or the disk of ``out``.
+
+    Several ``ranks`` hold some of the samples each, and those of one machine have its memory between them.
+    """
+    if ranks is not None and ranks.world > 1:
+        share = replace(plan.calibration, nsamples=-(-plan.calibration.nsamples // ranks.world))
+        found = replace(estimate(replace(plan, calibration=share), offload), ranks=ranks.machine)
+    else:
+        found = estimate(plan, offload)
     lacks = found.lacking(out)
     if lacks:
         advice = "; ".join(suggestions(plan, found, out))
@@ -149,7 +158,9 @@ def estimate(plan: Plan, offload: bool = False) -> Estimate:
     if offload:
         disk["hidden states, meanwhile"] = walk.size * walk.tokens * walk.hidden * walk.streams
     streams, windows = walk.streams, plan.windows
-    return Estimate(memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offload, loaded)
+    return Estimate(
+        memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offload, loaded=loaded
+    )
 
 
 class _Walk:

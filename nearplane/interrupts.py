@@ -3,13 +3,15 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
     """The run stopped because it was asked to; ``signal`` says by what."""
+
+    told = False  # to the user, by another process of the same run
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -21,16 +23,21 @@ class Stop:
 
     signal: int | None = None
 
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        """``agree``: makes one signal of all processes' (0: none), so that they stop at the same place."""
+        self.agree = agree or (lambda number: number)
+
     def check(self) -> None:
         """Raise Interrupted if so."""
-        if self.signal is not None:
-            raise Interrupted(self.signal)
+        number = self.agree(self.signal or 0)
+        if number:
+            raise Interrupted(number)
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(agree: Callable[[int], int] | None = None, *, quiet: bool = False) -> Iterator[Stop]:
     """Catch both signals while inside; in other threads than the main one they cannot be caught, and are left alone."""
-    stop = Stop()
+    stop = Stop(agree)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -39,7 +46,8 @@ def stoppable() -> Iterator[Stop]:
         if stop.signal is not None:
             raise Interrupted(number)
         stop.signal = number
-        print("nearplane: stopping after this stage; once more to stop at once", file=sys.stderr, flush=True)
+        if not quiet:
+            print("nearplane: stopping after this stage; once more to stop at once", file=sys.stderr, flush=True)
 
     former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

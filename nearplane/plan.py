@@ -18,6 +18,7 @@ from nearplane.methods.base import Need
 from nearplane.models.discover import Block, discover
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
+from nearplane.ranks import Ranks
 from nearplane.stream import stream
 
 FormatName = Literal["compressed-tensors", "gptq", "gptq_v2"]
@@ -39,12 +40,19 @@ class Plan:
     compute: torch.dtype
     device: torch.device
 
-    def stream(self, offload: Path | None = None) -> Any:
-        """The walk over blocks; ``offload``: a folder for the hidden states."""
+    def stream(self, offload: Path | None = None, ranks: Ranks | None = None) -> Any:
+        """The walk over blocks; ``offload``: a folder for the hidden states; ``ranks``: who shares the samples."""
         ids = None if self.tokens is None else self.tokens.ids
         reference = bool(self.method.needs & {"D", "R"})
         return stream(
-            self.source, self.blocks, ids, device=self.device, dtype=self.compute, reference=reference, offload=offload
+            self.source,
+            self.blocks,
+            ids,
+            device=self.device,
+            dtype=self.compute,
+            reference=reference,
+            offload=offload,
+            ranks=ranks,
         )
 
     @property
@@ -109,7 +117,7 @@ class Plan:
             "format": self.format.name,
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
-            "device": str(self.device),
+            "device": self.device.type,  # which of the GPUs decides nothing
         }
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearplane.core.certificate import ratio
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode
+from nearplane.core.grid import Course, Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
@@ -162,6 +162,14 @@ class Report:
             self.events.append(f"{name}: loss {row.bound_ratio:.1f} times Babai's bound, {row.clipped} codes clipped")
         return row
 
+    def settle(self, name: str, course: Course | None, row: LinearRow) -> None:
+        """Count what concerns a solved stage as a whole; ``row`` is its first linear's."""
+        if course:
+            self.rounds["kept"] += course.rounds
+            self.rounds["rejected"] += course.rejected
+        if row.damp_raised:
+            self.events.append(f"{name}: damping raised {row.damp_raised} times, to {row.damp_percent:g}")
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to a phase."""
@@ -238,6 +246,18 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
         found = [0.0, 0.0, *energies, *(float((each * wanted).sum()) for each in (delta, rtn))]
         total = _Measured(*(a + b for a, b in zip(total, found, strict=True)))
     return total
+
+
+def observed(name: str, moments: Moments, power: int) -> list[str]:
+    """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled."""
+    events = []
+    if power:
+        events.append(f"{name}: extreme activations, moments scaled by 2^{power}; so are its loss and bound")
+    if moments.dropped:
+        events.append(f"{name}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation")
+    if moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
+        events.append(f"{name}: too few tokens to hold any out, so none could judge")
+    return events
 
 
 def _energy(weight: Tensor, H: Tensor) -> float:

@@ -5,6 +5,7 @@ shards, so that a resumed run sees what an uninterrupted one sees, bit for bit.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Quantized
 from nearplane.formats.read import read_tensors
+from nearplane.formats.store import Store
 from nearplane.formats.write import Writer
 from nearplane.plan import Plan
 from nearplane.report import Mark, Report
@@ -21,8 +23,9 @@ from nearplane.stream import OpenBlock
 FREE = ("method.damp_percent", "calibration.nsamples")
 
 
-def restore(plan: Plan, writer: Writer, report: Report) -> int:
-    """Take over what ``writer`` found, and return how many blocks are done. SettingError for a changed setting, by name."""
+def restore(plan: Plan, writer: Writer, report: Report) -> list[list[Path]]:
+    """Take over what ``writer`` found, and return the shards of each block that is done. SettingError for a changed
+    setting, by name."""
     now = _identity(plan)
     for record, block in zip(writer.records, plan.blocks, strict=False):
         changed = _changed(record["run"], now)
@@ -52,7 +55,7 @@ def restore(plan: Plan, writer: Writer, report: Report) -> int:
     for record in writer.records:
         report.extend(record["report"])
     report.resumed += bool(writer.resume)
-    return len(writer.records)
+    return [[writer.out / name for name in record["shards"]] for record in writer.records]
 
 
 def seal(plan: Plan, writer: Writer, report: Report, block: OpenBlock, mark: Mark) -> None:
@@ -61,9 +64,9 @@ def seal(plan: Plan, writer: Writer, report: Report, block: OpenBlock, mark: Mar
     writer.seal({**record, "report": report.since(mark)})
 
 
-def replay(plan: Plan, writer: Writer, number: int, block: OpenBlock) -> None:
-    """Put the codes of a finished block back into the model, so that the streams can run through it."""
-    store = writer.sealed(number)
+def replay(plan: Plan, shards: list[Path], block: OpenBlock) -> None:
+    """Put the codes of a finished block, from its shards, back into the model, so that the streams can run through it."""
+    store = Store.of(shards)
     checkpoint = read_tensors(store, {}, plan.format.config(plan.grid, ignore=(), settings={}))
     for site in block.block.sites:
         codes, scale, zero = checkpoint.quantized(plan.disk_name(site.name))[:3]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nearplane.calibrate.forward import Forward, Stream, hooked
-from nearplane.calibrate.observe import Measuring, residual_drift
+from nearplane.calibrate.observe import HELD_OUT, Measuring, residual_drift
 from nearplane.calibrate.offload import OnDisk
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
@@ -29,6 +29,7 @@ from nearplane.methods.base import Need
 from nearplane.models import discover
 from nearplane.models.discover import Block, Site, Stage
 from nearplane.models.source import Source
+from nearplane.ranks import Ranks
 
 # Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
 BATCH_TOKENS = 2048
@@ -74,8 +75,21 @@ class OpenBlock:
 
         With "R" in ``needs``, where the stage is one site that adds to the residual stream, R stands in for D: the drift
         of the stream behind it holds the site's own. With "held_out" also the moments of every fourth sequence by
-        themselves.
+        themselves. Of several ranks, each measures its own samples; the moments are those of all.
         """
+        ranks, sequences = self.walk.ranks, self.walk.sequences
+        # Where sequences are few, runs of tokens are held out: their place in the whole text follows from the sequence.
+        few = sequences < HELD_OUT and bool(self.walk.firsts)
+        measuring = self._measure(stage, needs, self.walk.firsts[0] * self.walk.batches[0].shape[1] if few else 0)
+        if "held_out" in needs and ranks.world > 1:
+            seen = sum(ranks.values(measuring.seen - measuring.before)[: ranks.rank])
+            if measuring.misses(seen):  # a module that is shown some tokens only: how many, ranks before this one knew
+                self._drop()
+                measuring = self._measure(stage, needs, seen)
+        return ranks.reduce(measuring.result())
+
+    def _measure(self, stage: Stage, needs: frozenset[Need], seen: int) -> Measuring:
+        """Run this rank's batches up to a stage. ``seen``: as Measuring has it."""
         walk, number, site = self.walk, self.stages.index(stage), stage[0]
         if number <= self.reached:
             self._drop()
@@ -83,7 +97,7 @@ class OpenBlock:
         # The drift behind a linear is the original's, also where a loop observes it again after its weight was replaced.
         original = self.original.get(site.name)
         weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
-        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences)
+        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
         for batch in range(len(walk.batches)):
             reference = self._forward(1, batch) if needs & {"D", "R"} else None
             x = None
@@ -98,12 +112,12 @@ class OpenBlock:
                     drift = residual_drift(reference.points[point], current.points[point]).to(weight.dtype)
                     drift.addmm_((x - xhat).to(weight.dtype), weight.T)
                     x = None
-                first = batch * len(walk.batches[0])
-                measuring.add(walk.batches[batch].shape, first, xhat, x if "D" in needs else None, drift)
+                shape, first = walk.batches[batch].shape, walk.firsts[batch]
+                measuring.add(shape, first, xhat, x if "D" in needs else None, drift)
             if not walk.keep:
                 self._drop(batch)
         self.reached = number if walk.keep else -1
-        return measuring.result()
+        return measuring
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""
@@ -171,22 +185,27 @@ class Walk:
         dtype: torch.dtype,
         reference: bool,
         offload: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.rests: list[Any] = []
         self.streams: list[Stream] = []
-        self.batches: list[Tensor] = []
+        self.batches: list[Tensor] = []  # this rank's, whole ones of those that one rank would form
+        self.firsts: list[int] = []  # number of each one's first sequence among all
         self.sequences = 0 if tokens is None else len(tokens)
         self.keep = False
         names = [block.name for block in blocks]
         if tokens is not None:
             step = batch_rows(tokens.shape[1])
-            self.batches = [tokens[a : a + step].to(device) for a in range(0, len(tokens), step)]
+            firsts = range(0, len(tokens), step)
+            self.firsts = list(firsts[self.ranks.part(len(firsts))])
+            self.batches = [tokens[a : a + step].to(device) for a in self.firsts]
             for name in ("quantized", "reference")[: 2 if reference else 1]:
                 hidden = None if offload is None else OnDisk(offload, name, len(self.batches))
                 self.streams.append(Stream(source.model, names, self.batches, hidden))
-            self.keep = kept(blocks, tokens.numel(), dtype, len(self.streams))
+            self.keep = kept(blocks, sum(batch.numel() for batch in self.batches), dtype, len(self.streams))
         discover.load_outside(source, names, device, dtype)
 
 
@@ -199,14 +218,16 @@ def stream(
     dtype: torch.dtype,
     reference: bool,
     offload: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[OpenBlock]:
     """Open each block in turn, hand it out, advance both streams through it, free it.
 
     ``tokens`` (samples, seqlen), or None when the method reads no data. ``reference`` keeps the second stream.
-    ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory.
+    ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory. Of several ``ranks`` each runs
+    some of the samples.
     """
     with torch.no_grad(), _scratch(offload) as folder:
-        walk = Walk(source, blocks, tokens, device, dtype, reference, folder)
+        walk = Walk(source, blocks, tokens, device, dtype, reference, folder, ranks)
         for k, block in enumerate(blocks):
             opened = OpenBlock(walk, k)
             try:
@@ -238,7 +259,8 @@ def _check_finite(walk: Walk, block: Block) -> None:
     if not walk.streams:
         return
     hidden = (walk.streams[0].hidden[batch] for batch in range(len(walk.batches)))
-    if not any(bool(h.isfinite().any()) for h in hidden if h is not None):
+    finite = any(bool(h.isfinite().any()) for h in hidden if h is not None)
+    if not walk.ranks.most(finite):
         raise NearplaneError(
             f"every activation after {block.name} is NaN or Inf; the model does not run in this dtype on this device."
         )

@@ -17,8 +17,17 @@ SINK = 100.0
 class Measuring:
     """Moments in the making; ``held_out`` tokens are kept apart as well."""
 
-    def __init__(self, needs: frozenset[Need], width: int, residual: int | None, like: Tensor, sequences: int) -> None:
-        """``residual``: width of the stream whose drift is measured, in place of D; ``like`` gives dtype and device."""
+    def __init__(
+        self,
+        needs: frozenset[Need],
+        width: int,
+        residual: int | None,
+        like: Tensor,
+        sequences: int,
+        seen: int = 0,
+    ) -> None:
+        """``residual``: width of the stream whose drift is measured, in place of D; ``like`` gives dtype and device;
+        ``seen``: rows that were cut into runs before the first one here, by other ranks."""
         drift = "D" in needs and residual is None
 
         def empty() -> Moments:
@@ -26,7 +35,8 @@ class Measuring:
 
         self.fit, self.held = empty(), empty() if "held_out" in needs else None
         self.sequences = sequences
-        self.seen = 0  # rows so far
+        self.before = self.seen = seen  # rows cut into runs so far
+        self.period: int | None = None  # of the pattern in which runs are held out; None where sequences are
 
     def add(self, batch: torch.Size, first: int, xhat: Tensor, x: Tensor | None, residual: Tensor | None) -> None:
         """Take in a batch of (sequences, tokens) that begins with sequence ``first``."""
@@ -36,6 +46,10 @@ class Measuring:
         apart = self._apart(batch, first, len(xhat)).to(xhat.device)
         for part, rows in ((self.fit, ~apart), (self.held, apart)):
             part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
+
+    def misses(self, seen: int) -> bool:
+        """Whether other tokens would have been held out if ``seen`` rows had come before."""
+        return self.period is not None and (seen - self.before) % self.period != 0
 
     def result(self) -> Moments:
         """Moments of all tokens, with those of the held-out ones beside them."""
@@ -49,6 +63,7 @@ class Measuring:
             run = max(1, min(RUN, self.sequences * batch[1] // HELD_OUT))
             token = self.seen + torch.arange(rows)
             self.seen += rows
+            self.period = HELD_OUT * run
         return token // run % HELD_OUT == HELD_OUT - 1
 
 

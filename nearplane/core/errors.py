@@ -4,6 +4,8 @@
 class NearplaneError(Exception):
     """Something the user can mend: its text says what happened, where, and what to do."""
 
+    told = False  # to the user, by another process of the same run
+
 
 class SettingError(NearplaneError):
     """A setting that has no meaning, or two settings that exclude each other."""

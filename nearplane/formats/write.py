@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.journal import STATE, Journal, file_hash, holder, sync
-from nearplane.formats.store import INDEX, UNFINISHED, Shard, Store
+from nearplane.formats.store import INDEX, UNFINISHED, Shard
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
 
@@ -97,10 +97,6 @@ class Writer:
         except OSError as error:
             raise NearplaneError(f"the state of {self.out} cannot be written: {error}.") from error
         self.records.append(record)
-
-    def sealed(self, number: int) -> Store:
-        """The tensors under a seal."""
-        return Store.of([self.out / name for name in self.records[number]["shards"]])
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Add copies of tensors; they stay in memory until their shard is full. A name comes only once."""

@@ -1,7 +1,7 @@
 """What a method is: the whole contract, and the part that every sweeping method shares."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +18,12 @@ Need = Literal["H", "D", "R", "held_out"]
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen dataclass whose fields are its options."""
+    """A frozen dataclass whose fields are its options.
+
+    Optional members: ``refuses(shape)``, the reason why a weight of that (out, in) cannot be solved, or None;
+    ``rows_independent = True``, a promise that ``solve`` of some rows gives what it gives them among all rows, with the same
+    state, so that several ranks may take some each.
+    """
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -35,6 +40,16 @@ class Method(Protocol):
         ...
 
 
+def rows_independent(method: Method) -> bool:
+    """Whether a method promises that. A promise is about the ``solve`` it stands beside: a subclass with its own repeats it."""
+    for kind in type(method).__mro__:
+        if "rows_independent" in vars(kind):
+            return bool(getattr(method, "rows_independent", False))
+        if "solve" in vars(kind):
+            return False
+    return False
+
+
 class Prepared(NamedTuple):
     """What a sweeping method prepares once per input."""
 
@@ -46,6 +61,8 @@ class Prepared(NamedTuple):
 @dataclass(frozen=True)
 class Sweeping:
     """Options and steps that GPTQ, GPTAQ and ResComp share."""
+
+    rows_independent: ClassVar[bool] = True
 
     order: Order = "activation"
     """Order in which columns are solved; on disk they stay where they were."""

@@ -5,7 +5,7 @@ row's own inverse, repeat. O(out · in³): small layers only. GPTQ is OBQ in one
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ class Inverse(NamedTuple):
 class OBQ:
     """Greedy optimal brain quantization, row by row; a reference for small layers."""
 
+    rows_independent: ClassVar[bool] = True
     damp_percent: float = 0.01
     """Damping of the Hessian, as a fraction of its mean diagonal."""
 

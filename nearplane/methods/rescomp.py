@@ -12,7 +12,7 @@ On GPTQ (base="gptq") there is no reference stream and D is zero.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +30,7 @@ from nearplane.methods.gptaq import Variant, drift_push
 class ResComp(Sweeping):
     """GPTQ or GPTAQ with the compensation-aware error of each rounded column."""
 
+    rows_independent: ClassVar[bool] = True
     alpha: float = 0.25
     """Share of GPTAQ's drift term P (base=gptaq)."""
     alpha2: float = 0.25

@@ -1,6 +1,7 @@
 """RTN, round to nearest: every weight to its nearest grid point. No data; the baseline of all others."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from nearplane.methods.base import Need
 @dataclass(frozen=True)
 class RTN:
     """Round to nearest; reads no calibration data."""
+
+    rows_independent: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[Need]:
