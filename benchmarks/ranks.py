@@ -2,8 +2,10 @@
 
     python benchmarks/ranks.py [--ranks 1 2] [--layers 2] [--nsamples 16] [--clock cpu] [--json ranks.json]
 
-The model is the demo model's first ``--layers`` blocks. Phases are rank 0's: what it waits for others is in the phase that it
-waits in. ``--clock cpu`` counts its processor time instead, without waiting: for a machine that does other work, too. Bytes handed to all_reduce and broadcasts are counted beside the formula of docs/large_models.md.
+The model is the demo model's first ``--layers`` blocks. Phases are rank 0's: what it waits for others is in the phase
+that it
+waits in. ``--clock cpu`` counts its processor time instead, without waiting: for a machine that does other work, too.
+Bytes handed to all_reduce and broadcasts are counted beside the formula of docs/large_models.md.
 """
 
 import argparse
