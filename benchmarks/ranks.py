@@ -2,10 +2,10 @@
 
     python benchmarks/ranks.py [--ranks 1 2] [--layers 2] [--nsamples 16] [--clock cpu] [--json ranks.json]
 
-The model is the demo model's first ``--layers`` blocks. Phases are rank 0's: what it waits for others is in the phase
-that it
-waits in. ``--clock cpu`` counts its processor time instead, without waiting: for a machine that does other work, too.
-Bytes handed to all_reduce and broadcasts are counted beside the formula of docs/large_models.md.
+The model is the demo model's first ``--layers`` blocks. Phases are
+rank 0's: what it waits for others is in the phase that it waits in. ``--clock cpu`` counts its processor time instead, without
+waiting: for a machine that does other work, too. Bytes handed to all_reduce and broadcasts are counted beside the formula of
+docs/large_models.md.
 """
 
 import argparse
@@ -104,11 +104,8 @@ def main() -> None:
                 phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["seconds"].items())
                 print(f"{method}, {world} ranks: {phases}; bytes {row['bytes']}, formula {row['formula']}", flush=True)
     if args.json:
-        args.json.write_text(
-            json.dumps(
-                {"layers": args.layers, "nsamples": args.nsamples, "clock": args.clock, "rows": results}, indent=2
-            )
-        )
+        settings = {"layers": args.layers, "nsamples": args.nsamples, "clock": args.clock}
+        args.json.write_text(json.dumps({**settings, "rows": results}, indent=2))
 
 
 if __name__ == "__main__":
