@@ -1,6 +1,7 @@
 """The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
 
 import time
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from torch import nn
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.core.moments import Moments
 from nearplane.estimate import refuse
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
 from nearplane.interrupts import stoppable
 from nearplane.methods import Method, NearPlane
+from nearplane.mixed import Override, make_mix
 from nearplane.models.discover import Stage, linears_besides
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
@@ -36,6 +39,8 @@ def quantize(
     method: Method | None = None,
     grid: Grid | None = None,
     calibration: Calibration | None = None,
+    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
+    ignore: Sequence[str] = (),
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -48,13 +53,16 @@ def quantize(
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
-    NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
+    NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
+    {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mixed.py``).
+    ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
     settings must be the same. Raises NearplaneError for whatever cannot work, a run that does not fit into memory or onto
     the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint, or the finished blocks
     for a later ``resume``, or nothing.
     """
+    mix = make_mix(override, ignore, None, (2, 3, 4, 8))
     writer = Writer(Path(out), resume=resume)
     plan = make_plan(
         model,
@@ -65,6 +73,7 @@ def quantize(
         device,
         dtype,
         trust_remote_code,
+        mix,
     )
     if not force:
         refuse(plan, Path(out), offload is not None)
@@ -91,7 +100,7 @@ def quantize(
                 rows = _solve_stage(plan, block, stage, writer, report)
                 display.advance(task)
                 if progress:
-                    display.console.print(stage_line(block.block, stage, rows))
+                    display.console.print(stage_line(block.block, stage, rows, plan.mixed))
                 if stage is not block.stages[-1]:
                     stop.check()
             with report.timed("write"):
@@ -161,7 +170,7 @@ def evaluate(
 
 
 def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, report: Report) -> list[LinearRow]:
-    """Observe one stage's input, prepare once, solve the rows of all its weights together."""
+    """Observe one stage's input, prepare once, solve the rows of all its weights together, or of those on one grid."""
     moments, state, rows = None, None, []
     where = stage[0].name
     try:
@@ -178,34 +187,51 @@ def _solve_stage(plan: Plan, block: OpenBlock, stage: Stage, writer: Writer, rep
                 report.events.append(f"{where}: too few tokens to hold any out, so none could judge")
             with report.timed("prepare"):
                 state = plan.method.prepare(moments)
-        start = time.perf_counter()
-        with report.timed("solve"):  # all rows that read this input at once
-            stacked = torch.cat([block.weight(site) for site in stage])
-            solved = plan.method.solve(stacked, state, plan.grid)
-        seconds = (time.perf_counter() - start) / len(stacked)
-        if solved.codes.shape != stacked.shape:
-            given, wanted = list(solved.codes.shape), list(stacked.shape)
-            raise SettingError(f"{type(plan.method).__name__} returned codes of shape {given} for a weight of {wanted}")
-        factor, done = getattr(state, "factor", None), 0
-        for site in stage:
-            where, part = site.name, slice(done, done := done + site.shape[0])
-            weight, quantized = stacked[part], solved.rows(part)
-            with report.timed("measure"):
-                spent = seconds * len(weight)
-                rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, spent))
-            block.replace(site, quantized, plan.grid)
-            with report.timed("write"):
-                tensors = plan.format.tensors(plan.disk_name(site.name), quantized, plan.grid)
-                report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
-                writer.put(tensors)
+        for grid, part in plan.parts(stage):
+            where = part[0].name
+            rows += _solve(plan, block, part, grid, moments, state, writer, report)
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
-    if solved.course:
-        report.rounds["kept"] += solved.course.rounds
-        report.rounds["rejected"] += solved.course.rejected
     if rows[0].damp_raised:
         times, reached = rows[0].damp_raised, rows[0].damp_percent
         report.events.append(f"{stage[0].name}: damping raised {times} times, to {reached:g}")
+    return rows
+
+
+def _solve(
+    plan: Plan,
+    block: OpenBlock,
+    sites: Stage,
+    grid: Grid,
+    moments: Moments | None,
+    state: Any,
+    writer: Writer,
+    report: Report,
+) -> list[LinearRow]:
+    """Solve the rows of weights that share an input and a grid as one weight; measure, replace and write each."""
+    start = time.perf_counter()
+    with report.timed("solve"):
+        stacked = torch.cat([block.weight(site) for site in sites])
+        solved = plan.method.solve(stacked, state, grid)
+    seconds = (time.perf_counter() - start) / len(stacked)
+    if solved.codes.shape != stacked.shape:
+        given, wanted = list(solved.codes.shape), list(stacked.shape)
+        raise SettingError(f"{type(plan.method).__name__} returned codes of shape {given} for a weight of {wanted}")
+    factor, done, rows = getattr(state, "factor", None), 0, []
+    for site in sites:
+        part = slice(done, done := done + site.shape[0])
+        weight, quantized = stacked[part], solved.rows(part)
+        with report.timed("measure"):
+            spent = seconds * len(weight)
+            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent))
+        block.replace(site, quantized, grid)
+        with report.timed("write"):
+            tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
+            report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
+            writer.put(tensors)
+    if solved.course:
+        report.rounds["kept"] += solved.course.rounds
+        report.rounds["rejected"] += solved.course.rejected
     return rows
 
 
@@ -223,6 +249,8 @@ def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
         if value.dim() >= 2:
             missed = any(name == source.names.get(linear + ".weight") for b in plan.blocks for linear in b.unreached)
             reason = "the probe forward did not reach it" if missed else "not a linear of a block"
+            pattern = plan.ignored.get(name.removesuffix(".weight"))
+            reason = reason if pattern is None else f"left out by ignore {pattern!r}"
             report.dense.append({"name": name, "bytes": value.nbytes, "reason": reason})
         writer.put({name: value})
     report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
@@ -235,7 +263,7 @@ def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     }
     if hasattr(plan.method, "damp_percent"):
         settings["damp_percent"] = plan.method.damp_percent
-    quantization = plan.format.config(plan.grid, ignore=ignore, settings=settings)
+    quantization = plan.quantization(ignore=ignore, settings=settings)
     config = {key: value for key, value in source.raw_config().items() if key != "torch_dtype"}
     dtype = {"dtype": str(plan.stored).removeprefix("torch.")}
     writer.json("config.json", config | dtype | {"quantization_config": quantization})

@@ -20,6 +20,11 @@ class Job:
     """A local transformers folder, a hub id, or "demo"."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
     """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
+    override: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="REGEX=FIELD=VALUE,...")]] = ()
+    """Another grid where REGEX is found in a linear's name: bits, group_size, sym or fit. Repeatable; the last one wins.
+    As 'down_proj=bits=8,group_size=64'."""
+    ignore: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="REGEX")]] = ()
+    """Leave dense the linears in whose names REGEX is found. Repeatable."""
     format: FormatName = "compressed-tensors"
     """Checkpoint format."""
     device: str = "auto"

@@ -1,16 +1,18 @@
 """What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nearplane.calibrate.data import Calibration
 from nearplane.core.grid import Grid
 from nearplane.estimate import Estimate, Memory, estimate, gb, suggestions
-from nearplane.formats.engines import ENGINES, caveat, refusal
+from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
 from nearplane.machine import free_disk
 from nearplane.methods import Method, NearPlane
+from nearplane.mixed import Override, make_mix
 from nearplane.pace import pace
 from nearplane.plan import Dtype, FormatName, Plan, sketch_plan
 
@@ -25,9 +27,17 @@ class Forecast:
 
     def engines(self) -> list[tuple[str, str | None, str | None]]:
         """Each engine, why it does not load such a checkpoint, and on what condition it does."""
-        plan = self.plan
-        what = plan.format.name, plan.grid, sorted({site.shape for block in plan.blocks for site in block.sites})
-        return [(engine, refusal(engine, *what), caveat(engine, *what)) for engine in ENGINES]
+        plan, shapes = self.plan, dict[Grid, set[tuple[int, int]]]()
+        for site in (site for block in plan.blocks for site in block.sites):
+            shapes.setdefault(replace(plan.grid_of(site), fit=plan.grid.fit), set()).add(site.shape)
+        found = []
+        for engine in ENGINES:
+            each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
+            no = next((reason for what in each if (reason := refusal(*what))), None)
+            conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
+            but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
+            found.append((engine, no, None if no else but or None))
+        return found
 
     def lacking(self) -> list[str]:
         """Why the run does not fit here; empty if it does."""
@@ -84,6 +94,8 @@ def forecast(
     method: Method | None = None,
     grid: Grid | None = None,
     calibration: Calibration | None = None,
+    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
+    ignore: Sequence[str] = (),
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -101,6 +113,7 @@ def forecast(
         device,
         dtype,
         trust_remote_code,
+        make_mix(override, ignore, None, (2, 3, 4, 8)),
     )
     found = estimate(plan, offload is not None)
     return Forecast(plan, found, pace(plan, found, time.perf_counter() - start))

@@ -21,6 +21,10 @@ def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
     say(f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}")
     say(" ".join(["method", method.pop("name"), *(f"{k}={v}" for k, v in method.items())]))
     say(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
+    for some in settings.get("override", ()):
+        say(" ".join(["override", repr(some["pattern"]), *(f"{k}={v}" for k, v in some.items() if k != "pattern")]))
+    for pattern in settings.get("ignore", ()):
+        say(f"ignore {pattern!r}: left dense")
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "tokens" in data else ""
     say(f"calibration {data['origin']}{amount}")
     if "tokens" in data:
@@ -37,9 +41,12 @@ def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
         say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
 
 
-def stage_line(block: Block, stage: Stage, rows: list[LinearRow]) -> str:
-    """One line a person can judge."""
+def stage_line(block: Block, stage: Stage, rows: list[LinearRow], mixed: bool = False) -> str:
+    """One line a person can judge; ``mixed``: linears differ in their grids, so the line says which this stage has."""
     names = "+".join(site.name.removeprefix(block.name + ".").rpartition(".")[2] for site in stage)
+    if mixed:
+        grids = dict.fromkeys(f"{row.bits}/{row.group_size}" for row in rows)
+        names = f"{names:<28} bits/group {', '.join(grids)} "
     seconds = sum(row.seconds for row in rows)
     if rows[0].error is None:
         return f"{block.name} {names:<28} weight error {max(r.weight_error for r in rows):.4f}  {seconds:.1f}s"

@@ -1,6 +1,7 @@
 """Everything decided before the first block is opened; whatever cannot work is refused here, in one sentence."""
 
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,8 @@ from nearplane.formats import FORMATS
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method
 from nearplane.methods.base import Need
-from nearplane.models.discover import Block, discover
+from nearplane.mixed import ALIKE, Mix, assign, leave_out, refuse_split
+from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.stream import stream
@@ -38,6 +40,37 @@ class Plan:
     stored: torch.dtype
     compute: torch.dtype
     device: torch.device
+    mix: Mix = ALIKE
+    """In what linears differ from ``grid``."""
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    """The grid of each site by name, as far as it is settled."""
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Linears left dense, by name on disk, with the pattern that left them out."""
+
+    def grid_of(self, site: Site) -> Grid:
+        """The grid of one site."""
+        return self.grids.get(site.name, self.grid)
+
+    def parts(self, stage: Stage) -> list[tuple[Grid, Stage]]:
+        """A stage by grids: what can be solved as one weight."""
+        found: dict[Grid, Stage] = {}
+        for site in stage:
+            found.setdefault(self.grid_of(site), []).append(site)
+        return list(found.items())
+
+    def nbytes(self, sites: list[Site]) -> int:
+        """Bytes that these sites take when they are written."""
+        return sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether linears differ in what is stored of their grids."""
+        return len({replace(grid, fit=self.grid.fit) for grid in self.grids.values()}) > 1
+
+    def quantization(self, *, ignore: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        """The ``quantization_config``. Loaders look for a linear by its name in the model or on disk: both are named."""
+        grids = {name: grid for site, grid in self.grids.items() for name in (self.disk_name(site), site)}
+        return self.format.config(self.grid, ignore=ignore, settings=settings, grids=grids)
 
     def stream(self, offload: Path | None = None) -> Any:
         """The walk over blocks; ``offload``: a folder for the hidden states."""
@@ -61,8 +94,9 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What this run can do but a user should know before it starts."""
-        shapes = sorted({site.shape for block in self.blocks for site in block.sites})
-        notes = [self.format.warn(self.grid, shape) for shape in shapes]
+        sites = [site for block in self.blocks for site in block.sites]
+        weights = sorted({(site.shape, self.grid_of(site)) for site in sites}, key=lambda pair: pair[0])
+        notes = [self.format.warn(grid, shape) for shape, grid in weights]
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
@@ -110,6 +144,7 @@ class Plan:
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": str(self.device),
+            **self.mix.settings,
         }
 
     @property
@@ -132,11 +167,12 @@ def make_plan(
     device: str,
     dtype: str,
     trust_remote_code: bool,
+    mix: Mix = ALIKE,
 ) -> Plan:
     """Open the source and settle every choice; refuse, before any compute, what cannot work."""
     where = _choices(method, format, device)
     source = open_source(model, trust_remote_code=trust_remote_code)
-    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype)
+    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
         check_vocabulary(tokens.ids, source.model)
@@ -154,6 +190,7 @@ def sketch_plan(
     device: str,
     dtype: str,
     trust_remote_code: bool,
+    mix: Mix = ALIKE,
 ) -> Plan:
     """The same choices and refusals without reading a weight or a token: MODEL may be a lone config.json.
 
@@ -161,7 +198,7 @@ def sketch_plan(
     """
     where = _choices(method, format, device)
     source = open_sketch(model, trust_remote_code=trust_remote_code)
-    return _settle(source, discover_sketch(source), method, grid, calibration, format, where, dtype)
+    return _settle(source, discover_sketch(source), method, grid, calibration, format, where, dtype, mix)
 
 
 def _choices(method: Method, format: str, device: str) -> torch.device:
@@ -186,20 +223,27 @@ def _settle(
     format: str,
     where: torch.device,
     dtype: str,
+    mix: Mix,
 ) -> Plan:
-    """Dtypes and grid; refuse what the format or the method cannot hold."""
+    """Dtypes and grids; refuse what the format or the method cannot hold."""
     stored = pick_dtype(dtype) or source.dtype
     compute = torch.float32 if where.type == "cpu" else source.dtype
     grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
-    for block in blocks:
-        for site in block.sites:
-            reason = FORMATS[format].supports(grid, site.shape)
-            if site.transposed:
-                reason = conv1d_reason(FORMATS[format]) or reason
-            reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
-            if reason is not None:
-                raise SettingError(f"{site.name}: {reason}.")
-    return Plan(source, blocks, None, method, grid, calibration, FORMATS[format], stored, compute, where)
+    disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
+    blocks, ignored = leave_out(blocks, mix, disk.__getitem__, linears_besides(source.model, set(disk)))
+    sites = [site for block in blocks for site in block.sites]
+    grids, fixed = assign([disk[site.name] for site in sites], grid, mix)
+    refuse_split(grids, ignored, mix, fixed)
+    for site in sites:
+        reason = FORMATS[format].supports(grids[disk[site.name]], site.shape)
+        if site.transposed:
+            reason = conv1d_reason(FORMATS[format]) or reason
+        reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
+        if reason is not None:
+            raise SettingError(f"{site.name}: {reason}.")
+    by_site = {site.name: grids[disk[site.name]] for site in sites}
+    chosen = FORMATS[format]
+    return Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
 
 
 def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> None:

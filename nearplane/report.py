@@ -45,12 +45,14 @@ class LinearRow:
     damp_percent: float | None
     damp_raised: int
     alpha: float | None  # share of the exact target's step that held-out tokens wanted
-    rounds: int | None  # refinement rounds kept, of all linears that read this input together
+    rounds: int | None  # refinement rounds kept, of all linears that read this input on this grid together
     rejected: int | None  # refinement rounds undone: they raised the held-out loss
     residual: bool  # the target answers the drift of the residual stream, too
     tokens: int
     dropped: int
     seconds: float
+    bits: int | str | None = None  # None in the records of runs that were begun by a version that did not write it
+    group_size: int | None = None
 
 
 class Mark(NamedTuple):
@@ -153,6 +155,8 @@ class Report:
             tokens=0 if moments is None else moments.tokens,
             dropped=0 if moments is None else moments.dropped,
             seconds=seconds,
+            bits=grid.bits,
+            group_size=grid.group_size,
         )
         self.linears.append(row)
         if row.bound_ratio is not None and row.bound_ratio > 1:
