@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import TaskID
 from torch import nn
 
+from nearplane.budget import decide
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.moments import Moments
+from nearplane.devices import pick_device, pick_dtype
 from nearplane.estimate import refuse
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
 from nearplane.interrupts import stoppable
 from nearplane.methods import Method, NearPlane
-from nearplane.mixed import Override, make_mix
+from nearplane.mixed import WIDTHS, Override, make_mix
 from nearplane.models.discover import Stage, linears_besides
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
-from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
+from nearplane.plan import Dtype, FormatName, Plan, make_plan
 from nearplane.progress import bar
 from nearplane.report import LinearRow, Report
 from nearplane.resume import replay, restore, seal
@@ -41,6 +44,8 @@ def quantize(
     calibration: Calibration | None = None,
     override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
     ignore: Sequence[str] = (),
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -55,6 +60,7 @@ def quantize(
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
     NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mixed.py``).
+    ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``budget.py``).
     ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
@@ -62,7 +68,7 @@ def quantize(
     the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint, or the finished blocks
     for a later ``resume``, or nothing.
     """
-    mix = make_mix(override, ignore, None, (2, 3, 4, 8))
+    mix = make_mix(override, ignore, budget, widths)
     writer = Writer(Path(out), resume=resume)
     plan = make_plan(
         model,
@@ -80,6 +86,17 @@ def quantize(
     report = Report(str(model), plan.settings, str(out), data=plan.data)
     report.events += plan.warnings()
     with writer, stoppable() as stop, bar(progress) as display:
+        if plan.undecided:
+            task = display.add_task("budget", total=sum(len(block.stages) for block in plan.blocks))
+
+            def tick(task: TaskID = task) -> None:
+                display.advance(task)
+                stop.check()
+
+            with report.timed("budget"):
+                plan = decide(plan, writer.records, None if offload is None else Path(offload), tick)
+            display.remove_task(task)
+            report.settings = plan.settings
         done = restore(plan, writer, report)
         task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
         if progress:

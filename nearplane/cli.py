@@ -134,7 +134,18 @@ def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:
 
 def _choices(args: Any) -> dict[str, Any]:
     """What ``quantize`` and ``forecast`` take alike."""
-    names = ("grid", "calibration", "format", "device", "dtype", "offload", "trust_remote_code", "ignore")
+    names = (
+        "grid",
+        "calibration",
+        "format",
+        "device",
+        "dtype",
+        "offload",
+        "trust_remote_code",
+        "ignore",
+        "budget",
+        "widths",
+    )
     same = {name: getattr(args, name) for name in names}
     return {"method": args.method_options, "override": [override(word) for word in args.override], **same}
 

@@ -1,6 +1,6 @@
 """Everything decided before the first block is opened; whatever cannot work is refused here, in one sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from nearplane.calibrate.data import Calibration, Tokens
+from nearplane.choices import Unit, allowed, check_budget, units
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.devices import pick_device, pick_dtype
 from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS
 from nearplane.formats.base import Format, conv1d_reason
@@ -46,10 +48,35 @@ class Plan:
     """The grid of each site by name, as far as it is settled."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Linears left dense, by name on disk, with the pattern that left them out."""
+    units: Sequence[Unit] = ()
+    """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
+    choices: list[dict[str, Any]] | None = None
+    """What it has chosen."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, in order."""
+        return [site for block in self.blocks for site in block.sites]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a budget has yet to choose bits."""
+        return self.mix.budget is not None and self.choices is None
+
+    def decided(self, choices: list[dict[str, Any]]) -> "Plan":
+        """With the bits that a budget has chosen."""
+        bits = {name: row["bits"] for row in choices for name in row["linears"]}
+        grids = {n: replace(grid, bits=bits[n]) if n in bits else grid for n, grid in self.grids.items()}
+        return replace(self, grids=grids, choices=choices)
 
     def grid_of(self, site: Site) -> Grid:
         """The grid of one site."""
         return self.grids.get(site.name, self.grid)
+
+    def possible(self, site: Site) -> list[Grid]:
+        """The grids that a site may get: one, unless a budget is undecided."""
+        widths = next((unit.widths for unit in self.units if site in unit.sites), ()) if self.undecided else ()
+        return [replace(self.grid_of(site), bits=bits) for bits in widths] or [self.grid_of(site)]
 
     def parts(self, stage: Stage) -> list[tuple[Grid, Stage]]:
         """A stage by grids: what can be solved as one weight."""
@@ -59,8 +86,9 @@ class Plan:
         return list(found.items())
 
     def nbytes(self, sites: list[Site]) -> int:
-        """Bytes that these sites take when they are written."""
-        return sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
+        """Bytes that these sites take when they are written, at most where a budget is undecided."""
+        total = sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
+        return min(total, allowed(self.sites, self.mix)) if self.undecided else total
 
     @property
     def mixed(self) -> bool:
@@ -94,8 +122,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What this run can do but a user should know before it starts."""
-        sites = [site for block in self.blocks for site in block.sites]
-        weights = sorted({(site.shape, self.grid_of(site)) for site in sites}, key=lambda pair: pair[0])
+        weights = sorted({(site.shape, self.grid_of(site)) for site in self.sites}, key=lambda pair: pair[0])
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
@@ -145,6 +172,7 @@ class Plan:
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": str(self.device),
             **self.mix.settings,
+            **({} if self.choices is None else {"choices": self.choices}),
         }
 
     @property
@@ -235,7 +263,8 @@ def _settle(
     grids, fixed = assign([disk[site.name] for site in sites], grid, mix)
     refuse_split(grids, ignored, mix, fixed)
     for site in sites:
-        reason = FORMATS[format].supports(grids[disk[site.name]], site.shape)
+        left = mix.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
+        reason = None if left else FORMATS[format].supports(grids[disk[site.name]], site.shape)
         if site.transposed:
             reason = conv1d_reason(FORMATS[format]) or reason
         reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
@@ -243,7 +272,17 @@ def _settle(
             raise SettingError(f"{site.name}: {reason}.")
     by_site = {site.name: grids[disk[site.name]] for site in sites}
     chosen = FORMATS[format]
-    return Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
+    plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
+    return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
+
+
+def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
+    """The plan with the bits of all linears but the ``fixed`` ones left to its budget."""
+    free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.mix, plan.format)
+    check_budget(free, plan.sites, plan.grids, plan.mix, plan.format)
+    widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
+    grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
+    return replace(plan, units=free, grids=grids)
 
 
 def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> None:
@@ -259,25 +298,3 @@ def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> No
             )
         if not bool(value.to(stored).isfinite().all()):
             raise NumericalError(f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype.")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. SettingError when it cannot hold a tensor."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
-    return device
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name, None for "auto"; SettingError for any other than the three that checkpoints are stored in."""
-    if name == "auto":
-        return None
-    if name not in ("float32", "float16", "bfloat16"):
-        raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {name!r}.")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -124,9 +124,9 @@ class Report:
         delta = dequantize(quantized, grid).to(weight.dtype).sub_(weight)
         error = rtn_error = None
         if moments is not None:
-            power = _energy(weight, moments.H)
+            power = energy(weight, moments.H)
             rtn = _rounded(weight, quantized, grid).sub_(weight)
-            error, rtn_error = (_energy(d, moments.H) / power if power > 0 else 0.0 for d in (delta, rtn))
+            error, rtn_error = (energy(d, moments.H) / power if power > 0 else 0.0 for d in (delta, rtn))
             # A method that corrects drift leaves W on purpose: it is judged on what it minimizes.
             wanted = pull(weight, moments.D, moments.R)
             loss, rtn_loss = (e * power - 2 * float((d * wanted).sum()) for e, d in ((error, delta), (rtn_error, rtn)))
@@ -197,7 +197,7 @@ class Report:
         return {**asdict(self), "totals": self.totals}
 
 
-def _energy(weight: Tensor, H: Tensor) -> float:
+def energy(weight: Tensor, H: Tensor) -> float:
     """``tr(W H Wᵀ)``: mean squared output over the calibration tokens."""
     return float((weight @ H).mul_(weight).sum())
 

@@ -1,5 +1,6 @@
 """Linears that differ: overrides, linears left dense, and bits chosen for a budget, from the flags to the loaded model."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane, Override
 from nearplane.cli import main
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import dequantize
+from nearplane.formats import FORMATS
 from nearplane.formats.read import open_checkpoint
 
 GRID = Grid(bits=4, group_size=32)
@@ -223,3 +225,101 @@ def stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: 
 def same_weights(one: Path, other: Path) -> None:
     for name in ("config.json", "model.safetensors.index.json", *(path.name for path in one.glob("*.safetensors"))):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("format", "method"), [("compressed-tensors", GPTQ()), ("gptq", NearPlane()), ("gptq_v2", RTN())]
+)
+def test_a_budget_is_met_by_the_best_choice(format: Any, method: Any, model: Path, tmp_path: Path) -> None:
+    """The average of what is stored, siblings alike, and no other choice with a smaller sum of the measured errors."""
+    report = run(model, tmp_path / "out", method=method, budget=4.6, format=format)
+    assert 4.2 < report.totals["bits_per_weight"] <= 4.6
+    choices, bits = report.settings["choices"], {row.name: row.bits for row in report.linears}
+    assert len(choices) == 8 and len(set(bits.values())) > 1
+    assert {name: row["bits"] for row in choices for name in row["linears"]} == bits
+    assert sum(row["bytes"] for row in choices) == report.bytes["quantized"]
+    shapes = {row.name: row.shape for row in report.linears}
+    packing, stored = FORMATS[format], "float16" if "gptq" in format else "float32"
+    listed = []
+    for row in choices:
+        assert [int(width) for width in row["errors"]] == [2, 3, 4, 8]
+        assert sorted(row["errors"].values(), reverse=True) == list(row["errors"].values())
+        grids = [Grid(width, 32, scale_dtype=stored) for width in (2, 3, 4, 8)]
+        costs = [sum(packing.nbytes(shapes[name], grid) for name in row["linears"]) for grid in grids]
+        listed.append(list(zip(costs, row["errors"].values(), strict=True)))
+    allowed = 4.6 / 8 * sum(a * b for a, b in shapes.values())
+    best = min(
+        sum(error for _, error in some)
+        for some in itertools.product(*listed)
+        if sum(cost for cost, _ in some) <= allowed
+    )
+    assert sum(row["errors"][str(row["bits"])] for row in choices) == pytest.approx(best, rel=1e-12)
+    assert nearplane.verify(tmp_path / "out").ok
+    nearplane.load(tmp_path / "out")
+
+
+def test_measured_errors_are_those_of_a_run(model: Path, tmp_path: Path) -> None:
+    """Of the first stage of the first block, whose input no rounding has changed, at every width."""
+    choices = run(model, tmp_path / "out", budget=5).settings["choices"]
+    for bits in (2, 3, 4, 8):
+        rows = run(model, tmp_path / f"{bits}", grid=Grid(bits=bits, group_size=32)).linears
+        first = {row.name: row.error or 0.0 for row in rows}
+        expected = sum(first[name] for name in choices[0]["linears"])
+        assert choices[0]["errors"][str(bits)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_budget_beside_overrides(model: Path, tmp_path: Path) -> None:
+    """Given bits stay as given and count; given group sizes stay; widths are those asked for."""
+    override = {"o_proj": {"bits": 6}, "down_proj": {"group_size": 96}}
+    report = run(model, tmp_path / "out", budget=4.5, widths=(3, 4, 5), override=override, ignore=["1.*(gate|up)"])
+    assert report.totals["bits_per_weight"] <= 4.5
+    grids = {row.name: (row.bits, row.group_size) for row in report.linears}
+    assert {some for name, some in grids.items() if "o_proj" in name} == {(6, 32)}
+    assert {size for name, (_, size) in grids.items() if "down" in name} == {96}
+    assert {bits for name, (bits, _) in grids.items() if "o_proj" not in name} <= {3, 4, 5}
+    assert not any("o_proj" in name for row in report.settings["choices"] for name in row["linears"])
+    everything = run(model, tmp_path / "all", method=RTN(), budget=4.5, override={".": {"bits": 4}})
+    assert {row.bits for row in everything.linears} == {4} and everything.settings["choices"] == []
+
+
+def test_a_resumed_budget_is_not_measured_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model, tmp_path / "whole", budget=4.4)
+    out = stopped(model, tmp_path / "out", monkeypatch, budget=4.4)
+    for options, name in (({"budget": 5}, "budget"), ({}, "budget"), ({"budget": 4.4, "widths": (2, 4)}, "widths")):
+        with pytest.raises(SettingError, match=f"^{name} was"):
+            run(model, out, resume=True, **options)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nearplane.budget._measure", never)
+        run(model, out, resume=True, budget=4.4, progress=True)
+    assert "budget 4.4 bits per weight" in capsys.readouterr().err
+    same_weights(out, tmp_path / "whole")
+    one, other = (json.loads((folder / "report.json").read_text())["settings"] for folder in (out, tmp_path / "whole"))
+    assert one == other
+    plain = stopped(model, tmp_path / "plain", monkeypatch)
+    with pytest.raises(SettingError, match="budget was None"):
+        run(model, plain, resume=True, budget=4.4)
+
+
+def test_the_budget_of_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = [str(model), str(out), "--method", "rtn", "--group-size", "32"]
+    for more, sentence in (
+        (["--budget", "0"], "positive"), (["--budget", "nan"], "positive"), (["--budget", "x"], "--help lists"),
+        (["--budget", "2"], "budget 2 is less than the 3"), (["--budget", "4", "--widths", "9"], "widths must be"),
+        (["--budget", "6", "--widths", "5", "--format", "gptq"], "stores 2, 3, 4 or 8 bits, not 5"),
+        (["--budget", "5", "--override", "q_proj=bits=4"], "k_proj gets bits by the budget"),
+    ):  # fmt: skip
+        assert sentence in refused([*words, *more], capsys, out), more
+    assert main(["plan", str(model), *words[2:], "--budget", "4.5", "--widths", "3", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "on average 4.5 bits" in printed and "compressed-tensors of 4 or 8 bits, not 3" in printed
+    assert main(["quantize", *words, "--budget", "4.5"]) == 0
+    printed = capsys.readouterr()
+    assert "model.layers.1.mlp.gate_proj+up_proj" in printed.err and "error at each width" in printed.err
+    assert "at 4." in printed.out
