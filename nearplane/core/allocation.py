@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-HALVINGS = 200
+# The price is found up to this share of it; any price gives a bound, so that no answer depends on it.
+NEAR = 1e-9
 # Of the largest number in a bound: what rounding may add to it.
 SLACK = 1e-9
 
@@ -55,19 +56,28 @@ def _price(cost: list[Tensor], error: list[Tensor], budget: int) -> tuple[float,
     The least such price, nearly: there the bound that it gives is closest to the best choice.
     """
 
+    most = max((len(c) for c in cost), default=1)
+    pad = [torch.arange(most).clamp(max=len(c) - 1) for c in cost]  # the last candidate again
+    costs = (
+        torch.stack([c[k] for c, k in zip(cost, pad, strict=True)]) if cost else torch.zeros(0, 1, dtype=torch.int64)
+    )
+    errors = (
+        torch.stack([e[k] for e, k in zip(error, pad, strict=True)])
+        if error
+        else torch.zeros(0, 1, dtype=torch.float64)
+    )
+
     def best(price: float) -> tuple[int, float]:
-        picks = [int((e + price * c).argmin()) for c, e in zip(cost, error, strict=True)]
-        spent = sum(int(c[k]) for c, k in zip(cost, picks, strict=True))
-        return spent, float(sum(float(e[k]) for e, k in zip(error, picks, strict=True)))
+        picks = (errors + price * costs).argmin(1, keepdim=True)
+        return int(costs.gather(1, picks).sum()), float(errors.gather(1, picks).sum())
 
     spent, wrong = best(0.0)
     if spent <= budget:
         return 0.0, wrong
     # At this price no candidate dearer than the cheapest pays: costs are whole numbers.
-    low, high = 0.0, 1.0 + max(float(e.max() - e.min()) for e in error)
-    cheapest = [int(c.argmin()) for c in cost]
-    known = float(sum(float(e[k]) for e, k in zip(error, cheapest, strict=True)))
-    for _ in range(HALVINGS):
+    low, high = 0.0, 1.0 + float((errors.amax(1) - errors.amin(1)).max())
+    known = float(errors.gather(1, costs.argmin(1, keepdim=True)).sum())
+    while high - low > NEAR * high:
         middle = (low + high) / 2
         spent, wrong = best(middle)
         if spent <= budget:
