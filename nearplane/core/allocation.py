@@ -13,6 +13,8 @@ from torch import Tensor
 
 # The price is found up to this share of it; any price gives a bound, so that no answer depends on it.
 NEAR = 1e-9
+# Where errors are all equal it has no end at which to stop, and must stay a number that can be multiplied without loss.
+HALVINGS = 100
 # Of the largest number in a bound: what rounding may add to it.
 SLACK = 1e-9
 
@@ -77,7 +79,9 @@ def _price(cost: list[Tensor], error: list[Tensor], budget: int) -> tuple[float,
     # At this price no candidate dearer than the cheapest pays: costs are whole numbers.
     low, high = 0.0, 1.0 + float((errors.amax(1) - errors.amin(1)).max())
     known = float(errors.gather(1, costs.argmin(1, keepdim=True)).sum())
-    while high - low > NEAR * high:
+    for _ in range(HALVINGS):
+        if high - low <= NEAR * high:
+            break
         middle = (low + high) / 2
         spent, wrong = best(middle)
         if spent <= budget:
