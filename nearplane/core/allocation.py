@@ -31,7 +31,7 @@ def allocate(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], 
     least, bound = [0], [0.0]
     for c, e, low in zip(reversed(cost), reversed(error), reversed(cheapest), strict=True):
         least.insert(0, least[0] + low)
-        bound.insert(0, bound[0] + float((e + price * c).min()))
+        bound.insert(0, bound[0] + float((e + price * c.double()).min()))
     limit = known + SLACK * (abs(known) + price * budget)
     total, wrong = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     path: list[tuple[Tensor, Tensor]] = []  # per item: the state before, and the candidate, of every state
@@ -40,7 +40,7 @@ def allocate(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], 
             part.flatten() for part in torch.meshgrid(torch.arange(len(total)), torch.arange(len(c)), indexing="ij")
         )
         new, off = total[before] + c[which], wrong[before] + e[which]
-        hope = off + price * (new - budget) + bound[i + 1]
+        hope = off + price * (new - budget).double() + bound[i + 1]
         keep = ((new + least[i + 1] <= budget) & (hope <= limit)).nonzero().flatten()
         keep = keep[_undominated(new[keep], off[keep])]
         total, wrong = new[keep], off[keep]
@@ -70,7 +70,7 @@ def _price(cost: list[Tensor], error: list[Tensor], budget: int) -> tuple[float,
     )
 
     def best(price: float) -> tuple[int, float]:
-        picks = (errors + price * costs).argmin(1, keepdim=True)
+        picks = (errors + price * costs.double()).argmin(1, keepdim=True)
         return int(costs.gather(1, picks).sum()), float(errors.gather(1, picks).sum())
 
     spent, wrong = best(0.0)
