@@ -1,6 +1,7 @@
 """The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -9,23 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from nearplane.budget import decide
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.core.moments import Moments
+from nearplane.devices import pick_device, pick_dtype
 from nearplane.estimate import refuse
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
-from nearplane.interrupts import stoppable
+from nearplane.interrupts import Stop, stoppable
 from nearplane.methods import Method, NearPlane
-from nearplane.models.discover import Stage, linears_besides
+from nearplane.mixed import WIDTHS, Override, make_mix
+from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
-from nearplane.plan import Dtype, FormatName, Plan, make_plan, pick_device, pick_dtype
+from nearplane.plan import Dtype, FormatName, Plan, make_plan
 from nearplane.progress import bar
 from nearplane.ranks import Ranks, together
 from nearplane.report import LinearRow, Report, observed
+from nearplane.rest import write_the_rest
 from nearplane.resume import replay, restore, seal
 from nearplane.rows import solve
 from nearplane.runtime.cpu import Arithmetic
@@ -39,6 +45,10 @@ def quantize(
     method: Method | None = None,
     grid: Grid | None = None,
     calibration: Calibration | None = None,
+    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
+    ignore: Sequence[str] = (),
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -51,7 +61,10 @@ def quantize(
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
-    NearPlane() unless given. ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
+    NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
+    {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mixed.py``).
+    ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``budget.py``).
+    ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
     settings must be the same. Raises NearplaneError for whatever cannot work, a run that does not fit into memory or onto
@@ -61,6 +74,7 @@ def quantize(
     Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
     the solving, rank 0 writes, and each is given the same report.
     """
+    mix = make_mix(override, ignore, budget, widths)
     with together(device) as ranks:
         writer = ranks.first(lambda: Writer(Path(out), resume=resume))
         plan = make_plan(
@@ -72,6 +86,7 @@ def quantize(
             ranks.device,
             dtype,
             trust_remote_code,
+            mix,
         )
         if not force:
             refuse(plan, Path(out), offload is not None, ranks)
@@ -145,6 +160,8 @@ def _walk(
     """The run: every block in turn, then what is not quantized. Only rank 0 has a writer, and its report is the run's."""
     quiet = ranks.rank > 0
     with writer or nullcontext(), stoppable(ranks.most, quiet=quiet) as stop, bar(progress) as display:
+        if plan.undecided:
+            plan = _decide(plan, writer, report, ranks, offload, display, stop)
         done = ranks.tell(ranks.first(lambda: restore(plan, writer, report) if writer else []) or [])
         task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
         if progress:
@@ -165,7 +182,7 @@ def _walk(
                 rows = _solve_stage(plan, block, stage, writer, report, ranks)
                 display.advance(task)
                 if progress:
-                    display.console.print(stage_line(block.block, stage, rows))
+                    display.console.print(stage_line(block.block, stage, rows, plan.mixed))
                 if stage is not block.stages[-1]:
                     stop.check()
             with report.timed("write"):
@@ -174,17 +191,37 @@ def _walk(
             stop.check()
         with report.timed("write"):
             if writer:
-                _write_the_rest(plan, writer, report)
+                write_the_rest(plan, writer, report)
+
+
+def _decide(
+    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, display: Any, stop: Stop
+) -> Plan:
+    """The plan with the bits that its budget buys: rank 0 measures, all are told."""
+    task = display.add_task("budget", total=sum(len(block.stages) for block in plan.blocks))
+
+    def tick() -> None:
+        display.advance(task)
+        if ranks.world == 1:  # else ranks agree on a stop, and the others are not here
+            stop.check()
+
+    with report.timed("budget"):
+        found = ranks.first(lambda: decide(plan, writer.records if writer else [], offload, tick))
+        choices = ranks.tell(found.choices if found else None)
+    display.remove_task(task)
+    plan = plan if choices is None else plan.decided(choices)
+    report.settings = plan.settings
+    return plan
 
 
 def _solve_stage(
     plan: Plan, block: OpenBlock, stage: Stage, writer: Writer | None, report: Report, ranks: Ranks
 ) -> list[LinearRow]:
-    """Observe one stage's input, prepare once on every rank, solve the rows of all its weights together.
+    """Observe one stage's input, prepare once on every rank, solve the rows of all its weights on one grid together.
 
     Every rank puts the result in place; the one with the writer also measures and writes it, and returns the rows.
     """
-    moments, state = None, None
+    moments, state, rows = None, None, list[LinearRow]()
     where = stage[0].name
     ranks.at(where)
     try:
@@ -196,65 +233,47 @@ def _solve_stage(
             report.events += observed(where, moments, power)
             with report.timed("prepare"):
                 state = plan.method.prepare(moments)
-        start = time.perf_counter()
-        with report.timed("solve"):  # all rows that read this input at once
-            stacked = torch.cat([block.weight(site) for site in stage])
-            number = block.k * len(block.stages) + block.stages.index(stage)
-            solved = solve(ranks, plan.method, stacked, state, plan.grid, number)
-        seconds = (time.perf_counter() - start) / len(stacked)
-        rows, done = [], 0
-        for site in stage:
-            where, part = site.name, slice(done, done := done + site.shape[0])
-            weight, quantized = stacked[part], solved.rows(part)
-            block.replace(site, quantized, plan.grid)
-            if writer is None:
-                continue
-            factor, spent = getattr(state, "factor", None), seconds * len(weight)
-            with report.timed("measure"):
-                rows.append(report.add(site.name, weight, quantized, plan.grid, moments, factor, spent))
-            with report.timed("write"):
-                tensors = plan.format.tensors(plan.disk_name(site.name), quantized, plan.grid)
-                report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
-                writer.put(tensors)
+        number = block.k * len(block.stages) + block.stages.index(stage)
+        for grid, part in plan.parts(stage):
+            where = part[0].name
+            rows += _solve(plan, block, part, grid, moments, state, number, writer, report, ranks)
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
-    if rows:
-        report.settle(stage[0].name, solved.course, rows[0])
     return rows
 
 
-def _write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
-    """Everything that was not quantized, the configuration, the tokenizer and the report; the index comes last."""
-    source = plan.source
-    sites = {source.names[site.name + ".weight"]: site.name for block in plan.blocks for site in block.sites}
-    for name in sorted(source.store.names):
-        report.bytes["before"] += source.store.nbytes(name)
-        if name in sites:
+def _solve(
+    plan: Plan,
+    block: OpenBlock,
+    sites: Stage,
+    grid: Grid,
+    moments: Moments | None,
+    state: Any,
+    number: int,
+    writer: Writer | None,
+    report: Report,
+    ranks: Ranks,
+) -> list[LinearRow]:
+    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each."""
+    start = time.perf_counter()
+    with report.timed("solve"):
+        stacked = torch.cat([block.weight(site) for site in sites])
+        solved = solve(ranks, plan.method, stacked, state, grid, number)
+    seconds = (time.perf_counter() - start) / len(stacked)
+    rows, done = [], 0
+    for site in sites:
+        part = slice(done, done := done + site.shape[0])
+        weight, quantized = stacked[part], solved.rows(part)
+        block.replace(site, quantized, grid)
+        if writer is None:
             continue
-        value = source.store.get(name)
-        value = value.to(plan.stored) if value.is_floating_point() else value
-        report.bytes["dense"] += value.nbytes
-        if value.dim() >= 2:
-            missed = any(name == source.names.get(linear + ".weight") for b in plan.blocks for linear in b.unreached)
-            reason = "the probe forward did not reach it" if missed else "not a linear of a block"
-            report.dense.append({"name": name, "bytes": value.nbytes, "reason": reason})
-        writer.put({name: value})
-    report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
-    quantized = set(sites.values())
-    ignore = linears_besides(source.model, quantized)
-    settings = {
-        "static_groups": getattr(plan.method, "static_groups", True),
-        "true_sequential": True,
-        "version": report.versions["nearplane"],
-    }
-    if hasattr(plan.method, "damp_percent"):
-        settings["damp_percent"] = plan.method.damp_percent
-    quantization = plan.format.config(plan.grid, ignore=ignore, settings=settings)
-    config = {key: value for key, value in source.raw_config().items() if key != "torch_dtype"}
-    dtype = {"dtype": str(plan.stored).removeprefix("torch.")}
-    writer.json("config.json", config | dtype | {"quantization_config": quantization})
-    for name, content in plan.format.extra_files(quantization).items():
-        writer.json(name, content)
-    writer.companions(source.folder, code=source.trust_remote_code)
-    writer.json("report.json", report.as_dict())
-    writer.finish()
+        factor, spent = getattr(state, "factor", None), seconds * len(weight)
+        with report.timed("measure"):
+            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent))
+        with report.timed("write"):
+            tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
+            report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
+            writer.put(tensors)
+    if rows:
+        report.settle(sites[0].name, solved.course, rows[0])
+    return rows

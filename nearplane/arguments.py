@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import re
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,6 +13,7 @@ import tyro
 
 from nearplane.core.errors import SettingError
 from nearplane.methods import METHODS, Method
+from nearplane.mixed import FIELDS, Override
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -63,6 +65,26 @@ def canonical(argv: list[str]) -> list[str]:
         else:
             result.append(ALIASES.get(flag, flag) + equals + value)
     return result
+
+
+def override(word: str) -> Override:
+    """``REGEX=FIELD=VALUE,...``; the pattern may hold signs of equality itself."""
+    found = re.fullmatch(r"(.+?)=(\w+=[^=,]*(?:,\w+=[^=,]*)*)", word)
+    if not found:
+        raise SettingError(
+            f"--override {word!r} is not of the form REGEX=FIELD=VALUE,..., as 'down_proj=bits=8,sym=false'."
+        )
+    pattern, fields = found.group(1), dict(part.split("=") for part in found.group(2).split(","))
+    values: dict[str, Any] = {}
+    for field, value in fields.items():
+        if field not in FIELDS:
+            raise SettingError(f"--override {word!r}: an override knows {', '.join(FIELDS)}, not {field!r}.")
+        values[field] = value
+        if field == "sym":
+            values[field] = {"true": True, "false": False}.get(value.lower(), value)
+        elif field != "fit" and re.fullmatch(r"-?\d+", value):
+            values[field] = int(value)
+    return Override(pattern, **values)
 
 
 def method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from nearplane import __version__, flags
 from nearplane.api import evaluate, load, quantize
-from nearplane.arguments import canonical, method_class, parse
+from nearplane.arguments import canonical, method_class, override, parse
 from nearplane.calibrate.data import Calibration
 from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
@@ -140,9 +140,20 @@ def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:
 
 def _choices(args: Any) -> dict[str, Any]:
     """What ``quantize`` and ``forecast`` take alike."""
-    names = ("grid", "calibration", "format", "device", "dtype", "offload", "trust_remote_code")
+    names = (
+        "grid",
+        "calibration",
+        "format",
+        "device",
+        "dtype",
+        "offload",
+        "trust_remote_code",
+        "ignore",
+        "budget",
+        "widths",
+    )
     same = {name: getattr(args, name) for name in names}
-    return {"method": args.method_options, **same}
+    return {"method": args.method_options, "override": [override(word) for word in args.override], **same}
 
 
 def _eval(argv: list[str]) -> None:

@@ -187,8 +187,8 @@ class _Walk:
         apart = [name for name in numbers if name not in inside and not (head and name.startswith(head + "."))]
         self.outside = sum(numbers[name] for name in apart)
         self.largest_outside = max((numbers[name] for name in apart), default=0)
-        sites = {source.names[s.name + ".weight"]: s.shape for b in plan.blocks for s in b.sites}
-        self.quantized = sum(plan.format.nbytes(shape, plan.grid) for shape in sites.values())
+        sites = {source.names[s.name + ".weight"]: s for b in plan.blocks for s in b.sites}
+        self.quantized = plan.nbytes(list(sites.values()))
         rest = [name for name in store.names if name not in sites]
         self.dense = sum(_stored(plan, name) for name in rest)
         self.largest_dense = max((prod(store.shape(name)) for name in rest), default=0)
@@ -224,8 +224,7 @@ class _Walk:
             "block": self.size * (self.blocks[block.name + "."] + linears * (self.streams == 2)),
             "streams": self.size * self.waiting * self.hidden * self.streams,
         }
-        packed = sum(self.plan.format.nbytes(site.shape, self.plan.grid) for site in block.sites)
-        pending = min(packed, SHARD_BYTES)
+        pending = min(self.plan.nbytes(block.sites), SHARD_BYTES)
         shapes = [stage_shape(stage, self.streams == 2) for stage in block.stages]
         for number, (stage, shape) in enumerate(zip(block.stages, shapes, strict=True)):
             waiting = (self.tokens if self.kept else self.batch) * self.streams

@@ -8,6 +8,7 @@ import tyro
 
 from nearplane.core.grid import Grid
 from nearplane.methods import METHODS
+from nearplane.mixed import WIDTHS
 from nearplane.plan import Dtype, FormatName
 from nearplane.runtime.cpu import Arithmetic
 
@@ -20,6 +21,16 @@ class Job:
     """A local transformers folder, a hub id, or "demo"."""
     method: Annotated[str, tyro.conf.arg(metavar="|".join(METHODS))] = "nearplane"
     """How weights are solved, or package.module:Class for your own. --help shows the options of the method given."""
+    override: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="REGEX=FIELD=VALUE,...")]] = ()
+    """Another grid where REGEX is found in a linear's name: bits, group_size, sym or fit. Repeatable; the last one wins.
+    As 'down_proj=bits=8,group_size=64'."""
+    ignore: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="REGEX")]] = ()
+    """Leave dense the linears in whose names REGEX is found. Repeatable."""
+    budget: Annotated[float | None, tyro.conf.arg(metavar="BITS")] = None
+    """Choose the bits of every stage, from --widths, so that quantized weights take so many bits on average, scales and zeros
+    counted, at the least sum of errors. They are measured first; --bits is not used."""
+    widths: tuple[int, ...] = WIDTHS
+    """The bits that --budget chooses from."""
     format: FormatName = "compressed-tensors"
     """Checkpoint format."""
     device: str = "auto"

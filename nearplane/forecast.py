@@ -1,16 +1,19 @@
 """What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nearplane.budget import measuring
 from nearplane.calibrate.data import Calibration
 from nearplane.core.grid import Grid
 from nearplane.estimate import Estimate, Memory, estimate, gb, suggestions
-from nearplane.formats.engines import ENGINES, caveat, refusal
+from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
 from nearplane.machine import free_disk
 from nearplane.methods import Method, NearPlane
+from nearplane.mixed import WIDTHS, Override, make_mix
 from nearplane.pace import pace
 from nearplane.plan import Dtype, FormatName, Plan, sketch_plan
 
@@ -25,9 +28,18 @@ class Forecast:
 
     def engines(self) -> list[tuple[str, str | None, str | None]]:
         """Each engine, why it does not load such a checkpoint, and on what condition it does."""
-        plan = self.plan
-        what = plan.format.name, plan.grid, sorted({site.shape for block in plan.blocks for site in block.sites})
-        return [(engine, refusal(engine, *what), caveat(engine, *what)) for engine in ENGINES]
+        plan, shapes = self.plan, dict[Grid, set[tuple[int, int]]]()
+        for site in plan.sites:
+            for grid in plan.possible(site):
+                shapes.setdefault(replace(grid, fit=plan.grid.fit), set()).add(site.shape)
+        found = []
+        for engine in ENGINES:
+            each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
+            no = next((reason for what in each if (reason := refusal(*what))), None)
+            conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
+            but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
+            found.append((engine, no, None if no else but or None))
+        return found
 
     def lacking(self) -> list[str]:
         """Why the run does not fit here; empty if it does."""
@@ -52,7 +64,8 @@ class Forecast:
         windows, seqlen = found.windows
         data = f", {windows} x {seqlen} tokens" if windows else ", no data"
         sites = sum(len(block.sites) for block in plan.blocks)
-        grid = f"{plan.grid.bits} bits, group {plan.grid.group_size}"
+        bits = plan.grid.bits if plan.mix.budget is None else f"on average {plan.mix.budget:g}"
+        grid = f"{bits} bits, group {plan.grid.group_size}"
         lines = [
             f"{plan.source.name}: {sites} linears in {len(plan.blocks)} blocks; {type(plan.method).__name__}, {grid}{data}",
             f"largest stage {found.largest}, {found.largest_shape[0]} x {found.largest_shape[1]}",
@@ -84,6 +97,10 @@ def forecast(
     method: Method | None = None,
     grid: Grid | None = None,
     calibration: Calibration | None = None,
+    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
+    ignore: Sequence[str] = (),
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -101,9 +118,16 @@ def forecast(
         device,
         dtype,
         trust_remote_code,
+        make_mix(override, ignore, budget, widths),
     )
     found = estimate(plan, offload is not None)
-    return Forecast(plan, found, pace(plan, found, time.perf_counter() - start))
+    spent = pace(plan, found, time.perf_counter() - start)
+    if plan.undecided:
+        walk = measuring(plan)
+        first = pace(walk, estimate(walk, offload is not None), 0.0)
+        spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare"))
+        spent["budget"] += first["solve"] * max((len(unit.widths) for unit in plan.units), default=0)
+    return Forecast(plan, found, spent)
 
 
 def _table(memory: Memory, available: int | None) -> list[str]:

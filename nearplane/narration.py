@@ -1,5 +1,7 @@
 """What a run says while it works: the head, one line per stage that a person can judge, the summary."""
 
+from typing import Any
+
 from nearplane.models.discover import Block, Stage
 from nearplane.progress import CONSOLE
 from nearplane.report import LinearRow, Report
@@ -21,11 +23,17 @@ def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
     say(f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}")
     say(" ".join(["method", method.pop("name"), *(f"{k}={v}" for k, v in method.items())]))
     say(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
+    for some in settings.get("override", ()):
+        say(" ".join(["override", repr(some["pattern"]), *(f"{k}={v}" for k, v in some.items() if k != "pattern")]))
+    for pattern in settings.get("ignore", ()):
+        say(f"ignore {pattern!r}: left dense")
+    for line in choice_table(settings):
+        say(line)
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "tokens" in data else ""
     say(f"calibration {data['origin']}{amount}")
     if "tokens" in data:
         say("error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): every weight rounded to nearest instead")
-        usual = USUAL.get(grid["bits"])
+        usual = USUAL.get(grid["bits"]) if "choices" not in settings else None
         if usual is not None:
             say(f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g}; near or above rtn something is wrong,")
             say("unless α > 0: such a linear leaves its weight on purpose, to repair the drift of what came before")
@@ -37,9 +45,26 @@ def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
         say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
 
 
-def stage_line(block: Block, stage: Stage, rows: list[LinearRow]) -> str:
-    """One line a person can judge."""
+def choice_table(settings: dict[str, Any]) -> list[str]:
+    """What a budget has chosen, and the errors that it chose by."""
+    rows = settings.get("choices") or []
+    if not rows:
+        return []
+    labels = ["+".join([row["linears"][0], *(n.rpartition(".")[2] for n in row["linears"][1:])]) for row in rows]
+    wide = max(map(len, labels))
+    lines = [f"budget {settings['budget']:g} bits per weight, scales counted; bits chosen, error at each width"]
+    for label, row in zip(labels, rows, strict=True):
+        errors = "  ".join(f"{bits}: {error:.2e}" for bits, error in row["errors"].items())
+        lines.append(f"{label:<{wide}}  {row['bits']} bits  {errors}")
+    return lines
+
+
+def stage_line(block: Block, stage: Stage, rows: list[LinearRow], mixed: bool = False) -> str:
+    """One line a person can judge; ``mixed``: linears differ in their grids, so the line says which this stage has."""
     names = "+".join(site.name.removeprefix(block.name + ".").rpartition(".")[2] for site in stage)
+    if mixed:
+        grids = dict.fromkeys(f"{row.bits}/{row.group_size}" for row in rows)
+        names = f"{names:<28} bits/group {', '.join(grids)} "
     seconds = sum(row.seconds for row in rows)
     if rows[0].error is None:
         return f"{block.name} {names:<28} weight error {max(r.weight_error for r in rows):.4f}  {seconds:.1f}s"

@@ -1,6 +1,7 @@
 """Everything decided before the first block is opened; whatever cannot work is refused here, in one sentence."""
 
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -8,14 +9,17 @@ import torch
 from torch import nn
 
 from nearplane.calibrate.data import Calibration, Tokens
-from nearplane.core.errors import NumericalError, SettingError
+from nearplane.choices import Unit, allowed, check_budget, units
+from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.devices import pick_device, pick_dtype
 from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method
 from nearplane.methods.base import Need
-from nearplane.models.discover import Block, discover
+from nearplane.mixed import ALIKE, Mix, assign, leave_out, refuse_split
+from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.ranks import Ranks
@@ -39,6 +43,63 @@ class Plan:
     stored: torch.dtype
     compute: torch.dtype
     device: torch.device
+    mix: Mix = ALIKE
+    """In what linears differ from ``grid``."""
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    """The grid of each site by name, as far as it is settled."""
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Linears left dense, by name on disk, with the pattern that left them out."""
+    units: Sequence[Unit] = ()
+    """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
+    choices: list[dict[str, Any]] | None = None
+    """What it has chosen."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, in order."""
+        return [site for block in self.blocks for site in block.sites]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a budget has yet to choose bits."""
+        return self.mix.budget is not None and self.choices is None
+
+    def decided(self, choices: list[dict[str, Any]]) -> "Plan":
+        """With the bits that a budget has chosen."""
+        bits = {name: row["bits"] for row in choices for name in row["linears"]}
+        grids = {n: replace(grid, bits=bits[n]) if n in bits else grid for n, grid in self.grids.items()}
+        return replace(self, grids=grids, choices=choices)
+
+    def grid_of(self, site: Site) -> Grid:
+        """The grid of one site."""
+        return self.grids.get(site.name, self.grid)
+
+    def possible(self, site: Site) -> list[Grid]:
+        """The grids that a site may get: one, unless a budget is undecided."""
+        widths = next((unit.widths for unit in self.units if site in unit.sites), ()) if self.undecided else ()
+        return [replace(self.grid_of(site), bits=bits) for bits in widths] or [self.grid_of(site)]
+
+    def parts(self, stage: Stage) -> list[tuple[Grid, Stage]]:
+        """A stage by grids: what can be solved as one weight."""
+        found: dict[Grid, Stage] = {}
+        for site in stage:
+            found.setdefault(self.grid_of(site), []).append(site)
+        return list(found.items())
+
+    def nbytes(self, sites: list[Site]) -> int:
+        """Bytes that these sites take when they are written, at most where a budget is undecided."""
+        total = sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
+        return min(total, allowed(self.sites, self.mix)) if self.undecided else total
+
+    @property
+    def mixed(self) -> bool:
+        """Whether linears differ in what is stored of their grids."""
+        return len({replace(grid, fit=self.grid.fit) for grid in self.grids.values()}) > 1
+
+    def quantization(self, *, ignore: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        """The ``quantization_config``. Loaders look for a linear by its name in the model or on disk: both are named."""
+        grids = {name: grid for site, grid in self.grids.items() for name in (self.disk_name(site), site)}
+        return self.format.config(self.grid, ignore=ignore, settings=settings, grids=grids)
 
     def stream(self, offload: Path | None = None, ranks: Ranks | None = None) -> Any:
         """The walk over blocks; ``offload``: a folder for the hidden states; ``ranks``: who shares the samples."""
@@ -69,8 +130,8 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What this run can do but a user should know before it starts."""
-        shapes = sorted({site.shape for block in self.blocks for site in block.sites})
-        notes = [self.format.warn(self.grid, shape) for shape in shapes]
+        weights = sorted({(site.shape, self.grid_of(site)) for site in self.sites}, key=lambda pair: pair[0])
+        notes = [self.format.warn(grid, shape) for shape, grid in weights]
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
@@ -118,6 +179,8 @@ class Plan:
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": self.device.type,  # which of the GPUs decides nothing
+            **self.mix.settings,
+            **({} if self.choices is None else {"choices": self.choices}),
         }
 
     @property
@@ -140,11 +203,12 @@ def make_plan(
     device: str,
     dtype: str,
     trust_remote_code: bool,
+    mix: Mix = ALIKE,
 ) -> Plan:
     """Open the source and settle every choice; refuse, before any compute, what cannot work."""
     where = _choices(method, format, device)
     source = open_source(model, trust_remote_code=trust_remote_code)
-    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype)
+    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
         check_vocabulary(tokens.ids, source.model)
@@ -162,6 +226,7 @@ def sketch_plan(
     device: str,
     dtype: str,
     trust_remote_code: bool,
+    mix: Mix = ALIKE,
 ) -> Plan:
     """The same choices and refusals without reading a weight or a token: MODEL may be a lone config.json.
 
@@ -169,7 +234,7 @@ def sketch_plan(
     """
     where = _choices(method, format, device)
     source = open_sketch(model, trust_remote_code=trust_remote_code)
-    return _settle(source, discover_sketch(source), method, grid, calibration, format, where, dtype)
+    return _settle(source, discover_sketch(source), method, grid, calibration, format, where, dtype, mix)
 
 
 def _choices(method: Method, format: str, device: str) -> torch.device:
@@ -194,54 +259,35 @@ def _settle(
     format: str,
     where: torch.device,
     dtype: str,
+    mix: Mix,
 ) -> Plan:
-    """Dtypes and grid; refuse what the format or the method cannot hold."""
+    """Dtypes and grids; refuse what the format or the method cannot hold."""
     stored = pick_dtype(dtype) or source.dtype
     compute = torch.float32 if where.type == "cpu" else source.dtype
     grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
-    for block in blocks:
-        for site in block.sites:
-            reason = FORMATS[format].supports(grid, site.shape)
-            if site.transposed:
-                reason = conv1d_reason(FORMATS[format]) or reason
-            reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
-            if reason is not None:
-                raise SettingError(f"{site.name}: {reason}.")
-    return Plan(source, blocks, None, method, grid, calibration, FORMATS[format], stored, compute, where)
+    disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
+    blocks, ignored = leave_out(blocks, mix, disk.__getitem__, linears_besides(source.model, set(disk)))
+    sites = [site for block in blocks for site in block.sites]
+    grids, fixed = assign([disk[site.name] for site in sites], grid, mix)
+    refuse_split(grids, ignored, mix, fixed)
+    for site in sites:
+        left = mix.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
+        reason = None if left else FORMATS[format].supports(grids[disk[site.name]], site.shape)
+        if site.transposed:
+            reason = conv1d_reason(FORMATS[format]) or reason
+        reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
+        if reason is not None:
+            raise SettingError(f"{site.name}: {reason}.")
+    by_site = {site.name: grids[disk[site.name]] for site in sites}
+    chosen = FORMATS[format]
+    plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
+    return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
 
 
-def _check_dense(source: Source, blocks: list[Block], stored: torch.dtype) -> None:
-    """What is copied must be finite, and stay so in the dtype it is stored in."""
-    sites = {source.names[site.name + ".weight"] for block in blocks for site in block.sites}
-    for name in sorted(source.store.names - sites):
-        value = source.store.get(name)
-        if not value.is_floating_point():
-            continue
-        if not bool(value.isfinite().all()):
-            raise NumericalError(
-                f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
-            )
-        if not bool(value.to(stored).isfinite().all()):
-            raise NumericalError(f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype.")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. SettingError when it cannot hold a tensor."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
-    return device
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name, None for "auto"; SettingError for any other than the three that checkpoints are stored in."""
-    if name == "auto":
-        return None
-    if name not in ("float32", "float16", "bfloat16"):
-        raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {name!r}.")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
+    """The plan with the bits of all linears but the ``fixed`` ones left to its budget."""
+    free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.mix, plan.format)
+    check_budget(free, plan.sites, plan.grids, plan.mix, plan.format)
+    widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
+    grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
+    return replace(plan, units=free, grids=grids)

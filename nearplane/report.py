@@ -52,12 +52,14 @@ class LinearRow:
     damp_percent: float | None
     damp_raised: int
     alpha: float | None  # share of the exact target's step that held-out tokens wanted
-    rounds: int | None  # refinement rounds kept, of all linears that read this input together
+    rounds: int | None  # refinement rounds kept, of all linears that read this input on this grid together
     rejected: int | None  # refinement rounds undone: they raised the held-out loss
     residual: bool  # the target answers the drift of the residual stream, too
     tokens: int
     dropped: int
     seconds: float
+    bits: int | str | None = None  # None in the records of runs that were begun by a version that did not write it
+    group_size: int | None = None
 
 
 class Mark(NamedTuple):
@@ -156,6 +158,8 @@ class Report:
             tokens=0 if moments is None else moments.tokens,
             dropped=0 if moments is None else moments.dropped,
             seconds=seconds,
+            bits=grid.bits,
+            group_size=grid.group_size,
         )
         self.linears.append(row)
         if row.bound_ratio is not None and row.bound_ratio > 1:
@@ -242,7 +246,7 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
         w, q = weight[part], quantized.rows(part)
         delta, rtn = dequantize(q, grid).to(w.dtype).sub_(w), _rounded(w, q, grid).sub_(w)
         wanted = pull(w, moments.D, None if R is None else R[part])
-        energies = [_energy(each, moments.H) for each in (w, delta, rtn)]
+        energies = [energy(each, moments.H) for each in (w, delta, rtn)]
         found = [0.0, 0.0, *energies, *(float((each * wanted).sum()) for each in (delta, rtn))]
         total = _Measured(*(a + b for a, b in zip(total, found, strict=True)))
     return total
@@ -260,7 +264,7 @@ def observed(name: str, moments: Moments, power: int) -> list[str]:
     return events
 
 
-def _energy(weight: Tensor, H: Tensor) -> float:
+def energy(weight: Tensor, H: Tensor) -> float:
     """``tr(W H Wᵀ)``: mean squared output over the calibration tokens."""
     return float((weight @ H).mul_(weight).sum())
 

@@ -66,12 +66,14 @@ def seal(plan: Plan, writer: Writer, report: Report, block: OpenBlock, mark: Mar
 
 def replay(plan: Plan, shards: list[Path], block: OpenBlock) -> None:
     """Put the codes of a finished block, from its shards, back into the model, so that the streams can run through it."""
+    if not block.block.sites:
+        return
     store = Store.of(shards)
-    checkpoint = read_tensors(store, {}, plan.format.config(plan.grid, ignore=(), settings={}))
+    checkpoint = read_tensors(store, {}, plan.quantization(ignore=[], settings={}))
     for site in block.block.sites:
         codes, scale, zero = checkpoint.quantized(plan.disk_name(site.name))[:3]
         scale = scale.to(plan.device, block.walk.solve_dtype)
-        block.replace(site, Quantized(codes.to(plan.device), scale, zero.to(plan.device)), plan.grid)
+        block.replace(site, Quantized(codes.to(plan.device), scale, zero.to(plan.device)), plan.grid_of(site))
 
 
 def _next(plan: Plan, writer: Writer) -> str:

@@ -5,7 +5,6 @@ speaks of every linear, siblings that an engine can fuse, every weight that the 
 of the list, never an exception; only a folder that is no checkpoint at all raises. One tensor is in memory at a time.
 """
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 from nearplane.formats.base import conv1d_reason
-from nearplane.formats.engines import ENGINES, caveat, order_refusal, refusal
+from nearplane.formats.engines import ENGINES, caveat, fused, grid_name, mixed_caveat, order_refusal, refusal
 from nearplane.formats.examine import examine
 from nearplane.formats.files import FileSum, Findings, check_files, files, holds_weights, sums
 from nearplane.formats.read import Checkpoint, open_checkpoint
@@ -29,12 +28,6 @@ from nearplane.models.load import misfit
 from nearplane.models.source import locate, names_in_model, open_skeleton
 from nearplane.progress import bar
 
-# Linears that read the same input, which engines fuse into one: they must share bits and group size.
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"),
-    ("q", "k", "v"), ("wq", "wk", "wv"), ("wi_0", "wi_1"),
-)  # fmt: skip
-EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 LISTED = 5
 
 
@@ -168,33 +161,18 @@ def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
 def _check_siblings(checkpoint: Checkpoint, found: Findings) -> None:
     """Linears that engines fuse: all quantized or none, and alike."""
     dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")}
-    present = checkpoint.layers.keys() | dense
-    experts: dict[str, list[str]] = {}
-    for parent in sorted({name.rpartition(".")[0] for name in checkpoint.layers}):
-        for leaves in SIBLINGS:
-            names = [f"{parent}.{leaf}".removeprefix(".") for leaf in leaves]
-            _check_alike([name for name in names if name in present], checkpoint, found)
-    for name in present:
-        match = EXPERT.match(name)
-        if match:
-            experts.setdefault(match.group(1), []).append(name)
-    for names in experts.values():
-        _check_alike(sorted(names), checkpoint, found)
+    for names in fused(checkpoint.layers.keys() | dense):
+        _check_alike(names, checkpoint, found)
 
 
 def _check_alike(names: list[str], checkpoint: Checkpoint, found: Findings) -> None:
     kinds: dict[str, str] = {}
     for name in names:
         layer = checkpoint.layers.get(name)
-        kinds.setdefault("not quantized" if layer is None else _grid_name(layer.grid), name)
+        kinds.setdefault("not quantized" if layer is None else grid_name(layer.grid), name)
     if len(kinds) > 1:
         told = "; ".join(f"{name} {kind}" for kind, name in kinds.items())
         found.problem(f"Engines fuse these, and they differ: {told}.")
-
-
-def _grid_name(grid: Grid) -> str:
-    groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
-    return f"{grid.storage_bits} bits in {groups}{'' if grid.sym else ', asymmetric'}"
 
 
 def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -> None:
@@ -212,6 +190,9 @@ def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -
             found.problem(f"engine {engine}: {reason}.")
         elif condition is not None:
             found.note(f"engine {engine}: {condition}.")
+    condition = mixed_caveat(engine, checkpoint.format) if len(shapes) > 1 else None
+    if condition is not None:
+        found.note(f"engine {engine}: {condition}.")
 
 
 def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Module, found: Findings) -> None:

@@ -44,11 +44,26 @@ class Format(Protocol):
     def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
         """Bytes of the tensors of a weight of this (out, in) shape; ``grid.scale_dtype`` counts."""
 
-    def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json; ``ignore``: module names left as they were."""
+    def config(
+        self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any], grids: Mapping[str, Grid] | None = None
+    ) -> dict[str, Any]:
+        """The ``quantization_config`` of config.json; ``ignore``: module names left as they were.
+
+        ``grids``: the grid of each quantized module by name, where they are not all ``grid``.
+        """
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Further JSON files the format wants beside config.json, by name."""
+
+
+def by_grid(grid: Grid, grids: Mapping[str, Grid] | None) -> dict[Grid, list[str]]:
+    """Names of modules by what disk tells of their grids, the grid of most first; of one grid alone no names."""
+    found: dict[Grid, list[str]] = {}
+    for name, some in (grids or {}).items():
+        found.setdefault(Grid(some.storage_bits, some.group_size, some.sym), []).append(name)
+    if len(found) > 1:
+        return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
+    return {next(iter(found), grid): []}
 
 
 def tail_reason(grid: Grid, in_features: int) -> str | None:

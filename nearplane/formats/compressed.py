@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
-from nearplane.formats.base import ONLY_HERE, check, tail_reason
+from nearplane.formats.base import ONLY_HERE, by_grid, check, tail_reason
 from nearplane.formats.bits import pack, words_of
 
 # The release of the library whose reading of these tensors is the one described here.
@@ -64,34 +64,22 @@ class CompressedTensors:
         zeros = 0 if grid.sym else 4 * groups * words_of(out, grid.storage_bits)
         return 4 * out * words_of(columns, grid.storage_bits) + scale.itemsize * out * groups + zeros + 16
 
-    def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-        """One group for all linear layers. The library refuses keys it does not know, so ``settings`` stay out."""
-        channel = grid.group_size == -1
-        weights = {
-            "num_bits": grid.storage_bits,
-            "type": "int",
-            "symmetric": grid.sym,
-            "strategy": "channel" if channel else "group",
-            "group_size": None if channel else grid.group_size,
-            "dynamic": False,
-            "actorder": None,
-            "block_structure": None,
-            "observer": "minmax",
-            "observer_kwargs": {},
-        }
-        group = {
-            "targets": ["Linear"],
-            "format": "pack-quantized",
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-        }
+    def config(
+        self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any], grids: Mapping[str, Grid] | None = None
+    ) -> dict[str, Any]:
+        """One group for all linear layers, or of several grids one group each, which names its modules.
+
+        None of several may target the class: vLLM asks for a fused module's class before it asks for the names of its
+        parts. The library refuses keys it does not know, so ``settings`` stay out.
+        """
+        groups = by_grid(grid, grids)
+        described = [_group(some, names or ["Linear"]) for some, names in groups.items()]
         return {
             "quant_method": "compressed-tensors",
             "version": LAYOUT_VERSION,
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
+            "config_groups": {f"group_{i}": group for i, group in enumerate(described)},
             "ignore": list(ignore),
             "kv_cache_scheme": None,
             "sparsity_config": {},
@@ -101,3 +89,27 @@ class CompressedTensors:
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """None."""
         return {}
+
+
+def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
+    """One config group."""
+    channel = grid.group_size == -1
+    weights = {
+        "num_bits": grid.storage_bits,
+        "type": "int",
+        "symmetric": grid.sym,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else grid.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }

@@ -2,9 +2,10 @@
 
 A table read from the engines' sources and documentation at the versions below, not run here but for what
 ``docs/formats.md`` marks as tested. ``refusal`` is a reason not to write such a checkpoint for that engine, ``caveat`` a
-condition under which it loads, or what it costs there.
+condition under which it loads, or what it costs there. ``fused`` says which linears engines run as one.
 """
 
+import re
 from collections.abc import Iterable
 
 from nearplane.core.errors import SettingError
@@ -20,6 +21,48 @@ FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 # Marlin, the fast kernel of vLLM and SGLang, knows these group sizes, 4 and 8 bits symmetric, and 4 bits asymmetric.
 MARLIN_GROUPS = (-1, 32, 64, 128)
 FAST_BITS = (4, 8)
+# Linears that read the same input, which engines fuse into one: they must share bits and group size.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"),
+    ("q", "k", "v"), ("wq", "wk", "wv"), ("wi_0", "wi_1"),
+)  # fmt: skip
+# What vLLM and SGLang call the fused module, by which they look for GPTQ's dynamic rules.
+FUSED_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
+
+
+def fused(names: Iterable[str]) -> list[list[str]]:
+    """Of these linears, those that engines fuse: siblings, and all experts of a layer."""
+    present = set(names)
+    groups = [[f"{parent}{leaf}" for leaf in leaves] for parent in sorted(map(_parent, present)) for leaves in SIBLINGS]
+    experts: dict[str, list[str]] = {}
+    for name in sorted(present):
+        match = EXPERT.match(name)
+        if match:
+            experts.setdefault(match.group(1), []).append(name)
+    found = [[name for name in group if name in present] for group in [*groups, *experts.values()]]
+    return [list(group) for group in dict.fromkeys(tuple(group) for group in found if len(group) > 1)]
+
+
+def fused_names(names: Iterable[str]) -> list[str]:
+    """What engines call the modules into which they fuse some of these linears."""
+    present, found = set(names), dict[str, None]()
+    for parent in sorted(map(_parent, present)):
+        for leaves, name in FUSED_NAMES.items():
+            if all(f"{parent}{leaf}" in present for leaf in leaves):
+                found[f"{parent}{name}"] = None
+    return list(found)
+
+
+def _parent(name: str) -> str:
+    """A module's name up to its last part, the dot included."""
+    return name[: len(name) - len(name.rpartition(".")[2])]
+
+
+def grid_name(grid: Grid) -> str:
+    """A grid as it is stored, in words."""
+    groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    return f"{grid.storage_bits} bits in {groups}{'' if grid.sym else ', asymmetric'}"
 
 
 def refusal(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int]]) -> str | None:
@@ -63,6 +106,19 @@ def caveat(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int
     if engine == "transformers":
         return _transformers(format, grid)
     return _marlin(engine, format, grid)
+
+
+def mixed_caveat(engine: str, format: str) -> str | None:
+    """What to know of a checkpoint whose linears have several grids, each of which the engine loads."""
+    _check(engine, format)
+    if format == "compressed-tensors":
+        return None
+    if engine == "transformers":
+        return (
+            "optimum, by which transformers loads GPTQ, knows one grid for all linears; "
+            "load this one, whose dynamic rules name several, with the package gptqmodel itself"
+        )
+    return f"{TITLES[engine]} takes several grids from GPTQ's dynamic rules, which nothing here has tried"
 
 
 def _marlin(engine: str, format: str, grid: Grid) -> str | None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
-from nearplane.formats.base import check, tail_reason
+from nearplane.formats.base import by_grid, check, tail_reason
 from nearplane.formats.bits import pack, words_of
+from nearplane.formats.engines import fused_names
 
 WIDTHS = (2, 3, 4, 8)
 # Kernels read words of 32 codes across both axes, and a 3-bit word only ends where 32 codes do.
@@ -69,12 +70,17 @@ class GPTQ:
         words = out * words_of(columns, grid.storage_bits) + groups * words_of(out, grid.storage_bits) + columns
         return 4 * words + 2 * out * groups
 
-    def config(self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    def config(
+        self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any], grids: Mapping[str, Grid] | None = None
+    ) -> dict[str, Any]:
         """Loaders' own fields first; whatever else ``settings`` holds is kept under ``meta``.
 
         The format knows no list of modules left out, but engines skip those that a ``dynamic`` rule starting with
-        "-:" matches. ``lm_head`` is left out unless the field of that name says otherwise.
+        "-:" matches; a rule starting with "+:" says in what a module differs from the rest. Engines that fuse modules
+        look for the fused one's name, so that it has a rule, too. ``lm_head`` is left out unless the field of that name
+        says otherwise.
         """
+        (grid, _), *others = by_grid(grid, grids).items()
         rest = dict(settings)
         config: dict[str, Any] = {
             "bits": grid.storage_bits,
@@ -91,9 +97,13 @@ class GPTQ:
         for field in ("true_sequential", "static_groups"):
             if field in rest:
                 config[field] = rest.pop(field)
-        skipped = [f"-:{_pattern(module)}" for module in ignore if module != "lm_head"]
-        if skipped:
-            config["dynamic"] = {rule: {} for rule in skipped}
+        skipped = [module for module in ignore if module != "lm_head"]
+        rules: dict[str, dict[str, Any]] = {f"-:{_pattern(module)}": {} for module in [*skipped, *fused_names(skipped)]}
+        for some, names in others:
+            rule = {"bits": some.storage_bits, "group_size": some.group_size, "sym": some.sym}
+            rules |= {f"+:{_pattern(module)}": dict(rule) for module in [*names, *fused_names(names)]}
+        if rules:
+            config["dynamic"] = rules
         config["meta"] = {"quantizer": [f"nearplane:{rest.pop('version', 'unknown')}"], **rest}
         return config
 

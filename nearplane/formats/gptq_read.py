@@ -1,7 +1,8 @@
 """Reading GPTQ checkpoints, versions 1 and 2: ours, and those of AutoGPTQ, GPTQModel and others.
 
-Decides bits and group size of each layer, which may differ from the configuration's where ``dynamic`` rules exist:
-then the shapes speak. Groups may be in any order (``desc_act``), and old checkpoints have no ``g_idx``.
+Decides bits and group size of each layer, which may differ from the configuration's where ``dynamic`` rules exist: then
+the first rule that matches the name speaks, and the shapes speak where they say otherwise.
+Groups may be in any order (``desc_act``), and old checkpoints have no ``g_idx``.
 """
 
 import re
@@ -55,7 +56,7 @@ def find_layers(store: Store, config: dict[str, Any], broken: dict[str, str] | N
     if size != -1 and size < 1:
         raise NearplaneError(f"{where} has group_size {size}; it must be positive or -1.")
     sym = setting(config, "sym", bool, True, where)
-    varied = bool(config.get("dynamic"))
+    rules = _rules(config, where)
 
     def find(name: str) -> StoredLayer:
         tensors = tensors_of(store, name, (*NEEDED, "g_idx"))
@@ -64,7 +65,7 @@ def find_layers(store: Store, config: dict[str, Any], broken: dict[str, str] | N
             sides = store.shape(tensors[suffix])
             if store.dtype(tensors[suffix]) != torch.int32 or len(sides) != 2 or min(sides) < 1:
                 raise NearplaneError(f"tensor {tensors[suffix]} in {store.folder} must be an int32 matrix.")
-        grid, shape = _grid(store, tensors, Grid(bits, size, sym), varied)
+        grid, shape = _grid(store, tensors, _ruled(name, rules, Grid(bits, size, sym), where), bool(rules))
         return StoredLayer(name, grid, shape, tensors, layout)
 
     return collect({name.removesuffix(".qweight") for name in store.names if name.endswith(".qweight")}, find, broken)
@@ -79,12 +80,31 @@ def expects(config: dict[str, Any], names: set[str]) -> bool:
     inner = [str(name) for part in inside for name in (part if isinstance(part, list) else [part])]
     if inner and not any(name == part or name.endswith("." + part) for name in names for part in inner):
         return False
-    rules = setting(config, "dynamic", dict, {}, where)
-    try:
-        skipped = [re.compile(str(rule).removeprefix("-:")) for rule in rules if str(rule).startswith("-:")]
-    except re.error as error:
-        raise NearplaneError(f"a rule of dynamic in the {where} is no regular expression: {error}.") from error
+    skipped = [pattern for pattern, rule in _rules(config, where) if rule is None]
     return not any(pattern.match(name) for name in names for pattern in skipped)
+
+
+def _rules(config: dict[str, Any], where: str) -> list[tuple[re.Pattern[str], dict[str, Any] | None]]:
+    """The ``dynamic`` rules in order: a pattern, matched from a name's start, and what it changes; None: left out."""
+    found: list[tuple[re.Pattern[str], dict[str, Any] | None]] = []
+    for rule, change in setting(config, "dynamic", dict, {}, where).items():
+        try:
+            pattern = re.compile(str(rule).removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            raise NearplaneError(f"a rule of dynamic in the {where} is no regular expression: {error}.") from error
+        changed = change if isinstance(change, dict) else {}
+        found.append((pattern, None if str(rule).startswith("-:") else changed))
+    return found
+
+
+def _ruled(name: str, rules: list[tuple[re.Pattern[str], dict[str, Any] | None]], grid: Grid, where: str) -> Grid:
+    """The grid of a layer by the first rule that matches it."""
+    rule = next((change for pattern, change in rules if pattern.match(name)), None) or {}
+    bits = setting(rule, "bits", int, grid.bits, f"{where}, dynamic")
+    size = setting(rule, "group_size", int, grid.group_size, f"{where}, dynamic")
+    if bits not in WIDTHS or (size != -1 and size < 1):
+        raise NearplaneError(f"{where} has a rule for {name} with bits {bits!r} and group_size {size!r}.")
+    return Grid(bits, size, setting(rule, "sym", bool, grid.sym, f"{where}, dynamic"))
 
 
 def decode(store: Store, layer: StoredLayer) -> Decoded:
@@ -110,7 +130,7 @@ def _grid(store: Store, tensors: dict[str, str], config: Grid, varied: bool) -> 
     rows, out = store.shape(tensors["qweight"])
     bits = config.storage_bits
     if varied:
-        bits = next((b for b in WIDTHS if words_of(out, b) == store.shape(tensors["qzeros"])[1]), bits)
+        bits = next((b for b in (bits, *WIDTHS) if words_of(out, b) == store.shape(tensors["qzeros"])[1]), bits)
     columns = rows * 32 // bits
     if "g_idx" in tensors and len(store.shape(tensors["g_idx"])) == 1:
         columns = store.shape(tensors["g_idx"])[0]

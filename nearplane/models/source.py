@@ -72,6 +72,22 @@ class Source:
             )
         return value
 
+    def check(self, besides: set[str], stored: torch.dtype) -> None:
+        """NumericalError for what is copied, all but the weights of ``besides``, and not finite as it will be stored."""
+        sites = {self.names[name + ".weight"] for name in besides}
+        for name in sorted(self.store.names - sites):
+            value = self.store.get(name)
+            if not value.is_floating_point():
+                continue
+            if not bool(value.isfinite().all()):
+                raise NumericalError(
+                    f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
+                )
+            if not bool(value.to(stored).isfinite().all()):
+                raise NumericalError(
+                    f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype."
+                )
+
     def load(self, prefix: str, device: torch.device, dtype: torch.dtype, *, skip: Iterable[str] = ()) -> None:
         """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``."""
         for name in self._below(prefix):

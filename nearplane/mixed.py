@@ -1,0 +1,208 @@
+"""Which linear gets which grid: overrides by name, linears left dense, and what a budget leaves open.
+
+A pattern is a regular expression that is searched (``re.search``) in a linear's name on disk, so that "down_proj" means
+every one of them and "layers\\.0\\." a block. Overrides are applied in the order in which they are given: of two that
+match a linear the later one wins, field by field. What is left out is left out whatever an override says.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any, Literal, get_args
+
+from nearplane.core.errors import SettingError
+from nearplane.core.grid import Fit, Grid
+from nearplane.formats.engines import fused, grid_name
+from nearplane.models.discover import Block
+
+FIELDS = ("bits", "group_size", "sym", "fit")
+WIDTHS = (2, 3, 4, 8)
+LISTED = 4
+
+
+@dataclass(frozen=True)
+class Override:
+    """Fields of the grid that are others for the linears whose names a pattern is found in."""
+
+    pattern: str
+    bits: int | Literal["ternary"] | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    fit: Fit | None = None
+
+    def __post_init__(self) -> None:
+        _compile("override", self.pattern)
+        if not self.fields:
+            raise SettingError(f"override {self.pattern!r} changes nothing; give it {', '.join(FIELDS)}.")
+        for field, right, what in (
+            ("bits", type(self.bits) is int or self.bits in (None, "ternary"), "2 to 8, or ternary"),
+            ("group_size", type(self.group_size) in (int, type(None)), "a whole number"),
+            ("sym", type(self.sym) in (bool, type(None)), "true or false"),
+            ("fit", self.fit in (None, *get_args(Fit)), f"one of {', '.join(get_args(Fit))}"),
+        ):
+            if not right:
+                raise SettingError(f"override {self.pattern!r}: {field} must be {what}; got {getattr(self, field)!r}.")
+        self.apply(Grid(group_size=1))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What it changes."""
+        return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}
+
+    def apply(self, grid: Grid) -> Grid:
+        """The grid with its fields changed. SettingError where they do not go together."""
+        try:
+            return replace(grid, **self.fields)
+        except SettingError as error:
+            raise SettingError(f"override {self.pattern!r}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.pattern!r} {' '.join(f'{field}={value}' for field, value in self.fields.items())}"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """In what linears differ from the one grid of a run."""
+
+    override: tuple[Override, ...] = ()
+    ignore: tuple[str, ...] = ()
+    budget: float | None = None
+    """Stored bits per quantized weight, scales and zeros counted; None: no bits are chosen."""
+    widths: tuple[int, ...] = WIDTHS
+    """The bits that a budget chooses from."""
+
+    def __post_init__(self) -> None:
+        for pattern in self.ignore:
+            _compile("ignore", pattern)
+        if self.budget is not None and not (isfinite(self.budget) and self.budget > 0):
+            raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
+        if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
+            raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report, without what was not asked for."""
+        override = [{"pattern": some.pattern, **some.fields} for some in self.override]
+        found: dict[str, Any] = {"override": override, "ignore": list(self.ignore)}
+        if self.budget is not None:
+            found |= {"budget": self.budget, "widths": sorted(set(self.widths))}
+        return {key: value for key, value in found.items() if value != []}
+
+
+ALIKE = Mix()
+
+
+def make_mix(
+    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None,
+    ignore: Sequence[str],
+    budget: float | None,
+    widths: Sequence[int],
+) -> Mix:
+    """From what a user gives. SettingError for what is no override."""
+    found: list[Override] = []
+    for entry in override.items() if isinstance(override, Mapping) else override or ():
+        if isinstance(entry, Override):
+            found.append(entry)
+            continue
+        pattern, fields = entry
+        unknown = sorted(set(fields) - set(FIELDS)) if isinstance(fields, Mapping) else [repr(fields)]
+        if unknown:
+            raise SettingError(f"override {pattern!r} knows {', '.join(FIELDS)}; got {', '.join(unknown)}.")
+        found.append(Override(pattern, **fields))
+    return Mix(tuple(found), (ignore,) if isinstance(ignore, str) else tuple(ignore), budget, tuple(widths))
+
+
+def leave_out(
+    blocks: list[Block], mix: Mix, disk: Callable[[str], str], others: Iterable[str]
+) -> tuple[list[Block], dict[str, str]]:
+    """The blocks without the linears that are left dense, and those, by name on disk, with their pattern.
+
+    ``others``: linears that stay dense anyway; a pattern may name them. SettingError for one that is found nowhere.
+    """
+    ignored: dict[str, str] = {}
+    sites = [site.name for block in blocks for site in block.sites]
+    for pattern in mix.ignore:
+        matched = [name for name in sites if re.search(pattern, disk(name))]
+        if not matched and not any(re.search(pattern, name) for name in others):
+            raise SettingError(_nowhere("ignore", pattern, [disk(name) for name in sites]))
+        for name in matched:
+            ignored.setdefault(disk(name), pattern)
+    if not ignored:
+        return blocks, ignored
+    kept = []
+    for block in blocks:
+        stages = [[site for site in stage if disk(site.name) not in ignored] for stage in block.stages]
+        kept.append(replace(block, stages=[stage for stage in stages if stage]))
+    if not any(block.stages for block in kept):
+        raise SettingError("ignore leaves every linear out; there is nothing to quantize.")
+    return kept, ignored
+
+
+def assign(names: Iterable[str], grid: Grid, mix: Mix) -> tuple[dict[str, Grid], frozenset[str]]:
+    """The grid of each linear by its name on disk, and those whose bits an override gives.
+
+    SettingError for an override whose pattern is found in no name.
+    """
+    grids, fixed = dict.fromkeys(names, grid), set()
+    for override in mix.override:
+        matched = [name for name in grids if re.search(override.pattern, name)]
+        if not matched:
+            raise SettingError(_nowhere("override", override.pattern, list(grids)))
+        for name in matched:
+            grids[name] = override.apply(grids[name])
+            if override.bits is not None:
+                fixed.add(name)
+    return grids, frozenset(fixed)
+
+
+def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], mix: Mix, fixed: frozenset[str]) -> None:
+    """SettingError where linears that engines fuse into one would differ, with the pattern to widen."""
+
+    def kind(name: str) -> str:
+        if name in ignored:
+            return "stays dense"
+        bits, _, rest = grid_name(grids[name]).partition(" in ")
+        if mix.budget is not None and name not in fixed:
+            bits = "bits by the budget"
+        return f"gets {bits} in {rest}"
+
+    if not mix.override and not mix.ignore:
+        return
+    patterns = [("override", some.pattern) for some in mix.override] + [("ignore", some) for some in mix.ignore]
+    for names in fused([*grids, *ignored]):
+        kinds: dict[str, str] = {}
+        for name in names:
+            kinds.setdefault(kind(name), name)
+        if len(kinds) == 1:
+            continue
+        (first, a), (second, b) = list(kinds.items())[:2]
+        partial = (
+            f"{what} {p!r}" for what, p in patterns if 0 < sum(bool(re.search(p, n)) for n in names) < len(names)
+        )
+        raise SettingError(
+            f"{first} {a} and {second} {b}, but engines fuse {some_of(names)}, which must be alike; "
+            f"widen {next(partial, 'the patterns')} to match all of them."
+        )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few."""
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _compile(what: str, pattern: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise SettingError(f"{what} takes a regular expression; got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise SettingError(f"{what} {pattern!r} is no regular expression ({error}).") from error
+
+
+def _nowhere(what: str, pattern: str, names: list[str]) -> str:
+    example = f", such as {names[0]}" if names else ""
+    return (
+        f"{what} {pattern!r} matches no linear that would be quantized{example}; nearplane inspect lists their names."
+    )

@@ -1,0 +1,45 @@
+"""What makes a checkpoint of quantized blocks a model: everything else, the configuration, the tokenizer, the report."""
+
+from nearplane.formats.write import Writer
+from nearplane.models.discover import linears_besides
+from nearplane.plan import Plan
+from nearplane.report import Report
+
+
+def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
+    """Everything that was not quantized, the configuration, the tokenizer and the report; the index comes last."""
+    source = plan.source
+    sites = {source.names[site.name + ".weight"]: site.name for block in plan.blocks for site in block.sites}
+    for name in sorted(source.store.names):
+        report.bytes["before"] += source.store.nbytes(name)
+        if name in sites:
+            continue
+        value = source.store.get(name)
+        value = value.to(plan.stored) if value.is_floating_point() else value
+        report.bytes["dense"] += value.nbytes
+        if value.dim() >= 2:
+            missed = any(name == source.names.get(linear + ".weight") for b in plan.blocks for linear in b.unreached)
+            reason = "the probe forward did not reach it" if missed else "not a linear of a block"
+            pattern = plan.ignored.get(name.removesuffix(".weight"))
+            reason = reason if pattern is None else f"left out by ignore {pattern!r}"
+            report.dense.append({"name": name, "bytes": value.nbytes, "reason": reason})
+        writer.put({name: value})
+    report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
+    quantized = set(sites.values())
+    ignore = linears_besides(source.model, quantized)
+    settings = {
+        "static_groups": getattr(plan.method, "static_groups", True),
+        "true_sequential": True,
+        "version": report.versions["nearplane"],
+    }
+    if hasattr(plan.method, "damp_percent"):
+        settings["damp_percent"] = plan.method.damp_percent
+    quantization = plan.quantization(ignore=ignore, settings=settings)
+    config = {key: value for key, value in source.raw_config().items() if key != "torch_dtype"}
+    dtype = {"dtype": str(plan.stored).removeprefix("torch.")}
+    writer.json("config.json", config | dtype | {"quantization_config": quantization})
+    for name, content in plan.format.extra_files(quantization).items():
+        writer.json(name, content)
+    writer.companions(source.folder, code=source.trust_remote_code)
+    writer.json("report.json", report.as_dict())
+    writer.finish()
