@@ -213,7 +213,7 @@ def make_plan(
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
         check_vocabulary(tokens.ids, source.model)
         plan = replace(plan, tokens=tokens)
-    _check_dense(source, plan.blocks, plan.stored)
+    source.check({site.name for site in plan.sites}, plan.stored)
     return plan
 
 
