@@ -181,7 +181,7 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], mix: Mix
             f"{what} {p!r}" for what, p in patterns if 0 < sum(bool(re.search(p, n)) for n in names) < len(names)
         )
         raise SettingError(
-            f"{first} {a} and {second} {b}, but engines fuse {some_of(names)}, which must be alike; "
+            f"{a} {first} and {b} {second}, but engines fuse {some_of(names)}, which must be alike; "
             f"widen {next(partial, 'the patterns')} to match all of them."
         )
 
