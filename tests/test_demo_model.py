@@ -70,7 +70,7 @@ def test_gptq_on_its_first_blocks_is_far_below_rounding(tmp_path: Path) -> None:
     with monkeypatch.context(), pytest.raises(Enough):
         nearplane.quantize("demo", tmp_path / "out", method=Brief(), grid=grid, calibration=few, progress=False)
     monkeypatch.undo()
-    assert len(rows) == 14 and not (tmp_path / "out").exists()
+    assert len(rows) == 14 and len(list((tmp_path / "out").glob("part-*"))) == 2  # two blocks are done, and kept
     for row in rows:
         assert row.error is not None and row.rtn_error is not None and row.error < 0.6 * row.rtn_error, row
 
