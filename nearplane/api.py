@@ -28,7 +28,7 @@ from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
-from nearplane.progress import bar
+from nearplane.progress import bar, waiting
 from nearplane.ranks import Ranks, together
 from nearplane.report import LinearRow, Report, observed
 from nearplane.rest import write_the_rest
@@ -74,25 +74,26 @@ def quantize(
     Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
     the solving, rank 0 writes, and each is given the same report.
     """
-    mix = make_mix(override, ignore, budget, widths)
+    mix, scratch = make_mix(override, ignore, budget, widths), None if offload is None else Path(offload)
     with together(device) as ranks:
         writer = ranks.first(lambda: Writer(Path(out), resume=resume))
-        plan = make_plan(
-            model,
-            method or NearPlane(),
-            grid or Grid(),
-            calibration or Calibration(),
-            format,
-            ranks.device,
-            dtype,
-            trust_remote_code,
-            mix,
-        )
+        with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
+            plan = make_plan(
+                model,
+                method or NearPlane(),
+                grid or Grid(),
+                calibration or Calibration(),
+                format,
+                ranks.device,
+                dtype,
+                trust_remote_code,
+                mix,
+            )
         if not force:
-            refuse(plan, Path(out), offload is not None, ranks)
+            refuse(plan, Path(out), scratch, ranks)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
-        _walk(plan, writer, report, ranks, None if offload is None else Path(offload), progress and ranks.rank == 0)
+        _walk(plan, writer, report, ranks, scratch, progress and ranks.rank == 0)
         return ranks.tell(report)
 
 

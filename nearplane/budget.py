@@ -74,6 +74,7 @@ def _measure_stage(
     state, H = None, None
     if walk.method.needs:
         moments = block.observe(stage, walk.method.needs)
+        moments.rescale()
         moments.check()
         state, H = walk.method.prepare(moments), moments.H
     for grid, sites in walk.parts(free):

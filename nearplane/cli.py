@@ -26,12 +26,13 @@ from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.forecast import forecast
-from nearplane.formats.journal import STATE
+from nearplane.formats.journal import STATE, holder
 from nearplane.generation import generate
 from nearplane.inspection import inspect
 from nearplane.interrupts import Interrupted
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
+from nearplane.progress import waiting
 from nearplane.ranks import is_first
 from nearplane.runtime.linear import quantized_linears
 from nearplane.speed import bench, check_threads
@@ -83,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     except NearplaneError as error:
         if not error.told:
             print(f"nearplane: {error}", file=sys.stderr)
-            _how_to_resume(argv)
+            if not isinstance(error, SettingError):  # which the same command would meet again
+                _how_to_resume(argv)
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,8 +103,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _left_something(argv: list[str]) -> bool:
-    """Whether a quantize command has left finished blocks in its OUT."""
-    return argv[0] == "quantize" and any((Path(word) / STATE).is_dir() for word in argv[1:] if word[:1] != "-")
+    """Whether a quantize command has left finished blocks in its OUT, and nobody else is at work there."""
+    folders = (Path(word) for word in argv[1:] if word[:1] != "-")
+    return argv[0] == "quantize" and any((folder / STATE).is_dir() and holder(folder) is None for folder in folders)
 
 
 def _how_to_resume(argv: list[str]) -> None:
@@ -121,7 +124,8 @@ def _quantize(argv: list[str]) -> None:
 
 def _plan(argv: list[str]) -> None:
     args = _job(flags.Plan, "plan", argv)
-    found = forecast(args.model, **_choices(args))
+    with waiting("measuring this machine, about ten seconds"):
+        found = forecast(args.model, **_choices(args))
     print(json.dumps(found.as_dict()) if args.json else found)
 
 

@@ -72,7 +72,8 @@ class Estimate:
     streams: int
     kept: bool  # paused forwards are kept: one forward per block
     windows: tuple[int, int]
-    offload: bool = False
+    offloaded: int = 0  # bytes of hidden states on disk
+    offload: Path | None = None  # where hidden states are meanwhile
     ranks: int = field(default=1, repr=False)  # of this run on this machine
     loaded: int = field(default=0, repr=False)  # of the CPU's need, what is in memory already
 
@@ -87,6 +88,9 @@ class Estimate:
         free, wanted = free_disk(out), sum(self.disk.values()) - written(out)
         if free is not None and wanted > free:
             lacks.append(f"needs {gb(wanted)} of disk, {gb(free)} are free")
+        free = None if self.offload is None else free_disk(self.offload)
+        if free is not None and self.offloaded > free:
+            lacks.append(f"needs {gb(self.offloaded)} for hidden states in {self.offload}, {gb(free)} are free")
         return lacks
 
     def available(self, memory: Memory) -> int | None:
@@ -99,10 +103,10 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         memory = [asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory]
-        return {k: v for k, v in asdict(self).items() if k not in ("loaded", "ranks")} | {"memory": memory}
+        return {k: v for k, v in asdict(self).items() if k not in ("loaded", "ranks", "offload")} | {"memory": memory}
 
 
-def refuse(plan: Plan, out: Path, offload: bool = False, ranks: Ranks | None = None) -> None:
+def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> None:
     """SettingError, with the numbers, where the run cannot fit into this machine's memory or the disk of ``out``.
 
     Several ``ranks`` hold some of the samples each, and those of one machine have its memory between them.
@@ -138,9 +142,9 @@ def suggestions(plan: Plan, found: Estimate, out: Path) -> list[str]:
     return tips
 
 
-def estimate(plan: Plan, offload: bool = False) -> Estimate:
-    """Memory and disk of a run of ``plan``; ``offload``: its hidden states are on disk."""
-    walk = _Walk(plan, offload)
+def estimate(plan: Plan, offload: Path | None = None) -> Estimate:
+    """Memory and disk of a run of ``plan``; ``offload``: where its hidden states are, if not in memory."""
+    walk = _Walk(plan, offload is not None)
     where, parts = max(walk.moments(), key=lambda moment: sum(moment[1].values()))
     loaded = sum(p.untyped_storage().nbytes() for p in plan.source.model.parameters() if p.device.type == "cpu")
     base = resident() - loaded
@@ -155,11 +159,10 @@ def estimate(plan: Plan, offload: bool = False) -> Estimate:
     stage = max((s for b in plan.blocks for s in b.stages), key=lambda s: stage_shape(s, False).m * s[0].shape[1])
     shape = stage_shape(stage, False)
     disk = {"quantized": walk.quantized, "dense": walk.dense, "other files": walk.files}
-    if offload:
-        disk["hidden states, meanwhile"] = walk.size * walk.tokens * walk.hidden * walk.streams
+    offloaded = 0 if offload is None else walk.size * walk.tokens * walk.hidden * walk.streams
     streams, windows = walk.streams, plan.windows
     return Estimate(
-        memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offload, loaded=loaded
+        memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offloaded, offload, loaded=loaded
     )
 
 

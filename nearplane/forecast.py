@@ -15,7 +15,7 @@ from nearplane.machine import free_disk
 from nearplane.methods import Method, NearPlane
 from nearplane.mixed import WIDTHS, Override, make_mix
 from nearplane.pace import pace
-from nearplane.plan import Dtype, FormatName, Plan, sketch_plan
+from nearplane.plan import Dtype, FormatName, Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Forecast:
         wanted = ", ".join(f"{name} {gb(size)}" for name, size in found.disk.items() if size >= 1e5)
         have = "" if free is None else f"; {gb(free)} are free here"
         lines.append(f"disk    {gb(sum(found.disk.values()))}: {wanted}{have}")
+        if found.offload is not None:
+            lines.append(f"        {gb(found.offloaded)} of hidden states in {found.offload} meanwhile")
         spent = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.05)
         lines.append(f"time    {clock(sum(self.seconds.values()))} at the rates measured now: {spent}")
         for engine, no, but in self.engines():
@@ -109,7 +111,7 @@ def forecast(
 ) -> Forecast:
     """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do."""
     start = time.perf_counter()
-    plan = sketch_plan(
+    plan = make_plan(
         model,
         method or NearPlane(),
         grid or Grid(),
@@ -119,12 +121,14 @@ def forecast(
         dtype,
         trust_remote_code,
         make_mix(override, ignore, budget, widths),
+        sketch=True,
     )
-    found = estimate(plan, offload is not None)
+    scratch = None if offload is None else Path(offload)
+    found = estimate(plan, scratch)
     spent = pace(plan, found, time.perf_counter() - start)
     if plan.undecided:
         walk = measuring(plan)
-        first = pace(walk, estimate(walk, offload is not None), 0.0)
+        first = pace(walk, estimate(walk, scratch), 0.0)
         spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare"))
         spent["budget"] += first["solve"] * max((len(unit.widths) for unit in plan.units), default=0)
     return Forecast(plan, found, spent)

@@ -204,9 +204,17 @@ def make_plan(
     dtype: str,
     trust_remote_code: bool,
     mix: Mix = ALIKE,
+    *,
+    sketch: bool = False,
 ) -> Plan:
-    """Open the source and settle every choice; refuse, before any compute, what cannot work."""
+    """Open the source and settle every choice; refuse, before any compute, what cannot work.
+
+    With ``sketch`` no weight and no token is read, and MODEL may be a lone config.json: good for an estimate, not to be run.
+    """
     where = _choices(method, format, device)
+    if sketch:
+        drawn = open_sketch(model, trust_remote_code=trust_remote_code)
+        return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix)
     source = open_source(model, trust_remote_code=trust_remote_code)
     plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
@@ -215,26 +223,6 @@ def make_plan(
         plan = replace(plan, tokens=tokens)
     source.check({site.name for site in plan.sites}, plan.stored)
     return plan
-
-
-def sketch_plan(
-    model: str | Path,
-    method: Method,
-    grid: Grid,
-    calibration: Calibration,
-    format: str,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    mix: Mix = ALIKE,
-) -> Plan:
-    """The same choices and refusals without reading a weight or a token: MODEL may be a lone config.json.
-
-    Good for an estimate; it cannot be run.
-    """
-    where = _choices(method, format, device)
-    source = open_sketch(model, trust_remote_code=trust_remote_code)
-    return _settle(source, discover_sketch(source), method, grid, calibration, format, where, dtype, mix)
 
 
 def _choices(method: Method, format: str, device: str) -> torch.device:

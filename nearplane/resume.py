@@ -5,6 +5,7 @@ shards, so that a resumed run sees what an uninterrupted one sees, bit for bit.
 """
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ def restore(plan: Plan, writer: Writer, report: Report) -> list[list[Path]]:
     if writer.lost:
         report.events.append(f"resumed after block {len(writer.records)}: of what comes next {writer.lost}")
     if writer.records:
-        last = writer.records[-1]
-        changed = _changed({**last["run"], **last["versions"]}, {**now, **report.versions})
+        # Also what an earlier resume changed: the report is that of all sessions.
+        states = [{**record["run"], **record["versions"]} for record in writer.records] + [{**now, **report.versions}]
+        names = [*(record["block"] for record in writer.records), _next(plan, writer)]
         report.events += [
-            f"{key} was {was!r} in the blocks before {_next(plan, writer)} and is {value!r} from there on"
-            for key, (was, value) in changed.items()
+            f"{key} was {was!r} in the blocks before {name} and is {value!r} from there on"
+            for (before, after), name in zip(pairwise(states), names[1:], strict=True)
+            for key, (was, value) in _changed(before, after).items()
             if not key.startswith("data.")
         ]
     for record in writer.records:

@@ -21,7 +21,7 @@ from nearplane.formats import FORMATS
 from nearplane.models.discover import discover
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import open_source
-from nearplane.plan import Plan, sketch_plan
+from nearplane.plan import Plan, make_plan
 from nearplane.report import Report
 from nearplane.stream import IN_FLIGHT_BYTES
 from nearplane.workspace import Shape, stage_shape
@@ -47,7 +47,9 @@ def config(model: Path, tmp_path: Path) -> Path:
 
 
 def planned(model: Path, method: Method, format: str = "compressed-tensors", **grid: Any) -> Plan:
-    return sketch_plan(model, method, Grid(**{"group_size": 32, **grid}), SMALL, format, "cpu", "auto", False)
+    return make_plan(
+        model, method, Grid(**{"group_size": 32, **grid}), SMALL, format, "cpu", "auto", False, sketch=True
+    )
 
 
 def parts(model: Path, method: Method) -> dict[str, int]:
@@ -178,7 +180,7 @@ def test_many_tokens_are_not_kept_waiting(model: Path) -> None:
     width = 2 * (64 + 96) * 4
     for tokens, kept in ((IN_FLIGHT_BYTES // width, True), (IN_FLIGHT_BYTES // width + 64, False)):
         calibration = Calibration(nsamples=-(-tokens // 64) if not kept else tokens // 64, seqlen=64)
-        plan = sketch_plan(model, GPTQ(), Grid(), calibration, "compressed-tensors", "cpu", "auto", False)
+        plan = make_plan(model, GPTQ(), Grid(), calibration, "compressed-tensors", "cpu", "auto", False, sketch=True)
         walk = estimate._Walk(plan)
         assert walk.kept == kept and estimate.estimate(plan).kept == kept
         assert any(found["paused"] for _, found in walk.moments()) == kept

@@ -199,7 +199,7 @@ def test_offloaded_hidden_states_change_nothing(model: Path, whole: dict[str, An
         run(model, tmp_path / "again", offload=tmp_path / "file" / "scratch")
 
 
-def interrupted(model: Path, out: Path, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+def interrupted(model: Path, out: Path, after: int, method: NearPlane | None = None, **options: Any) -> None:
     """A run that ends after so many stages."""
     calls: list[int] = []
 
@@ -208,12 +208,13 @@ def interrupted(model: Path, out: Path, after: int, error: type[BaseException] =
         def solve(self, *args: Any) -> Any:
             calls.append(1)
             if len(calls) > after:
-                raise error("here")
+                raise KeyboardInterrupt
             return super().solve(*args)
 
     NearPlaneThatStops.__name__ = "NearPlane"
-    with pytest.raises(error):
-        run(model, out, method=NearPlaneThatStops())
+    stopping = NearPlaneThatStops(**dataclasses.asdict(method or NearPlane()))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out, method=stopping, **options)
 
 
 def test_a_changed_setting_is_refused_by_name(model: Path, tmp_path: Path) -> None:
@@ -255,6 +256,17 @@ def test_damping_and_samples_may_change_for_the_blocks_to_come(model: Path, tmp_
     assert any("method.damp_percent was 0.01 in the blocks before model.layers.1" in event for event in report.events)
     assert any("calibration.nsamples was 8" in event for event in report.events)
     nearplane.load(out)
+
+
+def test_what_an_earlier_resume_changed_is_still_told(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    changed = {"method": NearPlane(damp_percent=0.05), "resume": True}
+    interrupted(model, out, 5)
+    interrupted(model, out, 5, **changed)  # one block more
+    report = run(model, out, **changed)
+    told = [event for event in report.events if "damp_percent" in event]
+    assert len(told) == 1 and "in the blocks before model.layers.1 and is 0.05 from there on" in told[0]
+    assert next(row.damp_percent for row in report.linears if "o_proj" in row.name) != 0.05 and report.resumed == 2
 
 
 @pytest.mark.parametrize("what", ["record", "shard"])

@@ -213,7 +213,7 @@ def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
             _refuse_absurd(part, path, str(name))
     elif isinstance(value, int):
         most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
-        if abs(value) > most and not key.endswith("seed"):
+        if abs(value) > most and not key.endswith(("seed", "theta", "base")):
             raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; download it again.")
 
 
