@@ -10,7 +10,7 @@ from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
-from nearplane.mixed import Override
+from nearplane.mix.overrides import Override
 from nearplane.report import Report
 from nearplane.verification import Verification, verify
 

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearplane.budget import decide
 from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.moments import Moments
 from nearplane.devices import pick_device, pick_dtype
-from nearplane.estimate import refuse
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
 from nearplane.interrupts import Stop, stoppable
 from nearplane.methods import Method, NearPlane
-from nearplane.mixed import WIDTHS, Override, make_mix
+from nearplane.mix.budget import decide
+from nearplane.mix.overrides import WIDTHS, Override, make_mix
 from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.planning.estimate import refuse
 from nearplane.progress import bar, waiting
 from nearplane.ranks import Ranks, together
 from nearplane.report import LinearRow, Report, observed
@@ -62,8 +62,8 @@ def quantize(
 
     ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
     NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
-    {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mixed.py``).
-    ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``budget.py``).
+    {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
+    ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
     ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the

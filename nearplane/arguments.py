@@ -13,7 +13,7 @@ import tyro
 
 from nearplane.core.errors import SettingError
 from nearplane.methods import METHODS, Method
-from nearplane.mixed import FIELDS, Override
+from nearplane.mix.overrides import FIELDS, Override
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {

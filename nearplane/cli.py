@@ -25,13 +25,13 @@ from nearplane.calibrate.data import Calibration
 from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
-from nearplane.forecast import forecast
 from nearplane.formats.journal import STATE, holder
 from nearplane.generation import generate
 from nearplane.inspection import inspect
 from nearplane.interrupts import Interrupted
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
+from nearplane.planning.forecast import forecast
 from nearplane.progress import waiting
 from nearplane.ranks import is_first
 from nearplane.runtime.linear import quantized_linears

@@ -8,7 +8,7 @@ import tyro
 
 from nearplane.core.grid import Grid
 from nearplane.methods import METHODS
-from nearplane.mixed import WIDTHS
+from nearplane.mix.overrides import WIDTHS
 from nearplane.plan import Dtype, FormatName
 from nearplane.runtime.cpu import Arithmetic
 

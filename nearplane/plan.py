@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nearplane.calibrate.data import Calibration, Tokens
-from nearplane.choices import Unit, allowed, check_budget, units
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.devices import pick_device, pick_dtype
@@ -18,7 +17,8 @@ from nearplane.formats import FORMATS
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method
 from nearplane.methods.base import Need
-from nearplane.mixed import ALIKE, Mix, assign, leave_out, refuse_split
+from nearplane.mix.choices import Unit, allowed, check_budget, units
+from nearplane.mix.overrides import ALIKE, Mix, assign, leave_out, refuse_split
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source

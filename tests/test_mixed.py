@@ -295,7 +295,7 @@ def test_a_resumed_budget_is_not_measured_again(
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nearplane.budget._measure", never)
+        patch.setattr("nearplane.mix.budget._measure", never)
         run(model, out, resume=True, budget=4.4, progress=True)
     assert "budget 4.4 bits per weight" in capsys.readouterr().err
     same_weights(out, tmp_path / "whole")

@@ -11,20 +11,21 @@ import torch
 from models.test_discover import STAGES
 
 import nearplane
-from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, estimate, pace, workspace
+from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp
 from nearplane.calibrate.observe import Measuring
 from nearplane.cli import main
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.estimate import Estimate
-from nearplane.forecast import Forecast
 from nearplane.formats import FORMATS
 from nearplane.models.discover import discover
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import open_source
 from nearplane.plan import Plan, make_plan
+from nearplane.planning import estimate, pace, workspace
+from nearplane.planning.estimate import Estimate
+from nearplane.planning.forecast import Forecast
+from nearplane.planning.workspace import Shape, stage_shape
 from nearplane.report import Report
 from nearplane.stream import IN_FLIGHT_BYTES
-from nearplane.workspace import Shape, stage_shape
 
 SMALL = Calibration(nsamples=4, seqlen=32)
 FLAGS = ["--nsamples", "4", "--seqlen", "32", "--group-size", "32"]

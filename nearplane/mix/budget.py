@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearplane.choices import choose
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import dequantize
 from nearplane.methods import GPTQ, RTN
+from nearplane.mix.choices import choose
 from nearplane.models.discover import Stage
 from nearplane.plan import Plan
 from nearplane.report import energy

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nearplane.budget import measuring
 from nearplane.calibrate.data import Calibration
 from nearplane.core.grid import Grid
-from nearplane.estimate import Estimate, Memory, estimate, gb, suggestions
 from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
-from nearplane.machine import free_disk
 from nearplane.methods import Method, NearPlane
-from nearplane.mixed import WIDTHS, Override, make_mix
-from nearplane.pace import pace
+from nearplane.mix.budget import measuring
+from nearplane.mix.overrides import WIDTHS, Override, make_mix
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.planning.estimate import Estimate, Memory, estimate, gb, suggestions
+from nearplane.planning.machine import free_disk
+from nearplane.planning.pace import pace
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ import torch
 from nearplane.calibrate.data import read_text, tokenize
 from nearplane.calibrate.observe import Measuring
 from nearplane.core.moments import Moments
-from nearplane.estimate import Estimate
 from nearplane.methods import OBQ, RTN, Method, NearPlane
 from nearplane.methods.nearplane import DAMPINGS, TRIAL_ROWS
 from nearplane.plan import Plan
+from nearplane.planning.estimate import Estimate
+from nearplane.planning.workspace import Shape, pushes, stage_shape
 from nearplane.report import Report, measured_rows
-from nearplane.workspace import Shape, pushes, stage_shape
 
 # Small problems (out, in), the smallest first; no new one is begun after BUDGET seconds.
 PROBLEMS = [(64, 512), (1024, 256), (512, 512), (512, 1024)]

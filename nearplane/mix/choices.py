@@ -13,7 +13,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats.base import Format
 from nearplane.formats.engines import fused
-from nearplane.mixed import Mix
+from nearplane.mix.overrides import Mix
 from nearplane.models.discover import Block, Site
 
 

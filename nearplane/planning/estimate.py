@@ -11,7 +11,7 @@ dense tensors, at most a shard of 4 GiB. While a block is open there are also
              (``stream.kept``)
     moments  H n², D n² or R m n, the same again of held-out tokens
     factor   what ``prepare`` leaves behind
-    solver   the stage's weight as one matrix m n, and the work arrays (``workspace.py``)
+    solver   the stage's weight as one matrix m n, and the work arrays (``planning/workspace.py``)
 
 The peak is the largest sum over the steps of all stages. ``docs/large_models.md`` has the formulas and a table.
 """
@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from nearplane import workspace
 from nearplane.core.errors import SettingError
 from nearplane.formats.write import SHARD_BYTES
-from nearplane.machine import available_memory, cuda_memory, free_disk, resident
 from nearplane.models.discover import Block, Stage, head_name
 from nearplane.plan import Plan
+from nearplane.planning import workspace
+from nearplane.planning.machine import available_memory, cuda_memory, free_disk, resident
+from nearplane.planning.workspace import Shape, stage_shape
 from nearplane.ranks import Ranks
 from nearplane.stream import batch_rows, kept
-from nearplane.workspace import Shape, stage_shape
 
 # Beside what this process holds already: tokenizer and text, the buffers of kernels, what the allocator does not give
 # back. Measured on the demo model (benchmarks/plan.py).
