@@ -160,6 +160,7 @@ def test_extreme_activations_are_named(size: float, model: Path, tmp_path: Path)
     assert any("layers.1.self_attn.q_proj: extreme activations" in event for event in report.events)
     for row in report.linears:
         assert row.error is not None and row.rtn_error is not None and row.error < row.rtn_error
+    assert run(source, tmp_path / "budget", method=GPTQ(), budget=6).settings["choices"]  # what measures copes as well
 
 
 SOLVERS = [m for m in METHODS if m.needs]

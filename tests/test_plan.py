@@ -245,6 +245,17 @@ def test_plan_and_quantize_have_the_same_flags(capsys: pytest.CaptureFixture[str
     assert flags("quantize") - flags("plan") == {"--force", "--no-force", "--resume", "--no-resume"}
 
 
+def test_hidden_states_need_room_where_they_go(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their disk is DIR's, not OUT's."""
+    monkeypatch.setattr(estimate, "free_disk", lambda folder: 100 if folder.name == "small" else 1 << 40)
+    plan = planned(model, NearPlane())
+    assert estimate.estimate(plan, tmp_path / "large").lacking(tmp_path / "out") == []
+    (told,) = estimate.estimate(plan, tmp_path / "small").lacking(tmp_path / "out")
+    assert "for hidden states in" in told and "small, 0 MB are free" in told
+    (told,) = estimate.estimate(plan, tmp_path / "large").lacking(tmp_path / "small")
+    assert "of disk" in told
+
+
 @pytest.mark.usefixtures("at_once")
 def test_what_cannot_be_planned(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def says(folder: Path, *words: str) -> str:
