@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.errors import NearplaneError, SettingError, some_of
 from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 from nearplane.formats.base import conv1d_reason
@@ -27,8 +27,6 @@ from nearplane.models.discover import is_linear
 from nearplane.models.load import misfit
 from nearplane.models.source import locate, names_in_model, open_skeleton
 from nearplane.progress import bar
-
-LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -213,13 +211,13 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
     merged = any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
     if missing and merged:
         found.note(
-            f"transformers merges weights of {type(model).__name__} while loading; {_some(missing)} were not found."
+            f"transformers merges weights of {type(model).__name__} while loading; {some_of(missing)} were not found."
         )
     elif missing:
-        found.problem(f"{folder} lacks weights that config.json asks for: {_some(missing)}.")
+        found.problem(f"{folder} lacks weights that config.json asks for: {some_of(missing)}.")
     unused = sorted(disk for name, disk in on_disk.items() if name not in state and disk not in quantized)
     if unused and not (missing and merged):
-        found.note(f"Stored tensors that belong to no parameter of the model: {_some(unused)}.")
+        found.note(f"Stored tensors that belong to no parameter of the model: {some_of(unused)}.")
     names = {disk: name for name, disk in on_disk.items()}
     for weight, layer in quantized.items():
         module = modules.get(names.get(weight, weight).removesuffix(".weight"))
@@ -244,10 +242,5 @@ def _check_ignored(
             expected.append(name)
     if expected:
         found.problem(
-            f"Neither quantized nor left out by the quantization_config, so that engines look for codes: {_some(expected)}."
+            f"Neither quantized nor left out by the quantization_config, so that engines look for codes: {some_of(expected)}."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

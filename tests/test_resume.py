@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane
+from nearplane.calibrate.offload import OnDisk
 from nearplane.cli import main
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats import write
@@ -285,6 +286,39 @@ def test_a_damaged_state_falls_back_to_the_last_good_block(
     found, expected = contents(out), dict(whole)
     found["report.json"]["events"] = expected["report.json"]["events"]
     assert found == expected
+
+
+def test_a_state_that_cannot_be_read_is_not_removed(
+    model: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails while a run is resumed costs nothing of what the run had done."""
+    out = tmp_path / "out"
+    interrupted(model, out, 9)
+    before = contents_of_state(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(NearplaneError, match=r"block-00000\.json cannot be read: .*Input/output error"):
+            run(model, out, resume=True)
+    assert contents_of_state(out) == before
+    run(model, out, resume=True)
+    assert contents(out) == whole
+
+
+def contents_of_state(out: Path) -> dict[str, bytes]:
+    found = [path for path in out.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path.name: path.read_bytes() for path in found}
+
+
+def failing(_path: Path) -> bytes:
+    raise OSError(5, "Input/output error")
+
+
+def test_hidden_states_on_a_full_disk(tmp_path: Path) -> None:
+    states = OnDisk(tmp_path, "quantized", 1)
+    states.paths[0].symlink_to("/dev/full")
+    with pytest.raises(NearplaneError, match=r"hidden states cannot be offloaded to .* \(0\.004 GB\)"):
+        states[0] = torch.zeros(1000, 1000)
+    assert states[0] is None
 
 
 def test_two_runs_on_one_folder(model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,16 @@
 """The errors a user can meet. The command line prints their text as one sentence and exits with status 2."""
 
+from collections.abc import Sequence
+
+# How many names a message lists.
+LISTED = 5
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
 
 class NearplaneError(Exception):
     """Something the user can mend: its text says what happened, where, and what to do."""

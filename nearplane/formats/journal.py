@@ -56,6 +56,11 @@ class Journal:
         """Whether this process has claimed the folder."""
         return self._lock is not None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no record, good or not."""
+        return not any(self.state.glob("block-*.json"))
+
     def release(self) -> None:
         """Give the folder free."""
         if self._lock is not None:

@@ -258,6 +258,9 @@ class Writer:
         if self.records:
             self._journal.release()
             return
+        if self._journal.held and not self._journal.empty:  # of an earlier run, and not read: not ours to remove
+            self._journal.release()
+            return
         with contextlib.suppress(OSError):
             if self._journal.held:
                 self._journal.clear()

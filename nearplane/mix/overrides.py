@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Fit, Grid
 from nearplane.formats.engines import fused, grid_name
 from nearplane.models.discover import Block
 
 FIELDS = ("bits", "group_size", "sym", "fit")
 WIDTHS = (2, 3, 4, 8)
-LISTED = 4
 
 
 @dataclass(frozen=True)
@@ -184,12 +183,6 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], mix: Mix
             f"{a} {first} and {b} {second}, but engines fuse {some_of(names)}, which must be alike; "
             f"widen {next(partial, 'the patterns')} to match all of them."
         )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few."""
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _compile(what: str, pattern: str) -> None:
