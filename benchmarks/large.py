@@ -48,14 +48,14 @@ def weight(out: int, width: int, generator: torch.Generator) -> torch.Tensor:
     return (w / w.norm() * out**0.5 * 0.7).bfloat16()
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, c: LlamaConfig = CONFIG) -> None:
     """The checkpoint, shard by shard."""
     temporary = folder.with_name(folder.name + ".making")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    generator, c = torch.Generator().manual_seed(0), CONFIG
-    h, m = c.hidden_size, c.intermediate_size
-    shapes = {f"self_attn.{name}_proj": (h, h) for name in "qkvo"}
+    generator, h, m = torch.Generator().manual_seed(0), c.hidden_size, c.intermediate_size
+    kv = h // c.num_attention_heads * c.num_key_value_heads
+    shapes = {f"self_attn.{name}_proj": (kv if name in "kv" else h, h) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (m, h), "mlp.up_proj": (m, h), "mlp.down_proj": (h, m)}
     index: dict[str, str] = {}
 

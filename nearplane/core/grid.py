@@ -22,8 +22,8 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
 # The weighted search tries the middle of every five of these steps first, then the others of the best five.
 COARSE = 5
-# Rows are searched in chunks of about this many weights, so that one chunk stays in a core's second-level cache.
-CHUNK_WEIGHTS = 1 << 16
+# Rows are searched in chunks of about this many weights: one chunk stays in a core's second-level cache, or fills a GPU.
+CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 16, 1 << 23
 
 
 class Certificate(NamedTuple):
@@ -152,7 +152,7 @@ def fit(
         low = -high
     scale, zero = _grid_of_range(low, high, grid)
     if grid.fit != "minmax":
-        step = max(1, CHUNK_WEIGHTS // rows.shape[1])
+        step = max(1, (CHUNK_WEIGHTS if rows.device.type == "cpu" else CHUNK_WEIGHTS_GPU) // rows.shape[1])
         for a in range(0, len(rows), step):
             part = slice(a, a + step)
             weights = None if importance is None else importance[part]

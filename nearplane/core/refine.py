@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.grid import Grid, Quantized, round_scale
+from nearplane.core.replay import Replay
 from nearplane.core.sweep import LEAF, PANEL
 
 
@@ -28,7 +29,7 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
         steps[part] -= zero[g]
         error[part].addcmul_(steps[part], scale[g], value=-1)
     panel = max(1, PANEL // width) * width  # columns that share one look at all the error: whole groups
-    diagonal: list[float] = A.diagonal().tolist()
+    descend = _Descent(grid)
     for a in range(0, n, panel):
         b = min(a + panel, n)
         slope = A[a:b] @ error  # half the negative gradient of f
@@ -42,7 +43,7 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
             moved[there] = steps[here] * (scale[g] - better)
             slope[there].addmm_(A[here, here], moved[there])
             scale[g] = better
-            moved[there] += _descend(steps[here], slope[there], A[here, here], diagonal[here], better, zero[g], grid)
+            moved[there] += descend(steps[here], slope[there], A[here, here], better, zero[g])
         error[a:b] += moved
     for g, part in groups:
         steps[part] += zero[g]
@@ -58,25 +59,38 @@ def _best_scale(scale: Tensor, steps: Tensor, slope: Tensor, A: Tensor, grid: Gr
     return torch.where(change.square() * curvature < 2 * change * gain, wanted, scale)
 
 
-def _descend(
-    steps: Tensor, slope: Tensor, A: Tensor, diagonal: list[float], scale: Tensor, zero: Tensor, grid: Grid
-) -> Tensor:
-    """Every code of one group to its best, column after column, ``steps`` in place: the change of the error."""
-    least, greatest = (bound - zero for bound in grid.code_range)
-    moved = torch.zeros_like(slope)
-    for panel in range(0, len(steps), PANEL):
-        stop = min(panel + PANEL, len(steps))
-        if panel:
-            slope[panel:stop].addmm_(A[panel:stop, :panel], moved[:panel])
-        for leaf in range(panel, stop, LEAF):
-            end = min(leaf + LEAF, stop)
-            if leaf > panel:
-                slope[leaf:end].addmm_(A[leaf:end, panel:leaf], moved[panel:leaf])
-            for j in range(leaf, end):
-                if j > leaf:
-                    slope[j].addmv_(moved[leaf:j].T, A[leaf:j, j])
-                step, change = steps[j], moved[j]
-                change.copy_(step)
-                step.addcdiv_(slope[j], scale, value=1 / diagonal[j]).round_().clamp_(least, greatest)
-                change.sub_(step).mul_(scale)
-    return moved
+class _Descent:
+    """Every code of one group to its best, column after column."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.leaf = grid, Replay(_descend_leaf, written=2)
+
+    def __call__(self, steps: Tensor, slope: Tensor, A: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """``steps`` in place: the change of the error."""
+        least, greatest = (bound - zero for bound in self.grid.code_range)
+        moved = torch.zeros_like(slope)
+        slope /= A.diagonal()[:, None]  # the step to the least of f, but for the scale
+        for panel in range(0, len(steps), PANEL):
+            stop = min(panel + PANEL, len(steps))
+            coupling = A[:stop, panel:stop] / A.diagonal()[panel:stop]
+            if panel:
+                slope[panel:stop].addmm_(coupling[:panel].T, moved[:panel])
+            for leaf in range(panel, stop, LEAF):
+                end = min(leaf + LEAF, stop)
+                here, columns = slice(leaf, end), slice(leaf - panel, end - panel)
+                if leaf > panel:
+                    slope[here].addmm_(coupling[panel:leaf, columns].T, moved[panel:leaf])
+                self.leaf(steps[here], moved[here], slope[here], coupling[here, columns], scale, least, greatest)
+        return moved
+
+
+def _descend_leaf(
+    steps: Tensor, moved: Tensor, slope: Tensor, coupling: Tensor, scale: Tensor, least: Tensor, greatest: Tensor
+) -> None:
+    for j in range(len(steps)):
+        if j:
+            slope[j].addmv_(moved[:j].T, coupling[:j, j])
+        step, change = steps[j], moved[j]
+        change.copy_(step)
+        step.addcdiv_(slope[j], scale).round_().clamp_(least, greatest)
+        change.sub_(step).mul_(scale)

@@ -13,6 +13,7 @@ transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, encode, fit, group_index
+from nearplane.core.replay import Replay
 
 Carry = Literal["value", "code", "clamped"]
 
@@ -108,6 +110,7 @@ class _State:
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
+        self.leaf = Replay(partial(_round_leaf, grid), written=5)
 
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
@@ -154,17 +157,17 @@ class _State:
     def round_panel(self, a: int, b: int) -> None:
         """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
+        nothing = self.target[:0, :0]
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
             self.receive(leaf, end, a, leaf)
-            for j in range(leaf, end):
-                self.receive(j, j + 1, leaf, j)
-                v = self.value[j - a]
-                code = encode(v, scale[j - a], zero[j - a], self.grid)
-                self.codes[j] = code
-                torch.sub(self.target[j], decode(code, scale[j - a], zero[j - a]), out=self.error[j])
-                if self.push is not None:
-                    self.source[j] = v
+            here, there = slice(leaf, end), slice(leaf - a, end - a)
+            moving = (self.push.matrix, self.push.shift) if self.push else (None, None)
+            pushes = [nothing if m is None else m[here, here] for m in moving]
+            self.leaf(
+                self.value[there], self.target[here], self.error[here], self.codes[here], self.source[here], self.weight[here],
+                scale[there], zero[there], self.factor.feedback[here, here], *pushes,
+            )  # fmt: skip
         self._settle(a, b, scale, zero)
 
     def _settle(self, a: int, b: int, scale: Tensor, zero: Tensor) -> None:
@@ -192,3 +195,24 @@ class _State:
         return Quantized(
             codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.to(torch.uint8).contiguous(), certificate
         )
+
+
+def _round_leaf(
+    grid: Grid, value: Tensor, target: Tensor, error: Tensor, codes: Tensor, source: Tensor, weight: Tensor, scale: Tensor,
+    zero: Tensor, feedback: Tensor, push: Tensor, shift: Tensor,
+) -> None:  # fmt: skip
+    """Round some columns, each after what those before it send. Parts of the arrays of ``_State``; Push's may be empty."""
+    for j in range(len(value)):
+        if j and len(push):
+            moved = push[:j, j : j + 1].T @ source[:j]
+            if len(shift):
+                moved.addmm_(shift[:j, j : j + 1].T, weight[:j])
+            target[j : j + 1] += moved
+            value[j : j + 1] += moved
+        if j:
+            value[j : j + 1].addmm_(feedback[:j, j : j + 1].T, error[:j])
+        code = encode(value[j], scale[j], zero[j], grid)
+        codes[j] = code
+        torch.sub(target[j], decode(code, scale[j], zero[j]), out=error[j])
+        if len(push):
+            source[j] = value[j]

@@ -1,20 +1,31 @@
-"""y = x W^T + bias with W packed, in Triton. Reads the layout of layout.py; one program makes a (rows, channels) piece of y."""
+"""y = x W^T + bias with W packed, in Triton. Reads the layout of layout.py.
+
+Few rows: one program makes a (rows, channels) piece of y from a share of the inputs, as one program alone would leave
+most of the chip idle; the shares are added up after. Many rows: the weight is unpacked once, for a dense product.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from nearplane.runtime.layout import Tiles
 
-ROWS, CHANNELS = 16, 32  # the least that tl.dot takes, and two tiles
+ROWS = 16  # the least that tl.dot takes
+# Of a program: output channels, blocks of 32 inputs that it reads at a time, warps. The best of 27 on an H200.
+CHANNELS, BLOCKS, WARPS = 16, 1, 1
+# Programs that keep a large GPU busy; shares of the inputs are made until there are so many.
+PROGRAMS = 1024
+UNPACKED = 32  # output channels of a program that unpacks
+# From so many rows on, unpacking the weight costs less than reading its codes again for every 16 rows.
+MANY = 64
 
 
 @triton.jit
-def codes_of(block, lane, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(32, channels): the codes of one block of every channel; ``block`` points to its first byte."""
-    k = tl.arange(0, 32)[:, None]
-    step, byte = k // 4, lane[None, :] * 4 + k % 4
+def codes_of(tile, b, lane, k, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(inputs, channels): the codes at position ``k`` of block ``b``; ``tile`` points to the first byte of a channel's tile."""
+    block, step, byte = tile + b * (64 * BITS), k // 4, lane * 4 + k % 4
     if BITS == 8:
         return tl.load(block + step * 64 + byte).to(tl.int32)
     code = tl.zeros_like(step + byte)
@@ -30,47 +41,100 @@ def codes_of(block, lane, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def weight_of(  # type: ignore[no-untyped-def]
+    codes, scales, zeros, first, channel, out, blocks, span, groups, zero,
+    BITS: tl.constexpr, ZEROS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """(inputs, channels) in float32: BLOCKS blocks from ``first`` on; past the last, whatever the last one holds."""
+    position = tl.arange(0, 32 * BLOCKS)
+    b = tl.minimum(first + position // 32, blocks - 1)
+    tile, lane = tl.where(channel < out, channel // 16, 0).to(tl.int64), channel % 16
+    code = codes_of(
+        codes + (tile * blocks * (64 * BITS))[None, :], b[:, None], lane[None, :], (position % 32)[:, None], BITS
+    )
+    at = (tile * groups * 16 + lane)[None, :] + (b * 32 // span * 16)[:, None]
+    shift = tl.load(zeros + at).to(tl.float32) if ZEROS else zero * 1.0
+    return (code.to(tl.float32) - shift) * tl.load(scales + at).to(tl.float32)
+
+
+@triton.jit
 def multiply(  # type: ignore[no-untyped-def]
-    x, codes, scales, zeros, order, bias, y, rows, out, columns, blocks, span, groups, zero,
+    x, codes, scales, zeros, order, bias, y, rows, out, columns, blocks, span, groups, zero, share,
     BITS: tl.constexpr, ZEROS: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < out
-    tile, lane = (channel // 16).to(tl.int64), channel % 16
-    tile = tl.where(inside, tile, 0)
+    start = tl.program_id(2) * share
     total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
-    for b in range(blocks):
-        code = codes_of(codes + (tile * blocks + b)[None, :] * (64 * BITS), lane, BITS)
-        at = (tile * groups + b * 32 // span) * 16 + lane
-        shift = tl.load(zeros + at).to(tl.float32)[None, :] if ZEROS else zero * 1.0
-        weight = (code.to(tl.float32) - shift) * tl.load(scales + at).to(tl.float32)[None, :]
-        column = b * 32 + tl.arange(0, 32)
-        if ORDER:
-            column = tl.load(order + column)
-        known = (row < rows)[:, None] & ((column >= 0) & (column < columns))[None, :]
+    for first in range(start, tl.minimum(start + share, blocks), BLOCKS):
+        weight = weight_of(codes, scales, zeros, first, channel, out, blocks, span, groups, zero, BITS, ZEROS, BLOCKS)
+        position = first * 32 + tl.arange(0, 32 * BLOCKS)
+        real = position < blocks * 32
+        column = tl.load(order + position, mask=real, other=-1) if ORDER else position
+        known = (row < rows)[:, None] & (real & (column >= 0) & (column < columns))[None, :]
         part = tl.load(x + row[:, None].to(tl.int64) * columns + column[None, :], mask=known, other=0.0)
         # tf32 (11 bits) holds a float16 or bfloat16 activation exactly, and rounds the weight as those would
         total += tl.dot(part.to(tl.float32), weight, input_precision=PRECISION)
+    inside = channel < out
     if BIAS:
-        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    target = y + row[:, None].to(tl.int64) * out + channel[None, :]
+        given = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(start == 0, given, 0.0)[None, :]
+    target = y + (tl.program_id(2) * rows + row)[:, None].to(tl.int64) * out + channel[None, :]
     tl.store(target, total.to(y.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])
+
+
+@triton.jit
+def unpack(  # type: ignore[no-untyped-def]
+    codes, scales, zeros, order, weight, out, columns, blocks, span, groups, zero,
+    BITS: tl.constexpr, ZEROS: tl.constexpr, ORDER: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """``weight``: (out, columns). A program writes one block of some channels."""
+    channel, b = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
+    value = weight_of(codes, scales, zeros, b, channel, out, blocks, span, groups, zero, BITS, ZEROS, 1)
+    position = b * 32 + tl.arange(0, 32)
+    column = tl.load(order + position) if ORDER else position
+    known = ((column >= 0) & (column < columns))[:, None] & (channel < out)[None, :]
+    tl.store(
+        weight + channel[None, :].to(tl.int64) * columns + column[:, None],
+        value.to(weight.dtype.element_ty),
+        mask=known,
+    )
 
 
 def launch(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     """``x``: (rows, in), contiguous."""
     shape, rows = tiles.shape, x.shape[0]
-    y = torch.empty(rows, shape.out, dtype=x.dtype, device=x.device)
-    if rows:
-        grid = (triton.cdiv(rows, ROWS), triton.cdiv(shape.out, CHANNELS))
-        scales = tiles.scales.view(shape.scale_dtype)
-        with torch.cuda.device(x.device if x.is_cuda else -1):
-            multiply[grid](
-                x, tiles.codes, scales, tiles.zeros, tiles.order, y if bias is None else bias, y, rows, shape.out,
-                shape.columns, shape.positions // 32, shape.span, shape.groups, shape.zero,
-                BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, BIAS=bias is not None,
-                ROWS=ROWS, CHANNELS=CHANNELS, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            )  # fmt: skip
-    return y
+    if rows == 0:
+        return torch.empty(0, shape.out, dtype=x.dtype, device=x.device)
+    if rows >= MANY:
+        return functional.linear(x, dense(tiles, x.dtype), bias)
+    blocks = shape.positions // 32
+    pieces = triton.cdiv(rows, ROWS), triton.cdiv(shape.out, CHANNELS)
+    steps = triton.cdiv(blocks, BLOCKS)
+    share = BLOCKS * triton.cdiv(steps, max(1, min(steps // 2, PROGRAMS // (pieces[0] * pieces[1]))))
+    shares = triton.cdiv(blocks, share)
+    kind = x.dtype if shares == 1 else torch.float32
+    y = torch.empty(shares, rows, shape.out, dtype=kind, device=x.device)
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        multiply[(*pieces, shares)](
+            x, tiles.codes, tiles.scales.view(shape.scale_dtype), tiles.zeros, tiles.order, y if bias is None else bias, y,
+            rows, shape.out, shape.columns, blocks, shape.span, shape.groups, shape.zero, share,
+            BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, BIAS=bias is not None,
+            ROWS=ROWS, CHANNELS=CHANNELS, BLOCKS=BLOCKS, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            num_warps=WARPS,
+        )  # fmt: skip
+    return y[0] if shares == 1 else y.sum(0).to(x.dtype)
+
+
+def dense(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """(out, in): the weight, rounded to ``dtype``."""
+    shape = tiles.shape
+    weight = torch.empty(shape.out, shape.columns, dtype=dtype, device=tiles.codes.device)
+    with torch.cuda.device(weight.device if weight.is_cuda else -1):
+        unpack[(triton.cdiv(shape.out, UNPACKED), shape.positions // 32)](
+            tiles.codes, tiles.scales.view(shape.scale_dtype), tiles.zeros, tiles.order, weight, shape.out, shape.columns,
+            shape.positions // 32, shape.span, shape.groups, shape.zero,
+            BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, CHANNELS=UNPACKED,
+        )  # fmt: skip
+    return weight

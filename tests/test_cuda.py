@@ -1,0 +1,173 @@
+"""What a GPU computes, against the CPU: codes, checkpoints, memory, the compiled Triton kernel. Needs a GPU, and is
+skipped, by name, where there is none; the same kernel is tested under Triton's interpreter everywhere."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from test_resume import contents
+
+import nearplane
+from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
+from nearplane.cli import main
+from nearplane.mix.overrides import ALIKE
+from nearplane.plan import make_plan
+from nearplane.planning.estimate import CUDA_CONTEXT, estimate
+from nearplane.runtime.linear import TENSORS, quantized_linears
+from nearplane.runtime.triton import linear as triton_linear
+
+sys.path.insert(0, str(Path(__file__).parent / "runtime"))
+from problems import problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GRID = Grid(bits=3, group_size=16, sym=False)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "text.txt").write_text(tiny.text(2000))
+    return tiny.save(tiny.build(request.param), folder / "model")
+
+
+def run(model: Path, out: Path, device: str, **options: Any) -> nearplane.Report:
+    calibration = Calibration(dataset=str(model.parent / "text.txt"), nsamples=8, seqlen=32)
+    settings = {"method": GPTQ(), "grid": GRID, "calibration": calibration, "format": "gptq_v2", "progress": False}
+    settings |= options
+    return nearplane.quantize(model, out, device=device, **settings)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= safetensors.torch.load_file(path)
+    return found
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in float64, so that devices differ in the last digits only."""
+    plan_of = nearplane.api.make_plan
+    made = lambda *args: dataclasses.replace(plan_of(*args), compute=torch.float64)  # noqa: E731
+    monkeypatch.setattr(nearplane.api, "make_plan", made)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [RTN(), OBQ(), GPTQ(), GPTQ(order="activation"), GPTAQ(), ResComp(), NearPlane(), NearPlane(beam=3)],
+    ids=lambda method: f"{type(method).__name__}-{getattr(method, 'order', '')}-{getattr(method, 'beam', '')}",
+)
+@pytest.mark.usefixtures("exact")
+def test_the_same_checkpoint_as_on_the_cpu(model, tmp_path, method):
+    reports = [run(model, tmp_path / device, device, method=method) for device in ("cpu", "cuda")]
+    here, there = (tensors(tmp_path / device) for device in ("cpu", "cuda"))
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.equal(value, there[name]), name
+    for a, b in zip(*(report.linears for report in reports), strict=True):
+        for x, y in ((a.error, b.error), (a.loss, b.loss)):
+            assert x is y is None or y == pytest.approx(x, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_packed_logits_are_the_dense_ones(model, tmp_path, sym, dtype):
+    run(model, tmp_path / "out", "cuda", grid=Grid(bits=4, group_size=16, sym=sym))
+    packed = nearplane.load(tmp_path / "out", device="cuda", dtype=dtype)
+    dense = nearplane.load(tmp_path / "out", device="cpu", packed=False)
+    linears = quantized_linears(packed)
+    assert linears and all(layer.why(dtype=getattr(torch, dtype)) == "Triton" for layer in linears.values())
+    ids = tiny.tokens(3, 20)
+    with torch.no_grad():
+        expected, got = dense(ids).logits, packed(ids.cuda()).logits.float().cpu()
+    tolerance = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}[dtype]
+    assert float((got - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 17, 64, 200])
+def test_compiled_kernel_against_float64(bits, shuffled, rows):
+    given = problem(200, 384, bits, 64, False, torch.float16, shuffled)
+    tiles = dataclasses.replace(given.tiles, **{name: getattr(given.tiles, name).cuda() for name in TENSORS})
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        x = torch.randn(rows, 384, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        bias = torch.arange(200.0).to(dtype)
+        expected = x.double() @ given.dense.T + bias.double()
+        got = triton_linear(x.cuda(), tiles, bias.cuda()).cpu().double()
+        assert float((got - expected).norm() / expected.norm()) < tolerance
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(model, tmp_path):
+    run(model, tmp_path / "whole", "cuda")
+    calls = 0
+    seal = nearplane.api.seal
+
+    def once(*args: Any) -> None:
+        nonlocal calls
+        seal(*args)
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nearplane.api, "seal", once)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "parts", "cuda")
+    run(model, tmp_path / "parts", "cuda", resume=True)
+    parts, whole = contents(tmp_path / "parts"), contents(tmp_path / "whole")
+    parts.pop("report.json"), whole.pop("report.json")
+    assert parts == whole
+
+
+def test_offloaded_hidden_states_change_nothing(model, tmp_path):
+    run(model, tmp_path / "memory", "cuda", method=NearPlane())
+    run(model, tmp_path / "disk", "cuda", method=NearPlane(), offload=tmp_path / "scratch")
+    for name, value in tensors(tmp_path / "memory").items():
+        assert torch.equal(value, tensors(tmp_path / "disk")[name])
+
+
+@pytest.mark.parametrize("method", [GPTQ(), GPTAQ(), NearPlane()], ids=lambda method: type(method).__name__)
+def test_planned_memory(tmp_path, method):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "num_attention_heads": 16}
+    folder = tiny.save(
+        tiny.build("llama", num_key_value_heads=16, max_position_embeddings=512, **sizes), tmp_path / "model"
+    )
+    (tmp_path / "text.txt").write_text(tiny.text(20000))
+    calibration = Calibration(dataset=str(tmp_path / "text.txt"), nsamples=32, seqlen=256)
+    settings = {"method": method, "grid": Grid(bits=4, group_size=64), "calibration": calibration}
+    plan = make_plan(folder, method, settings["grid"], calibration, "compressed-tensors", "cuda", "auto", False, ALIKE)
+    expected = estimate(plan).memory[-1].peak - CUDA_CONTEXT
+    nearplane.quantize(folder, tmp_path / "warm", device="cuda", progress=False, **settings)  # workspaces of libraries
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    nearplane.quantize(folder, tmp_path / "out", device="cuda", progress=False, **settings)
+    found = torch.cuda.max_memory_allocated() - held
+    print(f"{type(method).__name__}: planned {expected / 1e6:.0f} MB, allocated {found / 1e6:.0f} MB")
+    assert 0.75 < found / expected < 1.25
+
+
+def test_commands(model, tmp_path, capsys):
+    data = ["--dataset", str(model.parent / "text.txt")]
+    words = ["--bits", "4", "--group-size", "16", "--format", "gptq_v2", *data, "--nsamples", "8", "--seqlen", "32"]
+    assert main(["quantize", str(model), str(tmp_path / "out"), *words, "--device", "cuda"]) == 0
+    assert main(["plan", str(model), *words, "--device", "cuda", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "cuda" in text
+    evaluation = ["eval", str(tmp_path / "out"), "--reference", str(model), *data]
+    figures = []
+    for device in ("cpu", "cuda"):
+        assert main([*evaluation, "--seqlen", "32", "--device", device, "--json"]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0]["perplexity"] == pytest.approx(figures[1]["perplexity"], rel=1e-3)
+    prompt = ["--prompt", "w5 w6", "--max-new-tokens", "5"]
+    assert main(["generate", str(tmp_path / "out"), *prompt, "--device", "cuda"]) == 0
