@@ -34,7 +34,7 @@ class Replay:
     def _record(self, tensors: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         self.held = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
         with torch.cuda.device(tensors[0].device):
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # libraries allocate on their first call, which a recording may not
                 self.work(*self.held)
