@@ -125,7 +125,7 @@ def load_outside(source: Source, blocks: list[str], device: torch.device, dtype:
     """
     head, embedding = head_name(source), embedding_name(source)
     inside = [*blocks] if head is None else [*blocks, head]
-    rows = {} if embedding is None else {embedding: tokens.unique()}
+    rows = {} if embedding is None else {embedding: torch.unique(tokens)}
     source.load("", device, dtype, skip=inside, rows=rows)
 
 

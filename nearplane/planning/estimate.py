@@ -184,14 +184,13 @@ class _Walk:
             self.blocks[prefix] += numbers[name]
         apart = [name for name in numbers if name not in inside and not (head and name.startswith(head + "."))]
         self.largest_linear = max((store.nbytes(source.names[s.name + ".weight"]) for s in plan.sites), default=0)
-        # On a CPU, of the input embedding the rows of the tokens that run; of the probe's in any case.
-        table, rows = embedding_name(source), {name: store.shape(source.names[name])[:1] for name in apart}
-        few = {name: numbers[name] * min(1, PROBE_TOKENS / rows[name][0]) for name in apart if name == table}
-        self.probed = int(sum((numbers | few)[name] for name in apart))
-        if plan.device.type == "cpu":
-            few = {name: numbers[name] * min(1, max(PROBE_TOKENS, self.tokens) / rows[name][0]) for name in few}
-            numbers |= few
-        self.outside = int(sum(numbers[name] for name in apart)) if self.needs else self.probed
+        table = embedding_name(source)
+        rows, width = store.shape(source.names[table]) if table is not None and table in apart else (0, 0)
+        beside = sum(numbers[name] for name in apart if name != table)
+        self.probed = beside + min(rows, PROBE_TOKENS) * width
+        # On a CPU, of the input embedding the rows of the tokens that run are there.
+        rows = min(rows, self.tokens) if plan.device.type == "cpu" else rows
+        self.outside = beside + rows * width if self.needs else self.probed
         sites = {source.names[s.name + ".weight"]: s for b in plan.blocks for s in b.sites}
         self.quantized = plan.nbytes(list(sites.values()))
         rest = [name for name in store.names if name not in sites]

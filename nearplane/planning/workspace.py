@@ -106,7 +106,8 @@ def _nearplane(method: NearPlane, shape: Shape) -> float:
     """The largest of four moments of ``solve``: judging, the step, the sweep, the refinement.
 
     Judging holds the Hessian of the tokens not held out, the factor before and the one in the making; the step a sum of
-    inverses, one of them (or its two solutions, where rows are fewer than columns) and a factor; a sweep the moved target and GPTQ's arrays, once per answer of a beam; the refinement codes and errors as numbers.
+    inverses, one of them (or its two solutions, where rows are fewer than columns) and a factor; a sweep the moved target and
+    GPTQ's arrays, once per answer of a beam; the refinement codes and errors as numbers.
     """
     m, n = shape.m, shape.n
     square, whole = float(n * n), float(m * n)
