@@ -6,8 +6,9 @@
 Makes FOLDER first, if it is not there: a Llama of 3.4B parameters in bfloat16 (hidden 3200, 26 blocks, vocabulary 32000; 6.9 GB,
 one shard a block) with random, structured weights: rows and columns of unequal size, a low-rank part, some outliers. Then
 quantizes it at 4 bits in a process of its own, which is asked to stop once the given number of blocks is done, and reads that
-process's resident memory whenever a block is. Beside each figure stands what it may be: 1.5 GB, one block in float32
-twice, the hidden states, and the moments of the widest input.
+process's resident memory whenever a block is. Any other folder of a Llama will do, and so will ``demo``; with ``--blocks 0`` the
+whole model is quantized and written. Beside each figure stands what ``plan`` said, and what it may be: 1.5 GB, one block in
+float32 twice, the hidden states, and the moments of the widest input. FILE keeps the rows of other runs.
 """
 
 import argparse
@@ -27,7 +28,9 @@ import torch
 from safetensors.torch import save_file
 from sweep import record
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from nearplane.models.source import locate
 
 CONFIG = LlamaConfig(
     hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=32,
@@ -90,66 +93,83 @@ def status(pid: int, field: str) -> float:
     return int(found[1]) * 1024 / GB if found else 0.0
 
 
-def watch(folder: Path, out: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def words(args: argparse.Namespace) -> list[str]:
+    """The flags of ``plan`` and ``quantize``."""
+    found = ["--bits", "4", "--group-size", "64", "--method", args.method]
+    return [*found, "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), *args.more]
+
+
+def watch(out: Path, args: argparse.Namespace, environment: dict[str, str]) -> list[dict[str, Any]]:
     """Quantize; resident memory and time whenever a block is done."""
-    words = [sys.executable, "-m", "nearplane", "quantize", str(folder), str(out), "--bits", "4", "--group-size", "64"]
-    words += ["--method", args.method, "--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), *args.more]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    start, rows = time.perf_counter(), list[dict[str, Any]]()
-    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as process:
-        highest = 0.0
-        while process.poll() is None and len(rows) < args.blocks:
-            time.sleep(0.05)
+    command = [sys.executable, "-m", "nearplane", "quantize", args.folder, str(out), *words(args)]
+    start, rows, highest, peak = time.perf_counter(), list[dict[str, Any]](), 0.0, 0.0
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not args.blocks or len(rows) < args.blocks):
+            time.sleep(0.02)
             try:
-                resident = status(process.pid, "VmRSS")
-                peak = status(process.pid, "VmHWM")
+                resident, peak = status(process.pid, "VmRSS"), status(process.pid, "VmHWM") or peak
             except OSError:
                 break
             highest = max(highest, resident)
             if (out / ".nearplane" / f"block-{len(rows):05}.json").exists():
-                row = {"block": len(rows), "peak GB": peak, "highest in block GB": highest}
-                rows.append(row | {"seconds": time.perf_counter() - start})
+                row = {"peak GB": peak, "highest in block GB": highest, "seconds": time.perf_counter() - start}
                 print(
-                    " ".join(
-                        f"{key} {value:.3f}" if value != row["block"] else f"{key} {value}"
-                        for key, value in rows[-1].items()
-                    ),
-                    flush=True,
+                    f"block {len(rows)}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True
                 )
+                rows.append({"block": len(rows), **row})
                 highest = 0.0
-        process.send_signal(signal.SIGINT)
+        if args.blocks:
+            process.send_signal(signal.SIGINT)
+    if not args.blocks and process.returncode == 0:
+        rows.append({"block": "all", "peak GB": peak, "seconds": time.perf_counter() - start})
     return rows
+
+
+def planned(args: argparse.Namespace, environment: dict[str, str]) -> float:
+    """GB that ``plan`` says."""
+    command = [sys.executable, "-m", "nearplane", "plan", args.folder, *words(args), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return float(json.loads(done.stdout)["memory"][0]["peak"]) / GB
 
 
 def allowed(args: argparse.Namespace) -> float:
     """GB: see above."""
-    h, m, streams = CONFIG.hidden_size, CONFIG.intermediate_size, 1 if args.method == "gptq" else 2
-    block, hidden = 4 * (4 * h * h + 3 * h * m), 4 * args.nsamples * args.seqlen * h * streams
-    moments = 4 * m * m * (1 if args.method == "gptq" else 2)
+    c = AutoConfig.from_pretrained(locate(args.folder))
+    h, m, streams = c.hidden_size, c.intermediate_size, 1 if args.method == "gptq" else 2
+    block = 4 * (2 * h * h * (1 + c.num_key_value_heads / c.num_attention_heads) + 3 * h * m)
+    hidden, moments = 4 * args.nsamples * args.seqlen * h * streams, 4 * m * m * (1 if args.method == "gptq" else 2)
     return 1.5 + (2 * block + hidden + moments) / GB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("folder")
+    parser.add_argument("--blocks", type=int, default=4, help="0: all, to the end")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json")
+    parser.add_argument("--json", metavar="FILE")
     args, args.more = parser.parse_known_args()
-    if not args.folder.exists():
-        make(args.folder)
-    with tempfile.TemporaryDirectory(dir=args.folder.parent) as scratch:
-        rows = watch(args.folder, Path(scratch) / "out", args)
-    if len(rows) < args.blocks:
+    if args.folder != "demo" and not Path(args.folder).exists():
+        make(Path(args.folder))
+    environment, near = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}, locate(args.folder).parent
+    said = planned(args, environment)
+    with tempfile.TemporaryDirectory(dir=None if args.folder == "demo" else near) as scratch:
+        rows = watch(Path(scratch) / "out", args, environment)
+    if len(rows) < max(args.blocks, 2):
         raise SystemExit("the run ended before its blocks were done; run its command by hand to see why.")
-    print(f"{args.method}: peak {rows[-1]['peak GB']:.2f} GB; may be {allowed(args):.2f} GB")
-    growth = rows[-1]["highest in block GB"] / rows[1]["highest in block GB"] - 1
+    peak, may, blocks = rows[-1]["peak GB"], allowed(args), [r for r in rows if "highest in block GB" in r]
+    growth = blocks[-1]["highest in block GB"] / blocks[1]["highest in block GB"] - 1
+    print(f"{args.method}: peak {peak:.2f} GB; plan said {said:.2f}; may be {may:.2f}")
     print(f"growth of a block's highest from the second block to the last: {100 * growth:.1f}%")
     if args.json:
-        record(args.json, [{"method": args.method, "allowed GB": allowed(args), **row} for row in rows], args.threads)
+        found = {"model": Path(args.folder).name, "method": args.method, "windows": [args.nsamples, args.seqlen]}
+        row = {**found, "peak GB": peak, "planned GB": said, "allowed GB": may, "growth": growth, "blocks": rows}
+        kept = json.loads(Path(args.json).read_text())["rows"] if Path(args.json).exists() else []
+        record(
+            args.json, [r for r in kept if any(r[key] != value for key, value in found.items())] + [row], args.threads
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.moments import Moments
-from nearplane.devices import pick_device, pick_dtype
+from nearplane.devices import give_memory_back, pick_device, pick_dtype
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
@@ -24,6 +24,7 @@ from nearplane.mix.budget import decide
 from nearplane.mix.overrides import WIDTHS, Override, make_mix
 from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
+from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
@@ -75,22 +76,19 @@ def quantize(
     the solving, rank 0 writes, and each is given the same report.
     """
     mix, scratch = make_mix(override, ignore, budget, widths), None if offload is None else Path(offload)
+    give_memory_back()
     with together(device) as ranks:
         writer = ranks.first(lambda: Writer(Path(out), resume=resume))
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
-            plan = make_plan(
-                model,
+            settings = (
                 method or NearPlane(),
                 grid or Grid(),
                 calibration or Calibration(),
                 format,
                 ranks.device,
                 dtype,
-                trust_remote_code,
-                mix,
             )
-        if not force:
-            refuse(plan, Path(out), scratch, ranks)
+            plan = _plan((model, *settings, trust_remote_code, mix), Path(out), scratch, ranks, force)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
         _walk(plan, writer, report, ranks, scratch, progress and ranks.rank == 0)
@@ -153,6 +151,17 @@ def evaluate(
     return evaluate_model(
         loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, progress=progress
     )
+
+
+def _plan(settings: Any, out: Path, offload: Path | None, ranks: Ranks, force: bool) -> Plan:
+    """What is to be done; where it cannot fit, that is said before a weight is read, or fetched from the hub."""
+    try:
+        draft = None if force else make_plan(*settings, sketch=True)
+    except Unsketchable:
+        draft = make_plan(*settings)
+    if draft is not None:
+        refuse(draft, out, offload, ranks)
+    return make_plan(*settings)
 
 
 def _walk(

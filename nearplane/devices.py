@@ -1,8 +1,24 @@
-"""Devices and dtypes by the names that users give them."""
+"""Devices and dtypes by the names that users give them, and what is asked of the memory beneath."""
+
+import ctypes
+import sys
 
 import torch
 
 from nearplane.core.errors import SettingError
+
+# Blocks of memory of this size go back to the system when they are freed. glibc raises its own limit to 32 MiB as a program
+# runs; blocks below it stay, wherever something that lives lies above them.
+GIVEN_BACK = 16 << 20
+M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def give_memory_back() -> None:
+    """Have freed blocks of GIVEN_BACK bytes leave this process, where its allocator is glibc's; elsewhere nothing is done."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
 
 
 def pick_device(name: str) -> torch.device:

@@ -206,7 +206,7 @@ class Walk:
                 hidden = None if offload is None else OnDisk(offload, name, len(self.batches))
                 self.streams.append(Stream(source.model, names, self.batches, hidden))
             self.keep = kept(blocks, sum(batch.numel() for batch in self.batches), dtype, len(self.streams))
-        discover.load_outside(source, names, device, dtype)
+            discover.load_outside(source, names, device, dtype, tokens)
 
 
 def stream(

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,15 @@ import torch
 from models.test_discover import STAGES
 
 import nearplane
+import nearplane.plan
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp
 from nearplane.calibrate.observe import Measuring
 from nearplane.cli import main
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats import FORMATS
-from nearplane.models.discover import discover
-from nearplane.models.sketch import discover_sketch, open_sketch
+from nearplane.formats.store import Store
+from nearplane.models.discover import PROBE_TOKENS, discover
+from nearplane.models.sketch import Unsketchable, discover_sketch, open_sketch
 from nearplane.models.source import open_source
 from nearplane.plan import Plan, make_plan
 from nearplane.planning import estimate, pace, workspace
@@ -96,8 +101,6 @@ def test_a_format_knows_its_bytes(name: str, shape: tuple[int, int]) -> None:
 
 def _peak() -> Any:
     """The counter of live tensors in benchmarks/solver.py."""
-    import sys
-
     folder = Path(__file__).parents[1] / "benchmarks"
     sys.path.insert(0, str(folder))
     try:
@@ -132,7 +135,7 @@ def test_work_arrays_are_those_that_live(method: Method, shape: tuple[int, int, 
         assert sum(t.numel() for t in held) == workspace.moments(method.needs, stage)
         with _peak() as peak:
             state = method.prepare(moments)
-        assert peak.most / 4 == pytest.approx(max(expected.prepare, expected.check), rel=0.25)
+        assert peak.most / 4 == pytest.approx(expected.prepare, rel=0.25, abs=4096)
         if state is not moments:
             assert peak.now / 4 == pytest.approx(expected.state, rel=0.05)
     fitting = workspace.FITTING  # a constant that dwarfs the rest at these sizes
@@ -151,14 +154,17 @@ def test_memory_follows_its_formulas(model: Path) -> None:
     tokens, hidden, inner = 4 * 32, 64, 96
     sites = sum(s.shape[0] * s.shape[1] for s in plan.blocks[0].sites)
     stored = {name: plan.source.store.shape(disk) for name, disk in plan.source.names.items()}
-    outside = sum(torch.Size(s).numel() for n, s in stored.items() if "layers" not in n and not n.startswith("lm_head"))
+    outside = {n: torch.Size(s).numel() for n, s in stored.items() if "layers" not in n and not n.startswith("lm_head")}
+    assert outside == {"model.embed_tokens.weight": tiny.VOCABULARY * hidden, "model.norm.weight": hidden}
     for found in down:
-        assert found["outside"] == 4 * outside
+        assert found["outside"] == 4 * sum(outside.values())  # as many tokens as rows of the embedding
         assert found["block"] == 4 * (sites + 2 * hidden)  # two norms
         assert found["streams"] == 4 * tokens * hidden
         assert found["paused"] == 4 * tokens * (inner + 2 * hidden)
         assert found["moments"] == 4 * inner**2 and found["factor"] == 4 * inner**2
     assert {found["solver"] for found in down} >= {int(4 * hidden * inner * 7.25)}  # the weight, 6 of Report.add, codes
+    few = estimate._Walk(replace(plan, calibration=Calibration(nsamples=1, seqlen=32)))
+    assert few.outside == (32 + 1) * hidden and few.probed == (PROBE_TOKENS + 1) * hidden
 
 
 def test_two_streams_where_a_reference_is_kept(model: Path) -> None:
@@ -199,6 +205,9 @@ def test_a_run_that_cannot_fit_is_refused(
     assert "--method gptq" in message and message.endswith("--force runs anyway.\n") and not out.exists()
     with pytest.raises(SettingError, match="are available"):
         nearplane.quantize(model, out, method=RTN(), grid=Grid(group_size=32), progress=False)
+    with monkeypatch.context() as unread:
+        unread.setattr(Store, "get", lambda _store, name: pytest.fail(f"{name} was read"))
+        assert main(words) == 2 and capsys.readouterr().err == message  # it is said before a weight is read
     assert main([*words, "--force"]) == 0 and (out / "report.json").exists()
     capsys.readouterr()
     monkeypatch.setattr(estimate, "available_memory", lambda: None)  # nothing is known: nothing is refused
@@ -207,6 +216,42 @@ def test_a_run_that_cannot_fit_is_refused(
         nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
     monkeypatch.setattr(estimate, "free_disk", lambda _folder: None)
     nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
+
+
+def test_a_model_that_reads_a_weight_itself_is_checked_once_its_weights_are_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_probe(_sketch: object) -> None:
+        raise Unsketchable("no")
+
+    monkeypatch.setattr(nearplane.plan, "discover_sketch", no_probe)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    with pytest.raises(SettingError, match="are available"):
+        nearplane.quantize(model, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
+
+
+# 20 blocks of 20 MB, of which the last, which lies highest, is kept: MB that remain.
+FREED = """
+import sys
+from nearplane.devices import give_memory_back
+from nearplane.planning.machine import resident
+if sys.argv[1] == "asked":
+    give_memory_back()
+del_first = bytearray(30_000_000)
+del del_first
+before, blocks = resident(), [bytearray(b"x") * 20_000_000 for _ in range(20)]
+del blocks[:-1]
+print((resident() - before) // 1_000_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_blocks_of_memory_leave_the_process() -> None:
+    left = {
+        word: int(subprocess.run([sys.executable, "-c", FREED, word], stdout=subprocess.PIPE, check=True).stdout)
+        for word in ("asked", "not")
+    }
+    assert left["asked"] < 40 and left["not"] > 300
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ Cholesky (in³/3 FLOPs) where the published GPTQ code (arXiv 2210.17323) takes `
 times the work and less accurate in float32. Their U (upper, ``UᵀU = (H+λI)⁻¹``) is ``diag(d)^{-1/2} T⁻¹``.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ Order = Literal["natural", "activation", "pivot"]
 
 # An indefinite matrix is damped ten times more, up to damping equal to the mean diagonal; every step is reported.
 RAISE, MOST_DAMP_PERCENT = 10.0, 1.0
+# Rows that are rearranged at a time.
+STRIP = 512
 
 
 class Factor(NamedTuple):
@@ -38,18 +42,32 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
     mean = float(H.diagonal().mean())
     chosen = choose_order(H, order, damp_percent * mean)
     # Reversing rows and columns turns the lower Cholesky factor into the upper one that a left-to-right sweep needs.
-    reverse = chosen.flip(0)
-    ordered = H.flip(0, 1) if order == "natural" else H.index_select(0, reverse).index_select(1, reverse)
-    lower, used, raised = damped_cholesky(ordered, damp_percent)
+    upper, used, raised = damped_cholesky(partial(_arranged, H, chosen.flip(0)), damp_percent)
     if raised and order == "pivot":  # its pivots were those of too little damping
         again = factorize(H, order=order, damp_percent=used)
         return again._replace(raised=raised + again.raised)
-    del ordered
-    upper = lower.flip(0, 1)
-    del lower
+    _reverse(upper.mT.view(-1) if upper.mT.is_contiguous() else upper.view(-1))
     root = upper.diagonal().clone()
-    feedback = upper.div_(root).triu_(1)
-    return Factor(feedback, root.square_(), chosen, used * mean, used, raised)
+    upper.div_(root).diagonal().zero_()
+    return Factor(upper, root.square_(), chosen, used * mean, used, raised)
+
+
+def _arranged(H: Tensor, order: Tensor) -> Tensor:
+    """A copy with rows and columns in this order, made by strips: no second copy is needed on the way."""
+    result = torch.empty_like(H, memory_format=torch.contiguous_format)
+    for a in range(0, len(H), STRIP):
+        torch.index_select(H.index_select(0, order[a : a + STRIP]), 1, order, out=result[a : a + STRIP])
+    return result
+
+
+def _reverse(numbers: Tensor) -> None:
+    """``numbers.flip(0)`` in place."""
+    n, step = len(numbers), STRIP**2
+    for a in range(0, n // 2, step):
+        b = min(a + step, n // 2)
+        head = numbers[a:b].flip(0)
+        numbers[a:b] = numbers[n - b : n - a].flip(0)
+        numbers[n - b : n - a] = head
 
 
 class Cholesky(NamedTuple):
@@ -60,18 +78,19 @@ class Cholesky(NamedTuple):
     raised: int
 
 
-def damped_cholesky(H: Float[Tensor, "in in"], damp_percent: float) -> Cholesky:
-    """Damp ``H`` in place until it is positive definite, and factor it.
+def damped_cholesky(copy: Callable[[], Float[Tensor, "in in"]], damp_percent: float) -> Cholesky:
+    """Damp a Hessian until it is positive definite, and factor it in the memory of the copy that ``copy()`` makes of it.
 
     Raises NumericalError when it stays indefinite at damping 1.0 (or at ``damp_percent``, if that is more).
     """
-    diagonal, mean = H.diagonal().clone(), float(H.diagonal().mean())
     raised = 0
     while True:
-        H.diagonal().copy_(diagonal).add_(damp_percent * mean)
-        lower, info = torch.linalg.cholesky_ex(H)
-        if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
-            return Cholesky(lower, damp_percent, raised)
+        H = copy().mT  # symmetric: in the layout that LAPACK wants, which then works in place
+        H.diagonal().add_(damp_percent * float(H.diagonal().mean()))
+        info = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(H, out=(H, info))
+        if int(info) == 0 and bool(H.diagonal().isfinite().all()):
+            return Cholesky(H, damp_percent, raised)
         if damp_percent >= MOST_DAMP_PERCENT:
             raise NumericalError(
                 f"the Hessian is not positive definite even with damp_percent={damp_percent:g}. Likely causes: "

@@ -151,7 +151,7 @@ class Moments:
                 f"{self.dropped} of {total} calibration tokens have NaN or Inf in this layer's input. Likely causes: a "
                 "broken weight before it, or a dtype too narrow for this model's activations."
             )
-        if not all(bool(moment.isfinite().all()) for moment in (self.H, self.D, self.R) if moment is not None):
+        if not all(_whole(moment) for moment in (self.H, self.D, self.R) if moment is not None):
             raise NumericalError(
                 "the Hessian overflowed; likely an activation far outside float32's square root. "
                 "Check the model's dtype and the calibration text."
@@ -179,6 +179,11 @@ class Moments:
                 "of D where a linear adds to the residual stream."
             )
         return self.D
+
+
+def _whole(moment: Tensor) -> bool:
+    """Whether every number is finite: NaN and Inf both show in the extremes, which take no array of their own."""
+    return all(bool(extreme.isfinite()) for extreme in moment.aminmax())
 
 
 def _finite(x: Float[Tensor, "tokens width"]) -> Bool[Tensor, "tokens"]:

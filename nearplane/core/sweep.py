@@ -29,6 +29,8 @@ Carry = Literal["value", "code", "clamped"]
 
 # Columns that share one look back; results do not depend on it, except where Push.carry says so.
 PANEL = 256
+# Rows of the weight that are transposed at a time.
+ROWS = 256
 # Columns inside a panel that are completed one by one; larger leaves cost memory traffic, smaller ones launches.
 LEAF = 32
 
@@ -95,10 +97,13 @@ class _State:
     ) -> None:
         out, n = target.shape
         self.factor, self.grid, self.push = factor, grid, push
-        # A copy, which becomes the moving target w'. Transposing first makes the gather one of whole rows.
-        self.target = target.T.contiguous().index_select(0, factor.order)
+        # A copy, which becomes the moving target w'. Transposing first makes the gather one of whole rows; a few rows of
+        # the weight at a time leave no second copy.
+        self.target = target.new_empty(n, out)
+        for a in range(0, out, ROWS):
+            self.target[:, a : a + ROWS] = target[a : a + ROWS].T.contiguous().index_select(0, factor.order)
         self.start, self.value = 0, self.target[:0]  # the current panel: its first column, its v
-        self.error = torch.zeros_like(self.target)  # w' - q
+        self.error = self.target  # w' - q of a solved column takes the place of its w', which nothing reads any more
         self.source = torch.zeros_like(self.target if push else self.target[:0])  # x of Push
         self.weight = self.target.clone() if push and push.shift is not None else self.target[:0]  # w of Push
         self.codes = torch.empty(n, out, dtype=torch.uint8, device=target.device)

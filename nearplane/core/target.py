@@ -60,7 +60,7 @@ def mixed_step(
     raised = 0
     many = len(pull) > len(H) and all(share.numel() == 1 for share in mix.values())
     for damp_percent, share in mix.items():
-        lower, _, times = damped_cholesky(H.clone(), damp_percent)
+        lower, _, times = damped_cholesky(H.clone, damp_percent)
         raised += times
         part = torch.cholesky_inverse(lower) if many else torch.cholesky_solve(pull.T, lower).T
         total = part.mul_(share) if total is None else total.addcmul_(part, share)

@@ -85,8 +85,8 @@ def discover(source: Source) -> list[Block]:
             raise Stop
         return with_rest(hidden_of(args, kwargs), rest)
 
-    load_outside(source, names, cpu, dtype)
     tokens = torch.arange(1, PROBE_TOKENS + 1)[None] % source.config.get_text_config().vocab_size
+    load_outside(source, names, cpu, dtype, tokens)
     with patched(source.model, names, probe):
         try:
             source.model(input_ids=tokens, use_cache=False)
@@ -118,11 +118,22 @@ def block_names(source: Source) -> list[str]:
     return [f"{name}.{i}" for i in range(len(module))]
 
 
-def load_outside(source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype) -> None:
-    """Load everything that runs before or between blocks: all but the blocks and an output head of its own."""
-    head = head_name(source)
+def load_outside(source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype, tokens: Tensor) -> None:
+    """Load everything that runs before or between blocks: all but the blocks and an output head of its own.
+
+    Of the input embedding, the rows of ``tokens``, which are all that will run.
+    """
+    head, embedding = head_name(source), embedding_name(source)
     inside = [*blocks] if head is None else [*blocks, head]
-    source.load("", device, dtype, skip=inside)
+    rows = {} if embedding is None else {embedding: torch.unique(tokens)}
+    source.load("", device, dtype, skip=inside, rows=rows)
+
+
+def embedding_name(source: Source) -> str | None:
+    """Name of the parameter that is the input embedding, where it is an ordinary one."""
+    module = source.model.get_input_embeddings()  # type: ignore[operator]
+    name = next((name for name, each in source.model.named_modules() if each is module), None)
+    return f"{name}.weight" if name and isinstance(module, nn.Embedding) else None
 
 
 def head_name(source: Source) -> str | None:

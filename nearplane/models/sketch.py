@@ -26,6 +26,10 @@ from nearplane.models.discover import Block, discover, is_linear
 from nearplane.models.source import Source, build_skeleton, locate, open_source, read_config
 
 
+class Unsketchable(NearplaneError):
+    """A model that reads a weight by itself: it cannot be probed without its weights."""
+
+
 class Promised(Store):
     """The tensors that a configuration alone promises: every parameter under the model's own name, tied ones once."""
 
@@ -60,7 +64,7 @@ class Promised(Store):
 class Sketch(Source):
     """A source whose large weights are never made; its linears compute something cheap instead."""
 
-    def load(self, prefix: str, device: torch.device, dtype: torch.dtype, *, skip: Any = ()) -> None:
+    def load(self, prefix: str, device: torch.device, dtype: torch.dtype, *, skip: Any = (), rows: Any = None) -> None:
         """Draw what is small below ``prefix``."""
         for name in self._below(prefix):
             owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -93,12 +97,12 @@ def open_sketch(model: str | Path, *, trust_remote_code: bool = False) -> Sketch
 
 
 def discover_sketch(source: Sketch) -> list[Block]:
-    """Blocks and stages, as ``discover`` finds them. NearplaneError where the model reads a weight by itself."""
+    """Blocks and stages, as ``discover`` finds them. Unsketchable where the model reads a weight by itself."""
     try:
         return discover(source)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         kind = source.config.model_type
-        raise NearplaneError(
+        raise Unsketchable(
             f"{source.folder}: a model of type {kind} cannot be probed without its weights "
             f"({str(error).strip().splitlines()[0][:100]}); nearplane inspect reads one block of it."
         ) from error

@@ -6,7 +6,7 @@ to life from disk and ``unload`` sends them back, so that nothing is resident bu
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
+from nearplane.models.values import finite, only_rows
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
@@ -65,7 +66,7 @@ class Source:
     def tensor(self, parameter: str) -> Tensor:
         """One stored parameter, checked for NaN and Inf."""
         value = self.store.get(self.names[parameter])
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if not finite(value):
             bad = int((~value.isfinite()).sum())
             raise NumericalError(
                 f"weight {parameter} holds {bad} NaN or Inf values; the checkpoint is broken, download or convert it again."
@@ -77,24 +78,36 @@ class Source:
         sites = {self.names[name + ".weight"] for name in besides}
         for name in sorted(self.store.names - sites):
             value = self.store.get(name)
-            if not value.is_floating_point():
-                continue
-            if not bool(value.isfinite().all()):
+            if not finite(value):
                 raise NumericalError(
                     f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
                 )
-            if not bool(value.to(stored).isfinite().all()):
+            if not finite(value, stored):
                 raise NumericalError(
                     f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype."
                 )
 
-    def load(self, prefix: str, device: torch.device, dtype: torch.dtype, *, skip: Iterable[str] = ()) -> None:
-        """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``."""
+    def load(
+        self,
+        prefix: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        skip: Iterable[str] = (),
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``.
+
+        ``rows``: by name, the numbers of the rows that will be read; in a CPU's memory the others are not there.
+        """
         for name in self._below(prefix):
             if any(name.startswith(s + ".") for s in skip):
                 continue
             value = self.tensor(name)
+            if rows is not None and name in rows and device.type == "cpu":
+                value = only_rows(value, rows[name], dtype)
             self._set(name, value.to(device, dtype) if value.is_floating_point() else value.to(device))
+            del value  # else it would be there while the next one is read
         module = self.model.get_submodule(prefix)
         for path, buffer in list(module.named_buffers()):
             if not buffer.is_meta:

@@ -26,7 +26,7 @@ import torch
 
 from nearplane.core.errors import SettingError
 from nearplane.formats.write import SHARD_BYTES
-from nearplane.models.discover import Block, Stage, head_name
+from nearplane.models.discover import PROBE_TOKENS, Block, Stage, embedding_name, head_name
 from nearplane.plan import Plan
 from nearplane.planning import workspace
 from nearplane.planning.machine import available_memory, cuda_memory, free_disk, resident
@@ -75,7 +75,6 @@ class Estimate:
     offloaded: int = 0  # bytes of hidden states on disk
     offload: Path | None = None  # where hidden states are meanwhile
     ranks: int = field(default=1, repr=False)  # of this run on this machine
-    loaded: int = field(default=0, repr=False)  # of the CPU's need, what is in memory already
 
     def lacking(self, out: Path) -> list[str]:
         """Sentences about what does not fit; none if all does, or if nothing is known of the machine."""
@@ -98,12 +97,12 @@ class Estimate:
         if memory.device != "cpu":
             return cuda_memory(memory.device)
         have = available_memory()
-        return None if have is None else have // self.ranks + self.loaded
+        return None if have is None else have // self.ranks
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         memory = [asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory]
-        return {k: v for k, v in asdict(self).items() if k not in ("loaded", "ranks", "offload")} | {"memory": memory}
+        return {k: v for k, v in asdict(self).items() if k not in ("ranks", "offload")} | {"memory": memory}
 
 
 def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> None:
@@ -146,9 +145,7 @@ def estimate(plan: Plan, offload: Path | None = None) -> Estimate:
     """Memory and disk of a run of ``plan``; ``offload``: where its hidden states are, if not in memory."""
     walk = _Walk(plan, offload is not None)
     where, parts = max(walk.moments(), key=lambda moment: sum(moment[1].values()))
-    loaded = sum(p.untyped_storage().nbytes() for p in plan.source.model.parameters() if p.device.type == "cpu")
-    base = resident() - loaded
-    memory = []
+    base, memory = resident(), []
     if plan.device.type == "cpu":
         memory.append(Memory("cpu", where, {"base": base + LATER} | parts, base))
     else:
@@ -161,9 +158,7 @@ def estimate(plan: Plan, offload: Path | None = None) -> Estimate:
     disk = {"quantized": walk.quantized, "dense": walk.dense, "other files": walk.files}
     offloaded = 0 if offload is None else walk.size * walk.tokens * walk.hidden * walk.streams
     streams, windows = walk.streams, plan.windows
-    return Estimate(
-        memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offloaded, offload, loaded=loaded
-    )
+    return Estimate(memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offloaded, offload)
 
 
 class _Walk:
@@ -188,13 +183,19 @@ class _Walk:
         for name, prefix in inside.items():
             self.blocks[prefix] += numbers[name]
         apart = [name for name in numbers if name not in inside and not (head and name.startswith(head + "."))]
-        self.outside = sum(numbers[name] for name in apart)
-        self.largest_outside = max((numbers[name] for name in apart), default=0)
+        self.largest_linear = max((store.nbytes(source.names[s.name + ".weight"]) for s in plan.sites), default=0)
+        table = embedding_name(source)
+        rows, width = store.shape(source.names[table]) if table is not None and table in apart else (0, 0)
+        beside = sum(numbers[name] for name in apart if name != table)
+        self.probed = beside + min(rows, PROBE_TOKENS) * width
+        # On a CPU, of the input embedding the rows of the tokens that run are there.
+        rows = min(rows, self.tokens) if plan.device.type == "cpu" else rows
+        self.outside = beside + rows * width if self.needs else self.probed
         sites = {source.names[s.name + ".weight"]: s for b in plan.blocks for s in b.sites}
         self.quantized = plan.nbytes(list(sites.values()))
         rest = [name for name in store.names if name not in sites]
         self.dense = sum(_stored(plan, name) for name in rest)
-        self.largest_dense = max((prod(store.shape(name)) for name in rest), default=0)
+        self.largest_dense = max((store.nbytes(name) for name in rest), default=0)
         self.files = sum(p.stat().st_size for p in source.folder.glob("*") if p.is_file() and _companion(p))
 
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
@@ -209,15 +210,16 @@ class _Walk:
                 yield from self._block(block)
 
     def beside(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """Before and after the walk: the probe reads one block in float32, and dense tensors are checked and copied."""
-        outside, pending = 4 * self.outside, min(self.dense, SHARD_BYTES)
+        """Before and after the walk: the probe runs one block in float32, and dense tensors are checked and copied."""
+        outside, pending = 4 * self.probed, min(self.dense, SHARD_BYTES)
         block = 4 * max(self.blocks.values())
-        checking = 4 * max(self.largest_dense, self.largest_outside)
         quiet = dict.fromkeys(("streams", "paused", "moments", "factor"), 0)
-        yield "the start", {"outside": outside, "block": block, **quiet, "solver": checking, "pending": 0}
-        on_cpu = outside if self.plan.device.type == "cpu" else 0
+        probing = {"outside": outside, "block": block, **quiet, "solver": self.largest_linear, "pending": 0}
+        yield "the start", probing
+        yield "the start", probing | {"block": 0, "solver": self.largest_dense}
+        on_cpu = 4 * self.outside if self.plan.device.type == "cpu" else 0
         # On a GPU a stage's codes, scales and zeros come over to be packed; nothing else of the walk is here.
-        yield "the end", {"outside": on_cpu, "block": 0, **quiet, "solver": 0, "pending": pending}
+        yield "the end", {"outside": on_cpu, "block": 0, **quiet, "solver": self.largest_dense, "pending": pending}
 
     def _block(self, block: Block) -> Iterator[tuple[str, dict[str, int]]]:
         first = sum(site.shape[0] for site in block.stages[0]) if block.stages else 0
@@ -258,7 +260,7 @@ class _Walk:
         weight, state = shape.m * shape.n, number * int(work.state)
         if self.needs:
             yield moments, 0, running + observing
-            yield moments, 0, number * int(max(work.check, work.prepare))
+            yield moments, 0, number * int(work.prepare)
         yield moments, state, number * int(weight + work.solve)
         yield moments, state, number * int(weight + work.result + work.measure)
 

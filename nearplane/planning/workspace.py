@@ -7,7 +7,9 @@ with the tensors that live while it runs.
 
 from dataclasses import dataclass
 
+from nearplane.core.factor import STRIP
 from nearplane.core.grid import CHUNK_WEIGHTS
+from nearplane.core.sweep import ROWS
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
 from nearplane.methods.base import Need, Sweeping
 from nearplane.methods.nearplane import TRIAL_ROWS
@@ -43,7 +45,6 @@ def stage_shape(stage: Stage, two: bool) -> Shape:
 class Work:
     """Numbers held at each step of a stage, beside those that stay from an earlier one."""
 
-    check: float  # Moments.check, once the moments are whole
     prepare: float  # the most during ``prepare``
     state: float  # what it leaves, beside the moments
     solve: float  # the most during ``solve``, the stacked weight apart
@@ -74,18 +75,22 @@ def work(method: Method, shape: Shape) -> Work:
     # Report.add: the error of the codes, then scale, zero, code, difference and product of rounding to nearest.
     measure = (6 if reads else 5.25) * min(largest, max(n, MEASURED_AT_ONCE))
     result = BYTE * whole
-    check = 1.5 * max(square, whole if shape.point and "R" in method.needs else 0.0) if reads else 0.0
     if isinstance(method, RTN) or not reads:  # fitted chunk by chunk; scale, zero and code of every weight
-        return Work(0.0, 0.0, 0.0, 3 * whole + result + FITTING, measure, result)
+        return Work(0.0, 0.0, 3 * whole + result + FITTING, measure, result)
     if isinstance(method, NearPlane):
-        return Work(check, 0.0, 0.0, _nearplane(method, shape), measure, result)
+        return Work(0.0, 0.0, _nearplane(method, shape), measure, result)
     if isinstance(method, OBQ):
         chunk = max(1, min(m, CHUNK_NUMBERS // n**2)) * square
-        return Work(check, 6 * square, 2 * square, 2 * whole + 4 * chunk, measure, result)
+        return Work(6 * square, 2 * square, 2 * whole + 4 * chunk, measure, result)
     count = pushes(method)
-    # The Cholesky factor and its input: two. A push: the factor, the ordered D and two solves; the push before it.
-    prepare = (3.0 + count if count else 2.0) * square
-    return Work(check, prepare, (1 + count) * square, (2.75 + count) * whole + FITTING, measure, result)
+    # A factor takes the place of its input. A push: the factor, the ordered D and two solves; the push before it.
+    prepare = (3.0 + count if count else 1.0) * square + min(n, STRIP) * n
+    return Work(prepare, (1 + count) * square, swept(shape, 1.75 + count) + FITTING, measure, result)
+
+
+def swept(shape: Shape, arrays: float) -> float:
+    """A sweep's arrays of (in, out), the first of which is filled from a few rows at a time, transposed and in order."""
+    return max(arrays * shape.m, shape.m + 2 * min(shape.m, ROWS)) * shape.n
 
 
 def pushes(method: Method) -> int:
@@ -100,21 +105,20 @@ def pushes(method: Method) -> int:
 def _nearplane(method: NearPlane, shape: Shape) -> float:
     """The largest of four moments of ``solve``: judging, the step, the sweep, the refinement.
 
-    Judging holds the Hessian of the tokens not held out, the factor before and the two arrays of the one in the making;
-    the step two sums of inverses (or its two solutions, where rows are fewer than columns) and a factor with its input; a
-    sweep the moved target and GPTQ's arrays, once per answer of a beam; the refinement codes and errors as numbers.
+    Judging holds the Hessian of the tokens not held out, the factor before and the one in the making; the step a sum of
+    inverses, one of them (or its two solutions, where rows are fewer than columns) and a factor; a sweep the moved target and
+    GPTQ's arrays, once per answer of a beam; the refinement codes and errors as numbers.
     """
     m, n = shape.m, shape.n
     square, whole = float(n * n), float(m * n)
     trial = float(min(m, m if method.shrink == "row" else 2 * TRIAL_ROWS) * n)
     pull = whole if method.target and not (shape.point and method.residual) else 0.0
     judged = method.damping == "held_out" or (method.target and method.shrink != "none")
-    judge = 4 * square + 4 * trial if judged else 0.0
+    judge = 3 * square + 4 * trial if judged else 0.0
     step = 0.0
     if method.target:
-        step = pull + (max(4 * square, 2 * square + whole) if m > n else 3 * square + 3 * whole)
+        step = pull + (max(3 * square, 2 * square + whole) if m > n else 2 * square + 3 * whole)
     target = whole if method.target else 0.0
-    arrays = 2.75 if method.beam == 1 else 3 + 2.5 * method.beam
-    sweeping = square + target + arrays * whole
+    sweeping = square + target + (swept(shape, 1.75) if method.beam == 1 else (3 + 2.5 * method.beam) * whole)
     refining = 2 * square + target + 3.0 * whole if method.rounds else 0.0
     return max(judge, step, 2 * square + target, sweeping, refining) + trial + FITTING

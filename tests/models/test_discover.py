@@ -85,6 +85,19 @@ def test_weights_outside_the_open_block_stay_on_disk(tmp_path: Path) -> None:
         assert live and all(name.startswith(opened.block.name + ".") for name in live)
 
 
+def test_of_the_embedding_only_the_rows_that_run_are_there(tmp_path: Path) -> None:
+    """And they are in the dtype that computes, whatever is stored: the replay above holds for all architectures."""
+    model = tiny.build("gemma2").to(torch.bfloat16)
+    source, ids = open_source(tiny.save(model, tmp_path / "m")), tiny.tokens(2, 8)
+    blocks = discover(source)
+    next(stream(source, blocks, ids, device=CPU, dtype=torch.float32, reference=False))
+    table, stored = source.model.get_input_embeddings().weight, model.get_input_embeddings().weight  # type: ignore[operator]
+    used = torch.zeros(len(table), dtype=torch.bool)
+    used[ids.flatten()] = True
+    assert table.dtype == torch.float32 and table.shape == stored.shape and 0 < used.sum() < len(used)
+    assert torch.equal(table[used], stored[used].float()) and not table[~used].any()
+
+
 def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     source = open_source(tiny.save(tiny.build("llama"), tmp_path / "m"))
     source.config.num_hidden_layers = 7
