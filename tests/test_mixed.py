@@ -189,8 +189,6 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["inspect", str(out)]) == 0
     assert "8 bits, group 96, asymmetric" in capsys.readouterr().out
     assert main(["verify", str(out), "--engine", "vllm"]) == 0
-    assert main(["convert", str(out), str(tmp_path / "new"), "--format", "gptq_v2"]) == 2
-    assert "mixes grids" in capsys.readouterr().err
 
 
 def test_resume_keeps_the_grids(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
