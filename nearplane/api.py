@@ -198,19 +198,16 @@ def _walk(
 def _decide(
     plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, display: Any, stop: Stop
 ) -> Plan:
-    """The plan with the bits that its budget buys: rank 0 measures, all are told."""
+    """The plan with the bits that its budget buys."""
     task = display.add_task("budget", total=sum(len(block.stages) for block in plan.blocks))
 
     def tick() -> None:
         display.advance(task)
-        if ranks.world == 1:  # else ranks agree on a stop, and the others are not here
-            stop.check()
+        stop.check()
 
     with report.timed("budget"):
-        found = ranks.first(lambda: decide(plan, writer.records if writer else [], offload, tick))
-        choices = ranks.tell(found.choices if found else None)
+        plan = decide(plan, writer.records if writer else [], ranks, offload, tick)
     display.remove_task(task)
-    plan = plan if choices is None else plan.decided(choices)
     report.settings = plan.settings
     return plan
 
@@ -220,7 +217,7 @@ def _solve_stage(
 ) -> list[LinearRow]:
     """Observe one stage's input, prepare once on every rank, solve the rows of all its weights on one grid together.
 
-    Every rank puts the result in place; the one with the writer also measures and writes it, and returns the rows.
+    Every rank puts the result in place and measures some of its rows; the one with the writer also writes it.
     """
     moments, state, rows = None, None, list[LinearRow]()
     where = stage[0].name
@@ -255,7 +252,10 @@ def _solve(
     report: Report,
     ranks: Ranks,
 ) -> list[LinearRow]:
-    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each."""
+    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each.
+
+    Only the rank with the writer writes.
+    """
     start = time.perf_counter()
     with report.timed("solve"):
         stacked = torch.cat([block.weight(site) for site in sites])
@@ -266,15 +266,14 @@ def _solve(
         part = slice(done, done := done + site.shape[0])
         weight, quantized = stacked[part], solved.rows(part)
         block.replace(site, quantized, grid)
-        if writer is None:
-            continue
         factor, spent = getattr(state, "factor", None), seconds * len(weight)
         with report.timed("measure"):
-            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent))
+            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent, ranks))
+        if writer is None:
+            continue
         with report.timed("write"):
             tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
             report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
             writer.put(tensors)
-    if rows:
-        report.settle(sites[0].name, solved.course, rows[0])
+    report.settle(sites[0].name, solved.course, rows[0])
     return rows
