@@ -19,9 +19,9 @@ from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
 from nearplane.interrupts import Stop, stoppable
-from nearplane.methods import Method, NearPlane
+from nearplane.methods import Method
 from nearplane.mix.budget import decide
-from nearplane.mix.overrides import WIDTHS, Override, make_mix
+from nearplane.mix.overrides import WIDTHS, Override
 from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
 from nearplane.models.source import load_tokenizer, locate
@@ -74,20 +74,23 @@ def quantize(
     Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
     the solving, rank 0 writes, and each is given the same report.
     """
-    mix, scratch = make_mix(override, ignore, budget, widths), None if offload is None else Path(offload)
+    scratch = None if offload is None else Path(offload)
     with together(device) as ranks:
         writer = ranks.first(lambda: Writer(Path(out), resume=resume))
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
             plan = make_plan(
                 model,
-                method or NearPlane(),
-                grid or Grid(),
-                calibration or Calibration(),
-                format,
-                ranks.device,
-                dtype,
-                trust_remote_code,
-                mix,
+                method=method,
+                grid=grid,
+                calibration=calibration,
+                override=override,
+                ignore=ignore,
+                budget=budget,
+                widths=widths,
+                format=format,
+                device=ranks.device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
             )
         if not force:
             refuse(plan, Path(out), scratch, ranks)

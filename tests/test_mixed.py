@@ -25,9 +25,7 @@ DENSE = "model.layers.0.self_attn.o_proj"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "text.txt").write_text(tiny.text(2000))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("mixed"))
 
 
 def run(model: Path, out: Path, **options: Any) -> nearplane.Report:

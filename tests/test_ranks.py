@@ -37,9 +37,7 @@ GRID = Grid(bits=3, group_size=16, sym=False)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "text.txt").write_text(tiny.text(2000))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("ranks"))
 
 
 def run(model: Path, out: Path, samples: int = 7, seqlen: int = 24, **options: Any) -> nearplane.Report:
@@ -51,7 +49,9 @@ def run(model: Path, out: Path, samples: int = 7, seqlen: int = 24, **options: A
 def exact(tokens: int = 48) -> None:
     """Compute in float64, in batches of so many tokens; for good, only in a child."""
     plan_of = nearplane.api.make_plan
-    nearplane.api.make_plan = lambda *args: dataclasses.replace(plan_of(*args), compute=torch.float64)
+    nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(
+        plan_of(*args, **choices), compute=torch.float64
+    )
     nearplane.stream.BATCH_TOKENS = tokens
 
 
@@ -336,7 +336,7 @@ import dataclasses, os, signal, sys
 import torch, nearplane
 from nearplane.cli import main
 plan_of, observed, stages = nearplane.api.make_plan, nearplane.api.observed, []
-nearplane.api.make_plan = lambda *args: dataclasses.replace(plan_of(*args), compute=torch.float64)
+nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
 def count(*args):
     stages.append(1)
     if os.environ["RANK"] == "1" and len(stages) == 6:
