@@ -24,7 +24,6 @@ from triton.testing import do_bench
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, NearPlane
-from nearplane.mix.overrides import ALIKE
 from nearplane.plan import make_plan
 from nearplane.planning.estimate import CUDA_CONTEXT, estimate
 from nearplane.runtime import reference, triton
@@ -102,7 +101,7 @@ def runs(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.methods:
         grid, calibration = Grid(bits=4, group_size=128), Calibration(nsamples=args.nsamples, seqlen=args.seqlen)
         method = METHODS[name]
-        plan = make_plan(args.folder, method, grid, calibration, "compressed-tensors", "cuda", "auto", False, ALIKE)
+        plan = make_plan(args.folder, method=method, grid=grid, calibration=calibration, device="cuda")
         planned = estimate(plan).memory[-1].peak - CUDA_CONTEXT
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

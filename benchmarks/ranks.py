@@ -43,8 +43,8 @@ def child(words: list[str]) -> None:
             found.append(ranks)
             yield ranks
 
-    def make_plan(*args: Any) -> Any:
-        plans.append(plan_of(*args))
+    def make_plan(*args: Any, **choices: Any) -> Any:
+        plans.append(plan_of(*args, **choices))
         return plans[-1]
 
     nearplane.api.together, nearplane.api.make_plan = watched, make_plan

@@ -19,9 +19,9 @@ from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
 from nearplane.formats.write import Writer
 from nearplane.interrupts import Stop, stoppable
-from nearplane.methods import Method, NearPlane
+from nearplane.methods import Method
 from nearplane.mix.budget import decide
-from nearplane.mix.overrides import WIDTHS, Override, make_mix
+from nearplane.mix.overrides import WIDTHS, Override
 from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
 from nearplane.models.sketch import Unsketchable
@@ -75,20 +75,17 @@ def quantize(
     Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
     the solving, rank 0 writes, and each is given the same report.
     """
-    mix, scratch = make_mix(override, ignore, budget, widths), None if offload is None else Path(offload)
+    scratch = None if offload is None else Path(offload)
     give_memory_back()
     with together(device) as ranks:
         writer = ranks.first(lambda: Writer(Path(out), resume=resume))
+        settings = {
+            "method": method, "grid": grid, "calibration": calibration, "override": override, "ignore": ignore,
+            "budget": budget, "widths": widths, "format": format, "device": ranks.device, "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+        }  # fmt: skip
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
-            settings = (
-                method or NearPlane(),
-                grid or Grid(),
-                calibration or Calibration(),
-                format,
-                ranks.device,
-                dtype,
-            )
-            plan = _plan((model, *settings, trust_remote_code, mix), Path(out), scratch, ranks, force)
+            plan = _plan(model, settings, Path(out), scratch, ranks, force)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
         _walk(plan, writer, report, ranks, scratch, progress and ranks.rank == 0)
@@ -153,15 +150,17 @@ def evaluate(
     )
 
 
-def _plan(settings: Any, out: Path, offload: Path | None, ranks: Ranks, force: bool) -> Plan:
+def _plan(
+    model: str | Path, settings: dict[str, Any], out: Path, offload: Path | None, ranks: Ranks, force: bool
+) -> Plan:
     """What is to be done; where it cannot fit, that is said before a weight is read, or fetched from the hub."""
     try:
-        draft = None if force else make_plan(*settings, sketch=True)
+        draft = None if force else make_plan(model, **settings, sketch=True)
     except Unsketchable:
-        draft = make_plan(*settings)
+        draft = make_plan(model, **settings)
     if draft is not None:
         refuse(draft, out, offload, ranks)
-    return make_plan(*settings)
+    return make_plan(model, **settings)
 
 
 def _walk(
@@ -207,19 +206,16 @@ def _walk(
 def _decide(
     plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, display: Any, stop: Stop
 ) -> Plan:
-    """The plan with the bits that its budget buys: rank 0 measures, all are told."""
+    """The plan with the bits that its budget buys."""
     task = display.add_task("budget", total=sum(len(block.stages) for block in plan.blocks))
 
     def tick() -> None:
         display.advance(task)
-        if ranks.world == 1:  # else ranks agree on a stop, and the others are not here
-            stop.check()
+        stop.check()
 
     with report.timed("budget"):
-        found = ranks.first(lambda: decide(plan, writer.records if writer else [], offload, tick))
-        choices = ranks.tell(found.choices if found else None)
+        plan = decide(plan, writer.records if writer else [], ranks, offload, tick)
     display.remove_task(task)
-    plan = plan if choices is None else plan.decided(choices)
     report.settings = plan.settings
     return plan
 
@@ -229,7 +225,7 @@ def _solve_stage(
 ) -> list[LinearRow]:
     """Observe one stage's input, prepare once on every rank, solve the rows of all its weights on one grid together.
 
-    Every rank puts the result in place; the one with the writer also measures and writes it, and returns the rows.
+    Every rank puts the result in place and measures some of its rows; the one with the writer also writes it.
     """
     moments, state, rows = None, None, list[LinearRow]()
     where = stage[0].name
@@ -264,7 +260,10 @@ def _solve(
     report: Report,
     ranks: Ranks,
 ) -> list[LinearRow]:
-    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each."""
+    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each.
+
+    Only the rank with the writer writes.
+    """
     start = time.perf_counter()
     with report.timed("solve"):
         stacked = torch.cat([block.weight(site) for site in sites])
@@ -275,15 +274,14 @@ def _solve(
         part = slice(done, done := done + site.shape[0])
         weight, quantized = stacked[part], solved.rows(part)
         block.replace(site, quantized, grid)
-        if writer is None:
-            continue
         factor, spent = getattr(state, "factor", None), seconds * len(weight)
         with report.timed("measure"):
-            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent))
+            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent, ranks))
+        if writer is None:
+            continue
         with report.timed("write"):
             tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
             report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
             writer.put(tensors)
-    if rows:
-        report.settle(sites[0].name, solved.course, rows[0])
+    report.settle(sites[0].name, solved.course, rows[0])
     return rows

@@ -33,7 +33,7 @@ from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import summary
 from nearplane.planning.forecast import forecast
 from nearplane.progress import waiting
-from nearplane.ranks import is_first
+from nearplane.ranks import is_first, started
 from nearplane.runtime.linear import quantized_linears
 from nearplane.speed import bench, check_threads
 from nearplane.verification import verify
@@ -111,8 +111,10 @@ def _left_something(argv: list[str]) -> bool:
 def _how_to_resume(argv: list[str]) -> None:
     """The command that goes on, where there is something to go on with."""
     if _left_something(argv):
-        again = [*argv, *(["--resume"] if "--resume" not in argv else [])]
-        print(f"finished blocks are kept; go on with: {shlex.join(['nearplane', *again])}", file=sys.stderr)
+        start, nodes = started()
+        command = shlex.join([*start, *argv, *(["--resume"] if "--resume" not in argv else [])])
+        where = f", on each of the {nodes} nodes and with your rendezvous options," if nodes > 1 else ""
+        print(f"finished blocks are kept; go on{where} with: {command}", file=sys.stderr)
 
 
 def _quantize(argv: list[str]) -> None:

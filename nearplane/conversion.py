@@ -1,8 +1,9 @@
 """What ``convert`` does: write a checkpoint again in another format. Nothing is quantized again.
 
 Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. Scales keep their dtype in
-compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. What
-the new format cannot hold is refused before anything is written; every dense tensor is copied as it is.
+compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. Layers
+of several grids keep them. What the new format cannot hold is refused before anything is written; every dense tensor is
+copied as it is.
 """
 
 from dataclasses import dataclass, replace
@@ -69,17 +70,21 @@ def convert(
     _refuse_activations(checkpoint, checkpoint.quantization)
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
-    grid = _grid(checkpoint, target, model, modules)
+    grids = _grids(checkpoint, target, model, modules)
     with writer, bar(progress) as display:
         task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
         for name in checkpoint.layers:
+            grid = grids[name]
             writer.put(target.tensors(name, _exact(name, checkpoint.quantized(name), grid, target), grid))
             display.advance(task)
         for name in checkpoint.dense:
             writer.put({name: checkpoint.store.get(name)})
             display.advance(task)
         ignore = linears_besides(model, set(modules.values()))
-        quantization = target.config(grid, ignore=ignore, settings=_settings(checkpoint, modules))
+        # Loaders look for a linear by its name in the model or on disk: both are named.
+        named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
+        settings = _settings(checkpoint, modules)
+        quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
         writer.json("config.json", {**_plain(checkpoint.config), "quantization_config": quantization})
         for file, content in target.extra_files(quantization).items():
             writer.json(file, content)
@@ -101,30 +106,18 @@ def _refuse_activations(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         )
 
 
-def _grid(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> Grid:
-    """The one grid of all layers, with the scales' dtype in the new format. NearplaneError where a layer does not fit it."""
-    grids: dict[Grid, str] = {}
+def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:
+    """The grid of each layer, its scales in the new format's dtype. NearplaneError where a layer does not fit there."""
+    grids = {}
     for name, layer in checkpoint.layers.items():
-        grids.setdefault(layer.grid, name)
-    if len(grids) > 1:
-        several = "; ".join(f"{name}: {_described(grid)}" for grid, name in grids.items())
-        raise NearplaneError(
-            f"{checkpoint.store.folder} mixes grids ({several}); only checkpoints of one grid are converted so far."
-        )
-    (stored,) = grids
-    grid = replace(stored, scale_dtype=_scale_dtype(target, stored))
-    for name, layer in checkpoint.layers.items():
+        grids[name] = replace(layer.grid, scale_dtype=_scale_dtype(target, layer.grid))
         conv = isinstance(model.get_submodule(modules[name]), Conv1D)
-        reason = (conv1d_reason(target) if conv else None) or target.supports(grid, layer.shape)
+        reason = (conv1d_reason(target) if conv else None) or target.supports(grids[name], layer.shape)
         if reason is not None:
             raise NearplaneError(f"{name}: {reason}.")
-    for name in checkpoint.layers:  # all of them before the first is written
+    for name, grid in grids.items():  # all of them before the first is written
         check(name, _exact(name, checkpoint.quantized(name), grid, target), grid)
-    return grid
-
-
-def _described(grid: Grid) -> str:
-    return f"{grid.storage_bits} bits, group_size {grid.group_size}, sym {grid.sym}, scales {grid.scale_dtype}"
+    return grids
 
 
 def _scale_dtype(target: Format, stored: Grid) -> ScaleDtype:

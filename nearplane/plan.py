@@ -15,10 +15,10 @@ from nearplane.devices import pick_device, pick_dtype
 from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS
 from nearplane.formats.base import Format, conv1d_reason
-from nearplane.methods import Method
+from nearplane.methods import Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
-from nearplane.mix.overrides import ALIKE, Mix, assign, leave_out, refuse_split
+from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_out, make_mix, refuse_split
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
@@ -196,21 +196,26 @@ class Plan:
 
 def make_plan(
     model: str | Path,
-    method: Method,
-    grid: Grid,
-    calibration: Calibration,
-    format: str,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    mix: Mix = ALIKE,
     *,
+    method: Method | None = None,
+    grid: Grid | None = None,
+    calibration: Calibration | None = None,
+    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
+    ignore: Sequence[str] = (),
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
+    format: str = "compressed-tensors",
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
     sketch: bool = False,
 ) -> Plan:
-    """Open the source and settle every choice; refuse, before any compute, what cannot work.
+    """Open the source and settle every choice, as ``quantize`` takes them; refuse, before any compute, what cannot work.
 
     With ``sketch`` no weight and no token is read, and MODEL may be a lone config.json: good for an estimate, not to be run.
     """
+    method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
+    mix = make_mix(override, ignore, budget, widths)
     where = _choices(method, format, device)
     if sketch:
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)

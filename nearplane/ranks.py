@@ -76,6 +76,13 @@ class Ranks:
             dist.all_reduce(found)
         return [int(v) for v in found]
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over the ranks, on all of them; takes ``values`` (float64, on the CPU) over."""
+        if self.world > 1:
+            with self._speaking():
+                dist.all_reduce(values)
+        return values
+
     def tell(self, value: T, owner: int = 0) -> T:
         """What rank ``owner`` calls by that name, on all ranks."""
         if self.world == 1:
@@ -221,9 +228,23 @@ class Ranks:
         return self._store.get(f"{kind}/{rank}").decode() if self._noted(kind, rank) else ""
 
 
+ALONE = Ranks()
+"""A lone process."""
+
+
 def is_first() -> bool:
     """Whether this process speaks for the run, as far as torchrun's environment tells."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def started() -> tuple[list[str], int]:
+    """The words before a command's own that start this run again, and how many machines they are given on."""
+    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        return ["nearplane"], 1
+    size = ["--nnodes", str(nodes)] if nodes > 1 else []
+    each = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+    return ["torchrun", *size, "--nproc-per-node", each, "-m", "nearplane"], nodes
 
 
 @contextmanager

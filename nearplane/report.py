@@ -16,6 +16,7 @@ from nearplane.core.factor import Factor
 from nearplane.core.grid import Course, Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
+from nearplane.ranks import ALONE, Ranks
 
 # Numbers of a weight that are measured at a time.
 MEASURED_AT_ONCE = 1 << 22
@@ -126,9 +127,10 @@ class Report:
         moments: Moments | None,
         factor: Factor | None,
         seconds: float,
+        ranks: Ranks = ALONE,
     ) -> LinearRow:
-        """Measure one solved weight against its original."""
-        found = _measure(weight, quantized, grid, moments)
+        """Measure one solved weight against its original; of several ranks, each takes some rows, and all call this."""
+        found = _measure(weight, quantized, grid, moments, ranks)
         error = rtn_error = None
         if moments is not None:
             error, rtn_error = (e / found.power if found.power > 0 else 0.0 for e in (found.error, found.rtn))
@@ -228,28 +230,30 @@ def measured_rows(rows: int) -> slice:
     return slice(None, None, -(-rows // MEASURED_ROWS))
 
 
-def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments | None) -> _Measured:
-    """By chunks of rows: a copy of the weight for each of these would be the largest thing a run holds."""
+def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments | None, ranks: Ranks) -> _Measured:
+    """By chunks of this rank's rows: a copy of the weight for each of these would be the largest thing a run holds."""
     step = max(1, MEASURED_AT_ONCE // weight.shape[1])
+
+    def chunks(rows: int) -> list[slice]:
+        mine = ranks.part(rows)
+        return [slice(first, min(first + step, mine.stop)) for first in range(mine.start, mine.stop, step)]
+
     norm = moved = 0.0
-    for first in range(0, len(weight), step):
-        part = slice(first, first + step)
+    for part in chunks(len(weight)):
         norm += float(weight[part].square().sum())
         moved += float(dequantize(quantized.rows(part), grid).to(weight.dtype).sub_(weight[part]).square().sum())
     total = _Measured(norm, moved)
-    if moments is None:
-        return total
-    rows = measured_rows(len(weight))
-    weight, quantized, R = weight[rows], quantized.rows(rows), None if moments.R is None else moments.R[rows]
-    for first in range(0, len(weight), step):
-        part = slice(first, first + step)
-        w, q = weight[part], quantized.rows(part)
-        delta, rtn = dequantize(q, grid).to(w.dtype).sub_(w), _rounded(w, q, grid).sub_(w)
-        wanted = pull(w, moments.D, None if R is None else R[part])
-        energies = [energy(each, moments.H) for each in (w, delta, rtn)]
-        found = [0.0, 0.0, *energies, *(float((each * wanted).sum()) for each in (delta, rtn))]
-        total = _Measured(*(a + b for a, b in zip(total, found, strict=True)))
-    return total
+    if moments is not None:
+        rows = measured_rows(len(weight))
+        weight, quantized, R = weight[rows], quantized.rows(rows), None if moments.R is None else moments.R[rows]
+        for part in chunks(len(weight)):
+            w, q = weight[part], quantized.rows(part)
+            delta, rtn = dequantize(q, grid).to(w.dtype).sub_(w), _rounded(w, q, grid).sub_(w)
+            wanted = pull(w, moments.D, None if R is None else R[part])
+            energies = [energy(each, moments.H) for each in (w, delta, rtn)]
+            found = [0.0, 0.0, *energies, *(float((each * wanted).sum()) for each in (delta, rtn))]
+            total = _Measured(*(a + b for a, b in zip(total, found, strict=True)))
+    return _Measured(*ranks.total(torch.tensor(total, dtype=torch.float64)).tolist())
 
 
 def observed(name: str, moments: Moments, power: int) -> list[str]:

@@ -19,9 +19,7 @@ GRID = ["--group-size", "32"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "text.txt").write_text(tiny.text(1500))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture

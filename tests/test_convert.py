@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
 import nearplane
 from nearplane import RTN, Grid, NearplaneError
@@ -21,13 +22,16 @@ CT = "compressed-tensors"
 PAIRS = [(CT, "gptq"), (CT, "gptq_v2"), ("gptq", CT), ("gptq", "gptq_v2"), ("gptq_v2", CT), ("gptq_v2", "gptq")]
 
 
-def written(folder: Path, format: str, *, dtype: Any = "float16", kind: str = "llama", **grid: Any) -> Path:
+def written(
+    folder: Path, format: str, *, dtype: Any = "float16", kind: str = "llama", mix: Any = None, **grid: Any
+) -> Path:
     """Quantized by rounding, in half precision unless told otherwise, so that all formats store the same scales."""
     if not (folder / "model").exists():
         tiny.save(tiny.build(kind), folder / "model")
     settings: Any = {"bits": 4, "group_size": 32} | grid
     out = folder / f"{format}-{dtype}"
     made: dict[str, Any] = {"method": RTN(), "grid": Grid(**settings), "format": format, "dtype": dtype}
+    made |= mix or {}
     nearplane.quantize(folder / "model", out, progress=False, **made)
     return tiny.one_shard(out)
 
@@ -152,18 +156,70 @@ def test_groups_in_activation_order(tmp_path: Path) -> None:
     refused(out, tmp_path / "new", CT, name, "activation-ordered groups (desc_act)")
 
 
-def test_several_grids(tmp_path: Path) -> None:
-    out, other = written(tmp_path / "a", CT), written(tmp_path / "b", CT, group_size=16)
-    state, taken = (safetensors.torch.load_file(folder / SHARD) for folder in (out, other))
-    name = "model.layers.1.mlp.down_proj"
-    state |= {key: value for key, value in taken.items() if key.startswith(name)}
-    safetensors.torch.save_file(state, out / SHARD)
-    config = json.loads((out / "config.json").read_text())
-    groups = config["quantization_config"]["config_groups"]
-    groups["group_1"] = json.loads(json.dumps(groups["group_0"])) | {"targets": [name]}
-    groups["group_1"]["weights"]["group_size"] = 16
-    (out / "config.json").write_text(json.dumps(config))
-    refused(out, tmp_path / "new", "gptq", "mixes grids", f"{name}: 4 bits, group_size 16", "one grid")
+SEVERAL = {"down_proj": {"bits": 8, "group_size": 96}, r"layers\.1\..*(q|k|v)_proj": {"bits": 3, "group_size": 16}}
+
+
+def grids(path: Path) -> dict[str, Grid]:
+    return {name: layer.grid for name, layer in open_checkpoint(path).layers.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_several_grids_and_dense_linears(before: str, after: str, tmp_path: Path) -> None:
+    """There and back; each layer with its own bits, groups and symmetry, and what was left out is left out."""
+    override = SEVERAL | ({} if "gptq" in (before, after) else {"gate|up": {"sym": False}})
+    out = written(tmp_path, before, mix={"override": override, "ignore": ["layers.0.self_attn.o_proj"]})
+    found = grids(out)
+    assert len(found) == 13 and len(set(found.values())) == (3 if "gptq" in (before, after) else 4)
+    nearplane.convert(out, tmp_path / "there", after)
+    nearplane.convert(tmp_path / "there", tmp_path / "back", before)
+    for name in ("there", "back"):
+        assert grids(tmp_path / name) == found
+        same_weights(out, tmp_path / name)
+        assert torch.equal(logits(out), logits(tmp_path / name))
+        checked = nearplane.verify(tmp_path / name)
+        assert checked.ok and checked.notes == ()
+    states = [safetensors.torch.load_file(folder / SHARD) for folder in (out, tmp_path / "back")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0].keys() | states[1].keys())
+
+
+def test_what_is_said_of_several_grids(tmp_path: Path) -> None:
+    """As quantize would have written it, but for the order of names; transformers reads the groups that came of rules."""
+    mix = {"override": SEVERAL, "ignore": ["layers.0.mlp.(gate|up)"]}
+    both = {format: written(tmp_path, format, mix=mix) for format in (CT, "gptq")}
+    for format, other in ((CT, "gptq"), ("gptq", CT)):
+        nearplane.convert(both[other], tmp_path / f"to-{format}", format)
+        made, wanted = (
+            json.loads((folder / "config.json").read_text())["quantization_config"]
+            for folder in (tmp_path / f"to-{format}", both[format])
+        )
+        for config in (made, wanted):
+            for key in ("meta", "static_groups", "true_sequential"):  # of the run: compressed-tensors keeps none
+                config.pop(key, None)
+            for group in config.get("config_groups", {}).values():
+                group["targets"] = set(group["targets"])
+        assert made == wanted
+    assert made["dynamic"][r"+:^model\.layers\.1\.self_attn\.qkv_proj$"] == {"bits": 3, "group_size": 16, "sym": True}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"to-{CT}", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS).logits, logits(both["gptq"]))
+
+
+def test_bits_by_a_budget(tmp_path: Path) -> None:
+    out = written(tmp_path, CT, mix={"budget": 4})
+    nearplane.convert(out, tmp_path / "new", "gptq")
+    assert len(set(grids(out).values())) > 1 and grids(out) == grids(tmp_path / "new")
+    same_weights(out, tmp_path / "new")
+    assert nearplane.verify(tmp_path / "new").ok
+
+
+def test_one_of_several_grids_that_does_not_fit(tmp_path: Path) -> None:
+    five = written(tmp_path / "five", CT, mix={"override": {"o_proj": {"bits": 5}}})
+    refused(five, tmp_path / "new", "gptq", "model.layers.0.self_attn.o_proj: gptq stores 2, 3, 4 or 8 bits, not 5")
+    asymmetric = written(tmp_path / "asymmetric", CT, mix={"override": {"1.*down_proj": {"sym": False}}})
+    refused(
+        asymmetric, tmp_path / "new", "gptq", "model.layers.1.mlp.down_proj: ", "asymmetric zero point; use gptq_v2"
+    )
+    same_weights(asymmetric, Path(nearplane.convert(asymmetric, tmp_path / "new", "gptq_v2").out))
 
 
 def test_quantized_activations(tmp_path: Path) -> None:

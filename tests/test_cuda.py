@@ -16,7 +16,6 @@ from test_resume import contents
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
 from nearplane.cli import main
-from nearplane.mix.overrides import ALIKE
 from nearplane.plan import make_plan
 from nearplane.planning.estimate import CUDA_CONTEXT, estimate
 from nearplane.runtime.linear import TENSORS, quantized_linears
@@ -55,7 +54,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in float64, so that devices differ in the last digits only."""
     plan_of = nearplane.api.make_plan
-    made = lambda *args: dataclasses.replace(plan_of(*args), compute=torch.float64)  # noqa: E731
+    made = lambda *args, **options: dataclasses.replace(plan_of(*args, **options), compute=torch.float64)  # noqa: E731
     monkeypatch.setattr(nearplane.api, "make_plan", made)
 
 
@@ -143,7 +142,7 @@ def test_planned_memory(tmp_path, method):
     (tmp_path / "text.txt").write_text(tiny.text(20000))
     calibration = Calibration(dataset=str(tmp_path / "text.txt"), nsamples=32, seqlen=256)
     settings = {"method": method, "grid": Grid(bits=4, group_size=64), "calibration": calibration}
-    plan = make_plan(folder, method, settings["grid"], calibration, "compressed-tensors", "cuda", "auto", False, ALIKE)
+    plan = make_plan(folder, **settings, device="cuda")
     expected = estimate(plan).memory[-1].peak - CUDA_CONTEXT
     nearplane.quantize(folder, tmp_path / "warm", device="cuda", progress=False, **settings)  # workspaces of libraries
     torch.cuda.synchronize()

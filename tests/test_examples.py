@@ -25,8 +25,7 @@ def load(name: str) -> ModuleType:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(tiny.text(1500))
-    return tiny.save(tiny.build("llama"), tmp_path / "model")
+    return tiny.with_text(tmp_path)
 
 
 def test_own_loop(model: Path) -> None:

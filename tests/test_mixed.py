@@ -25,9 +25,7 @@ DENSE = "model.layers.0.self_attn.o_proj"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "text.txt").write_text(tiny.text(2000))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("mixed"))
 
 
 def run(model: Path, out: Path, **options: Any) -> nearplane.Report:
@@ -189,8 +187,6 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["inspect", str(out)]) == 0
     assert "8 bits, group 96, asymmetric" in capsys.readouterr().out
     assert main(["verify", str(out), "--engine", "vllm"]) == 0
-    assert main(["convert", str(out), str(tmp_path / "new"), "--format", "gptq_v2"]) == 2
-    assert "mixes grids" in capsys.readouterr().err
 
 
 def test_resume_keeps_the_grids(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

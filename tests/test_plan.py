@@ -38,9 +38,7 @@ FLAGS = ["--nsamples", "4", "--seqlen", "32", "--group-size", "32"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plan")
-    (folder / "text.txt").write_text(tiny.text(1500))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("plan"))
 
 
 @pytest.fixture
@@ -53,9 +51,8 @@ def config(model: Path, tmp_path: Path) -> Path:
 
 
 def planned(model: Path, method: Method, format: str = "compressed-tensors", **grid: Any) -> Plan:
-    return make_plan(
-        model, method, Grid(**{"group_size": 32, **grid}), SMALL, format, "cpu", "auto", False, sketch=True
-    )
+    settings: Any = {"method": method, "grid": Grid(**{"group_size": 32, **grid}), "calibration": SMALL}
+    return make_plan(model, **settings, format=format, device="cpu", sketch=True)
 
 
 def parts(model: Path, method: Method) -> dict[str, int]:
@@ -187,7 +184,7 @@ def test_many_tokens_are_not_kept_waiting(model: Path) -> None:
     width = 2 * (64 + 96) * 4
     for tokens, kept in ((IN_FLIGHT_BYTES // width, True), (IN_FLIGHT_BYTES // width + 64, False)):
         calibration = Calibration(nsamples=-(-tokens // 64) if not kept else tokens // 64, seqlen=64)
-        plan = make_plan(model, GPTQ(), Grid(), calibration, "compressed-tensors", "cpu", "auto", False, sketch=True)
+        plan = make_plan(model, method=GPTQ(), calibration=calibration, device="cpu", sketch=True)
         walk = estimate._Walk(plan)
         assert walk.kept == kept and estimate.estimate(plan).kept == kept
         assert any(found["paused"] for _, found in walk.moments()) == kept

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from test_resume import contents
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
 from nearplane.calibrate.forward import Forward
-from nearplane.cli import main
+from nearplane.cli import _how_to_resume, main
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.interrupts import Interrupted
@@ -36,9 +37,7 @@ GRID = Grid(bits=3, group_size=16, sym=False)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "text.txt").write_text(tiny.text(2000))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("ranks"))
 
 
 def run(model: Path, out: Path, samples: int = 7, seqlen: int = 24, **options: Any) -> nearplane.Report:
@@ -50,7 +49,9 @@ def run(model: Path, out: Path, samples: int = 7, seqlen: int = 24, **options: A
 def exact(tokens: int = 48) -> None:
     """Compute in float64, in batches of so many tokens; for good, only in a child."""
     plan_of = nearplane.api.make_plan
-    nearplane.api.make_plan = lambda *args: dataclasses.replace(plan_of(*args), compute=torch.float64)
+    nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(
+        plan_of(*args, **choices), compute=torch.float64
+    )
     nearplane.stream.BATCH_TOKENS = tokens
 
 
@@ -108,6 +109,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("one batch for two ranks", 2, {"method": NearPlane(), "samples": 2}),
     ("few sequences: runs of tokens are held out", 3, {"method": NearPlane(), "samples": 3, "seqlen": 60}),
     ("no data", 2, {"method": RTN()}),
+    ("bits by a budget", 2, {"method": GPTQ(), "budget": 5.5}),
+    ("bits by a budget, no data", 3, {"method": RTN(), "budget": 5.5}),
 ]
 
 
@@ -128,6 +131,35 @@ def test_ranks_do_what_one_does(what: str, world: int, options: dict[str, Any], 
     assert len(set(results)) == 1 and results[0] is not None  # every rank is given the report
     forked(1, tmp_path, alone)
     same(tmp_path / "out", tmp_path / "alone")
+    if "budget" in options:
+        choices = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["choices"]
+        assert len({row["bits"] for row in choices}) > 1
+
+
+def test_measuring_is_shared(model: Path, tmp_path: Path) -> None:
+    """The rows whose errors are taken, of a budget and of the report: each by one rank, nearly as many by each."""
+
+    def work(rank: int) -> list[int]:
+        rows = []
+        for module in (nearplane.mix.budget, nearplane.report):
+            energy, counted = module.energy, [0]
+
+            def count(weight: Any, H: Any, energy: Any = energy, counted: Any = counted) -> Any:
+                counted[0] += len(weight)
+                return energy(weight, H)
+
+            module.energy = count
+            rows.append(counted)
+        run(model, tmp_path / f"out-{os.environ['WORLD_SIZE']}", budget=5.5)
+        return [counted[0] for counted in rows]
+
+    def alone(_: int) -> list[int]:
+        os.environ["WORLD_SIZE"] = "1"
+        return work(0)
+
+    first, second = forked(2, tmp_path, work)
+    (whole,) = forked(1, tmp_path, alone)
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole and first == second
 
 
 def test_runs_held_out_of_a_module_that_sees_some_tokens_only(model: Path, tmp_path: Path) -> None:
@@ -210,7 +242,7 @@ def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Pat
             return observed(*args)
 
         nearplane.api.observed = count
-        run(model, out, method=NearPlane())
+        run(model, out, method=NearPlane(), budget=5.5)
 
     first, killed, last = forked(3, tmp_path, work)
     assert killed is None and (out / STATE).is_dir()
@@ -220,12 +252,13 @@ def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Pat
 
     def again(rank: int) -> Any:
         exact()
-        return run(model, out, method=NearPlane(), resume=True).resumed
+        nearplane.mix.budget._measure = None  # type: ignore[assignment]  # what it chose is read back
+        return run(model, out, method=NearPlane(), budget=5.5, resume=True).resumed
 
     def alone(_: int) -> None:
         os.environ["WORLD_SIZE"] = "1"
         exact()
-        run(model, tmp_path / "alone", method=NearPlane())
+        run(model, tmp_path / "alone", method=NearPlane(), budget=5.5)
 
     (tmp_path / "rank-1").unlink(missing_ok=True)
     assert forked(2, tmp_path, again) == [1, 1]
@@ -275,12 +308,35 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -
             run(model, tmp_path / "out", device="cuda")
 
 
+def test_the_command_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the run was started: alone, on one machine, on several."""
+    (tmp_path / STATE).mkdir()
+    words = ["quantize", "demo", str(tmp_path)]
+    torchrun = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"}
+    nodes = {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
+    for environment, before in (
+        ({}, "with: nearplane"),
+        (torchrun, "with: torchrun --nproc-per-node 4 -m nearplane"),
+        (
+            nodes,
+            "on each of the 2 nodes and with your rendezvous options, with: torchrun --nnodes 2 --nproc-per-node 4 -m",
+        ),
+    ):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        _how_to_resume(words)
+        said = capsys.readouterr().err
+        assert before in said and said.endswith(f" quantize demo {tmp_path} --resume\n")
+
+
 DRIVER = """
 import dataclasses, os, signal, sys
 import torch, nearplane
 from nearplane.cli import main
 plan_of, observed, stages = nearplane.api.make_plan, nearplane.api.observed, []
-nearplane.api.make_plan = lambda *args: dataclasses.replace(plan_of(*args), compute=torch.float64)
+nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
 def count(*args):
     stages.append(1)
     if os.environ["RANK"] == "1" and len(stages) == 6:
@@ -303,7 +359,9 @@ def test_torchrun(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert done.returncode != 0
     told = "nearplane: rank 1 (last seen at model.layers.1.self_attn.o_proj) is gone or does not answer"
-    assert done.stderr.count(told) == 1 and "--resume" in done.stderr
+    assert done.stderr.count(told) == 1
+    again_by = ["torchrun", "--nproc-per-node", "2", "-m", "nearplane", "quantize", str(model), str(out), *words]
+    assert f"go on with: {shlex.join([*again_by, '--resume'])}\n" in done.stderr
 
     def again(_: int) -> None:
         os.environ["WORLD_SIZE"] = "1"

@@ -31,9 +31,7 @@ GRID = Grid(bits=3, group_size=16, sym=False)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "text.txt").write_text(tiny.text(2000))
-    return tiny.save(tiny.build("llama", num_hidden_layers=3), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("resume"), num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,7 @@ RUNS = Path(__file__).parent.parent / "runs"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    tiny.save(tiny.build("llama"), folder / "model")
-    (folder / "text.txt").write_text(tiny.text(4000))
-    return folder
+    return tiny.with_text(tmp_path_factory.mktemp("runs"), words=4000).parent
 
 
 def script(name: str) -> dict[str, Any]:

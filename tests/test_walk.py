@@ -22,9 +22,7 @@ FEW = Calibration(nsamples=12, seqlen=24)
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("walk")
-    (folder / "text.txt").write_text(tiny.text(2000))
-    return tiny.save(tiny.build("llama"), folder / "model")
+    return tiny.with_text(tmp_path_factory.mktemp("walk"))
 
 
 def calibration(folder: Path, **settings: Any) -> Calibration:
@@ -86,8 +84,8 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs compute in float64, so that no code hangs on a GEMM's rounding."""
     plan_of = nearplane.api.make_plan
 
-    def make_plan(*args: Any) -> Any:
-        return dataclasses.replace(plan_of(*args), compute=torch.float64)
+    def make_plan(*args: Any, **choices: Any) -> Any:
+        return dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
 
     monkeypatch.setattr(nearplane.api, "make_plan", make_plan)
 

@@ -47,6 +47,12 @@ def save(model: Any, folder: Path) -> Path:
     return folder
 
 
+def with_text(folder: Path, words: int = 2000, **settings: Any) -> Path:
+    """A Llama in ``folder/model``, and beside it ``text.txt`` to calibrate on."""
+    (folder / "text.txt").write_text(text(words))
+    return save(build("llama", **settings), folder / "model")
+
+
 def one_shard(folder: Path) -> Path:
     """Put a checkpoint's tensors, which come in a shard for each block, into one file, which is easier to damage."""
     state: dict[str, torch.Tensor] = {}

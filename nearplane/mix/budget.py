@@ -20,25 +20,28 @@ from nearplane.methods import GPTQ, RTN
 from nearplane.mix.choices import choose
 from nearplane.models.discover import Stage
 from nearplane.plan import Plan
+from nearplane.ranks import Ranks
 from nearplane.report import energy
 from nearplane.stream import OpenBlock
 
 
-def decide(plan: Plan, records: Sequence[dict[str, Any]], offload: Path | None, tick: Callable[[], None]) -> Plan:
+def decide(
+    plan: Plan, records: Sequence[dict[str, Any]], ranks: Ranks, offload: Path | None, tick: Callable[[], None]
+) -> Plan:
     """The plan with its bits chosen: as the finished blocks of an earlier run have them, or measured now.
 
-    ``tick`` is called after every stage.
+    ``records``: what rank 0 knows of that run. ``tick`` is called after every stage, by all ranks.
     """
     if not plan.undecided:
         return plan
-    if records:  # of a run without a budget none: resuming refuses it
-        kept = records[0]["run"].get("choices")
-        return plan if kept is None else plan.decided(kept)
-    errors = _measure(plan, offload, tick)
+    known = ranks.tell([record["run"].get("choices") for record in records[:1]])
+    if known:  # of a run without a budget none: resuming refuses it
+        return plan if known[0] is None else plan.decided(known[0])
+    errors = _measure(plan, ranks, offload, tick)
     by_unit = [
         {bits: sum(errors[site.name][bits] for site in unit.sites) for bits in unit.widths} for unit in plan.units
     ]
-    return plan.decided(choose(plan.units, by_unit, plan.sites, plan.grids, plan.mix, plan.format))
+    return plan.decided(ranks.tell(choose(plan.units, by_unit, plan.sites, plan.grids, plan.mix, plan.format)))
 
 
 def measuring(plan: Plan) -> Plan:
@@ -47,16 +50,17 @@ def measuring(plan: Plan) -> Plan:
     return replace(plan, method=GPTQ(damp_percent=damp) if plan.method.needs else RTN())
 
 
-def _measure(plan: Plan, offload: Path | None, tick: Callable[[], None]) -> dict[str, dict[int, float]]:
+def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], None]) -> dict[str, dict[int, float]]:
     """The error of each linear at each width."""
     widths = {site.name: unit.widths for unit in plan.units for site in unit.sites}
     walk, errors = measuring(plan), dict[str, dict[int, float]]()
-    for block in walk.stream(offload):
+    for block in walk.stream(offload, ranks):
         for stage in block.stages:
+            ranks.at(stage[0].name)
             free = [site for site in stage if site.name in widths]
             try:
                 if free:
-                    _measure_stage(walk, block, stage, free, widths[free[0].name], errors)
+                    errors |= _measure_stage(walk, block, stage, free, widths[free[0].name], ranks)
             except (NumericalError, SettingError) as error:
                 raise type(error)(f"{stage[0].name}: {error}") from error
             tick()
@@ -64,29 +68,33 @@ def _measure(plan: Plan, offload: Path | None, tick: Callable[[], None]) -> dict
 
 
 def _measure_stage(
-    walk: Plan,
-    block: OpenBlock,
-    stage: Stage,
-    free: Stage,
-    widths: tuple[int, ...],
-    errors: dict[str, dict[int, float]],
-) -> None:
+    walk: Plan, block: OpenBlock, stage: Stage, free: Stage, widths: tuple[int, ...], ranks: Ranks
+) -> dict[str, dict[int, float]]:
+    """Of each free linear; both methods solve rows independently, so that every rank solves and measures some."""
     state, H = None, None
     if walk.method.needs:
         moments = block.observe(stage, walk.method.needs)
         moments.rescale()
         moments.check()
         state, H = walk.method.prepare(moments), moments.H
+    weights = {site.name: block.weight(site)[ranks.part(site.shape[0])] for site in free}
+    powers = torch.zeros(len(free), 1 + len(widths), dtype=torch.float64)  # of each weight, and its error at each width
+    for i, site in enumerate(free):
+        powers[i, 0] = _power(weights[site.name], H)
     for grid, sites in walk.parts(free):
-        weights = [block.weight(site) for site in sites]
-        stacked = torch.cat(weights)
-        for bits in widths:
+        stacked = torch.cat([weights[site.name] for site in sites])
+        for j, bits in enumerate(widths if len(stacked) else (), 1):
             chosen, done = replace(grid, bits=bits), 0
             solved = walk.method.solve(stacked, state, chosen)
-            for site, weight in zip(sites, weights, strict=True):
+            for site in sites:
+                weight = weights[site.name]
                 delta = dequantize(solved.rows(slice(done, done := done + len(weight))), chosen).sub_(weight)
-                power = _power(weight, H)
-                errors.setdefault(site.name, {})[bits] = _power(delta, H) / power if power > 0 else 0.0
+                powers[free.index(site), j] = _power(delta, H)
+    found = ranks.total(powers).tolist()
+    return {
+        site.name: {bits: error / power if power > 0 else 0.0 for bits, error in zip(widths, row, strict=True)}
+        for site, (power, *row) in zip(free, found, strict=True)
+    }
 
 
 def _power(weight: Tensor, H: Tensor | None) -> float:

@@ -1,18 +1,14 @@
 """What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nearplane.calibrate.data import Calibration
 from nearplane.core.grid import Grid
 from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
-from nearplane.methods import Method, NearPlane
 from nearplane.mix.budget import measuring
-from nearplane.mix.overrides import WIDTHS, Override, make_mix
-from nearplane.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.plan import Plan, make_plan
 from nearplane.planning.estimate import Estimate, Memory, estimate, gb, suggestions
 from nearplane.planning.machine import free_disk
 from nearplane.planning.pace import pace
@@ -93,36 +89,13 @@ class Forecast:
         return "\n".join(lines)
 
 
-def forecast(
-    model: str | Path,
-    *,
-    method: Method | None = None,
-    grid: Grid | None = None,
-    calibration: Calibration | None = None,
-    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
-    ignore: Sequence[str] = (),
-    budget: float | None = None,
-    widths: Sequence[int] = WIDTHS,
-    format: FormatName = "compressed-tensors",
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    offload: str | Path | None = None,
-    trust_remote_code: bool = False,
-) -> Forecast:
-    """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do."""
+def forecast(model: str | Path, *, offload: str | Path | None = None, **choices: Any) -> Forecast:
+    """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do.
+
+    ``choices``: what ``make_plan`` takes.
+    """
     start = time.perf_counter()
-    plan = make_plan(
-        model,
-        method or NearPlane(),
-        grid or Grid(),
-        calibration or Calibration(),
-        format,
-        device,
-        dtype,
-        trust_remote_code,
-        make_mix(override, ignore, budget, widths),
-        sketch=True,
-    )
+    plan = make_plan(model, **choices, sketch=True)
     scratch = None if offload is None else Path(offload)
     found = estimate(plan, scratch)
     spent = pace(plan, found, time.perf_counter() - start)
