@@ -26,8 +26,8 @@ from peers import HERE, environment
 from nearplane import Calibration
 from nearplane.models.source import locate, open_source
 
-# What a peer's log says when it takes up a linear: a name, and the number of its block where that is not in it.
-STARTED = re.compile(r"Quantizing (?:\d+ module\(s\): \[')?([\w.]+_proj)(?: in layer \[(\d+))?")
+# What a peer's log says of a linear that it has solved, or is about to.
+TAKEN = re.compile(r"(?:gptq: |Quantizing \d+ module\(s\): \[')([\w.]+_proj)")
 
 
 def run(command: list[str], threads: int, limit: float, log: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def peer(name: str, model: str, windows: Path, scratch: Path, limit: float, args
     text = log.read_text(errors="replace")
     laps = re.findall(r"^laps (.*)$", text, re.MULTILINE)
     found["parts"] = json.loads(laps[-1]) if laps else {}
-    found["linears"] = len(set(STARTED.findall(text)))
+    found["linears"] = len(set(TAKEN.findall(text)))
     if not laps and not found["ended"]:
         raise subprocess.CalledProcessError(found["status"], command, text[-2000:])
     return found

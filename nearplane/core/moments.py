@@ -151,7 +151,7 @@ class Moments:
                 f"{self.dropped} of {total} calibration tokens have NaN or Inf in this layer's input. Likely causes: a "
                 "broken weight before it, or a dtype too narrow for this model's activations."
             )
-        if not all(bool(moment.isfinite().all()) for moment in (self.H, self.D, self.R) if moment is not None):
+        if not all(all_finite(moment) for moment in (self.H, self.D, self.R) if moment is not None):
             raise NumericalError(
                 "the Hessian overflowed; likely an activation far outside float32's square root. "
                 "Check the model's dtype and the calibration text."
@@ -189,17 +189,25 @@ def _finite(x: Float[Tensor, "tokens width"]) -> Bool[Tensor, "tokens"]:
     return x.sum(1).isfinite()
 
 
-# Columns of one strip of a Gram matrix: wide enough for the GEMM, narrow enough to leave out most of the lower half.
-STRIP = 512
+def all_finite(value: Tensor) -> bool:
+    """Whether every number is: the least and greatest are NaN where any is. Much faster than ``isfinite`` on a CPU."""
+    return value.numel() == 0 or all(math.isfinite(extreme) for extreme in value.aminmax())
+
+
+# Columns of a Gram matrix that one GEMM computes both halves of; wider ones are halved until they are that narrow.
+LEAF = 256
 
 
 def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"], keep: float, step: float) -> None:
-    """``total ← keep total + step xᵀx``, by strips of columns: what lies below a strip is the mirror of the other half."""
+    """``total ← keep total + step xᵀx``: both diagonal quarters in turn, the upper right one, and its mirror."""
     n = len(total)
-    for a in range(0, n, STRIP):
-        b = min(a + STRIP, n)
-        part = total[:b, a:b]
-        torch.addmm(part, x[:, :b].T, x[:, a:b], beta=keep, alpha=step, out=part)
-        total[a:b, :a] = total[:a, a:b].T
-        corner = total[a:b, a:b]  # a GEMM rounds its two halves differently
-        corner.copy_(corner.triu() + corner.triu(1).T)
+    if n > LEAF:
+        half = LEAF * -(-n // LEAF) // 2
+        for part in (slice(0, half), slice(half, n)):
+            add_gram(total[part, part], x[:, part], keep, step)
+        corner = total[:half, half:]
+        torch.addmm(corner, x[:, :half].T, x[:, half:], beta=keep, alpha=step, out=corner)
+        total[half:, :half] = corner.T
+        return
+    torch.addmm(total, x.T, x, beta=keep, alpha=step, out=total)
+    total.copy_(total.triu() + total.triu(1).T)  # a GEMM rounds its two halves differently

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Certificate, Grid, Quantized, decode, encode, fit, group_index
+from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
 
 Carry = Literal["value", "code", "clamped"]
 
@@ -154,17 +154,20 @@ class _State:
     def round_panel(self, a: int, b: int) -> None:
         """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
+        low, high = (end - zero for end in self.grid.code_range)
+        steps = torch.empty_like(scale)  # codes less their zeros: what `encode` and `decode` add and take away again
+        columns = zip(*(part.unbind() for part in (self.value, steps, scale, low, high)), strict=True)
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
             self.receive(leaf, end, a, leaf)
             for j in range(leaf, end):
                 self.receive(j, j + 1, leaf, j)
-                v = self.value[j - a]
-                code = encode(v, scale[j - a], zero[j - a], self.grid)
-                self.codes[j] = code
-                torch.sub(self.target[j], decode(code, scale[j - a], zero[j - a]), out=self.error[j])
+                v, step, s, least, greatest = next(columns)
+                torch.div(v, s, out=step).round_().clamp_(least, greatest)
+                torch.sub(self.target[j], step * s, out=self.error[j])
                 if self.push is not None:
                     self.source[j] = v
+        self.codes[a:b] = steps.add_(zero)
         self._settle(a, b, scale, zero)
 
     def _settle(self, a: int, b: int, scale: Tensor, zero: Tensor) -> None:

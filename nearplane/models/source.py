@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
+from nearplane.core.moments import all_finite
 from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
 
@@ -65,7 +66,7 @@ class Source:
     def tensor(self, parameter: str) -> Tensor:
         """One stored parameter, checked for NaN and Inf."""
         value = self.store.get(self.names[parameter])
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not all_finite(value):
             bad = int((~value.isfinite()).sum())
             raise NumericalError(
                 f"weight {parameter} holds {bad} NaN or Inf values; the checkpoint is broken, download or convert it again."
@@ -79,11 +80,11 @@ class Source:
             value = self.store.get(name)
             if not value.is_floating_point():
                 continue
-            if not bool(value.isfinite().all()):
+            if not all_finite(value):
                 raise NumericalError(
                     f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
                 )
-            if not bool(value.to(stored).isfinite().all()):
+            if not all_finite(value.to(stored)):
                 raise NumericalError(
                     f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype."
                 )

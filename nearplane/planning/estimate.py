@@ -258,7 +258,7 @@ class _Walk:
         weight, state = shape.m * shape.n, number * int(work.state)
         if self.needs:
             yield moments, 0, running + observing
-            yield moments, 0, number * int(max(work.check, work.prepare))
+            yield moments, 0, number * int(work.prepare)
         yield moments, state, number * int(weight + work.solve)
         yield moments, state, number * int(weight + work.result + work.measure)
 

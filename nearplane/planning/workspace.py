@@ -43,7 +43,6 @@ def stage_shape(stage: Stage, two: bool) -> Shape:
 class Work:
     """Numbers held at each step of a stage, beside those that stay from an earlier one."""
 
-    check: float  # Moments.check, once the moments are whole
     prepare: float  # the most during ``prepare``
     state: float  # what it leaves, beside the moments
     solve: float  # the most during ``solve``, the stacked weight apart
@@ -74,18 +73,17 @@ def work(method: Method, shape: Shape) -> Work:
     # Report.add: the error of the codes, then scale, zero, code, difference and product of rounding to nearest.
     measure = (6 if reads else 5.25) * min(largest, max(n, MEASURED_AT_ONCE))
     result = BYTE * whole
-    check = 1.5 * max(square, whole if shape.point and "R" in method.needs else 0.0) if reads else 0.0
     if isinstance(method, RTN) or not reads:  # fitted chunk by chunk; scale, zero and code of every weight
-        return Work(0.0, 0.0, 0.0, 3 * whole + result + FITTING, measure, result)
+        return Work(0.0, 0.0, 3 * whole + result + FITTING, measure, result)
     if isinstance(method, NearPlane):
-        return Work(check, 0.0, 0.0, _nearplane(method, shape), measure, result)
+        return Work(0.0, 0.0, _nearplane(method, shape), measure, result)
     if isinstance(method, OBQ):
         chunk = max(1, min(m, CHUNK_NUMBERS // n**2)) * square
-        return Work(check, 6 * square, 2 * square, 2 * whole + 4 * chunk, measure, result)
+        return Work(6 * square, 2 * square, 2 * whole + 4 * chunk, measure, result)
     count = pushes(method)
     # The Cholesky factor and its input: two. A push: the factor, the ordered D and two solves; the push before it.
     prepare = (3.0 + count if count else 2.0) * square
-    return Work(check, prepare, (1 + count) * square, (2.75 + count) * whole + FITTING, measure, result)
+    return Work(prepare, (1 + count) * square, (2.75 + count) * whole + FITTING, measure, result)
 
 
 def pushes(method: Method) -> int:
