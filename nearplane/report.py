@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nearplane.core.certificate import ratio
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Course, Grid, Quantized, decode, dequantize, encode
-from nearplane.core.moments import Moments
+from nearplane.core.grid import Course, Grid, Quantized, by_column, decode, dequantize, encode
+from nearplane.core.moments import LEAF, Moments
 from nearplane.core.target import pull
 from nearplane.ranks import ALONE, Ranks
 
@@ -269,12 +269,17 @@ def observed(name: str, moments: Moments, power: int) -> list[str]:
 
 
 def energy(weight: Tensor, H: Tensor) -> float:
-    """``tr(W H Wᵀ)``: mean squared output over the calibration tokens."""
-    return float((weight @ H).mul_(weight).sum())
+    """``tr(W H Wᵀ)``: mean squared output over the calibration tokens. By halves of the columns, H being symmetric."""
+    half = len(H) // 2
+    if half < LEAF:
+        return float((weight @ H).mul_(weight).sum())
+    parts = (slice(0, half), slice(half, None))
+    across = float((weight[:, :half] @ H[:half, half:]).mul_(weight[:, half:]).sum())
+    return sum(energy(weight[:, part], H[part, part]) for part in parts) + 2 * across
 
 
 def _rounded(weight: Tensor, quantized: Quantized, grid: Grid) -> Tensor:
     """The weight rounded to nearest on the scales of the solution."""
-    group = torch.arange(weight.shape[1], device=weight.device) // grid.group_width(weight.shape[1])
-    scale, zero = quantized.scale[:, group].to(weight.dtype), quantized.zero[:, group].to(weight.dtype)
+    parts = (part.to(weight.dtype) for part in (quantized.scale, quantized.zero))
+    scale, zero = (by_column(part, grid, weight.shape[1]) for part in parts)
     return decode(encode(weight, scale, zero, grid), scale, zero)

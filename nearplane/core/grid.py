@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError
@@ -22,8 +22,9 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
 # The weighted search tries the middle of every five of these steps first, then the others of the best five.
 COARSE = 5
-# Rows are searched in chunks of about this many weights: one chunk stays in a core's second-level cache, or fills a GPU.
-CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 16, 1 << 23
+# Rows are searched in chunks of about this many weights: little enough for a core's caches, enough for what a call costs;
+# on a GPU enough to fill it.
+CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 17, 1 << 23
 
 
 class Certificate(NamedTuple):
@@ -124,10 +125,14 @@ def decode(
 
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """The weight that the codes stand for, in the dtype of the scales."""
-    width = grid.group_width(quantized.codes.shape[1])
-    group = torch.arange(quantized.codes.shape[1], device=quantized.codes.device) // width
-    dtype = quantized.scale.dtype
-    return decode(quantized.codes.to(dtype), quantized.scale[:, group], quantized.zero[:, group].to(dtype))
+    dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
+    scale, zero = (by_column(part, grid, n) for part in (quantized.scale, quantized.zero.to(dtype)))
+    return decode(quantized.codes.to(dtype), scale, zero)
+
+
+def by_column(value: Shaped[Tensor, "out groups"], grid: Grid, n: int) -> Shaped[Tensor, "out n"]:
+    """What each of ``n`` columns has of a value per group."""
+    return value.repeat_interleave(grid.group_width(n), 1)[:, :n]
 
 
 def fit(

@@ -13,7 +13,6 @@ transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid
 """
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -22,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Certificate, Grid, Quantized, decode, encode, fit, group_index
+from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
 from nearplane.core.replay import Replay
 
 Carry = Literal["value", "code", "clamped"]
@@ -115,7 +114,7 @@ class _State:
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
-        self.leaf = Replay(partial(_round_leaf, grid), written=5)
+        self.leaf = Replay(_round_leaf, written=5)
 
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
@@ -162,6 +161,8 @@ class _State:
     def round_panel(self, a: int, b: int) -> None:
         """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
+        low, high = (end - zero for end in self.grid.code_range)
+        steps = torch.empty_like(scale)  # codes less their zeros: what `encode` and `decode` add and take away again
         nothing = self.target[:0, :0]
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
@@ -170,9 +171,10 @@ class _State:
             moving = (self.push.matrix, self.push.shift) if self.push else (None, None)
             pushes = [nothing if m is None else m[here, here] for m in moving]
             self.leaf(
-                self.value[there], self.target[here], self.error[here], self.codes[here], self.source[here], self.weight[here],
-                scale[there], zero[there], self.factor.feedback[here, here], *pushes,
+                self.value[there], self.target[here], self.error[here], steps[there], self.source[here], self.weight[here],
+                scale[there], low[there], high[there], self.factor.feedback[here, here], *pushes,
             )  # fmt: skip
+        self.codes[a:b] = steps.add_(zero)
         self._settle(a, b, scale, zero)
 
     def _settle(self, a: int, b: int, scale: Tensor, zero: Tensor) -> None:
@@ -203,11 +205,12 @@ class _State:
 
 
 def _round_leaf(
-    grid: Grid, value: Tensor, target: Tensor, error: Tensor, codes: Tensor, source: Tensor, weight: Tensor, scale: Tensor,
-    zero: Tensor, feedback: Tensor, push: Tensor, shift: Tensor,
+    value: Tensor, target: Tensor, error: Tensor, steps: Tensor, source: Tensor, weight: Tensor, scale: Tensor,
+    low: Tensor, high: Tensor, feedback: Tensor, push: Tensor, shift: Tensor,
 ) -> None:  # fmt: skip
     """Round some columns, each after what those before it send. Parts of the arrays of ``_State``; Push's may be empty."""
-    for j in range(len(value)):
+    columns = zip(*(part.unbind() for part in (value, steps, scale, low, high)), strict=True)
+    for j, (v, step, s, least, greatest) in enumerate(columns):
         if j and len(push):
             moved = push[:j, j : j + 1].T @ source[:j]
             if len(shift):
@@ -216,8 +219,7 @@ def _round_leaf(
             value[j : j + 1] += moved
         if j:
             value[j : j + 1].addmm_(feedback[:j, j : j + 1].T, error[:j])
-        code = encode(value[j], scale[j], zero[j], grid)
-        codes[j] = code
-        torch.sub(target[j], decode(code, scale[j], zero[j]), out=error[j])
+        torch.div(v, s, out=step).round_().clamp_(least, greatest)
+        torch.sub(target[j], step * s, out=error[j])
         if len(push):
-            source[j] = value[j]
+            source[j] = v

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode, fit_groups
+from nearplane.core.grid import Grid, Quantized, by_column, decode, dequantize, encode, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
@@ -38,8 +38,8 @@ class Trial:
         They differ from row to row like noise, so that fewer do.
         """
         weight = self.weight[::4]
-        group = torch.arange(weight.shape[1], device=weight.device) // grid.group_width(weight.shape[1])
-        scale, zero = (part[:, group] for part in fit_groups(weight, replace(grid, fit="minmax")))
+        groups = fit_groups(weight, replace(grid, fit="minmax"))
+        scale, zero = (by_column(part, grid, weight.shape[1]) for part in groups)
         return decode(encode(weight, scale, zero, grid), scale, zero).sub_(weight)
 
     def spread(self, rounding: Float[Tensor, "some in"], factor: Factor) -> float:

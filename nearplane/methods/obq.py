@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor, column_cost, factorize
-from nearplane.core.grid import Grid, Quantized, decode, encode, fit_groups
+from nearplane.core.grid import Grid, Quantized, by_column, decode, encode, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 
@@ -71,11 +71,11 @@ class OBQ:
             raise SettingError(reason + ".")
         scale, zero = fit_groups(weight, grid, state.importance)
         codes = torch.empty(out, n, dtype=torch.uint8, device=weight.device)
-        group = torch.arange(n, device=weight.device) // grid.group_width(n)
         step = max(1, CHUNK_NUMBERS // n**2)
         for a in range(0, out, step):
             part = slice(a, a + step)
-            codes[part] = eliminate(weight[part], state.inverse, scale[part][:, group], zero[part][:, group], grid)
+            s, z = (by_column(value[part], grid, n) for value in (scale, zero))
+            codes[part] = eliminate(weight[part], state.inverse, s, z, grid)
         return Quantized(codes, scale, zero.to(torch.uint8))
 
 

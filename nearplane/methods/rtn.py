@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearplane.core.grid import Grid, Quantized, encode, fit_groups
+from nearplane.core.grid import Grid, Quantized, by_column, encode, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 
@@ -28,6 +28,6 @@ class RTN:
     def solve(self, weight: Float[Tensor, "out in"], state: None, grid: Grid) -> Quantized:
         """``Q = round(W)``."""
         scale, zero = fit_groups(weight, grid)
-        group = torch.arange(weight.shape[1], device=weight.device) // grid.group_width(weight.shape[1])
-        codes = encode(weight, scale[:, group], zero[:, group], grid)
+        s, z = (by_column(part, grid, weight.shape[1]) for part in (scale, zero))
+        codes = encode(weight, s, z, grid)
         return Quantized(codes.to(torch.uint8), scale, zero.to(torch.uint8))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.core.moments import all_finite
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.source import locate, names_in_model, open_skeleton
 from nearplane.progress import CONSOLE
@@ -58,7 +59,7 @@ def load_model(
             conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
             state[name + ".weight"] = weight.T.contiguous() if conv else weight
     for name, value in state.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not all_finite(value):
             raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
     holes = set(modules.values()) if packed else set()
     result = _assemble(type(skeleton), config, state, dtype, folder, holes)

@@ -5,6 +5,8 @@ import mmap
 import torch
 from torch import Tensor
 
+from nearplane.core.moments import all_finite
+
 # Numbers that are worked on at a time.
 AT_ONCE = 1 << 22
 
@@ -13,7 +15,7 @@ def finite(value: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether a tensor holds neither NaN nor Inf, as it is or in another dtype."""
     if not value.is_floating_point():
         return True
-    return all(bool(part.to(dtype or value.dtype).isfinite().all()) for part in torch.split(value.flatten(), AT_ONCE))
+    return all(all_finite(part.to(dtype or value.dtype)) for part in torch.split(value.flatten(), AT_ONCE))
 
 
 def only_rows(value: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 
 from nearplane.calibrate.data import read_text, tokenize
 from nearplane.calibrate.observe import Measuring
-from nearplane.core.moments import Moments
+from nearplane.core.moments import Moments, all_finite
 from nearplane.methods import OBQ, RTN, Method, NearPlane
 from nearplane.methods.nearplane import DAMPINGS, TRIAL_ROWS
 from nearplane.plan import Plan
@@ -156,7 +156,7 @@ def rates(plan: Plan) -> Rates:
     solver_flop = flop if plan.compute == solver else clock(lambda: y @ square.T) / (2 * TOKENS * 1024**2)
     element = clock(lambda: torch.nn.functional.silu(x).mul_(x)) / x.numel()
     stored = torch.zeros(1 << 22, dtype=plan.source.dtype)
-    load = clock(lambda: bool(stored.isfinite().all()) and stored.to(device, plan.compute)) / stored.numel()
+    load = clock(lambda: all_finite(stored) and stored.to(device, plan.compute)) / stored.numel()
     found: list[tuple[int, int, float]] = []
     gram = prepare = measure = pack = 0.0
     method, grid, report = plan.method, plan.grid, Report("", plan.settings)

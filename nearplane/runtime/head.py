@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid, encode, fit_groups
+from nearplane.core.grid import Grid, by_column, encode, fit_groups
 from nearplane.runtime.layout import tile
 from nearplane.runtime.linear import QuantizedLinear
 
@@ -28,8 +28,8 @@ def quantize_head(model: nn.Module, bits: int) -> None:
     for rows in torch.split(head.weight.detach(), 4096):  # a head is large, and its float32 copy need not be
         weight = rows.float()
         scale, zero = fit_groups(weight, grid)
-        group = torch.arange(weight.shape[1]) // grid.group_width(weight.shape[1])
-        codes.append(encode(weight, scale[:, group], zero[:, group], grid).to(torch.uint8))
+        s, z = (by_column(part, grid, weight.shape[1]) for part in (scale, zero))
+        codes.append(encode(weight, s, z, grid).to(torch.uint8))
         scales.append(scale.half())
         zeros.append(zero.to(torch.uint8))
     width = grid.group_width(head.in_features)

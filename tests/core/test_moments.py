@@ -238,13 +238,13 @@ def test_check_reads_the_residual_drift():
         Moments(torch.eye(3), tokens=5, R=torch.full((2, 3), float("inf"))).check()
 
 
-# --- the Gram matrix by strips ------------------------------------------------------------------------------------
+# --- the Gram matrix by halves -------------------------------------------------------------------------------------
 
-WIDTHS = [1, 33, 511, 512, 513, 1100]  # around one and two strips
+WIDTHS = [1, 33, 255, 256, 257, 513, 1100]  # around one, two and four leaves
 
 
 @pytest.mark.parametrize("n", WIDTHS)
-def test_gram_matrix_by_strips(n):
+def test_gram_matrix_by_halves(n):
     first, second = three_streams(7, n, n)[:2]
     total = torch.full((n, n), float("nan"), dtype=torch.float64)
     add_gram(total, first, 0.0, 0.5)  # keep = 0 forgets even what is not finite
