@@ -27,7 +27,7 @@ from nearplane.models.load import load_model
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
-from nearplane.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.plan import Dtype, FormatName, Plan, draft_plan, make_plan
 from nearplane.planning.estimate import refuse
 from nearplane.progress import bar, waiting
 from nearplane.ranks import Ranks, together
@@ -156,7 +156,7 @@ def evaluate(
 def _plan(settings: Any, out: Path, offload: Path | None, ranks: Ranks, force: bool) -> Plan:
     """What is to be done; where it cannot fit, that is said before a weight is read, or fetched from the hub."""
     try:
-        draft = None if force else make_plan(*settings, sketch=True)
+        draft = None if force else draft_plan(*settings)
     except Unsketchable:
         draft = make_plan(*settings)
     if draft is not None:

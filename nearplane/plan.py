@@ -225,6 +225,11 @@ def make_plan(
     return plan
 
 
+def draft_plan(*settings: Any) -> Plan:
+    """``make_plan`` with these arguments, of a sketch."""
+    return make_plan(*settings, sketch=True)
+
+
 def _choices(method: Method, format: str, device: str) -> torch.device:
     """What can be refused before the model is opened."""
     where = pick_device(device)
