@@ -28,7 +28,7 @@ from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
-from nearplane.planning.estimate import refuse
+from nearplane.planning.fit import refuse
 from nearplane.progress import bar, waiting
 from nearplane.ranks import Ranks, together
 from nearplane.report import LinearRow, Report, observed

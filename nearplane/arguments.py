@@ -74,7 +74,10 @@ def override(word: str) -> Override:
         raise SettingError(
             f"--override {word!r} is not of the form REGEX=FIELD=VALUE,..., as 'down_proj=bits=8,sym=false'."
         )
-    pattern, fields = found.group(1), dict(part.split("=") for part in found.group(2).split(","))
+    pattern, parts = found.group(1), [part.split("=") for part in found.group(2).split(",")]
+    fields = dict(parts)
+    if len(fields) < len(parts):
+        raise SettingError(f"--override {word!r} gives a field twice.")
     values: dict[str, Any] = {}
     for field, value in fields.items():
         if field not in FIELDS:

@@ -124,11 +124,12 @@ def _quantize(argv: list[str]) -> None:
         print(summary(report))
 
 
-def _plan(argv: list[str]) -> None:
+def _plan(argv: list[str]) -> int:
     args = _job(flags.Plan, "plan", argv)
     with waiting("measuring this machine, about ten seconds"):
-        found = forecast(args.model, **_choices(args))
+        found = forecast(args.model, **_choices(args), ranks=args.ranks)
     print(json.dumps(found.as_dict()) if args.json else found)
+    return 1 if found.lacking() else 0
 
 
 def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:

@@ -9,7 +9,7 @@ from nearplane.core.errors import SettingError
 
 # Blocks of memory of this size go back to the system when they are freed. glibc raises its own limit to 32 MiB as a program
 # runs; blocks below it stay, wherever something that lives lies above them.
-GIVEN_BACK = 16 << 20
+GIVEN_BACK = 4 << 20
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 

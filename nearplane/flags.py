@@ -48,9 +48,11 @@ class Plan(Job):
     """Say what quantize will need with the same flags, before any compute: memory, disk, time, and whether it fits here.
 
     Reads no weight: MODEL may be a folder that holds nothing but config.json. The time comes from a few seconds of
-    measuring this machine.
+    measuring this machine. Exit status: 0 if the run fits, 1 if it does not.
     """
 
+    ranks: int = 1
+    """Plan for so many processes of this machine, as torchrun starts them: memory and time of each."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
 

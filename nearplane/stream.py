@@ -249,7 +249,8 @@ def _scratch(offload: Path | None) -> Iterator[Path | None]:
         offload.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=offload, prefix="nearplane-")
     except OSError as error:
-        raise NearplaneError(f"folder {offload} for hidden states cannot be written to: {error}.") from error
+        why = "it is a file" if offload.is_file() else error.strerror or str(error)
+        raise NearplaneError(f"folder {offload} for hidden states cannot be written to: {why}.") from error
     with folder:
         yield Path(folder.name)
 

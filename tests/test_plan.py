@@ -25,7 +25,7 @@ from nearplane.models.discover import PROBE_TOKENS, discover
 from nearplane.models.sketch import Unsketchable, discover_sketch, open_sketch
 from nearplane.models.source import open_source
 from nearplane.plan import Plan, make_plan
-from nearplane.planning import estimate, pace, workspace
+from nearplane.planning import estimate, fit, forecast, pace, workspace
 from nearplane.planning.estimate import Estimate
 from nearplane.planning.forecast import Forecast
 from nearplane.planning.workspace import Shape, stage_shape
@@ -198,7 +198,7 @@ def test_a_run_that_cannot_fit_is_refused(
     monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
     assert main(words) == 2
     message = capsys.readouterr().err
-    assert message.startswith("nearplane: needs ") and " MB at " in message and "0 MB are available" in message
+    assert message.startswith("nearplane: needs ") and " MB at " in message and "1 kB are available" in message
     assert "--method gptq" in message and message.endswith("--force runs anyway.\n") and not out.exists()
     with pytest.raises(SettingError, match="are available"):
         nearplane.quantize(model, out, method=RTN(), grid=Grid(group_size=32), progress=False)
@@ -208,8 +208,9 @@ def test_a_run_that_cannot_fit_is_refused(
     assert main([*words, "--force"]) == 0 and (out / "report.json").exists()
     capsys.readouterr()
     monkeypatch.setattr(estimate, "available_memory", lambda: None)  # nothing is known: nothing is refused
-    monkeypatch.setattr(estimate, "free_disk", lambda _folder: 10)
-    with pytest.raises(SettingError, match="of disk, 0 MB are free; another disk, or fewer --bits"):
+    for module in (estimate, fit):
+        monkeypatch.setattr(module, "free_disk", lambda _folder: 10)
+    with pytest.raises(SettingError, match="of disk, 0 kB are free; another disk, or fewer --bits"):
         nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
     monkeypatch.setattr(estimate, "free_disk", lambda _folder: None)
     nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
@@ -283,7 +284,7 @@ def test_plan_and_quantize_have_the_same_flags(capsys: pytest.CaptureFixture[str
         words = capsys.readouterr().out.replace(",", " ").replace("|", " ").split()
         return {word.rstrip(".") for word in words if word.startswith("--")}
 
-    assert flags("plan") - flags("quantize") == {"--json", "--no-json"}
+    assert flags("plan") - flags("quantize") == {"--json", "--no-json", "--ranks"}
     assert flags("quantize") - flags("plan") == {"--force", "--no-force", "--resume", "--no-resume"}
 
 
@@ -293,7 +294,7 @@ def test_hidden_states_need_room_where_they_go(model: Path, tmp_path: Path, monk
     plan = planned(model, NearPlane())
     assert estimate.estimate(plan, tmp_path / "large").lacking(tmp_path / "out") == []
     (told,) = estimate.estimate(plan, tmp_path / "small").lacking(tmp_path / "out")
-    assert "for hidden states in" in told and "small, 0 MB are free" in told
+    assert "for hidden states in" in told and "small, 0 kB are free" in told
     (told,) = estimate.estimate(plan, tmp_path / "large").lacking(tmp_path / "small")
     assert "of disk" in told
 
@@ -323,7 +324,75 @@ def test_a_lack_is_reported_by_the_plan(model: Path, monkeypatch: pytest.MonkeyP
     plan = planned(model, NearPlane())
     found: Estimate = estimate.estimate(plan)
     text = str(Forecast(plan, found, {"solve": 1.0}))
-    assert "does not fit: needs" in text and "try: --method gptq keeps one stream" in text
+    assert "does not fit: needs" in text and "try: no flags make it fit here; --method gptq" in text
+
+
+def test_what_is_advised_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every set of flags is tried: with as much memory as the advised one takes, and no more, it runs."""
+    data = Calibration(dataset=str(model.parent / "text.txt"), nsamples=64, seqlen=64)
+    plan = replace(planned(model, NearPlane()), calibration=data)
+    whole, small = (estimate.estimate(replace(plan, method=m, calibration=replace(data, nsamples=n))).memory[0]
+                    for m, n in ((NearPlane(), 64), (NearPlane(), 32)))  # fmt: skip
+    assert small.need < whole.need
+    monkeypatch.setattr(estimate, "available_memory", lambda: small.need + (whole.need - small.need) // 4)
+    (tip,) = fit.suggestions(plan, estimate.estimate(plan), Path.cwd())
+    assert tip.startswith(("--offload DIR fits", "--nsamples 32 fits"))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_ranks_share_the_samples(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for ranks in ("1", "4"):
+        assert (
+            main(
+                [
+                    "plan",
+                    str(config),
+                    "--method",
+                    "gptq",
+                    "--nsamples",
+                    "64",
+                    "--seqlen",
+                    "64",
+                    "--ranks",
+                    ranks,
+                    "--json",
+                ]
+            )
+            == 0
+        )
+        found.append(json.loads(capsys.readouterr().out))
+    one, four = (each["memory"][0]["parts"]["streams"] for each in found)
+    assert four * 4 == one
+    assert found[1]["seconds"]["solve"] == pytest.approx(found[0]["seconds"]["solve"] / 4)
+    assert found[1]["seconds"]["observe"] == pytest.approx(found[0]["seconds"]["observe"] / 4)
+    assert main(["plan", str(config), "--ranks", "0"]) == 2
+    assert "ranks must be from 1" in capsys.readouterr().err
+
+
+def test_exit_status_says_whether_it_fits(config: Path, monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
+    monkeypatch.setattr(estimate, "available_memory", lambda: 0)
+    assert main(["plan", str(config), *FLAGS]) == 1
+
+
+def test_figures_in_words() -> None:
+    for size, words in (
+        (0, "0 kB"),
+        (4_100, "4 kB"),
+        (2_500_000, "2.5 MB"),
+        (25_000_000, "25 MB"),
+        (1.2e10, "12.0 GB"),
+    ):
+        assert estimate.gb(size) == words
+    for seconds, words in (
+        (0.5, "0.5 s"),
+        (100, "100.0 s"),
+        (200, "3 min"),
+        (9000, "2.5 h"),
+        (2e5, "2.3 days"),
+        (5e6, "58 days"),
+    ):
+        assert forecast.clock(seconds) == words
 
 
 @pytest.mark.parametrize(

@@ -440,7 +440,7 @@ def test_no_damage_is_an_exception(made: Path, tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(NearplaneError, match="holds no safetensors file"):
+    with pytest.raises(NearplaneError, match="holds no weights"):
         nearplane.verify(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(NearplaneError, match="as pickle"):

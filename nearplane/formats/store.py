@@ -208,7 +208,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
             f"{folder} holds its weights as pickle ({pickles[0]}), which can run any code when loaded and is refused; "
             "load the model once with transformers where you trust it and save_pretrained() it as safetensors."
         )
-    raise NearplaneError(f"{folder} holds no safetensors file; give the folder that holds model.safetensors.")
+    raise NearplaneError(f"{folder} holds no weights (*.safetensors); give a folder that does.")
 
 
 def read_index(path: Path) -> dict[str, str]:

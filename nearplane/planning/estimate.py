@@ -17,21 +17,19 @@ The peak is the largest sum over the steps of all stages. ``docs/large_models.md
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nearplane.core.errors import SettingError
 from nearplane.formats.write import SHARD_BYTES
 from nearplane.models.discover import PROBE_TOKENS, Block, Stage, embedding_name, head_name
 from nearplane.plan import Plan
 from nearplane.planning import workspace
 from nearplane.planning.machine import available_memory, cuda_memory, free_disk, resident
 from nearplane.planning.workspace import Shape, stage_shape
-from nearplane.ranks import Ranks
 from nearplane.stream import batch_rows, kept
 
 # Beside what this process holds already: tokenizer and text, the buffers of kernels, what the allocator does not give
@@ -103,42 +101,6 @@ class Estimate:
         """For JSON."""
         memory = [asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory]
         return {k: v for k, v in asdict(self).items() if k not in ("ranks", "offload")} | {"memory": memory}
-
-
-def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> None:
-    """SettingError, with the numbers, where the run cannot fit into this machine's memory or the disk of ``out``.
-
-    Several ``ranks`` hold some of the samples each, and those of one machine have its memory between them.
-    """
-    if ranks is not None and ranks.world > 1:
-        share = replace(plan.calibration, nsamples=-(-plan.calibration.nsamples // ranks.world))
-        found = replace(estimate(replace(plan, calibration=share), offload), ranks=ranks.machine)
-    else:
-        found = estimate(plan, offload)
-    lacks = found.lacking(out)
-    if lacks:
-        advice = "; ".join(suggestions(plan, found, out))
-        raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
-
-
-def suggestions(plan: Plan, found: Estimate, out: Path) -> list[str]:
-    """What would make a run smaller, of flags that exist."""
-    tips = []
-    if any((have := found.available(m)) is not None and m.need > have for m in found.memory):
-        windows, seqlen = found.windows
-        parts = found.memory[-1].parts
-        if parts["streams"] + parts["paused"] > sum(parts.values()) // 5:
-            tips.append(f"fewer --nsamples (now {windows}) or a shorter --seqlen (now {seqlen}) hold less")
-        if windows and not found.offload:
-            tips.append("--offload DIR keeps the hidden states on disk")
-        if found.streams == 2:
-            tips.append("--method gptq keeps one stream and no D or R")
-        if plan.device.type == "cuda":
-            tips.append("--device cpu uses the machine's memory")
-    free = free_disk(out)
-    if free is not None and sum(found.disk.values()) > free:
-        tips.append("another disk, or fewer --bits")
-    return tips
 
 
 def estimate(plan: Plan, offload: Path | None = None) -> Estimate:
@@ -292,4 +254,7 @@ def _companion(path: Path) -> bool:
 
 def gb(size: float) -> str:
     """Bytes in words."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}" if size < 10 * unit or unit == 1e9 else f"{size / unit:.0f} {name}"
+    return f"{size / 1e3:.0f} kB"

@@ -5,13 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
+from nearplane.methods.base import rows_independent
 from nearplane.mix.budget import measuring
 from nearplane.plan import Plan, make_plan
-from nearplane.planning.estimate import Estimate, Memory, estimate, gb, suggestions
+from nearplane.planning.estimate import Estimate, Memory, estimate, gb
+from nearplane.planning.fit import shared, suggestions
 from nearplane.planning.machine import free_disk
 from nearplane.planning.pace import pace
+
+MOST_RANKS = 4096
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Forecast:
             f"{plan.source.name}: {sites} linears in {len(plan.blocks)} blocks; {type(plan.method).__name__}, {grid}{data}",
             f"largest stage {found.largest}, {found.largest_shape[0]} x {found.largest_shape[1]}",
         ]
+        if found.ranks > 1:
+            lines.append(f"{found.ranks} ranks share the samples; of each, if every one has cores or a GPU of its own:")
         for memory in found.memory:
             lines += _table(memory, found.available(memory))
         kept = "" if found.kept or not windows else "; too many tokens to let forwards wait, each stage is reached anew"
@@ -89,16 +96,20 @@ class Forecast:
         return "\n".join(lines)
 
 
-def forecast(model: str | Path, *, offload: str | Path | None = None, **choices: Any) -> Forecast:
+def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int = 1, **choices: Any) -> Forecast:
     """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do.
 
-    ``choices``: what ``make_plan`` takes.
+    ``choices``: what ``make_plan`` takes. ``ranks``: processes of this machine that share the run; memory is each one's.
     """
+    if not 1 <= ranks <= MOST_RANKS:
+        raise SettingError(f"ranks must be from 1 to {MOST_RANKS}; got {ranks}.")
     start = time.perf_counter()
     plan = make_plan(model, **choices, sketch=True)
     scratch = None if offload is None else Path(offload)
-    found = estimate(plan, scratch)
+    found = shared(plan, scratch, ranks, ranks)
     spent = pace(plan, found, time.perf_counter() - start)
+    if rows_independent(plan.method):
+        spent |= {phase: spent[phase] / ranks for phase in ("solve", "measure")}
     if plan.undecided:
         walk = measuring(plan)
         first = pace(walk, estimate(walk, scratch), 0.0)
@@ -116,6 +127,9 @@ def _table(memory: Memory, available: int | None) -> list[str]:
 
 def clock(seconds: float) -> str:
     """A duration in words."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return (
+                f"{seconds / unit:.0f} {name}" if unit == 60 or seconds >= 20 * unit else f"{seconds / unit:.1f} {name}"
+            )
+    return f"{seconds:.1f} s"

@@ -29,7 +29,8 @@ def free_disk(folder: Path) -> int | None:
     folder = Path(folder).absolute()
     nearest = next((place for place in (folder, *folder.parents) if place.exists()), None)
     try:
-        return None if nearest is None else shutil.disk_usage(nearest).free
+        usage = None if nearest is None else shutil.disk_usage(nearest)
+        return usage.free if usage and usage.total else None  # /proc and the like have no size
     except OSError:
         return None
 

@@ -143,7 +143,7 @@ def shard_is_a_folder(folder: Path) -> None:
         (truncated_second_shard, "two.safetensors", "truncated or corrupt"),
         (empty_file, "model.safetensors", "truncated or corrupt"),
         (pickled, "pytorch_model.bin", "pickle .* can run any code .* save_pretrained"),
-        (nothing, "", "holds no safetensors file"),
+        (nothing, "", "holds no weights"),
         (no_index, INDEX, "2 safetensors files and no"),
         (unfinished, "part-00001.unfinished", "not written to its end"),
         (shard_is_a_folder, "model.safetensors", "cannot be read|corrupt"),
