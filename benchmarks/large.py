@@ -6,9 +6,9 @@
 Makes FOLDER first, if it is not there: a Llama of 3.4B parameters in bfloat16 (hidden 3200, 26 blocks, vocabulary 32000; 6.9 GB,
 one shard a block) with random, structured weights: rows and columns of unequal size, a low-rank part, some outliers. Then
 quantizes it at 4 bits in a process of its own, which is asked to stop once the given number of blocks is done, and reads that
-process's resident memory whenever a block is. Any other folder of a Llama will do, and so will ``demo``; with ``--blocks 0`` the
-whole model is quantized and written. Beside each figure stands what ``plan`` said, and what it may be: 1.5 GB, one block in
-float32 twice, the hidden states, and the moments of the widest input. FILE keeps the rows of other runs.
+process's peak of resident memory block by block. Any other folder of a Llama will do, and so will ``demo``; with
+``--blocks 0`` the whole model is quantized and written. Beside each figure stands what ``plan`` said, and what it may be:
+1.5 GB, one block in float32 twice, the hidden states, and the moments of the widest input. FILE keeps the rows of other runs.
 """
 
 import argparse
@@ -100,28 +100,25 @@ def words(args: argparse.Namespace) -> list[str]:
 
 
 def watch(out: Path, args: argparse.Namespace, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Quantize; resident memory and time whenever a block is done."""
+    """Quantize; peak memory, which is counted anew from block to block, and time whenever a block is done."""
     command = [sys.executable, "-m", "nearplane", "quantize", args.folder, str(out), *words(args)]
-    start, rows, highest, peak = time.perf_counter(), list[dict[str, Any]](), 0.0, 0.0
+    start, rows, peak = time.perf_counter(), list[dict[str, Any]](), 0.0
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and (not args.blocks or len(rows) < args.blocks):
             time.sleep(0.02)
             try:
-                resident, peak = status(process.pid, "VmRSS"), status(process.pid, "VmHWM") or peak
+                peak = status(process.pid, "VmHWM") or peak
+                if not (out / ".nearplane" / f"block-{len(rows):05}.json").exists():
+                    continue
+                Path(f"/proc/{process.pid}/clear_refs").write_text("5")
             except OSError:
                 break
-            highest = max(highest, resident)
-            if (out / ".nearplane" / f"block-{len(rows):05}.json").exists():
-                row = {"peak GB": peak, "highest in block GB": highest, "seconds": time.perf_counter() - start}
-                print(
-                    f"block {len(rows)}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True
-                )
-                rows.append({"block": len(rows), **row})
-                highest = 0.0
+            rows.append({"block": len(rows), "peak GB": peak, "seconds": time.perf_counter() - start})
+            print(f"block {len(rows) - 1}: peak {peak:.3f} GB, {rows[-1]['seconds']:.0f} s", flush=True)
         if args.blocks:
             process.send_signal(signal.SIGINT)
     if not args.blocks and process.returncode == 0:
-        rows.append({"block": "all", "peak GB": peak, "seconds": time.perf_counter() - start})
+        rows.append({"block": "the end", "peak GB": peak, "seconds": time.perf_counter() - start})
     return rows
 
 
@@ -159,10 +156,10 @@ def main() -> None:
         rows = watch(Path(scratch) / "out", args, environment)
     if len(rows) < max(args.blocks, 2):
         raise SystemExit("the run ended before its blocks were done; run its command by hand to see why.")
-    peak, may, blocks = rows[-1]["peak GB"], allowed(args), [r for r in rows if "highest in block GB" in r]
-    growth = blocks[-1]["highest in block GB"] / blocks[1]["highest in block GB"] - 1
+    peak, may, blocks = max(r["peak GB"] for r in rows), allowed(args), [r for r in rows if r["block"] != "the end"]
+    growth = blocks[-1]["peak GB"] / blocks[1]["peak GB"] - 1
     print(f"{args.method}: peak {peak:.2f} GB; plan said {said:.2f}; may be {may:.2f}")
-    print(f"growth of a block's highest from the second block to the last: {100 * growth:.1f}%")
+    print(f"growth of a block's peak from the second block to the last: {100 * growth:.1f}%")
     if args.json:
         found = {"model": Path(args.folder).name, "method": args.method, "windows": [args.nsamples, args.seqlen]}
         row = {**found, "peak GB": peak, "planned GB": said, "allowed GB": may, "growth": growth, "blocks": rows}
