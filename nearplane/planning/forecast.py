@@ -8,6 +8,7 @@ from typing import Any
 from nearplane.core.grid import Grid
 from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
 from nearplane.mix.budget import measuring
+from nearplane.mix.choices import JUDGED
 from nearplane.plan import Plan, make_plan
 from nearplane.planning.estimate import Estimate, Memory, estimate, gb, suggestions
 from nearplane.planning.machine import free_disk
@@ -102,8 +103,10 @@ def forecast(model: str | Path, *, offload: str | Path | None = None, **choices:
     if plan.undecided:
         walk = measuring(plan)
         first = pace(walk, estimate(walk, scratch), 0.0)
-        spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare"))
-        spent["budget"] += first["solve"] * max((len(unit.widths) for unit in plan.units), default=0)
+        widths = max((len(unit.widths) for unit in plan.units), default=0)
+        spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare")) + first["solve"] * widths
+        if walk.method.needs:  # each width of each unit of a block is judged by forwards
+            spent["budget"] += first["forward"] * widths * len(plan.units) / (len(plan.blocks) * JUDGED)
     return Forecast(plan, found, spent)
 
 
