@@ -129,6 +129,12 @@ class OpenBlock:
         if any(site in stage for stage in self.stages[: max(self.reached, 0)]):
             self._drop()  # the paused forwards have passed it with its former weight
 
+    def output(self, batch: int) -> Tensor:
+        """What the block makes of one of this rank's batches, its weights as they are now."""
+        output = Forward(self.walk.streams[0], self.k, batch, self.walk.rests).until(None)
+        assert output is not None
+        return output
+
     def advance(self) -> None:
         """Run the finished block over every batch, so that the streams stand before the next one."""
         for i, stream in enumerate(self.walk.streams):

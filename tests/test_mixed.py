@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane, Override
@@ -254,14 +254,28 @@ def test_a_budget_is_met_by_the_best_choice(format: Any, method: Any, model: Pat
     nearplane.load(tmp_path / "out")
 
 
-def test_measured_errors_are_those_of_a_run(model: Path, tmp_path: Path) -> None:
-    """Of the first stage of the first block, whose input no rounding has changed, at every width."""
-    choices = run(model, tmp_path / "out", budget=5).settings["choices"]
-    for bits in (2, 3, 4, 8):
-        rows = run(model, tmp_path / f"{bits}", grid=Grid(bits=bits, group_size=32)).linears
-        first = {row.name: row.error or 0.0 for row in rows}
-        expected = sum(first[name] for name in choices[0]["linears"])
-        assert choices[0]["errors"][str(bits)] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize(("unit", "others"), [(0, "[^qkv]_proj"), (3, "[^n]_proj|1.*down")])
+def test_a_width_costs_what_the_block_loses(unit: int, others: str, model: Path, tmp_path: Path) -> None:
+    """Of one unit of the first block at every width, beside a run that rounds nothing else before it."""
+    row = run(model, tmp_path / "out", budget=5).settings["choices"][unit]
+    original = tiny.build("llama")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = Calibration(dataset=str(model.parent / "text.txt"), nsamples=8, seqlen=24).load(tokenizer, 64).ids
+    outputs: list[torch.Tensor] = []
+    original.model.layers[0].register_forward_hook(lambda *args: outputs.append(args[2]))
+    with torch.no_grad():
+        original(ids)
+        for bits in (2, 3, 4, 8):
+            run(model, tmp_path / f"{bits}", grid=Grid(bits=bits, group_size=32), ignore=[others])
+            rounded = open_checkpoint(tmp_path / f"{bits}")
+            kept = {name: original.get_submodule(name).weight.clone() for name in row["linears"]}
+            for name in row["linears"]:
+                original.get_submodule(name).weight.copy_(rounded.weight(name))
+            original(ids)
+            for name, weight in kept.items():
+                original.get_submodule(name).weight.copy_(weight)
+            lost = (outputs[-1] - outputs[0]).square().sum(-1) / outputs[0].square().sum(-1)
+            assert row["errors"][str(bits)] == pytest.approx(float(lost.mean()), rel=1e-3)
 
 
 def test_a_budget_beside_overrides(model: Path, tmp_path: Path) -> None:

@@ -180,6 +180,17 @@ def test_two_streams_where_a_reference_is_kept(model: Path) -> None:
     assert largest(NearPlane(), "moments") == largest(GPTQ(), "moments") * 2 * (96 + 64) // 96
 
 
+def test_a_budget_holds_codes_and_outputs(model: Path) -> None:
+    """Beside the rest: what a block makes of the batches that widths are judged by, and the codes of every width."""
+    settings: Any = {"method": GPTQ(), "grid": Grid(group_size=32), "device": "cpu", "sketch": True}
+    settings["calibration"] = Calibration(nsamples=9 * 32, seqlen=64)  # nine batches, of which three are judged by
+    plain, mixed = (make_plan(model, budget=budget, widths=(2, 4), **settings) for budget in (None, 4.2))
+    first, second = (estimate._Walk(plan) for plan in (plain, mixed))
+    assert (first.judged, second.judged) == (0, 3 * 32 * 64)
+    most = [max(found["solver"] for _, found in walk.moments()) for walk in (first, second)]
+    assert most[1] - most[0] == 2 * 192 * 64  # the gate and up projections' codes
+
+
 def test_many_tokens_are_not_kept_waiting(model: Path) -> None:
     width = 2 * (64 + 96) * 4
     for tokens, kept in ((IN_FLIGHT_BYTES // width, True), (IN_FLIGHT_BYTES // width + 64, False)):

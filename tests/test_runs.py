@@ -78,6 +78,22 @@ def test_fresh_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"o_proj", "down_proj"} & moved and moved <= {"o_proj", "down_proj"}
 
 
+def test_what_a_width_costs(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every unit of the block asked for; the model is as it was after each, or the last one's KL would hold the others'."""
+    monkeypatch.setattr("nearplane.stream.BATCH_TOKENS", 2048)  # which the script changes
+    words = ["--text", str(folder / "text.txt"), "--model", str(folder / "model"), "--tokens", "8", "32", "24"]
+    main = script("what_a_width_costs.py")["main"]
+    main([*words, "--blocks", "0", "1"])
+    *rows, _, said = capsys.readouterr().out.strip().splitlines()
+    found = {row["unit"]: row for row in map(json.loads, rows)}
+    assert len(found) == 8 and all(0 < row[key] < 2 for row in found.values() for key in ("output", "stream", "kl"))
+    assert "over 8 units" in said
+    main([*words, "--blocks", "1"])
+    *alone, _, _ = capsys.readouterr().out.strip().splitlines()
+    for row in map(json.loads, alone):
+        assert row["kl"] == pytest.approx(found[row["unit"]]["kl"], rel=1e-3)
+
+
 @pytest.mark.skipif(cpu.best() is None, reason="no C++ kernel was built (no compiler)")
 def test_packed_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every contender that is installed is timed at every shape, and the record has their ratios."""

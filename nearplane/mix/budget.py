@@ -1,28 +1,31 @@
-"""Bits by a budget: what every width would cost each linear's output, measured on the original model before the run.
+"""Bits by a budget: what every width would cost, measured on the original model before the run.
 
-One walk, one stream, nothing rounded: every stage is observed once and solved by GPTQ at every width, with the damping
-of the run's method. The error of a linear is ‖(Q-W)X‖²/‖WX‖², and the choice makes the sum over all linears least. It is a
-stand-in: errors of earlier blocks are not in X, and every linear weighs the same whatever the model makes of its output.
-Where the method reads no data the choice reads none either: linears are rounded to nearest, and the error is ‖Q-W‖²/‖W‖².
+One walk, one stream: every stage is observed once and solved by GPTQ at every width, with the damping of the run's
+method. Each answer is put in place by itself, some batches run through the block, and its error is what the residual stream
+behind the block loses, relative to the stream: ‖ĥ-h‖²/‖h‖², the mean over tokens. The choice makes the sum over all
+units least. It is a stand-in: errors of other units are not in it, nor what later blocks make of this one. The error
+of a linear's own output would not do: it says nothing of how much of the stream that output is, and summed over tokens
+it is that of a few attention sinks. Where the method reads no data the choice reads none either: linears are rounded to
+nearest, and the error is ‖Q-W‖²/‖W‖².
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError
-from nearplane.core.grid import dequantize
+from nearplane.core.grid import Grid, Quantized
 from nearplane.methods import GPTQ, RTN
-from nearplane.mix.choices import choose
-from nearplane.models.discover import Stage
+from nearplane.mix.choices import JUDGED, choose
+from nearplane.models.discover import Site, Stage
 from nearplane.plan import Plan
 from nearplane.ranks import Ranks
-from nearplane.report import energy
-from nearplane.stream import OpenBlock
+from nearplane.rows import solve
+from nearplane.stream import OpenBlock, batch_rows
 
 
 def decide(
@@ -37,11 +40,8 @@ def decide(
     known = ranks.tell([record["run"].get("choices") for record in records[:1]])
     if known:  # of a run without a budget none: resuming refuses it
         return plan if known[0] is None else plan.decided(known[0])
-    errors = _measure(plan, ranks, offload, tick)
-    by_unit = [
-        {bits: sum(errors[site.name][bits] for site in unit.sites) for bits in unit.widths} for unit in plan.units
-    ]
-    return plan.decided(ranks.tell(choose(plan.units, by_unit, plan.sites, plan.grids, plan.mix, plan.format)))
+    costs = _measure(plan, ranks, offload, tick)
+    return plan.decided(ranks.tell(choose(plan.units, costs, plan.sites, plan.grids, plan.mix, plan.format)))
 
 
 def measuring(plan: Plan) -> Plan:
@@ -50,52 +50,98 @@ def measuring(plan: Plan) -> Plan:
     return replace(plan, method=GPTQ(damp_percent=damp) if plan.method.needs else RTN())
 
 
-def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], None]) -> dict[str, dict[int, float]]:
-    """The error of each linear at each width."""
-    widths = {site.name: unit.widths for unit in plan.units for site in unit.sites}
-    walk, errors = measuring(plan), dict[str, dict[int, float]]()
+class Candidate(NamedTuple):
+    """What a linear would become."""
+
+    site: Site
+    grid: Grid
+    quantized: Quantized
+
+
+def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], None]) -> list[dict[int, float]]:
+    """What every width would cost each unit."""
+    walk, costs = measuring(plan), [dict[int, float]() for _ in plan.units]
+    unit_of = {site.name: i for i, unit in enumerate(plan.units) for site in unit.sites}
     for block in walk.stream(offload, ranks):
+        before, found = _outputs(block), dict[int, dict[int, list[Candidate]]]()
         for stage in block.stages:
             ranks.at(stage[0].name)
-            free = [site for site in stage if site.name in widths]
-            try:
-                if free:
-                    errors |= _measure_stage(walk, block, stage, free, widths[free[0].name], ranks)
-            except (NumericalError, SettingError) as error:
-                raise type(error)(f"{stage[0].name}: {error}") from error
+            free = [site for site in stage if site.name in unit_of]
+            if free:
+                i = unit_of[free[0].name]
+                unit, candidates = plan.units[i], found.setdefault(i, {})
+                try:
+                    _solve(walk, block, stage, free, unit.widths, candidates, ranks)
+                except (NumericalError, SettingError) as error:
+                    raise type(error)(f"{stage[0].name}: {error}") from error
+                if len(candidates[unit.widths[0]]) == len(unit.sites):
+                    costs[i] = _judge(block, found.pop(i), before, ranks)
             tick()
-    return errors
+    return costs
 
 
-def _measure_stage(
-    walk: Plan, block: OpenBlock, stage: Stage, free: Stage, widths: tuple[int, ...], ranks: Ranks
-) -> dict[str, dict[int, float]]:
-    """Of each free linear; both methods solve rows independently, so that every rank solves and measures some."""
-    state, H = None, None
+def _solve(
+    walk: Plan,
+    block: OpenBlock,
+    stage: Stage,
+    free: Stage,
+    widths: tuple[int, ...],
+    candidates: dict[int, list[Candidate]],
+    ranks: Ranks,
+) -> None:
+    """Add the free linears of a stage, solved at each width, to the ``candidates``."""
+    state = None
     if walk.method.needs:
         moments = block.observe(stage, walk.method.needs)
         moments.rescale()
         moments.check()
-        state, H = walk.method.prepare(moments), moments.H
-    weights = {site.name: block.weight(site)[ranks.part(site.shape[0])] for site in free}
-    powers = torch.zeros(len(free), 1 + len(widths), dtype=torch.float64)  # of each weight, and its error at each width
-    for i, site in enumerate(free):
-        powers[i, 0] = _power(weights[site.name], H)
+        state = walk.method.prepare(moments)
     for grid, sites in walk.parts(free):
-        stacked = torch.cat([weights[site.name] for site in sites])
-        for j, bits in enumerate(widths if len(stacked) else (), 1):
+        stacked = torch.cat([block.weight(site) for site in sites])
+        for bits in widths:
             chosen, done = replace(grid, bits=bits), 0
-            solved = walk.method.solve(stacked, state, chosen)
+            solved = solve(ranks, walk.method, stacked, state, chosen, number=0)
             for site in sites:
-                weight = weights[site.name]
-                delta = dequantize(solved.rows(slice(done, done := done + len(weight))), chosen).sub_(weight)
-                powers[free.index(site), j] = _power(delta, H)
-    found = ranks.total(powers).tolist()
-    return {
-        site.name: {bits: error / power if power > 0 else 0.0 for bits, error in zip(widths, row, strict=True)}
-        for site, (power, *row) in zip(free, found, strict=True)
-    }
+                part = solved.rows(slice(done, done := done + site.shape[0]))
+                candidates.setdefault(bits, []).append(Candidate(site, chosen, part))
 
 
-def _power(weight: Tensor, H: Tensor | None) -> float:
-    return float(weight.square().sum()) if H is None else energy(weight, H)
+def _judge(
+    block: OpenBlock, candidates: dict[int, list[Candidate]], before: dict[int, Tensor], ranks: Ranks
+) -> dict[int, float]:
+    """What each width costs; the weights are left as they were."""
+    originals = [(some.site, block.weight(some.site).clone()) for some in next(iter(candidates.values()))]
+    costs = {}
+    for bits, chosen in candidates.items():
+        for some in chosen:
+            block.replace(some.site, some.quantized, some.grid)
+        costs[bits] = _lost(block, before, ranks) if block.walk.streams else _moved(block, originals)
+        for site, weight in originals:
+            site.weight(block.walk.source.model).copy_(weight)
+    return costs
+
+
+def _outputs(block: OpenBlock) -> dict[int, Tensor]:
+    """What the block makes of every fourth batch."""
+    walk = block.walk
+    step = batch_rows(walk.batches[0].shape[1]) if walk.batches else 1
+    return {i: block.output(i) for i, first in enumerate(walk.firsts) if first // step % JUDGED == 0}
+
+
+def _lost(block: OpenBlock, before: dict[int, Tensor], ranks: Ranks) -> float:
+    """``‖ĥ-h‖²/‖h‖²`` of the stream behind the block, the mean over tokens; those that are no numbers do not count."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch, h in before.items():
+        energy, moved = h.double().square().sum(-1), (block.output(batch) - h).double().square().sum(-1)
+        lost = moved / energy
+        lost = lost[lost.isfinite()]
+        total += torch.tensor([float(lost.sum()), lost.numel()], dtype=torch.float64)
+    lost_of_all, tokens = ranks.total(total).tolist()
+    return lost_of_all / tokens if tokens else 0.0
+
+
+def _moved(block: OpenBlock, originals: list[tuple[Site, Tensor]]) -> float:
+    """``‖Q-W‖²/‖W‖²``, summed over the linears."""
+    pairs = [(block.weight(site) - weight, weight) for site, weight in originals]
+    energies = [(float(delta.square().sum()), float(weight.square().sum())) for delta, weight in pairs]
+    return sum(delta / weight if weight > 0 else 0.0 for delta, weight in energies)

@@ -16,6 +16,9 @@ from nearplane.formats.engines import fused
 from nearplane.mix.overrides import Mix
 from nearplane.models.discover import Block, Site
 
+# One in so many batches is what widths are judged by: each takes a forward of the block per unit and width.
+JUDGED = 4
+
 
 @dataclass(frozen=True)
 class Unit:

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from nearplane.formats.write import SHARD_BYTES
+from nearplane.mix.choices import JUDGED
 from nearplane.models.discover import PROBE_TOKENS, Block, Stage, embedding_name, head_name
 from nearplane.plan import Plan
 from nearplane.planning import workspace
 from nearplane.planning.machine import available_memory, cuda_memory, free_disk, resident
-from nearplane.planning.workspace import Shape, stage_shape
+from nearplane.planning.workspace import BYTE, Shape, stage_shape
 from nearplane.stream import batch_rows, kept
 
 # Beside what this process holds already: tokenizer and text, the buffers of kernels, what the allocator does not give
@@ -136,6 +137,9 @@ class _Walk:
         self.batch = min(windows, batch_rows(seqlen)) * seqlen if windows else 0
         self.kept = kept(plan.blocks, self.tokens, plan.compute, self.streams)
         self.waiting = self.batch if offload else self.tokens  # of each stream, in memory
+        # What blocks make of the batches that a budget's widths are judged by.
+        judging = plan.undecided and self.batch > 0
+        self.judged = min(self.tokens, -(-self.tokens // (JUDGED * self.batch)) * self.batch) if judging else 0
         self.hidden = source.config.get_text_config().hidden_size
         numbers = {name: prod(store.shape(disk)) for name, disk in source.names.items()}
         names = [block.name + "." for block in plan.blocks]
@@ -189,7 +193,7 @@ class _Walk:
         always = {
             "outside": self.size * self.outside,
             "block": self.size * (self.blocks[block.name + "."] + linears * (self.streams == 2)),
-            "streams": self.size * self.waiting * self.hidden * self.streams,
+            "streams": self.size * self.hidden * (self.waiting * self.streams + self.judged),
         }
         pending = min(self.plan.nbytes(block.sites), SHARD_BYTES)
         shapes = [stage_shape(stage, self.streams == 2) for stage in block.stages]
@@ -223,7 +227,8 @@ class _Walk:
         if self.needs:
             yield moments, 0, running + observing
             yield moments, 0, number * int(work.prepare)
-        yield moments, state, number * int(weight + work.solve)
+        codes = BYTE * weight * len(self.plan.mix.widths) if self.plan.undecided else 0  # of the widths solved before
+        yield moments, state, number * int(weight + work.solve + codes)
         yield moments, state, number * int(weight + work.result + work.measure)
 
 

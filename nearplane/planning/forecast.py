@@ -10,6 +10,7 @@ from nearplane.core.grid import Grid
 from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
 from nearplane.methods.base import rows_independent
 from nearplane.mix.budget import measuring
+from nearplane.mix.choices import JUDGED
 from nearplane.plan import Plan, make_plan
 from nearplane.planning.estimate import Estimate, Memory, estimate, gb
 from nearplane.planning.fit import shared, suggestions
@@ -113,8 +114,10 @@ def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int
     if plan.undecided:
         walk = measuring(plan)
         first = pace(walk, estimate(walk, scratch), 0.0)
-        spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare"))
-        spent["budget"] += first["solve"] * max((len(unit.widths) for unit in plan.units), default=0)
+        widths = max((len(unit.widths) for unit in plan.units), default=0)
+        spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare")) + first["solve"] * widths
+        if walk.method.needs:  # each width of each unit of a block is judged by forwards
+            spent["budget"] += first["forward"] * widths * len(plan.units) / (len(plan.blocks) * JUDGED)
     return Forecast(plan, found, spent)
 
 
