@@ -20,7 +20,7 @@ from nearplane.formats import FORMATS
 from nearplane.formats.base import conv1d_reason
 from nearplane.formats.engines import ENGINES, caveat, fused, grid_name, mixed_caveat, order_refusal, refusal
 from nearplane.formats.examine import examine
-from nearplane.formats.files import FileSum, Findings, check_files, files, holds_weights, sums
+from nearplane.formats.files import FileSum, Findings, check_files, check_sums, files, holds_weights, sums
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import is_linear
@@ -91,6 +91,7 @@ def verify(
         for file in sums(folder, found):
             hashed.append(file)
             display.advance(task)
+        check_sums(folder, hashed, found)
         if checkpoint is not None:
             task = display.add_task("check", total=layers + dense)
             for name in checkpoint.layers:

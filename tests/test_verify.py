@@ -51,6 +51,7 @@ def broken(made: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 def edit(folder: Path, change: Callable[[Tensors], Any]) -> None:
     """Change tensors of the shard, and leave the index as it is."""
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
     path = next(folder.glob("*.safetensors"))
     state = safetensors.torch.load_file(path)
     state = {name: tensor.clone() for name, tensor in state.items()}
@@ -437,6 +438,28 @@ def test_no_damage_is_an_exception(made: Path, tmp_path: Path) -> None:
         else:
             path.write_bytes(data[: draw.randrange(len(data))])
         assert isinstance(nearplane.verify(out), Verification)
+
+
+def test_a_changed_byte_is_a_problem(made: Path, tmp_path: Path) -> None:
+    """In whichever file, by the sums that were written beside it; of a conversion, too."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    nearplane.quantize(made / "dense", out, method=RTN(), grid=Grid(4, 32), dtype="float16", progress=False)
+    nearplane.convert(out, new, "gptq")
+    for folder in (out, new):
+        assert nearplane.verify(folder).ok
+        names = [line[66:] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+        assert sorted(names) == sorted(p.name for p in folder.iterdir() if p.name not in ("report.json", "SHA256SUMS"))
+    shard = new / "model-00001-of-00001.safetensors"
+    word = (out / "tokenizer.json").read_bytes().index(b'"w17"') + 1
+    for path, place in ((out / "model-00002-of-00003.safetensors", -9), (shard, -9), (out / "tokenizer.json", word)):
+        good = path.read_bytes()
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        only(nearplane.verify(path.parent), f"{path} is not what was written, its sha256 is another")
+        path.write_bytes(good)
+    (out / "generation_config.json").unlink()
+    only(nearplane.verify(out), "generation_config.json is named in SHA256SUMS, and is missing")
+    (out / "SHA256SUMS").write_text("no sum\n")
+    only(nearplane.verify(out), "SHA256SUMS: line 1 is not a sum and a name")
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from nearplane.core.errors import NearplaneError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a writer leaves beside the files: the sha256 of each, for ``sha256sum -c`` and for verify.
+SUMS = "SHA256SUMS"
 # A shard that a writer has not finished (``write.py``) carries this ending, so that no reader takes it for a weight.
 UNFINISHED = ".unfinished"
 PICKLES = ("*.bin", "*.pt", "*.pth")
