@@ -22,11 +22,11 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.journal import STATE, Journal, file_hash, holder, sync
-from nearplane.formats.store import INDEX, SUMS, UNFINISHED, Shard
+from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, Shard
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
 # Holds times, and so has other bytes each run: two runs that did the same have the same sums.
-UNSUMMED = ("report.json",)
+UNSUMMED = (REPORT,)
 
 # Files that make a folder a usable model, besides weights and config.json.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -227,7 +227,7 @@ class Writer:
                     raise NearplaneError(f"{self.out} is being written by {other}; wait for it or stop it.")
                 if not self.resume:
                     raise SettingError(
-                        f"{self.out} holds a run that was not finished; resume it (--resume), or delete the folder."
+                        f"{self.out} holds a run that was not finished; resume it (--resume), or choose another folder."
                     )
             elif self.resume and (self.out / INDEX).exists():
                 raise SettingError(f"{self.out} is finished; there is nothing to resume.")

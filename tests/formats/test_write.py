@@ -63,7 +63,7 @@ def test_memory_is_bounded_and_shards_are_hidden_until_the_end(tmp_path: Path) -
     with Writer(tmp_path / "out", shard_bytes=800) as writer:
         writer.put(TENSORS)
         assert len(list(writer.out.glob("*.unfinished"))) == 2 and not list(writer.out.glob("*.safetensors"))
-        with pytest.raises(NearplaneError, match="not written to its end"):
+        with pytest.raises(NearplaneError, match="is being written by process"):
             Store(writer.out)
         writer.finish()
 
