@@ -20,7 +20,8 @@ from nearplane.formats import FORMATS
 from nearplane.formats.base import conv1d_reason
 from nearplane.formats.engines import ENGINES, caveat, fused, grid_name, mixed_caveat, order_refusal, refusal
 from nearplane.formats.examine import examine
-from nearplane.formats.files import FileSum, Findings, check_files, files, holds_weights, sums
+from nearplane.formats.files import FileSum, Findings, check_files, check_sums, files, holds_weights, sums
+from nearplane.formats.journal import unfinished
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import is_linear
@@ -56,7 +57,9 @@ class Verification:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        width = max((len(file.name) for file in self.files), default=4)
+        if not self.files:  # a run that was not finished: nothing was looked at
+            return "\n".join(f"problem: {problem}" for problem in self.problems)
+        width = max(len(file.name) for file in self.files)
         lines = [f"{'file':<{width}} {'bytes':>14}  sha256"]
         lines += [f"{file.name:<{width}} {file.bytes:>14,}  {file.sha256}" for file in self.files]
         lines += [f"note: {note}" for note in self.notes] + [f"problem: {problem}" for problem in self.problems]
@@ -79,6 +82,9 @@ def verify(
     if engine is not None and engine not in ENGINES:
         raise SettingError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
     folder = locate(path, trust_remote_code=trust_remote_code)
+    reason = unfinished(folder)
+    if reason is not None:
+        return Verification(str(path), None, engine, (), 0, 0, (reason,), ())
     if not holds_weights(folder):
         Store(folder)  # says what the folder holds instead
     found, broken = Findings(), dict[str, str]()
@@ -91,6 +97,7 @@ def verify(
         for file in sums(folder, found):
             hashed.append(file)
             display.advance(task)
+        check_sums(folder, hashed, found)
         if checkpoint is not None:
             task = display.add_task("check", total=layers + dense)
             for name in checkpoint.layers:
@@ -101,7 +108,7 @@ def verify(
                 display.advance(task)
     if checkpoint is not None:
         _check_configuration(checkpoint, found)
-        _check_siblings(checkpoint, found)
+        _check_siblings(checkpoint, broken, found)
         _check_engine(checkpoint, engine, found)
         with found.listing():
             _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
@@ -120,8 +127,14 @@ def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint |
         found.problem(str(error))
         found.note("No tensor was checked, because the folder cannot be opened; verify again when that is mended.")
         return None
-    for reason in broken.values():
-        found.problem(reason)
+    lost = checkpoint.store.lost
+    within = {name.rpartition(".")[0] for name in lost}
+    for name, reason in broken.items():
+        if name not in within:  # else why is among the problems already
+            found.problem(reason)
+    broken.update(dict.fromkeys(within, ""))
+    if lost:
+        found.note(f"Not checked, because no file gives them: {some_of(sorted(lost))}.")
     return checkpoint
 
 
@@ -156,9 +169,9 @@ def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
         )
 
 
-def _check_siblings(checkpoint: Checkpoint, found: Findings) -> None:
+def _check_siblings(checkpoint: Checkpoint, broken: dict[str, str], found: Findings) -> None:
     """Linears that engines fuse: all quantized or none, and alike."""
-    dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")}
+    dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")} - broken.keys()
     for names in fused(checkpoint.layers.keys() | dense):
         _check_alike(names, checkpoint, found)
 
@@ -198,14 +211,15 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
     folder, modules, state = checkpoint.store.folder, dict(model.named_modules()), model.state_dict()
     quantized = {f"{name}.weight": name for name in (*checkpoint.layers, *broken)}
     dense = [name for name in checkpoint.dense if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
-    on_disk = names_in_model(model, [*dense, *quantized])
+    known = checkpoint.store.lost.union(quantized)  # whose shapes are no matter here
+    on_disk = names_in_model(model, [*dense, *known])
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = []
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         disk = on_disk.get(name)
         if disk is None and value.is_meta and name not in tied:
             missing.append(name)
-        elif disk is not None and disk not in quantized and checkpoint.store.shape(disk) != tuple(value.shape):
+        elif disk is not None and disk not in known and checkpoint.store.shape(disk) != tuple(value.shape):
             stored, asked = list(checkpoint.store.shape(disk)), list(value.shape)
             found.problem(f"{folder}: {disk} has shape {stored}, config.json asks for {asked}.")
     merged = any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
@@ -215,11 +229,13 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
         )
     elif missing:
         found.problem(f"{folder} lacks weights that config.json asks for: {some_of(missing)}.")
-    unused = sorted(disk for name, disk in on_disk.items() if name not in state and disk not in quantized)
+    unused = sorted(disk for name, disk in on_disk.items() if name not in state and disk not in known)
     if unused and not (missing and merged):
         found.note(f"Stored tensors that belong to no parameter of the model: {some_of(unused)}.")
     names = {disk: name for name, disk in on_disk.items()}
     for weight, layer in quantized.items():
+        if broken.get(layer) == "":
+            continue  # in a file that cannot be read
         module = modules.get(names.get(weight, weight).removesuffix(".weight"))
         reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
         if reason is not None:

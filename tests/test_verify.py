@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from nearplane import RTN, Grid, NearplaneError, Verification
 from nearplane.cli import main
 from nearplane.core.errors import SettingError
 from nearplane.formats.compressed import CompressedTensors
+from nearplane.formats.journal import Journal
 
 LAYER = "model.layers.0.self_attn.q_proj"
 SHARD = "model-00001-of-00001.safetensors"
@@ -51,6 +53,7 @@ def broken(made: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 def edit(folder: Path, change: Callable[[Tensors], Any]) -> None:
     """Change tensors of the shard, and leave the index as it is."""
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
     path = next(folder.glob("*.safetensors"))
     state = safetensors.torch.load_file(path)
     state = {name: tensor.clone() for name, tensor in state.items()}
@@ -151,7 +154,61 @@ def test_a_write_that_was_killed(broken: Callable[[str], Path]) -> None:
     (out / SHARD).rename(out / "part-00001.unfinished")
     (out / INDEX).unlink()
     found = nearplane.verify(out).problems
-    assert any("was not written to its end" in problem for problem in found)
+    assert any("was not written to its end" in problem and "write it again" in problem for problem in found)
+
+
+def test_a_run_that_goes_on_later_is_one_line(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished blocks are no leftovers: nobody is told to delete them."""
+    out = tmp_path / "out"
+
+    def fail(*_: Any) -> None:
+        raise NearplaneError("stop.")
+
+    monkeypatch.setattr("nearplane.api.write_the_rest", fail)
+    with pytest.raises(NearplaneError):
+        nearplane.quantize(made / "dense", out, method=RTN(), grid=Grid(4, 32), progress=False)
+    assert len(list(out.glob("*.unfinished"))) == 2
+    only(nearplane.verify(out), "holds a run that was not finished, 2 blocks are done", "with --resume goes on")
+    assert main(["verify", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"problem: {out} holds a run") and "delete" not in said
+    journal = Journal(out)
+    journal.lock()
+    only(nearplane.verify(out), f"is being written by process {os.getpid()} on", "wait until that has ended")
+    journal.release()
+    for path in out.glob(".nearplane/block*"):
+        path.unlink()
+    only(nearplane.verify(out), "no finished block: nearplane quantize --resume begins it again")
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors", "dense"])
+def test_what_can_be_opened_is_checked(broken: Callable[[str], Path], kind: str) -> None:
+    """Of four shards one is cut, one is missing, one lacks a tensor; a NaN in the other is found beside that."""
+    out = broken(kind)
+    file = next(out.glob("*.safetensors"))
+    state = safetensors.torch.load_file(file)
+    file.unlink()
+    state["model.norm.weight"][3] = torch.nan
+    names = sorted(state.keys() - {"model.norm.weight"})
+    places = {name: f"{i % 3}.safetensors" for i, name in enumerate(names)} | {"model.norm.weight": "3.safetensors"}
+    absent = next(name for name, place in places.items() if place == "2.safetensors" and "layernorm" in name)
+    for shard in set(places.values()):
+        part = {name: state[name] for name in state if places[name] == shard and name != absent}
+        safetensors.torch.save_file(part, out / shard)
+    (out / INDEX).write_text(json.dumps({"weight_map": places}))
+    (out / "0.safetensors").write_bytes((out / "0.safetensors").read_bytes()[:-5])
+    (out / "1.safetensors").unlink()
+    result = nearplane.verify(out)
+    assert len(result.problems) == 4, result.problems
+    advice = "download it again" if kind == "dense" else "write it again or restore it from a copy"
+    cut, missing, lacking, nan = result.problems
+    assert "0.safetensors is truncated or corrupt" in cut and "1.safetensors is missing" in missing
+    assert f"promises tensor {absent} in 2.safetensors, which lacks it" in lacking
+    assert all(text.endswith(f"; {advice}.") for text in (cut, missing, lacking))
+    assert nan == "tensor model.norm.weight holds 1 NaN or Inf values."
+    assert any(note.startswith("Not checked, because no file gives them: ") for note in result.notes)
 
 
 def test_a_stray_shard_is_a_note(broken: Callable[[str], Path]) -> None:
@@ -187,7 +244,8 @@ def test_nan_in_a_scale(broken: Callable[[str], Path], kind: str, suffix: str) -
     only(nearplane.verify(out), LAYER, "scales that are not finite")
 
 
-def test_odd_scales_are_noted(broken: Callable[[str], Path]) -> None:
+def test_odd_scales(broken: Callable[[str], Path]) -> None:
+    """Some that are 0 or subnormal are noted. All 0, and any below 0, are wrong; other tools' symmetric ones may have a sign."""
     out = broken("gptq")
 
     def change(state: Tensors) -> None:
@@ -195,11 +253,15 @@ def test_odd_scales_are_noted(broken: Callable[[str], Path]) -> None:
         scales[0, 1], scales[1, 2], scales[1, 3], scales[0, 4] = 0, -1, -1, 1e-6
 
     edit(out, change)
+    negative = f"{LAYER}: 2 of 128 scales are negative, the first in row 2, group 1."
+    only(nearplane.verify(out), negative)
+    (out / "report.json").unlink()
     result = nearplane.verify(out)
-    assert result.ok and len(result.notes) == 3
+    assert result.ok and len(result.notes) == 3 and negative in result.notes
     assert f"{LAYER}: 1 of 128 scales is 0, the first in row 1, group 0." in result.notes
-    assert f"{LAYER}: 2 of 128 scales are negative, the first in row 2, group 1." in result.notes
     assert f"{LAYER}: 1 of 128 scales is subnormal, the first in row 4, group 0." in result.notes
+    edit(out, lambda state: state[f"{LAYER}.scales"].zero_())
+    only(nearplane.verify(out), f"{LAYER}: 128 of 128 scales are 0")
 
 
 def test_bits_behind_the_last_code(tmp_path: Path) -> None:
@@ -437,6 +499,28 @@ def test_no_damage_is_an_exception(made: Path, tmp_path: Path) -> None:
         else:
             path.write_bytes(data[: draw.randrange(len(data))])
         assert isinstance(nearplane.verify(out), Verification)
+
+
+def test_a_changed_byte_is_a_problem(made: Path, tmp_path: Path) -> None:
+    """In whichever file, by the sums that were written beside it; of a conversion, too."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    nearplane.quantize(made / "dense", out, method=RTN(), grid=Grid(4, 32), dtype="float16", progress=False)
+    nearplane.convert(out, new, "gptq")
+    for folder in (out, new):
+        assert nearplane.verify(folder).ok
+        names = [line[66:] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+        assert sorted(names) == sorted(p.name for p in folder.iterdir() if p.name not in ("report.json", "SHA256SUMS"))
+    shard = new / "model-00001-of-00001.safetensors"
+    word = (out / "tokenizer.json").read_bytes().index(b'"w17"') + 1
+    for path, place in ((out / "model-00002-of-00003.safetensors", -9), (shard, -9), (out / "tokenizer.json", word)):
+        good = path.read_bytes()
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        only(nearplane.verify(path.parent), f"{path} is not what was written, its sha256 is another")
+        path.write_bytes(good)
+    (out / "generation_config.json").unlink()
+    only(nearplane.verify(out), "generation_config.json is named in SHA256SUMS, and is missing")
+    (out / "SHA256SUMS").write_text("no sum\n")
+    only(nearplane.verify(out), "SHA256SUMS: line 1 is not a sum and a name")
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:

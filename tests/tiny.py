@@ -54,7 +54,11 @@ def with_text(folder: Path, words: int = 2000, **settings: Any) -> Path:
 
 
 def one_shard(folder: Path) -> Path:
-    """Put a checkpoint's tensors, which come in a shard for each block, into one file, which is easier to damage."""
+    """Put a checkpoint's tensors, which come in a shard for each block, into one file, which is easier to damage.
+
+    The sums of what was written go: they are another folder's.
+    """
+    (folder / "SHA256SUMS").unlink()
     state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= safetensors.torch.load_file(path)

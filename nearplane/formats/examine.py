@@ -12,7 +12,7 @@ from nearplane.formats.bits import pack
 from nearplane.formats.files import Findings
 from nearplane.formats.layer import Decoded, StoredLayer
 from nearplane.formats.read import Checkpoint
-from nearplane.formats.store import Store
+from nearplane.formats.store import REPORT, Store
 
 
 def examine(checkpoint: Checkpoint, name: str, found: Findings) -> None:
@@ -26,7 +26,7 @@ def examine(checkpoint: Checkpoint, name: str, found: Findings) -> None:
     if f"{name}.weight" in checkpoint.dense:
         found.problem(f"{name} is stored twice, quantized and as {name}.weight.")
     _zeros(layer, decoded, found)
-    _scales(layer, decoded.scale, found)
+    _scales(layer, decoded.scale, (checkpoint.store.folder / REPORT).exists(), found)
     _order(checkpoint, layer, decoded.group, found)
 
 
@@ -67,15 +67,18 @@ def _zeros(layer: StoredLayer, decoded: Decoded, found: Findings) -> None:
         )
 
 
-def _scales(layer: StoredLayer, scale: Tensor, found: Findings) -> None:
-    """They are finite, or the layer would not have been read."""
+def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> None:
+    """They are finite, or the layer would not have been read. ``ours``: whether nearplane wrote them."""
     least = torch.finfo(scale.dtype).smallest_normal
     kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
+    # AutoRound's symmetric scales have the sign of the group's largest weight.
+    wrong = {"0": bool((scale == 0).all()), "negative": ours or not layer.grid.sym}
     for kind, where in kinds.items():
         if bool(where.any()):
             row, group = (int(i) for i in where.nonzero()[0])
             count = int(where.sum())
-            found.note(
+            say = found.problem if wrong.get(kind) else found.note
+            say(
                 f"{layer.name}: {count} of {scale.numel()} scales {'are' if count > 1 else 'is'} {kind}, the first in "
                 f"row {row}, group {group}."
             )

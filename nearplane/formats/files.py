@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearplane.core.errors import NearplaneError
-from nearplane.formats.store import INDEX, SINGLE, UNFINISHED, Shard, lacking, parse_json, read_index, read_json
+from nearplane.formats.store import INDEX, SINGLE, SUMS, UNFINISHED, Shard, lacking, parse_json, read_index, read_json
 
 LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``write.py`` calls a file that is not done
 
@@ -65,6 +65,32 @@ def sums(folder: Path, found: Findings) -> Iterator[FileSum]:
                 yield FileSum(path.name, stream.tell(), digest)
         except OSError as error:
             found.problem(f"{path} cannot be read: {error}.")
+
+
+def check_sums(folder: Path, hashed: list[FileSum], found: Findings) -> None:
+    """Compare what was hashed with the sums that were written beside it, where they were."""
+    path = folder / SUMS
+    if not path.is_file():
+        return
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        found.problem(f"{path} cannot be read: {error}.")
+        return
+    present = {file.name: file.sha256 for file in hashed}
+    for number, line in enumerate(lines, 1):
+        digest, name = line[:64], line[66:]
+        if line[64:66] not in ("  ", " *") or not name:
+            found.problem(f"{path}: line {number} is not a sum and a name; it is damaged.")
+        elif any(problem.startswith(f"{folder / name} ") for problem in found.problems):
+            continue  # that it is missing, cut or cannot be read is said already
+        elif name not in present:
+            found.problem(f"{folder / name} is named in {SUMS}, and is missing.")
+        elif present[name] != digest:
+            found.problem(
+                f"{folder / name} is not what was written, its sha256 is another than in {SUMS}; restore it, or, if the "
+                "change was meant, delete its line there."
+            )
 
 
 def files(folder: Path) -> list[Path]:

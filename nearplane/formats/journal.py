@@ -131,6 +131,23 @@ def holder(out: Path) -> str | None:
     return None
 
 
+def unfinished(out: Path) -> str | None:
+    """Of a folder that holds the state of a run, that it is not finished and how it will be; None of any other."""
+    if not (out / STATE).is_dir():
+        return None
+    at_work = holder(out)
+    if at_work is not None:
+        return f"{out} is being written by {at_work}; wait until that has ended."
+    done = len(list((out / STATE).glob("block-*.json")))
+    if not done:
+        return (
+            f"{out} holds a write that was not finished, and no finished block: nearplane quantize --resume begins it again, "
+            "and what nearplane convert left can be deleted."
+        )
+    blocks = "1 block is done" if done == 1 else f"{done} blocks are done"
+    return f"{out} holds a run that was not finished, {blocks}; nearplane quantize with --resume goes on with it."
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in bounded memory."""
     with path.open("rb") as file:

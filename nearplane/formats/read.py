@@ -95,9 +95,10 @@ def open_checkpoint(folder: Path, broken: dict[str, str] | None = None) -> Check
     """Open a transformers folder and check all shapes; reads no weight.
 
     NearplaneError names the file, tensor or quantization method that is missing, damaged or not supported. With
-    ``broken``, a layer whose tensors do not fit goes there, by name with the reason, and the rest is opened.
+    ``broken``, a layer whose tensors do not fit goes there, by name with the reason, and the rest is opened, without the
+    files that cannot be read.
     """
-    store = Store(folder)
+    store = Store(folder, partial=broken is not None)
     config = read_json(store.folder / "config.json")
     return read_tensors(store, config, _quantization(store, config), broken)
 
@@ -110,7 +111,7 @@ def read_tensors(
 ) -> Checkpoint:
     """The same of tensors whose description is at hand."""
     format, layers = _find(store, quantization, broken)
-    if quantization is not None and not layers and not broken:
+    if quantization is not None and not layers and not broken and not store.lost:
         raise NearplaneError(f"{store.folder} says that it is quantized ({format}), but holds no quantized tensor.")
     taken = {name for layer in layers.values() for name in layer.tensors.values()}
     return Checkpoint(store, config, quantization, format, layers, sorted(store.names - taken))

@@ -17,8 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError
+from nearplane.formats.journal import unfinished
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a writer leaves beside the files: the sha256 of each, for ``sha256sum -c`` and for verify.
+SUMS = "SHA256SUMS"
+# What a run leaves beside its checkpoint, and no download of another tool's has.
+REPORT = "report.json"
 # A shard that a writer has not finished (``write.py``) carries this ending, so that no reader takes it for a weight.
 UNFINISHED = ".unfinished"
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -53,9 +58,9 @@ class Shard:
             length = int.from_bytes(self._read(0, 8), "little")
             header = json.loads(self._read(8, length))
         except FileNotFoundError as error:
-            raise NearplaneError(f"{path} is missing; download the folder again.") from error
+            raise NearplaneError(f"{path} is missing; {again(path.parent)}.") from error
         except SafetensorError as error:
-            raise NearplaneError(f"{path} is truncated or corrupt ({error}); download it again.") from error
+            raise NearplaneError(f"{path} is truncated or corrupt ({error}); {again(path.parent)}.") from error
         except (OSError, ValueError) as error:
             raise NearplaneError(f"{path} cannot be read: {error}.") from error
         header.pop("__metadata__", None)
@@ -99,26 +104,36 @@ class Store:
     """Lazy access to the tensors of one folder.
 
     Opening reads and checks every shard's header and no tensor. Raises NearplaneError, naming the file, for whatever
-    makes the folder unreadable.
+    makes the folder unreadable; with ``partial`` only where nothing can be read at all.
     """
 
     folder: Path
     names: frozenset[str]
+    lost: frozenset[str] = frozenset()
+    """With ``partial``, what the index promises and no shard gives."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, partial: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             problem = "is not a folder" if self.folder.exists() else "does not exist"
             raise NearplaneError(f"{self.folder} {problem}; give the folder that holds model.safetensors.")
         promised = _weight_map(self.folder)
         # Insertion order of the shards is that of the index, so that the first problem reported is the first shard's.
-        self._shards = {file: Shard(self.folder / file) for file in dict.fromkeys(promised.values())}
+        self._shards = dict[str, Shard]()
+        files = dict.fromkeys(promised.values())
+        for number, file in enumerate(files, 1):
+            try:
+                self._shards[file] = Shard(self.folder / file)
+            except NearplaneError:
+                if not partial or (number == len(files) and not self._shards):
+                    raise
         held = {file: set(shard.tensors) for file, shard in self._shards.items()}
         if not (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
-            for name, file in promised.items():
-                if name not in held[file]:
-                    raise NearplaneError(lacking(self.folder, name, file))
-            self._file = promised
+            self.lost = frozenset(name for name, file in promised.items() if name not in held.get(file, ()))
+            for name in promised:
+                if name in self.lost and not partial:
+                    raise NearplaneError(lacking(self.folder, name, promised[name]))
+            self._file = {name: file for name, file in promised.items() if name not in self.lost}
         else:
             self._file = {name: file for file, names in held.items() for name in names}
         self.names = frozenset(self._file)
@@ -164,7 +179,12 @@ def parse_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise NearplaneError(f"{path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:  # beside what is no JSON: numbers of thousands of digits, nesting
-        raise NearplaneError(f"{path} is not valid JSON ({error}); download it again.") from error
+        raise NearplaneError(f"{path} is not valid JSON ({error}); {again(path.parent)}.") from error
+
+
+def again(folder: Path) -> str:
+    """What to do about a file of a folder that is damaged: whether it was downloaded or written here, its report tells."""
+    return "write it again or restore it from a copy" if (folder / REPORT).exists() else "download it again"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -177,7 +197,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 def lacking(folder: Path, name: str, file: str) -> str:
     """The sentence about a tensor that the index names and its shard does not hold."""
-    return f"{folder / INDEX} promises tensor {name} in {file}, which lacks it; download both again."
+    return f"{folder / INDEX} promises tensor {name} in {file}, which lacks it; {again(folder)}."
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -189,11 +209,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {SINGLE: SINGLE}
     if (folder / INDEX).exists():
         return read_index(folder / INDEX)
-    unfinished = sorted(folder.glob(f"*{UNFINISHED}"))
-    if unfinished:
+    reason, left = unfinished(folder), sorted(folder.glob(f"*{UNFINISHED}"))
+    if reason is not None:
+        raise NearplaneError(reason)
+    if left:
         raise NearplaneError(
-            f"{folder} was not written to its end ({unfinished[0].name} is left over); "
-            "finish it with nearplane quantize --resume, or delete it."
+            f"{folder} was not written to its end ({left[0].name} is left over), and the records to resume it are gone; write "
+            "it again."
         )
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -215,7 +237,7 @@ def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index, with every file name checked to stay inside the folder."""
     promised = read_json(path).get("weight_map")
     if not isinstance(promised, dict) or not promised:
-        raise NearplaneError(f"{path} has no weight_map; download it again.")
+        raise NearplaneError(f"{path} has no weight_map; {again(path.parent)}.")
     for name, file in promised.items():
         if not isinstance(file, str) or not _stays_inside(file):
             raise NearplaneError(f"{path} places tensor {name} in {file!r}, outside of the folder; refused.")

@@ -2,10 +2,12 @@
 
 Decides the names of the shards and the order in which files appear. Every file is written under a temporary name,
 forced to disk and renamed; the index comes last, so a folder without it was not finished. What was sealed survives
-whatever ends the process, and a writer that resumes the folder goes on after it; without a seal nothing stays.
+whatever ends the process, and a writer that resumes the folder goes on after it; without a seal nothing stays. A finished
+folder has the sums of its files beside them.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.journal import STATE, Journal, file_hash, holder, sync
-from nearplane.formats.store import INDEX, UNFINISHED, Shard
+from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, Shard
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
+# Holds times, and so has other bytes each run: two runs that did the same have the same sums.
+UNSUMMED = (REPORT,)
 
 # Files that make a folder a usable model, besides weights and config.json.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -50,7 +54,8 @@ class Writer:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shard_of: dict[str, int] = {}  # tensor name -> shard, counted from 0
-        self._shards = 0
+        self._hashes: list[str] = []  # of each shard
+        self._sums: dict[str, str] = {}  # of each other file, by name
         self._total = 0
         self._written: set[Path] = set()
         self._created: list[Path] = []  # folders made here, innermost first
@@ -90,9 +95,8 @@ class Writer:
         first = sum(len(earlier["shards"]) for earlier in self.records)
         if self._pending:
             self._flush()
-        shards = [self._part(i) for i in range(first, self._shards)]
+        record = {**record, "shards": {self._part(i).name: self._hashes[i] for i in range(first, len(self._hashes))}}
         try:
-            record = {**record, "shards": {path.name: file_hash(path) for path in shards}}
             self._journal.add(len(self.records), record)
         except OSError as error:
             raise NearplaneError(f"the state of {self.out} cannot be written: {error}.") from error
@@ -106,7 +110,7 @@ class Writer:
                 raise NearplaneError(f"tensor {name} is written twice into {self.out}.")
             if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
                 self._flush()
-            self._shard_of[name] = self._shards
+            self._shard_of[name] = len(self._hashes)
             self._pending[name] = _own(tensor)
             self._pending_bytes += tensor.nbytes
         if self._pending_bytes >= self.shard_bytes:
@@ -117,6 +121,7 @@ class Writer:
         target, data = self._target(name), content.encode("utf-8")
         with self._atomic(target, len(data)) as temporary:
             temporary.write_bytes(data)
+        self._sums[name] = hashlib.sha256(data).hexdigest()
 
     def json(self, name: str, obj: Any) -> None:
         """Write a JSON file of this name."""
@@ -129,6 +134,7 @@ class Writer:
             raise NearplaneError(f"{path} is not a file and cannot be copied to {self.out}.")
         with self._atomic(target, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
+            self._sums[path.name] = file_hash(temporary)
 
     def companions(self, folder: Path, *, code: bool) -> None:
         """Copy what makes another folder a usable model besides weights and configuration; ``code``: its Python, too."""
@@ -142,9 +148,9 @@ class Writer:
         self._refuse_finished()
         if self._pending:
             self._flush()
-        if not self._shards:
+        if not self._hashes:
             raise NearplaneError(f"no tensor was written to {self.out}; there is no model to finish.")
-        names = [FINAL.format(i + 1, self._shards) for i in range(self._shards)]
+        names = [FINAL.format(i + 1, len(self._hashes)) for i in range(len(self._hashes))]
         self._written.update(self.out / name for name in names)  # before the renames: an interrupt may fall between
         try:
             for i, name in enumerate(names):
@@ -157,8 +163,11 @@ class Writer:
             "weight_map": {name: names[shard] for name, shard in sorted(self._shard_of.items())},
         }
         data = json.dumps(index, indent=2).encode("utf-8")
-        with self._atomic(self.out / INDEX, len(data)) as temporary:
-            temporary.write_bytes(data)
+        sums = {**self._sums, **dict(zip(names, self._hashes, strict=True)), INDEX: hashlib.sha256(data).hexdigest()}
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items()) if name not in UNSUMMED]
+        for name, content in ((SUMS, "".join(lines).encode("utf-8")), (INDEX, data)):
+            with self._atomic(self.out / name, len(content)) as temporary:
+                temporary.write_bytes(content)
         self._finished = True
         try:
             self._journal.clear()
@@ -167,10 +176,11 @@ class Writer:
 
     def _flush(self) -> None:
         """Write the pending tensors as the next shard, under a name that no reader takes for a weight."""
-        target = self._part(self._shards)
+        target = self._part(len(self._hashes))
         with self._atomic(target, self._pending_bytes) as temporary:
             save_file(self._pending, temporary, metadata={"format": "pt"})
-        self._shards += 1
+            digest = file_hash(temporary)
+        self._hashes.append(digest)
         self._total += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
@@ -180,7 +190,10 @@ class Writer:
         temporary = target.with_name(f".{target.name}.tmp")
         self._written.update((temporary, target))
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it; safetensors gives the file to its owner alone
             yield temporary
+            temporary.chmod(mode)
             sync(temporary)
             temporary.replace(target)
             sync(self.out)
@@ -194,7 +207,7 @@ class Writer:
 
     def _target(self, name: str) -> Path:
         self._refuse_finished()
-        if not name or Path(name).name != name or name == INDEX:
+        if not name or Path(name).name != name or name in (INDEX, SUMS):
             raise SettingError(f"{name!r} is not a file name that can be written into {self.out}.")
         return self.out / name
 
@@ -214,7 +227,7 @@ class Writer:
                     raise NearplaneError(f"{self.out} is being written by {other}; wait for it or stop it.")
                 if not self.resume:
                     raise SettingError(
-                        f"{self.out} holds a run that was not finished; resume it (--resume), or delete the folder."
+                        f"{self.out} holds a run that was not finished; resume it (--resume), or choose another folder."
                     )
             elif self.resume and (self.out / INDEX).exists():
                 raise SettingError(f"{self.out} is finished; there is nothing to resume.")
@@ -230,15 +243,15 @@ class Writer:
         self._unfinish()
         self.records, self.lost = self._journal.records()
         self._journal.cut(len(self.records))
-        sealed = [name for record in self.records for name in record["shards"]]
+        sealed = {name: digest for record in self.records for name, digest in record["shards"].items()}
         for path in [*self.out.glob(f"part-*{UNFINISHED}"), *self.out.glob(".*.tmp")]:
             if path.name not in sealed:
                 path.unlink()
-        for name in sealed:
+        for name, digest in sealed.items():
             tensors = Shard(self.out / name).tensors
-            self._shard_of |= dict.fromkeys(tensors, self._shards)
+            self._shard_of |= dict.fromkeys(tensors, len(self._hashes))
             self._total += sum(tensor.end - tensor.start for tensor in tensors.values())
-            self._shards += 1
+            self._hashes.append(digest)
 
     def _unfinish(self) -> None:
         """Undo as much of ``finish`` as was done."""

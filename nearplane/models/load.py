@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.errors import NearplaneError, NumericalError
 from nearplane.core.moments import all_finite
 from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.formats.store import again
 from nearplane.models.source import locate, names_in_model, open_skeleton
 from nearplane.progress import CONSOLE
 from nearplane.runtime import cpu
@@ -86,7 +87,7 @@ def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
     asked = sum(parameter.numel() for parameter in skeleton.parameters())
     if asked > 2 * held + (1 << 20):
         raise NearplaneError(
-            f"{store.folder} stores {held:.3g} weights, config.json asks for {asked:.3g}; download the folder again."
+            f"{store.folder} stores {held:.3g} weights, config.json asks for {asked:.3g}; {again(store.folder)}."
         )
 
 

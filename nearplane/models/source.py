@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
-from nearplane.formats.store import Store, read_json
+from nearplane.formats.store import Store, again, read_json
 from nearplane.models.values import finite, only_rows
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -227,7 +227,7 @@ def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
     elif isinstance(value, int):
         most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
         if abs(value) > most and not key.endswith(("seed", "theta", "base")):
-            raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; download it again.")
+            raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; {again(path.parent)}.")
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:

@@ -1,6 +1,8 @@
 """The writer: everything or nothing."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats import write
-from nearplane.formats.store import INDEX, Store
+from nearplane.formats.store import INDEX, SUMS, Store
 from nearplane.formats.write import Writer
 
 TENSORS = {f"t{i}": torch.randn(10, 10) for i in range(5)}
@@ -26,7 +28,7 @@ def test_round_trip(tmp_path: Path, shard_bytes: int, shards: int) -> None:
         writer.copy(tmp_path / "tokenizer.json")
         writer.finish()
     files = {f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)}
-    assert {path.name for path in out.iterdir()} == files | {INDEX, "config.json", "note.txt", "tokenizer.json"}
+    assert {path.name for path in out.iterdir()} == files | {INDEX, SUMS, "config.json", "note.txt", "tokenizer.json"}
     index = json.loads((out / INDEX).read_text())
     assert index["metadata"]["total_size"] == 5 * 400 and set(index["weight_map"]) == set(TENSORS)
     store = Store(out)
@@ -35,11 +37,33 @@ def test_round_trip(tmp_path: Path, shard_bytes: int, shards: int) -> None:
     assert (out / "note.txt").read_text("utf-8") == "ü" and (out / "tokenizer.json").read_text("utf-8") == "é"
 
 
+def test_sums_and_modes(tmp_path: Path) -> None:
+    """The sums of all files but the report, whose times are others each run; every file as the umask has it."""
+    (tmp_path / "tokenizer.json").write_text("é")
+    (tmp_path / "tokenizer.json").chmod(0o600)
+    before = os.umask(0o026)
+    try:
+        with Writer(tmp_path / "out", shard_bytes=800) as writer:
+            writer.put(TENSORS)
+            writer.json("report.json", {"seconds": 1.5})
+            writer.text("config.json", "{}")
+            writer.text("config.json", '{"a": 1}')
+            writer.copy(tmp_path / "tokenizer.json")
+            writer.finish()
+    finally:
+        os.umask(before)
+    out = tmp_path / "out"
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+    found = dict(reversed(line.split("  ")) for line in (out / SUMS).read_text().splitlines())
+    files = [path for path in out.iterdir() if path.name not in ("report.json", SUMS)]
+    assert found == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def test_memory_is_bounded_and_shards_are_hidden_until_the_end(tmp_path: Path) -> None:
     with Writer(tmp_path / "out", shard_bytes=800) as writer:
         writer.put(TENSORS)
         assert len(list(writer.out.glob("*.unfinished"))) == 2 and not list(writer.out.glob("*.safetensors"))
-        with pytest.raises(NearplaneError, match="not written to its end"):
+        with pytest.raises(NearplaneError, match="is being written by process"):
             Store(writer.out)
         writer.finish()
 
@@ -128,7 +152,7 @@ def test_duplicates_and_bad_names(tmp_path: Path) -> None:
         writer.put({"a": torch.zeros(3)})
         with pytest.raises(NearplaneError, match="tensor a is written twice"):
             writer.put({"a": torch.zeros(3)})
-        for name in ("../x", "a/b", "", INDEX):
+        for name in ("../x", "a/b", "", INDEX, SUMS):
             with pytest.raises(SettingError, match="not a file name"):
                 writer.text(name, "")
         with pytest.raises(NearplaneError, match="is not a file and cannot be copied"):
