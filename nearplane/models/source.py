@@ -53,6 +53,15 @@ class Source:
         """config.json as it stands on disk."""
         return read_json(self.folder / "config.json")
 
+    def written_config(self) -> dict[str, Any]:
+        """config.json for a folder with this source's tensors."""
+        return self.raw_config()
+
+    @property
+    def original(self) -> Store:
+        """The tensors on disk, whatever is made of them."""
+        return self.store
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype most of the checkpoint's numbers are stored in."""
