@@ -24,6 +24,7 @@ from nearplane.mix.budget import decide
 from nearplane.mix.overrides import WIDTHS, Override, make_mix
 from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
+from nearplane.models.rotate import make_rotate
 from nearplane.models.source import load_tokenizer, locate
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
@@ -49,6 +50,8 @@ def quantize(
     ignore: Sequence[str] = (),
     budget: float | None = None,
     widths: Sequence[int] = WIDTHS,
+    rotate: str | Sequence[str] = (),
+    rotate_seed: int = 0,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -64,6 +67,8 @@ def quantize(
     NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
+    ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
+    weights (docs/rotation.md).
     ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
@@ -75,6 +80,7 @@ def quantize(
     the solving, rank 0 writes, and each is given the same report.
     """
     mix, scratch = make_mix(override, ignore, budget, widths), None if offload is None else Path(offload)
+    turning = make_rotate(rotate, rotate_seed)
     with together(device) as ranks:
         writer = ranks.first(lambda: Writer(Path(out), resume=resume))
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
@@ -88,6 +94,7 @@ def quantize(
                 dtype,
                 trust_remote_code,
                 mix,
+                turning,
             )
         if not force:
             refuse(plan, Path(out), scratch, ranks)

@@ -117,7 +117,8 @@ def _how_to_resume(argv: list[str]) -> None:
 
 def _quantize(argv: list[str]) -> None:
     args = _job(flags.Quantize, "quantize", argv)
-    report = quantize(args.model, args.out, **_choices(args), resume=args.resume, force=args.force)
+    turning = {"rotate": args.rotate, "rotate_seed": args.rotate_seed}
+    report = quantize(args.model, args.out, **_choices(args), **turning, resume=args.resume, force=args.force)
     if is_first():
         print(summary(report))
 

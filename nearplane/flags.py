@@ -66,6 +66,10 @@ class Quantize(Job):
 
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]] = field(kw_only=True)
     """Folder to write; must not exist, or be empty, or with --resume hold what an ended run left."""
+    rotate: Annotated[str, tyro.conf.arg(metavar="r1,r2")] = ""
+    """Rotations fused into the weights before they are quantized: r1 of the residual stream, r2 of every head's values."""
+    rotate_seed: int = 0
+    """Seed of their random signs."""
     resume: bool = False
     """Go on after the last finished block in OUT; with the same settings, but for --damp-percent and --nsamples."""
     force: bool = False

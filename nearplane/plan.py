@@ -20,6 +20,7 @@ from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, Mix, assign, leave_out, refuse_split
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
+from nearplane.models.rotate import Rotate, rotate
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.ranks import Ranks
@@ -135,7 +136,7 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
+        notes += [*self.source.notes, self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _foreign_linear(self) -> str | None:
@@ -180,6 +181,7 @@ class Plan:
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": self.device.type,  # which of the GPUs decides nothing
             **self.mix.settings,
+            **self.source.settings,
             **({} if self.choices is None else {"choices": self.choices}),
         }
 
@@ -204,6 +206,7 @@ def make_plan(
     dtype: str,
     trust_remote_code: bool,
     mix: Mix = ALIKE,
+    how: Rotate | None = None,
     *,
     sketch: bool = False,
 ) -> Plan:
@@ -216,6 +219,8 @@ def make_plan(
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)
         return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix)
     source = open_source(model, trust_remote_code=trust_remote_code)
+    if how is not None and how.kinds:
+        source = rotate(source, how, where)
     plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
         tokens = calibration.load(source.tokenizer, longest_input(source.model))

@@ -38,7 +38,8 @@ class Rotation:
     def apply(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
         """``x R``, in the dtype and on the device of x."""
         left, core, right = (part.to(x) for part in (self.left, self.core, self.right))
-        y = butterflies((x * left).unflatten(-1, (self.power, -1)) @ core).flatten(-2) * right
+        parts = (x * left).reshape(*x.shape[:-1], self.power, len(core)) @ core
+        y = butterflies(parts).flatten(-2) * right
         if self.mirror is None:
             return y
         mirror = self.mirror.to(x)
@@ -95,11 +96,11 @@ def hadamard(n: int) -> Float[Tensor, "n n"] | None:
 
 def butterflies(x: Float[Tensor, "*rows p m"]) -> Float[Tensor, "*rows p m"]:
     """The Sylvester matrix of order p, divided by √p, applied to the last axis but one."""
-    p, m = x.shape[-2:]
+    *rows, p, m = x.shape
     half = 1
     while half < p:
-        a, b = x.unflatten(-2, (p // (2 * half), 2, half)).unbind(-3)
-        x = torch.stack((a + b, a - b), -3).flatten(-4, -2)
+        a, b = x.reshape(*rows, p // (2 * half), 2, half, m).unbind(-3)
+        x = torch.stack((a + b, a - b), -3).reshape(*rows, p, m)
         half *= 2
     return x / sqrt(p)
 
@@ -111,7 +112,8 @@ def _signs(n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
 def _random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
     """Uniform over all of them: QR of a Gaussian matrix, its signs settled by R's diagonal."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    result: Tensor = q * r.diagonal().sign()
+    return result
 
 
 def _paley(n: int) -> Float[Tensor, "n n"] | None:

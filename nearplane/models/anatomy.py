@@ -7,10 +7,8 @@ attention heads is found at the first token, which attends to itself alone: what
 *is* the value projection's output, head by head. Whatever does not fit is a SettingError that says what.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +24,9 @@ from nearplane.models.discover import (
     patched,
 )
 from nearplane.models.source import Source
+from nearplane.models.watching import SAME, Call, fits, rows_of, same, shares_of, watching
 
 TOKENS = 16
-# Relative to a token's own size: two tensors are one; a share of a sum counts.
-SAME, COUNTS = 1e-5, 1e-4
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,7 @@ class Anatomy:
     norms: dict[str, Norm] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)  # a linear -> the norm it reads, the output head among them
     writes: list[str] = field(default_factory=list)  # linears whose outputs are added to the stream
-    heads: list[dict[str, Heads]] = field(default_factory=list)  # one entry a block
-    no_heads: str | None = None  # why a block's heads were not found
-
-
-class Call(NamedTuple):
-    """One call of a module, its tensors as they were then; rows are tokens."""
-
-    name: str
-    module: nn.Module
-    input: Tensor | None
-    output: Tensor | None
+    heads: dict[str, Heads] = field(default_factory=dict)  # by linear, one a block
 
 
 def probe_tokens(source: Source) -> Tensor:
@@ -112,10 +99,11 @@ def is_tied(source: Source) -> bool:
     return head is not None and f"{head}.weight" not in source.names
 
 
-def examine(source: Source, device: torch.device) -> tuple[Anatomy, Tensor]:
-    """Watch a forward of the whole model; its anatomy and its logits. SettingError where the stream cannot be followed."""
-    with _watching(source.model) as calls:
-        watch = _Watch(source, block_names(source), calls)
+def examine(source: Source, device: torch.device, *, stream: bool, heads: bool) -> tuple[Anatomy, Tensor]:
+    """Watch a forward of the whole model; its logits, and as much of its anatomy as is asked for: who touches the
+    ``stream``, whose columns are ``heads``. SettingError, with the reason, where that cannot be told."""
+    with watching(source.model) as calls:
+        watch = _Watch(source, block_names(source), calls, stream, heads)
         found = logits(source, device, watch)
     return watch.anatomy, found
 
@@ -123,34 +111,41 @@ def examine(source: Source, device: torch.device) -> tuple[Anatomy, Tensor]:
 class _Watch:
     """Follows the stream through a forward as its calls come in."""
 
-    def __init__(self, source: Source, names: list[str], calls: list[Call]) -> None:
+    def __init__(self, source: Source, names: list[str], calls: list[Call], stream: bool, heads: bool) -> None:
         self.source, self.names, self.calls = source, names, calls
+        self.wants_stream, self.wants_heads = stream, heads
         self.anatomy = Anatomy(0)
         self.stream: Tensor | None = None  # behind the last block seen
 
     def block(self, k: int, before: Tensor, after: Tensor) -> None:
-        """Follow the stream through a block; ``calls`` holds what ran since the block before."""
+        """Look at a block that has run; ``calls`` holds what ran since the block before."""
         name = self.names[k]
         inside = [call for call in self.calls if call.name.startswith(name + ".")]
         outside = [call for call in self.calls if not call.name.startswith(name)]
         self.calls.clear()
-        x = _rows(before)
+        self._reached(name, inside)
+        if self.wants_stream:
+            self._through(name, rows_of(before), rows_of(after), inside, outside)
+        if self.wants_heads:
+            self._heads(name, inside)
+
+    def _through(self, name: str, x: Tensor, after: Tensor, inside: list[Call], outside: list[Call]) -> None:
+        """Follow the stream through a block."""
         if self.stream is None:
             self.anatomy.width = x.shape[1]
             self._embed(x, outside)
-        elif not _same(x, self.stream):
+        elif not same(x, self.stream):
             raise SettingError(self._no(f"what {name} is given is not what the block before returned"))
-        self._reached(name, inside)
-        known, writers = self._follow(name, x, inside, _rows(after))
-        norms = self._norms(known, inside)
-        self._readers(norms, inside)
+        known, writers = self._follow(name, x, inside, after)
+        self._readers(self._norms(known, inside), inside)
         self.anatomy.writes += [call.name for call in writers]
-        self._heads(inside)
-        self.stream = _rows(after)
+        self.stream = after
 
     def outside(self) -> None:
         """What comes behind the last block: a norm and the head that reads it."""
         stream, head = self.stream, head_name(self.source)
+        if not self.wants_stream:
+            return
         if stream is None or head is None:
             raise SettingError(self._no("it has no blocks or no output head"))
         self._readers(self._norms([stream], self.calls), self.calls)
@@ -164,8 +159,8 @@ class _Watch:
 
     def _embed(self, x: Tensor, calls: list[Call]) -> None:
         """The embeddings whose rows the stream begins as a weighted sum of."""
-        found = [c for c in calls if isinstance(c.module, nn.Embedding) and _fits(c.output, x)]
-        shares = _shares(x, [c.output for c in found])
+        found = [c for c in calls if isinstance(c.module, nn.Embedding) and fits(c.output, x)]
+        shares = shares_of(x, [c.output for c in found])
         if shares is None:
             raise SettingError(self._no("its first block is not given a sum of embeddings"))
         self.anatomy.embeddings = [c.name for c, share in zip(found, shares, strict=True) if share]
@@ -184,17 +179,19 @@ class _Watch:
         known, writers, free = [x], list[Call](), list[Call]()
         for call in [*calls, Call(name, nn.Identity(), end, None)]:
             at = call.input
-            if at is not None and _fits(at, x) and not any(_same(at, old) for old in known):
-                shares = _shares(at, [known[-1], *(c.output for c in free)])
+            if at is not None and fits(at, x) and not any(same(at, old) for old in known):
+                shares = shares_of(at, [known[-1], *(c.output for c in free)])
                 if shares is not None and shares[0] and any(shares[1:]):
                     known.append(at)
                     writers += [c for c, share in zip(free, shares[1:], strict=True) if share]
                     free = [c for c in free if c not in writers]
-            if is_linear(call.module) and _fits(call.output, x):
+            if is_linear(call.module) and fits(call.output, x):
                 free.append(call)
-        if not _same(known[-1], end):
+        if not same(known[-1], end):
             raise SettingError(
-                self._no(f"what {name} adds to the stream are not outputs of its linears as they are, perhaps normalized")
+                self._no(
+                    f"what {name} adds to the stream are not outputs of its linears as they are, perhaps normalized"
+                )
             )
         return known, writers
 
@@ -202,13 +199,13 @@ class _Watch:
         """The norms that read the stream, with their outputs. Nothing else may read it."""
         found = []
         for call in calls:
-            if call.input is None or not any(_same(call.input, x) for x in stream):
+            if call.input is None or not any(same(call.input, x) for x in stream):
                 continue
             if is_linear(call.module):
                 raise SettingError(self._no(f"{call.name} reads the stream without a norm"))
-            if any(is_linear(m) for m in call.module.modules()) or _same(call.input, call.output):
+            if any(is_linear(m) for m in call.module.modules()) or same(call.input, call.output):
                 continue  # a part with linears of its own, or dropout
-            if call.output is None or not _fits(call.output, call.input):
+            if call.output is None or not fits(call.output, call.input):
                 raise SettingError(self._no(f"{call.name} reads the stream and is no norm"))
             norm = _as_norm(call)
             if norm is None:
@@ -220,7 +217,7 @@ class _Watch:
     def _readers(self, norms: list[tuple[Norm, Tensor]], calls: list[Call]) -> None:
         """The linears that read a norm. Nothing else with parameters may."""
         for call in calls:
-            norm = next((norm for norm, output in norms if _same(call.input, output)), None)
+            norm = next((norm for norm, output in norms if same(call.input, output)), None)
             if norm is None:
                 continue
             if is_linear(call.module):
@@ -228,22 +225,23 @@ class _Watch:
             elif next(call.module.parameters(recurse=False), None) is not None:
                 raise SettingError(self._no(f"{call.name} reads {norm.name} and is no linear"))
 
-    def _heads(self, calls: list[Call]) -> None:
+    def _heads(self, name: str, calls: list[Call]) -> None:
         """The linear of a block whose columns are heads, by what the first token passes through attention."""
         count = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
         linears = [call for call in calls if is_linear(call.module)]
         found: dict[str, Heads] = {}
         for i, call in enumerate(linears):
-            width = 0 if call.input is None or not count else call.input.shape[1] // count
-            if call.input is None or width < 2 or width * count != call.input.shape[1]:
+            if call.input is None or not count or call.input.shape[1] % count or call.input.shape[1] < 2 * count:
                 continue
-            origins = [_origin(part, linears[:i]) for part in call.input[0].split(width)]
+            width = call.input.shape[1] // count
+            origins = [_origin(part, linears[:i]) for part in call.input[0].reshape(count, width)]
             if all(origins):
                 found[call.name] = Heads(width, tuple(origin for origin in origins if origin))
-        self.anatomy.heads.append(found)
-        if len(found) != 1 and self.anatomy.no_heads is None:
-            name = self.names[len(self.anatomy.heads) - 1]
-            self.anatomy.no_heads = self._no(f"in {name} {len(found)} linears read attention's values head by head, not one")
+        if len(found) != 1:
+            raise SettingError(
+                self._no(f"in {name} {len(found)} linears read attention's values head by head, not one")
+            )
+        self.anatomy.heads |= found
 
 
 def _origin(values: Tensor, linears: list[Call]) -> tuple[str, int] | None:
@@ -279,67 +277,9 @@ def _as_norm(call: Call) -> Norm | None:
             for centred in (False, True):
                 bare = x - x.mean(1, keepdim=True) if centred else x
                 size = (plain * bare).sum(1, keepdim=True) / bare.square().sum(1, keepdim=True)
-                if _same(plain, bare * size) and _same(actual, plain * scale + bias):
+                if same(plain, bare * size) and same(actual, plain * scale + bias):
                     return Norm(call.name, weight is not None, "bias" in own, unit, centred)
     finally:
         for name, p in own.items():
             p.data = saved[name]
     return None
-
-
-def _shares(total: Tensor, parts: list[Any]) -> list[float] | None:
-    """Weights of a sum of ``parts`` that is ``total``, zero where a part does not count; None if there is no such sum."""
-    if not parts:
-        return None
-    size = total.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    columns = torch.stack([(part / size).flatten() for part in parts], 1).double()
-    wanted = (total / size).flatten().double()
-    length = columns.norm(dim=0).clamp_min(1e-30)
-    share = torch.linalg.lstsq(columns / length, wanted[:, None], driver="gelsd").solution[:, 0] / length
-    if not _same(total, sum((part * float(c) for part, c in zip(parts, share, strict=True)), torch.zeros_like(total))):
-        return None
-    amount = [float(c) * float(n) for c, n in zip(share, length, strict=True)]
-    return [float(c) if abs(a) > COUNTS else 0.0 for c, a in zip(share, amount, strict=True)]
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal up to rounding, token by token."""
-    if a is None or b is None or a.shape != b.shape:
-        return False
-    return bool(((a - b).norm(dim=1) <= SAME * b.norm(dim=1)).all())
-
-
-def _fits(a: Tensor | None, like: Tensor) -> bool:
-    return a is not None and a.shape == like.shape
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A copy, its rows tokens."""
-    return x.detach().reshape(-1, x.shape[-1]).clone()
-
-
-@contextmanager
-def _watching(model: nn.Module) -> Iterator[list[Call]]:
-    """Every call of a module that takes and returns tensors, in the order in which calls begin."""
-    calls: list[Call] = []
-    hooks = []
-    for name, module in model.named_modules():
-
-        def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            at = _rows(x) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 else None
-            calls.append(Call(name, m, at, None))
-
-        def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1:
-                number = max((i for i, call in enumerate(calls) if call.name == name), default=None)
-                if number is not None:
-                    calls[number] = calls[number]._replace(output=_rows(output))
-
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after))
-    try:
-        yield calls
-    finally:
-        for handle in hooks:
-            handle.remove()

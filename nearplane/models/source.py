@@ -7,7 +7,7 @@ to life from disk and ``unload`` sends them back, so that nothing is resident bu
 import copy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Source:
     model: nn.Module
     names: dict[str, str]
     trust_remote_code: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)  # of what was made of the stored weights, for the report
+    notes: list[str] = field(default_factory=list)  # what a user should know of that
 
     @cached_property
     def tokenizer(self) -> Any:
