@@ -13,12 +13,14 @@ UNREACHED = {92, 116, 156, 172, 184, 188, 232, 236, 260, 268, 292}
 
 def test_every_order_is_orthogonal() -> None:
     for n in range(1, 301):
-        for keeps_mean in (False, True):
-            turn = rotation(n, seed=n, keeps_mean=keeps_mean)
-            R = turn.matrix
-            assert R.shape == (n, n) and float((R @ R.T - torch.eye(n)).abs().max()) < 1e-12, n
-            if keeps_mean:
-                assert float((R.sum(1) - 1).abs().max()) < 1e-11, n
+        keeps_mean = n % 2 == 0 or n < 64  # both, on half of the orders each
+        R = rotation(n, seed=n, keeps_mean=keeps_mean).matrix
+        assert R.shape == (n, n) and float((R @ R.T - torch.eye(n)).abs().max()) < 1e-12, n
+        if keeps_mean:
+            assert float((R.sum(1) - 1).abs().max()) < 1e-11, n
+    for n in range(4, 301, 4):
+        R = rotation(n, seed=n).matrix
+        assert float((R @ R.T - torch.eye(n)).abs().max()) < 1e-12, n
 
 
 def test_hadamard_matrices_where_they_are_known() -> None:
@@ -50,8 +52,9 @@ def test_a_seed_is_a_rotation() -> None:
 def test_the_fast_way_is_the_product_with_the_matrix(n: int, rows: int, keeps_mean: bool) -> None:
     turn = rotation(n, seed=1, keeps_mean=keeps_mean)
     parts = [torch.diag(turn.left), torch.diag(turn.right)]
-    sylvester = hadamard(turn.power)
-    assert sylvester is not None
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    while len(sylvester) < turn.power:
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), sylvester)
     dense = parts[0] @ torch.kron(sylvester / turn.power**0.5, turn.core) @ parts[1]
     if turn.mirror is not None:
         dense = dense @ (torch.eye(n).double() - 2 * torch.outer(turn.mirror, turn.mirror))
