@@ -23,7 +23,7 @@ from nearplane.models.anatomy import Anatomy, Norm
 from nearplane.models.source import Source
 
 # Numbers that are turned at a time, in float64.
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 21
 # A shift that stays in its norm is divided by the norm's scale: not by one this small beside its largest.
 LEAST_SCALE = 1e-6
 Turn = Callable[[Tensor], Tensor]
