@@ -83,14 +83,22 @@ def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) 
     if head is not None:
         source.load(head, device, dtype)
         if is_tied(source):
-            source.model.get_submodule(head).weight = source.model.get_input_embeddings().weight  # type: ignore[operator]
+            lend(source.model.get_submodule(head), source.model.get_input_embeddings().weight)  # type: ignore[operator]
     with patched(source.model, names, run):
         found = source.model(input_ids=probe_tokens(source).to(device), use_cache=False).logits
         if watch is not None:
             watch.outside()
     source.unload("")
+    if head is not None and is_tied(source):
+        lend(source.model.get_submodule(head), None)
     assert isinstance(found, Tensor)
     return found.cpu()
+
+
+def lend(head: nn.Module, weight: Tensor | None) -> None:
+    """Give a tied head the embedding's weight, or take it back."""
+    value = torch.empty(0, device="meta") if weight is None else weight
+    head.weight = nn.Parameter(value, requires_grad=False)
 
 
 def is_tied(source: Source) -> bool:

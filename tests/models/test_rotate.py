@@ -159,7 +159,9 @@ def test_a_shift_goes_into_biases_or_stays(tmp_path: Path) -> None:
 
 
 def test_tensors_are_made_when_asked_for_from_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = rotate(open_source(tiny.save(perturbed("llama"), tmp_path / "m")), BOTH, CPU)
+    original = open_source(tiny.save(perturbed("llama", tie_word_embeddings=True), tmp_path / "m"))
+    source = rotate(original, BOTH, CPU)
+    assert all(p.is_meta for p in [*original.model.parameters(), *source.model.parameters()])  # nothing stays in memory
     read: list[str] = []
     get = type(source.original).get
     monkeypatch.setattr(type(source.original), "get", lambda self, name: read.append(name) or get(self, name))
@@ -221,6 +223,50 @@ def test_a_norm_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.M
         SettingError, match="input_layernorm reads the stream and is neither an RMSNorm nor a LayerNorm"
     ):
         rotate(source, BOTH, CPU)
+
+
+def test_what_else_touches_the_stream_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of its own kind behind a norm, as a router is; a linear that runs twice; one that never does."""
+    folder = tiny.save(perturbed("llama"), tmp_path / "m")
+    kind = transformers.models.llama.modeling_llama.LlamaMLP
+    build = kind.__init__
+
+    class Scale(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.ones(64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.bias
+
+    def with_scale(self: Any, config: Any) -> None:
+        build(self, config)
+        self.gate_proj.register_parameter("bias", None)
+        self.act_fn.scale = Scale()
+        self.act_fn.forward = torch.nn.functional.silu
+
+    def scaled(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + 0 * self.act_fn.scale(x)
+
+    def twice(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_proj(x) * self.gate_proj(x) + self.up_proj(x))
+
+    def never(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_proj(x))
+
+    monkeypatch.setattr(kind, "forward", twice)
+    with pytest.raises(
+        SettingError, match=r"model\.layers\.0\.mlp\.gate_proj, the probe forward reached it more than once"
+    ):
+        rotate(open_source(folder), BOTH, CPU)
+    monkeypatch.setattr(kind, "forward", never)
+    with pytest.raises(SettingError, match=r"model\.layers\.0\.mlp\.up_proj, the probe forward did not reach it"):
+        rotate(open_source(folder), BOTH, CPU)
+    monkeypatch.setattr(kind, "__init__", with_scale)
+    monkeypatch.setattr(kind, "forward", scaled)
+    routed = tiny.save(perturbed("llama"), tmp_path / "routed")
+    with pytest.raises(SettingError, match=r"mlp\.act_fn\.scale reads .*post_attention_layernorm and is no linear"):
+        rotate(open_source(routed), BOTH, CPU)
 
 
 def test_what_is_not_the_same_model_stops_the_run(
