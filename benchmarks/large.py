@@ -30,7 +30,7 @@ from sweep import record
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from nearplane.models.source import locate
+from nearplane.models.locate import locate
 
 CONFIG = LlamaConfig(
     hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=32,

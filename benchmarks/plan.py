@@ -55,7 +55,7 @@ def cut(layers: int, folder: Path) -> Path:
     """The demo model's first blocks, as a folder."""
     from safetensors.torch import load_file, save_file
 
-    from nearplane.models.source import locate
+    from nearplane.models.locate import locate
 
     source = locate("demo")
     for path in source.iterdir():

@@ -24,8 +24,9 @@ from nearplane.mix.budget import decide
 from nearplane.mix.overrides import WIDTHS, Override
 from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
+from nearplane.models.locate import locate
 from nearplane.models.sketch import Unsketchable
-from nearplane.models.source import load_tokenizer, locate
+from nearplane.models.source import load_tokenizer
 from nearplane.narration import announce, stage_line
 from nearplane.plan import Dtype, FormatName, Plan, make_plan
 from nearplane.planning.fit import refuse
@@ -50,6 +51,8 @@ def quantize(
     ignore: Sequence[str] = (),
     budget: float | None = None,
     widths: Sequence[int] = WIDTHS,
+    rotate: str | Sequence[str] = (),
+    rotate_seed: int = 0,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -65,6 +68,8 @@ def quantize(
     NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
+    ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
+    weights (docs/rotation.md).
     ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
@@ -82,7 +87,7 @@ def quantize(
         settings = {
             "method": method, "grid": grid, "calibration": calibration, "override": override, "ignore": ignore,
             "budget": budget, "widths": widths, "format": format, "device": ranks.device, "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": trust_remote_code, "rotate": rotate, "rotate_seed": rotate_seed,
         }  # fmt: skip
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
             plan = _plan(model, settings, Path(out), scratch, ranks, force)

@@ -29,7 +29,8 @@ from nearplane.formats.journal import STATE, holder
 from nearplane.generation import generate
 from nearplane.inspection import inspect
 from nearplane.interrupts import Interrupted
-from nearplane.models.source import load_tokenizer, locate
+from nearplane.models.locate import locate
+from nearplane.models.source import load_tokenizer
 from nearplane.narration import summary
 from nearplane.planning.forecast import forecast
 from nearplane.progress import waiting
@@ -158,6 +159,8 @@ def _choices(args: Any) -> dict[str, Any]:
         "ignore",
         "budget",
         "widths",
+        "rotate",
+        "rotate_seed",
     )
     same = {name: getattr(args, name) for name in names}
     return {"method": args.method_options, "override": [override(word) for word in args.override], **same}

@@ -23,7 +23,8 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.write import Writer
 from nearplane.models.discover import linears_besides
 from nearplane.models.load import modules_of
-from nearplane.models.source import locate, open_skeleton
+from nearplane.models.locate import locate
+from nearplane.models.source import open_skeleton
 from nearplane.progress import bar
 from nearplane.report import environment
 

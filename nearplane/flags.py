@@ -31,6 +31,10 @@ class Job:
     counted, at the least sum of errors. They are measured first; --bits is not used."""
     widths: tuple[int, ...] = WIDTHS
     """The bits that --budget chooses from."""
+    rotate: Annotated[str, tyro.conf.arg(metavar="r1,r2")] = ""
+    """Rotations fused into the weights before they are quantized: r1 of the residual stream, r2 of every head's values."""
+    rotate_seed: int = 0
+    """Seed of their random signs."""
     format: FormatName = "compressed-tensors"
     """Checkpoint format."""
     device: str = "auto"

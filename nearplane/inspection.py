@@ -7,7 +7,8 @@ from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.discover import Block, Site, Stage, discover
-from nearplane.models.source import locate, open_source
+from nearplane.models.locate import locate
+from nearplane.models.source import open_source
 
 
 def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -> str:

@@ -20,6 +20,7 @@ from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_out, make_mix, refuse_split
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
+from nearplane.models.rotate import make_rotate, rotated
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.ranks import Ranks
@@ -135,7 +136,7 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
+        notes += [*self.source.notes, self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _foreign_linear(self) -> str | None:
@@ -180,6 +181,7 @@ class Plan:
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": self.device.type,  # which of the GPUs decides nothing
             **self.mix.settings,
+            **self.source.settings,
             **({} if self.choices is None else {"choices": self.choices}),
         }
 
@@ -208,6 +210,8 @@ def make_plan(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    rotate: str | Sequence[str] = (),
+    rotate_seed: int = 0,
     sketch: bool = False,
 ) -> Plan:
     """Open the source and settle every choice, as ``quantize`` takes them; refuse, before any compute, what cannot work.
@@ -215,12 +219,14 @@ def make_plan(
     With ``sketch`` no weight and no token is read, and MODEL may be a lone config.json: good for an estimate, not to be run.
     """
     method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
-    mix = make_mix(override, ignore, budget, widths)
+    mix, turning = make_mix(override, ignore, budget, widths), make_rotate(rotate, rotate_seed)
     where = _choices(method, format, device)
     if sketch:
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)
         return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix)
     source = open_source(model, trust_remote_code=trust_remote_code)
+    if turning.kinds:
+        source = rotated(source, turning, where)
     plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
         tokens = calibration.load(source.tokenizer, longest_input(source.model))

@@ -10,8 +10,8 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     """Everything that was not quantized, the configuration, the tokenizer and the report; the index comes last."""
     source = plan.source
     sites = {source.names[site.name + ".weight"]: site.name for block in plan.blocks for site in block.sites}
+    report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
     for name in sorted(source.store.names):
-        report.bytes["before"] += source.store.nbytes(name)
         if name in sites:
             continue
         value = source.store.get(name)
@@ -35,7 +35,7 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     if hasattr(plan.method, "damp_percent"):
         settings["damp_percent"] = plan.method.damp_percent
     quantization = plan.quantization(ignore=ignore, settings=settings)
-    config = {key: value for key, value in source.raw_config().items() if key != "torch_dtype"}
+    config = {key: value for key, value in source.written_config().items() if key != "torch_dtype"}
     dtype = {"dtype": str(plan.stored).removeprefix("torch.")}
     writer.json("config.json", config | dtype | {"quantization_config": quantization})
     for name, content in plan.format.extra_files(quantization).items():

@@ -93,7 +93,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 def _tensors(plan: Plan) -> str:
     """A hash of the names, shapes and dtypes in the source. Values are not read: that would take as long as the run."""
-    store = plan.source.store
+    store = plan.source.original
     described = [(name, store.shape(name), str(store.dtype(name))) for name in sorted(store.names)]
     return hashlib.sha256(repr(described).encode()).hexdigest()
 

@@ -26,7 +26,8 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import is_linear
 from nearplane.models.load import misfit
-from nearplane.models.source import locate, names_in_model, open_skeleton
+from nearplane.models.locate import locate
+from nearplane.models.source import names_in_model, open_skeleton
 from nearplane.progress import bar
 
 

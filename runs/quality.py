@@ -27,7 +27,8 @@ from torch import nn
 
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
 from nearplane.evaluate.perplexity import evaluate
-from nearplane.models.source import load_tokenizer, locate
+from nearplane.models.locate import locate
+from nearplane.models.source import load_tokenizer
 
 # Each row: the method and the fit of its grid. NearPlane's parts are added in turn.
 ROWS: dict[str, tuple[Method, str]] = {

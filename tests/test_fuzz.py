@@ -28,7 +28,8 @@ from nearplane.formats import FORMATS
 from nearplane.formats.files import Findings, check_files
 from nearplane.formats.read import open_checkpoint
 from nearplane.formats.store import INDEX, Store, read_json
-from nearplane.models.source import build_skeleton, open_source, read_config
+from nearplane.models.locate import read_config
+from nearplane.models.source import build_skeleton, open_source
 
 MANY = settings.default.max_examples * 12  # type: ignore[union-attr]
 SOME = MANY // 5  # through transformers, which takes its time

@@ -24,7 +24,8 @@ from typing import Any
 from nearplane import Calibration, load
 from nearplane.core.errors import NearplaneError
 from nearplane.evaluate.perplexity import evaluate
-from nearplane.models.source import load_tokenizer, locate, open_source
+from nearplane.models.locate import locate
+from nearplane.models.source import load_tokenizer, open_source
 
 TORCH = "torch==2.13.0"
 # Environment: what pip is asked for, step by step.

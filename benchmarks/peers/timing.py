@@ -24,7 +24,8 @@ from typing import Any
 from peers import HERE, environment
 
 from nearplane import Calibration
-from nearplane.models.source import locate, open_source
+from nearplane.models.locate import locate
+from nearplane.models.source import open_source
 
 # What a peer's log says of a linear that it has solved, or is about to.
 TAKEN = re.compile(r"(?:gptq: |Quantizing \d+ module\(s\): \[')([\w.]+_proj)")

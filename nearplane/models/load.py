@@ -18,7 +18,8 @@ from nearplane.core.errors import NearplaneError, NumericalError
 from nearplane.core.moments import all_finite
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import again
-from nearplane.models.source import locate, names_in_model, open_skeleton
+from nearplane.models.locate import locate
+from nearplane.models.source import names_in_model, open_skeleton
 from nearplane.progress import CONSOLE
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic

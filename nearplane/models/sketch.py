@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import Block, discover, is_linear
-from nearplane.models.source import Source, build_skeleton, locate, open_source, read_config
+from nearplane.models.locate import locate, read_config
+from nearplane.models.source import Source, build_skeleton, open_source
 
 
 class Unsketchable(NearplaneError):

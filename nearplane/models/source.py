@@ -1,13 +1,12 @@
-"""Where a model comes from: id or folder -> meta skeleton, lazy weights, tokenizer.
+"""A model on disk: meta skeleton, lazy weights, tokenizer.
 
 The skeleton is the model's own class with every parameter on the meta device; ``load`` brings the parameters of one module
 to life from disk and ``unload`` sends them back, so that nothing is resident but what is being worked on.
 """
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
-from nearplane.formats.journal import STATE
-from nearplane.formats.store import Store, again, read_json
+from nearplane.formats.store import Store, read_json
+from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
 from nearplane.models.values import finite, only_rows
-
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
-MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30
-# What transformers raises over values it does not expect.
-BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass
@@ -44,6 +35,8 @@ class Source:
     model: nn.Module
     names: dict[str, str]
     trust_remote_code: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)  # of what was made of the stored weights, for the report
+    notes: list[str] = field(default_factory=list)  # what a user should know of that
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -53,6 +46,15 @@ class Source:
     def raw_config(self) -> dict[str, Any]:
         """config.json as it stands on disk."""
         return read_json(self.folder / "config.json")
+
+    def written_config(self) -> dict[str, Any]:
+        """config.json for a folder with this source's tensors."""
+        return self.raw_config()
+
+    @property
+    def original(self) -> Store:
+        """The tensors on disk, whatever is made of them."""
+        return self.store
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,75 +163,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model given as a folder, a hub id (``weights=False``: its small files only) or ``demo``."""
-    if str(model) == "demo":
-        from nearplane.models.demo import demo_folder
-
-        return demo_folder()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
-    if not HUB_ID.fullmatch(str(model)):
-        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
-    patterns = [pattern for pattern in HUB_PATTERNS if weights or pattern != "*.safetensors"]
-    return _from_hub(str(model), patterns + ["*.py"] * trust_remote_code)
-
-
-def _from_hub(model: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise NearplaneError(f"{model}: no such folder, and not a valid hub id.") from error
-    except HfHubHTTPError as error:
-        raise NearplaneError(f"{model}: no such folder, and the hub refused it ({_first_line(error)}).") from error
-    except OSError as error:  # no network, and nothing in the cache
-        raise NearplaneError(
-            f"{model}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
-            "download it where there is a network and give the folder."
-        ) from error
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, refusing code that the folder itself would run."""
-    if (folder / STATE).is_dir():
-        raise NearplaneError(f"{folder} holds a run that was not finished; nearplane quantize --resume finishes it.")
-    path = folder / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw.get("model_type"), str):
-        raise NearplaneError(f"{path} names no model_type; it is not a transformers configuration.")
-    known = raw["model_type"] in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    if not known and "auto_map" in raw and not trust_remote_code:
-        raise NearplaneError(
-            f"{folder} runs its own Python code (trust_remote_code); read that code, then pass --trust-remote-code."
-        )
-    if not known and "auto_map" not in raw:
-        raise NearplaneError(
-            f"{path}: transformers {transformers.__version__} does not know model_type {raw['model_type']!r}."
-        )
-    _refuse_absurd(raw, path)
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (*BAD_CONFIG, OSError, StrictDataclassError) as error:
-        raise NearplaneError(f"{path} is not a usable configuration ({_first_line(error)}).") from error
-
-
-def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
-    """NearplaneError for a number of layers, or any size, that no model has."""
-    if isinstance(value, dict | list):
-        for name, part in value.items() if isinstance(value, dict) else ((key, part) for part in value):
-            _refuse_absurd(part, path, str(name))
-    elif isinstance(value, int):
-        most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
-        if abs(value) > most and not key.endswith(("seed", "theta", "base")):
-            raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; {again(path.parent)}.")
-
-
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The model with parameters on the meta device and real (computed) buffers."""
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
@@ -251,7 +184,7 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
                 config, trust_remote_code=trust_remote_code
             )
     except (*BAD_CONFIG, ImportError, RuntimeError, MemoryError) as error:
-        raise NearplaneError(f"{folder}: no model can be built from its config.json ({_first_line(error)}).") from error
+        raise NearplaneError(f"{folder}: no model can be built from its config.json ({first_line(error)}).") from error
     return model.eval()
 
 
@@ -294,7 +227,3 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             f"{folder} lacks {len(missing)} weights that config.json asks for, the first: {missing[0]}."
         )
     return names
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

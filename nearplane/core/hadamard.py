@@ -1,0 +1,170 @@
+"""Rotations: orthogonal matrices that spread every direction evenly, of any order, and fast to apply.
+
+A rotation is ``diag(±1) · (S ⊗ C) · diag(±1)``: S is Sylvester's Hadamard matrix of order 2ᵏ, applied by k butterflies, and
+C a small dense core. The core is a Hadamard matrix as well where Paley's two constructions give one (12, 20, 28, 36, ...:
+576 = 16 · 36), so that all entries of the whole are ±1/√n; else it is a random orthogonal matrix of the odd factor, and
+where the power of two is too small to help, of the whole order. Nothing is tabulated: Paley's matrices are made from the
+quadratic character of a finite field. Signs and random matrices follow from a seed.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from math import sqrt
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+# Without a Hadamard core, a power of two below this spreads too little to be worth the structure.
+LEAST_POWER = 8
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal matrix R of order n, in float64, kept by its parts."""
+
+    left: Float[Tensor, "n"]
+    power: int
+    core: Float[Tensor, "m m"]
+    right: Float[Tensor, "n"]
+    flat: bool  # all entries are ±1/√n, but for the mirror's share
+    mirror: Float[Tensor, "n"] | None = None  # a unit vector v: I - 2 v vᵀ comes last
+
+    @property
+    def order(self) -> int:
+        """n."""
+        return len(self.left)
+
+    def apply(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+        """``x R``, in the dtype and on the device of x."""
+        left, core, right = (part.to(x) for part in (self.left, self.core, self.right))
+        parts = (x * left).reshape(*x.shape[:-1], self.power, len(core)) @ core
+        y = butterflies(parts).flatten(-2) * right
+        if self.mirror is None:
+            return y
+        mirror = self.mirror.to(x)
+        return y - 2 * (y @ mirror)[..., None] * mirror
+
+    @property
+    def matrix(self) -> Float[Tensor, "n n"]:
+        """R itself."""
+        return self.apply(torch.eye(self.order, dtype=torch.float64))
+
+    def __str__(self) -> str:
+        kind, m = "Hadamard" if self.flat else "random orthogonal", len(self.core)
+        if m == 1 or self.power == 1:
+            return f"{kind} {self.order}"
+        return f"Hadamard {self.power} x {kind} {m}"
+
+
+def rotation(n: int, seed: int, *, keeps_mean: bool = False) -> Rotation:
+    """A random rotation of order n. With ``keeps_mean`` the vector of ones stays where it is: ``R 1 = 1``."""
+    generator = torch.Generator().manual_seed(seed)
+    power = n & -n  # the largest power of two in n
+    core, flat = None, True
+    while core is None and power:  # the smallest Hadamard core, so the largest power beside it
+        core, power = (_paley(n // power), power) if power < n else (torch.ones(1, 1, dtype=torch.float64), power)
+        if core is None:
+            power //= 2
+    if core is None:
+        power, flat = n & -n, False
+        power = power if power >= LEAST_POWER else 1
+        core = _random_orthogonal(n // power, generator)
+    else:
+        core = core / sqrt(len(core))
+    left, right = (_signs(n, generator) for _ in range(2))
+    plain = Rotation(left, power, core, right, flat)
+    if not keeps_mean:
+        return plain
+    # R = R₀ M with the mirror M that exchanges 1 and R₀ᵀ 1: then R 1 = R₀ R₀ᵀ 1 = 1.
+    ones = torch.ones(n, dtype=torch.float64)
+    between = ones - plain.apply(ones)
+    length = float(between.norm())
+    return Rotation(left, power, core, right, flat, between / length) if length > 1e-9 else plain
+
+
+def hadamard(n: int) -> Float[Tensor, "n n"] | None:
+    """A matrix of ±1 whose rows are orthogonal, of order n; None where Sylvester and Paley give none."""
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    found = _paley(n)
+    if found is None and n % 2 == 0:
+        half = hadamard(n // 2)
+        found = None if half is None else torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).to(half), half)
+    return found
+
+
+def butterflies(x: Float[Tensor, "*rows p m"]) -> Float[Tensor, "*rows p m"]:
+    """The Sylvester matrix of order p, divided by √p, applied to the last axis but one."""
+    *rows, p, m = x.shape
+    half = 1
+    while half < p:
+        a, b = x.reshape(*rows, p // (2 * half), 2, half, m).unbind(-3)
+        x = torch.stack((a + b, a - b), -3).reshape(*rows, p, m)
+        half *= 2
+    return x / sqrt(p)
+
+
+def _signs(n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
+    return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+
+
+def _random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
+    """Uniform over all of them: QR of a Gaussian matrix, its signs settled by R's diagonal."""
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    result: Tensor = q * r.diagonal().sign()
+    return result
+
+
+def _paley(n: int) -> Float[Tensor, "n n"] | None:
+    """Paley's Hadamard matrices: order q + 1 for a prime power q ≡ 3 (mod 4), 2 (q + 1) for q ≡ 1 (Paley 1933)."""
+    if n % 4:
+        return None
+    first, second = _prime_power(n - 1), _prime_power(n // 2 - 1)
+    if first is not None:  # n - 1 ≡ 3 (mod 4)
+        return torch.eye(n, dtype=torch.float64) + _bordered(*first)
+    if second is None or (n // 2 - 1) % 4 != 1:
+        return None
+    a, b = (torch.tensor(rows, dtype=torch.float64) for rows in ([[1, 1], [1, -1]], [[1, -1], [-1, -1]]))
+    return torch.kron(_bordered(*second), a) + torch.kron(torch.eye(n // 2, dtype=torch.float64), b)
+
+
+def _bordered(p: int, k: int) -> Float[Tensor, "n n"]:
+    """The conference matrix of GF(q), q = pᵏ: χ(a - b) for all pairs of elements, bordered by ±1; diagonal zero."""
+    q = p**k
+    digits = torch.arange(q)[:, None] // p ** torch.arange(k) % p
+    difference = ((digits[:, None] - digits) % p * p ** torch.arange(k)).sum(-1)
+    border = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    border[0, 1:] = 1
+    border[1:, 0] = 1 if q % 4 == 1 else -1
+    border[1:, 1:] = _character(p, k)[difference]
+    return border
+
+
+def _character(p: int, k: int) -> Shaped[Tensor, "q"]:
+    """χ of every element of GF(pᵏ), an element being the polynomial whose coefficients are the digits of its number in
+    base p: 0 of 0, 1 of squares, -1 of the rest. Squares are the even powers of x, modulo a polynomial that makes x
+    primitive: the first that does is taken."""
+    q = p**k
+    for tail in product(range(p), repeat=k):  # x^k = tail[0] + tail[1] x + ...
+        powers, element = list[tuple[int, ...]](), (1, *(0,) * (k - 1))
+        while len(powers) < q - 1 and (not powers or element != powers[0]):
+            powers.append(element)
+            element = tuple((low + element[-1] * t) % p for low, t in zip((0, *element[:-1]), tail, strict=True))
+        if tail[0] and len(powers) == q - 1:  # with tail[0] ≠ 0, x has an inverse: its powers come round to 1
+            break
+    character = torch.zeros(q, dtype=torch.float64)
+    for i, element in enumerate(powers):
+        character[sum(digit * p**j for j, digit in enumerate(element))] = 1 - 2 * (i % 2)
+    return character
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """(p, k) with q = pᵏ and p an odd prime."""
+    p = next((d for d in range(3, int(sqrt(max(q, 0))) + 1, 2) if q % d == 0), q)
+    if q < 3 or q % 2 == 0:
+        return None
+    k = 0
+    while q % p == 0:
+        q, k = q // p, k + 1
+    return (p, k) if q == 1 else None

@@ -1,0 +1,81 @@
+"""The rotated view of a source: the same model, its weights turned as they are read from disk, known to be the same.
+
+That a model can be rotated is found by ``anatomy.py``, what becomes of its tensors is in ``rotated.py``, and that all of it
+came out right is measured here, before anything is made of it: the logits of both are compared.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
+from nearplane.models.anatomy import examine, is_tied, logits
+from nearplane.models.discover import head_name
+from nearplane.models.rotated import Changes, RotatedSource, RotatedStore
+from nearplane.models.source import Source, build_skeleton
+
+KINDS = ("r1", "r2")
+MOST_SEED = 1 << 32
+# How far the rotated model's logits may be from the original's, relative to a token's logits.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Which rotations, and the seed of their signs and random parts."""
+
+    kinds: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def make_rotate(words: str | Sequence[str], seed: int) -> Rotate:
+    """Of ``r1,r2`` or ("r1", "r2"), in any order. SettingError for anything else."""
+    given = words.split(",") if isinstance(words, str) else list(words)
+    kinds = [word.strip().lower() for word in given if word.strip()]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise SettingError(f"rotate knows {' and '.join(KINDS)}, given as r1,r2; got {unknown[0]!r}.")
+    if not 0 <= seed < MOST_SEED:
+        raise SettingError(f"rotate-seed must be from 0 to {MOST_SEED - 1}; got {seed}.")
+    if seed and not kinds:
+        raise SettingError("rotate-seed is given and nothing is rotated; give --rotate r1,r2 as well.")
+    return Rotate(tuple(kind for kind in KINDS if kind in kinds), seed)
+
+
+def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:
+    """The rotated view of a source, once it is known to be the same model.
+
+    SettingError, with the reason, where the architecture is not one that a rotation passes through; NumericalError where
+    the logits of some tokens, float32, differ by more than ``TOLERANCE``.
+    """
+    kinds = how.kinds
+    anatomy, expected = examine(source, device, stream="r1" in kinds, heads="r2" in kinds)
+    changes = Changes(source, anatomy, kinds, how.seed)
+    store = RotatedStore(source.store, changes.all())
+    untied = "r1" in kinds and is_tied(source)
+    config = copy.deepcopy(source.config)
+    names = dict(source.names)
+    if untied:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        head = f"{head_name(source)}.weight"
+        names[head] = head
+    model = build_skeleton(copy.deepcopy(config), source.folder, trust_remote_code=source.trust_remote_code)
+    settings = {"rotate": {"kinds": list(kinds), "seed": how.seed}}
+    parts = (source.name, source.folder, config, store, model, names, source.trust_remote_code, settings)
+    view = RotatedSource(*parts, untied=untied)
+    if untied and model.get_output_embeddings().weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+        raise NearplaneError(
+            f"{source.folder}: its output head cannot be untied from its embedding; rotate by r2 only."
+        )
+    found = logits(view, device)
+    error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    if not error <= TOLERANCE:
+        raise NumericalError(
+            f"{source.folder}: rotated by {', '.join(kinds)} the model's logits differ from the original's by {error:.2g}, "
+            f"relative, and not by {TOLERANCE:g} at most; it would be another model. Run without --rotate."
+        )
+    view.notes = [f"rotated by {changes.words()}; its logits and the original's agree to {error:.1e}"]
+    return view
