@@ -8,7 +8,8 @@ from typing import Any
 
 from nearplane.calibrate.data import Calibration
 from nearplane.core.grid import Grid
-from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal
+from nearplane.core.tokens import TokenGrid
+from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal, rounding_refusal
 from nearplane.methods import Method, NearPlane
 from nearplane.mix.budget import measuring
 from nearplane.mix.overrides import WIDTHS, Override, make_mix
@@ -35,7 +36,8 @@ class Forecast:
         found = []
         for engine in ENGINES:
             each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
-            no = next((reason for what in each if (reason := refusal(*what))), None)
+            reasons = [refusal(*what) or rounding_refusal(engine, what[2], plan.activations) for what in each]
+            no = next((reason for reason in reasons if reason), None)
             conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
             but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
             found.append((engine, no, None if no else but or None))
@@ -103,6 +105,7 @@ def forecast(
     ignore: Sequence[str] = (),
     budget: float | None = None,
     widths: Sequence[int] = WIDTHS,
+    activations: TokenGrid | None = None,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -121,6 +124,7 @@ def forecast(
         dtype,
         trust_remote_code,
         make_mix(override, ignore, budget, widths),
+        activations,
         sketch=True,
     )
     scratch = None if offload is None else Path(offload)
