@@ -14,6 +14,7 @@ from nearplane.calibrate.data import Calibration
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.moments import Moments
+from nearplane.core.tokens import TokenGrid
 from nearplane.devices import give_memory_back, pick_device, pick_dtype
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.evaluate.perplexity import evaluate as evaluate_model
@@ -53,6 +54,7 @@ def quantize(
     widths: Sequence[int] = WIDTHS,
     rotate: str | Sequence[str] = (),
     rotate_seed: int = 0,
+    activations: TokenGrid | None = None,
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -69,7 +71,8 @@ def quantize(
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
     ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
-    weights (docs/rotation.md).
+    weights (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the model runs; the calibration
+    rounds it alike, but in the reference stream.
     ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
     computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
     on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
@@ -88,6 +91,7 @@ def quantize(
             "method": method, "grid": grid, "calibration": calibration, "override": override, "ignore": ignore,
             "budget": budget, "widths": widths, "format": format, "device": ranks.device, "dtype": dtype,
             "trust_remote_code": trust_remote_code, "rotate": rotate, "rotate_seed": rotate_seed,
+            "activations": activations,
         }  # fmt: skip
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
             plan = _plan(model, settings, Path(out), scratch, ranks, force)
@@ -137,12 +141,14 @@ def evaluate(
     packed: bool = True,
     arithmetic: Arithmetic = "auto",
     head_bits: int | None = None,
+    kv_bits: int = 16,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Perplexity of a folder or hub id; with ``reference`` also KL divergence per token and top-1 agreement.
 
-    A quantized checkpoint is measured as it will run: packed (see ``load``).
+    A quantized checkpoint is measured as it will run: packed (see ``load``). ``kv_bits`` (4, 8) also rounds its keys and values,
+    in this evaluation only.
     """
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
@@ -151,8 +157,9 @@ def evaluate(
     original = None if reference is None else load(reference, **settings)
     tokenizer = load_tokenizer(locate(model), trust_remote_code=trust_remote_code)
     return evaluate_model(
-        loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, progress=progress
-    )
+        loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, kv_bits=kv_bits,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _plan(

@@ -20,12 +20,13 @@ ALIASES = {
     "--wbits": "--bits", "--w-bit": "--bits", "--num-bits": "--bits", "--nbits": "--bits",
     "--groupsize": "--group-size", "--q-group-size": "--group-size",
     "--percdamp": "--damp-percent", "--dampening-frac": "--damp-percent",
+    "--a-bits": "--act-bits", "--abits": "--act-bits",
     "--nsample": "--nsamples", "--num-calibration-samples": "--nsamples", "--max-seq-length": "--seqlen",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {
     "--act-order": ["--order", "activation"], "--actorder": ["--order", "activation"], "--desc-act": ["--order", "activation"],
-    "--asym": ["--no-sym"], "--true-sequential": [],
+    "--asym": ["--no-sym"], "--act-asym": ["--no-act-sym"], "--true-sequential": [],
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from nearplane.calibrate.data import Calibration
 from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
+from nearplane.core.tokens import TokenGrid
 from nearplane.formats.journal import STATE, holder
 from nearplane.generation import generate
 from nearplane.inspection import inspect
@@ -163,7 +164,11 @@ def _choices(args: Any) -> dict[str, Any]:
         "rotate_seed",
     )
     same = {name: getattr(args, name) for name in names}
-    return {"method": args.method_options, "override": [override(word) for word in args.override], **same}
+    activations = None if args.act_bits == 16 else TokenGrid(args.act_bits, args.act_sym, args.act_clip)
+    if activations is None and (not args.act_sym or args.act_clip != 1):
+        raise SettingError("--act-sym and --act-clip say how activations are rounded; give --act-bits, too.")
+    overrides = [override(word) for word in args.override]
+    return {"method": args.method_options, "override": overrides, "activations": activations, **same}
 
 
 def _eval(argv: list[str]) -> None:
@@ -179,6 +184,7 @@ def _eval(argv: list[str]) -> None:
         packed=args.packed,
         arithmetic=args.arithmetic,
         head_bits=args.head_bits,
+        kv_bits=args.kv_bits,
         trust_remote_code=args.trust_remote_code,
         progress=True,
     )

@@ -35,6 +35,12 @@ class Job:
     """Rotations fused into the weights before they are quantized: r1 of the residual stream, r2 of every head's values."""
     rotate_seed: int = 0
     """Seed of their random signs."""
+    act_bits: int = 16
+    """Round what goes into every quantized linear to so many bits, 2 to 8, by a scale for each token; 16: not at all."""
+    act_sym: bool = True
+    """Activations on a symmetric grid; --no-act-sym (or --act-asym) gives every token a zero point."""
+    act_clip: float = 1.0
+    """Share of a token's range that is kept."""
     format: FormatName = "compressed-tensors"
     """Checkpoint format."""
     device: str = "auto"
@@ -102,6 +108,8 @@ class Eval:
     """How packed weights are multiplied: exact (float32), a16 or a8 (activations of 16 or 8 bits); auto: the default."""
     head_bits: int | None = None
     """Also round the output head to so many bits, in memory."""
+    kv_bits: int = 16
+    """Also round keys and values to so many bits, 2 to 8, as they enter the cache: a simulation, which no checkpoint carries."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
     trust_remote_code: bool = False

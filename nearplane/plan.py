@@ -11,9 +11,10 @@ from torch import nn
 from nearplane.calibrate.data import Calibration, Tokens
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.core.tokens import TokenGrid
 from nearplane.devices import pick_device, pick_dtype
 from nearplane.evaluate.perplexity import check_vocabulary, longest_input
-from nearplane.formats import FORMATS
+from nearplane.formats import FORMATS, rounding
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method, NearPlane
 from nearplane.methods.base import Need
@@ -54,6 +55,8 @@ class Plan:
     """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
     choices: list[dict[str, Any]] | None = None
     """What it has chosen."""
+    activations: TokenGrid | None = None
+    """How what goes into a quantized linear is rounded."""
 
     @property
     def sites(self) -> list[Site]:
@@ -115,6 +118,7 @@ class Plan:
             reference=reference,
             offload=offload,
             ranks=ranks,
+            activations=self.activations,
         )
 
     @property
@@ -180,6 +184,7 @@ class Plan:
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": self.device.type,  # which of the GPUs decides nothing
+            **({} if self.activations is None else {"activations": asdict(self.activations)}),
             **self.mix.settings,
             **self.source.settings,
             **({} if self.choices is None else {"choices": self.choices}),
@@ -212,6 +217,7 @@ def make_plan(
     trust_remote_code: bool = False,
     rotate: str | Sequence[str] = (),
     rotate_seed: int = 0,
+    activations: TokenGrid | None = None,
     sketch: bool = False,
 ) -> Plan:
     """Open the source and settle every choice, as ``quantize`` takes them; refuse, before any compute, what cannot work.
@@ -223,11 +229,11 @@ def make_plan(
     where = _choices(method, format, device)
     if sketch:
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)
-        return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix)
+        return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix, activations)
     source = open_source(model, trust_remote_code=trust_remote_code)
     if turning.kinds:
         source = rotated(source, turning, where)
-    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
+    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix, activations)
     if method.needs:
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
         check_vocabulary(tokens.ids, source.model)
@@ -259,6 +265,7 @@ def _settle(
     where: torch.device,
     dtype: str,
     mix: Mix,
+    activations: TokenGrid | None,
 ) -> Plan:
     """Dtypes and grids; refuse what the format or the method cannot hold."""
     stored = pick_dtype(dtype) or source.dtype
@@ -278,8 +285,9 @@ def _settle(
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
     by_site = {site.name: grids[disk[site.name]] for site in sites}
-    chosen = FORMATS[format]
+    chosen = FORMATS[format] if activations is None else rounding(format, activations)
     plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
+    plan = replace(plan, activations=activations)
     return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
 
 

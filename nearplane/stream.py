@@ -25,6 +25,7 @@ from nearplane.calibrate.offload import OnDisk
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
+from nearplane.core.tokens import TokenGrid
 from nearplane.methods.base import Need
 from nearplane.models import discover
 from nearplane.models.discover import Block, Site, Stage
@@ -64,7 +65,10 @@ class OpenBlock:
         self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
         self.hooks = ExitStack()
         points = {site.adds_to for site in self.block.sites if site.adds_to is not None}
-        self.hooks.enter_context(hooked(model, [stage[0].name for stage in self.stages], sorted(points)))
+        # Where a stage begins; where inputs are rounded, all its linears are given them rounded.
+        every = walk.activations is not None
+        pauses = [site.name for stage in self.stages for site in (stage if every else stage[:1])]
+        self.hooks.enter_context(hooked(model, pauses, sorted(points)))
 
     def weight(self, site: Site) -> Tensor:
         """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
@@ -192,8 +196,9 @@ class Walk:
         reference: bool,
         offload: Path | None = None,
         ranks: Ranks | None = None,
+        activations: TokenGrid | None = None,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks, self.activations = ranks or Ranks(), activations
         self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.rests: list[Any] = []
@@ -210,7 +215,8 @@ class Walk:
             self.batches = [tokens[a : a + step].to(device) for a in self.firsts]
             for name in ("quantized", "reference")[: 2 if reference else 1]:
                 hidden = None if offload is None else OnDisk(offload, name, len(self.batches))
-                self.streams.append(Stream(source.model, names, self.batches, hidden))
+                rounded = activations if name == "quantized" else None
+                self.streams.append(Stream(source.model, names, self.batches, hidden, rounded))
             self.keep = kept(blocks, sum(batch.numel() for batch in self.batches), dtype, len(self.streams))
             discover.load_outside(source, names, device, dtype, tokens)
 
@@ -225,15 +231,16 @@ def stream(
     reference: bool,
     offload: Path | None = None,
     ranks: Ranks | None = None,
+    activations: TokenGrid | None = None,
 ) -> Iterator[OpenBlock]:
     """Open each block in turn, hand it out, advance both streams through it, free it.
 
     ``tokens`` (samples, seqlen), or None when the method reads no data. ``reference`` keeps the second stream.
     ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory. Of several ``ranks`` each runs
-    some of the samples.
+    some of the samples. ``activations``: how inputs of sites are rounded in the quantized stream.
     """
     with torch.no_grad(), _scratch(offload) as folder:
-        walk = Walk(source, blocks, tokens, device, dtype, reference, folder, ranks)
+        walk = Walk(source, blocks, tokens, device, dtype, reference, folder, ranks, activations)
         for k, block in enumerate(blocks):
             opened = OpenBlock(walk, k)
             try:

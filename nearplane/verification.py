@@ -18,7 +18,16 @@ from nearplane.core.errors import NearplaneError, SettingError, some_of
 from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 from nearplane.formats.base import conv1d_reason
-from nearplane.formats.engines import ENGINES, caveat, fused, grid_name, mixed_caveat, order_refusal, refusal
+from nearplane.formats.engines import (
+    ENGINES,
+    caveat,
+    fused,
+    grid_name,
+    mixed_caveat,
+    order_refusal,
+    refusal,
+    rounding_refusal,
+)
 from nearplane.formats.examine import examine
 from nearplane.formats.files import FileSum, Findings, check_files, check_sums, files, holds_weights, sums
 from nearplane.formats.journal import unfinished
@@ -193,6 +202,9 @@ def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -
     shapes: dict[Grid, set[tuple[int, int]]] = {}
     for layer in checkpoint.layers.values():
         shapes.setdefault(layer.grid, set()).add(layer.shape)
+    rounded = {(layer.grid, layer.activations) for layer in checkpoint.layers.values() if layer.activations is not None}
+    for why in sorted({why for grid, rounding in rounded if (why := rounding_refusal(engine, grid, rounding))}):
+        found.problem(f"engine {engine}: {why}.")
     for grid, some in shapes.items():
         reason = refusal(engine, checkpoint.format, grid, some)
         if reason is None and checkpoint.format != "compressed-tensors" and checkpoint.ordered:

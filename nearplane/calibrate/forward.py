@@ -13,6 +13,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from nearplane.calibrate.offload import OnDisk
+from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.models import discover
 from nearplane.models.discover import Stop
 
@@ -20,9 +21,16 @@ from nearplane.models.discover import Stop
 class Stream:
     """One hidden state per batch, advanced block by block."""
 
-    def __init__(self, model: nn.Module, names: list[str], batches: list[Tensor], hidden: OnDisk | None = None) -> None:
-        """``hidden``: where the states are kept, if not in memory."""
-        self.model, self.names, self.batches = model, names, batches
+    def __init__(
+        self,
+        model: nn.Module,
+        names: list[str],
+        batches: list[Tensor],
+        hidden: OnDisk | None = None,
+        activations: TokenGrid | None = None,
+    ) -> None:
+        """``hidden``: where the states are kept, if not in memory; ``activations``: how what goes into a site is rounded."""
+        self.model, self.names, self.batches, self.activations = model, names, batches, activations
         self.hidden: list[Tensor | None] | OnDisk = [None] * len(batches) if hidden is None else hidden
 
 
@@ -70,11 +78,14 @@ class Forward(greenlet):
         self.output = discover.output_hidden(output)
         raise Stop
 
-    def pause(self, module: str, x: Tensor) -> None:
-        """Called by the hook on ``module``."""
+    def pause(self, module: str, x: Tensor) -> Tensor:
+        """Called by the hook on ``module`` with its input: what it is to be given instead."""
+        if self.stream.activations is not None:
+            x = round_tokens(x, self.stream.activations)
         if module == self.wanted:
             self.wanted, self.input = None, x.reshape(-1, x.shape[-1])
             self.caller.switch()
+        return x
 
 
 def _block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,13 +96,13 @@ def _block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> Iterator[None]:
-    """Forwards may pause at the modules ``pauses``, and keep what goes into the modules ``points``."""
+    """Forwards may pause at the modules ``pauses``, whose inputs they round if they round any, and keep what goes into the
+    modules ``points``."""
 
     def pause(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
             current = getcurrent()
-            if isinstance(current, Forward):
-                current.pause(name, args[0])
+            return (current.pause(name, args[0]), *args[1:]) if isinstance(current, Forward) else None
 
         return hook
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from nearplane.calibrate.data import digest, read_text, tokenize
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.tokens import TokenGrid
+from nearplane.evaluate.cache import RoundedCache
 from nearplane.evaluate.divergence import Divergence
 from nearplane.progress import track
 
@@ -33,6 +35,7 @@ class Evaluation:
     kl: float | None = None  # mean KL(reference || model) per token, in nats
     top1: float | None = None  # share of tokens whose most likely successor agrees
     reference_perplexity: float | None = None
+    kv_bits: int = 16
 
     @property
     def protocol(self) -> str:
@@ -40,6 +43,11 @@ class Evaluation:
         return (
             f"{self.dataset}; tokenized once, {self.windows} consecutive windows of {self.seqlen} tokens, "
             f"first token of each unscored: {self.tokens} tokens scored"
+            + (
+                ""
+                if self.kv_bits == 16
+                else f"; keys and values simulated in {self.kv_bits} bits, which no checkpoint carries"
+            )
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,13 +64,17 @@ def evaluate(
     windows: int | None = None,
     reference: nn.Module | None = None,
     compared: int | None = None,
+    kv_bits: int = 16,
     progress: bool = False,
 ) -> Evaluation:
     """Perplexity of ``model`` on a text; with ``reference`` also mean KL divergence per token and top-1 agreement.
 
     ``windows`` limits how many windows are read, ``compared`` how many of them the reference reads, too: it is half the
-    cost. ``seqlen`` is cut to the model's own limit of positions.
+    cost. ``kv_bits`` below 16 rounds keys and values of ``model`` as they enter its cache (``cache.py``). ``seqlen`` is cut to
+    the model's own limit of positions.
     """
+    if kv_bits != 16:
+        TokenGrid(kv_bits)
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
     seqlen = min(seqlen, longest_input(model) or seqlen)
@@ -82,7 +94,7 @@ def evaluate(
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
     with torch.inference_mode():
         for k, window in enumerate(track(batch, "eval", enabled=progress)):
-            logits = _logits(model, window)
+            logits = _logits(model, window, kv_bits)
             nll += _nll(logits, window)
             if reference is not None and k < compared:
                 expected = _logits(reference, window)
@@ -103,6 +115,7 @@ def evaluate(
         kl=divergence.kl if reference is not None else None,
         top1=divergence.top1 if reference is not None else None,
         reference_perplexity=_exp(reference_nll / divergence.tokens) if reference is not None else None,
+        kv_bits=kv_bits,
     )
 
 
@@ -123,9 +136,10 @@ def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
         )
 
 
-def _logits(model: nn.Module, window: Tensor) -> Tensor:
+def _logits(model: nn.Module, window: Tensor, kv_bits: int = 16) -> Tensor:
     device = next(model.parameters()).device
-    logits = model(input_ids=window[None].to(device), use_cache=False).logits[0]
+    cache = {} if kv_bits == 16 else {"past_key_values": RoundedCache(model.config, kv_bits)}
+    logits = model(input_ids=window[None].to(device), use_cache=bool(cache), **cache).logits[0]
     assert isinstance(logits, Tensor)
     return logits
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid
+from nearplane.core.tokens import TokenGrid
 from nearplane.formats.bits import unpack, words_of
+from nearplane.formats.compressed import CLIP
 from nearplane.formats.layer import (
     Decoded,
     StoredLayer,
@@ -50,6 +52,7 @@ class Scheme:
     symmetric: bool
     strategy: str
     group_size: int
+    activations: TokenGrid | None = None
 
     def __str__(self) -> str:
         groups = f"groups of {self.group_size}" if self.strategy == "group" else f"one scale per {self.strategy}"
@@ -151,7 +154,7 @@ def _layer(store: Store, name: str, scheme: Scheme) -> StoredLayer:
         expect(store, tensors["weight_scale"], (shape[0], 1), f"a {shape} weight by {scheme}")
     if "weight_g_idx" in tensors:
         expect(store, tensors["weight_g_idx"], (shape[1],), f"a {shape} weight")
-    return StoredLayer(name, grid, shape, tensors, scheme.layout)
+    return StoredLayer(name, grid, shape, tensors, scheme.layout, scheme.activations)
 
 
 def _shape(store: Store, tensors: dict[str, str], scheme: Scheme) -> tuple[int, int]:
@@ -194,10 +197,25 @@ def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
             raise NearplaneError(f"{where}: config group {label} has {bits} bits; 2 to 8 are supported.")
         symmetric = setting(weights, "symmetric", bool, True, where)
         targets = tuple(map(str, setting(group, "targets", list, [], where)))
-        schemes.append(Scheme(label, targets, LAYOUTS[layout], bits, symmetric, strategy, size or -1))
+        rounded = _activations(setting(group, "input_activations", dict, {}, where), label, where)
+        schemes.append(Scheme(label, targets, LAYOUTS[layout], bits, symmetric, strategy, size or -1, rounded))
     if not schemes:
         raise NearplaneError(f"{where} has no config group with weights; {SUPPORTED}.")
     return schemes
+
+
+def _activations(given: dict[str, Any], label: str, where: str) -> TokenGrid | None:
+    """How a group rounds activations. NearplaneError for any way but integers by a dynamic scale per token."""
+    if not given:
+        return None
+    kind, strategy, dynamic = given.get("type", "int"), given.get("strategy"), given.get("dynamic")
+    if (kind, strategy, dynamic) != ("int", "token", True):
+        told = f"{kind}, strategy {strategy}, dynamic {dynamic}"
+        raise NearplaneError(
+            f"{where}: config group {label} rounds activations ({told}); nearplane runs integers of a dynamic scale per token."
+        )
+    clip = setting(given, "observer_kwargs", dict, {}, where).get(CLIP, 1.0)
+    return TokenGrid(setting(given, "num_bits", int, 8, where), setting(given, "symmetric", bool, True, where), clip)
 
 
 def _scheme_of(name: str, schemes: list[Scheme], where: str) -> Scheme:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.core.tokens import TokenGrid
 from nearplane.formats.base import ONLY_HERE, tail_reason
 
 ENGINES: tuple[str, ...] = ("vllm", "sglang", "transformers")
@@ -94,6 +95,22 @@ def order_refusal(engine: str, grid: Grid) -> str | None:
     if engine != "vllm" or grid.group_size == -1:
         return None
     return f"{VLLM} refuses groups in activation order (desc_act)"
+
+
+def rounding_refusal(engine: str, grid: Grid, activations: TokenGrid | None) -> str | None:
+    """Why the engine does not run such weights with activations rounded like that; None if it does, or none are rounded."""
+    _check(engine, "compressed-tensors")
+    if activations is None:
+        return None
+    if activations.clip < 1:
+        return f"{TITLES[engine]} knows no clip of activations ({activations.clip:g}); {ONLY_HERE} as it was calibrated"
+    plain = (grid.storage_bits, grid.group_size, grid.sym, activations.bits) == (8, -1, True, 8)
+    if engine == "transformers" or plain:
+        return None
+    return (
+        f"{TITLES[engine]} rounds activations to 8 bits beside 8-bit symmetric weights of one scale per row (group_size -1) "
+        "only; of others it may run the weights and leave activations as they are"
+    )
 
 
 def caveat(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int]]) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, ScaleDtype
+from nearplane.core.tokens import TokenGrid
 from nearplane.formats.store import Store
 
 SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
@@ -33,6 +34,8 @@ class StoredLayer:
     """Suffix -> name on disk."""
     layout: Literal["packed", "int", "gptq", "gptq_v2"]
     """How the tensors hold the codes."""
+    activations: TokenGrid | None = None
+    """How what goes into the linear is rounded."""
 
 
 class Decoded(NamedTuple):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, NumericalError
 from nearplane.core.moments import all_finite
+from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import again
 from nearplane.models.locate import locate
@@ -65,8 +66,10 @@ def load_model(
             raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
     holes = set(modules.values()) if packed else set()
     result = _assemble(type(skeleton), config, state, dtype, folder, holes)
-    for name in checkpoint.layers if packed else ():
-        _fill(result, modules[name], checkpoint, name)
+    for name, layer in checkpoint.layers.items():
+        if packed:
+            _fill(result, modules[name], checkpoint, name)
+        _round_inputs(result.get_submodule(modules[name]), layer.activations)
     if head_bits is not None:
         quantize_head(result, head_bits)
     if holes and device.type == "cpu" and cpu.best() is None:
@@ -144,6 +147,14 @@ def _fill(model: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> Non
     bias = model.get_submodule(path).bias
     assert bias is None or isinstance(bias, Tensor)
     model.set_submodule(path, QuantizedLinear(tiles, bias))
+
+
+def _round_inputs(linear: nn.Module, grid: TokenGrid | None) -> None:
+    """Let a linear round what goes into it, if the checkpoint says so."""
+    if isinstance(linear, QuantizedLinear):
+        linear.activations = grid
+    elif grid is not None:
+        linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
 
 
 @cache

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.runtime import cpu, reference, triton
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import Shape, Tiles, dequantize
@@ -34,6 +35,7 @@ class QuantizedLinear(nn.Module):
         for name in TENSORS:
             self.register_buffer(name, getattr(tiles, name))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.activations: TokenGrid | None = None  # how inputs are rounded before they are multiplied
         self._handle: cpu.Handle | None = None
 
     @property
@@ -68,6 +70,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point() or x.layout != torch.strided:
             raise ValueError(f"expected (..., {self.in_features}) floats, got {list(x.shape)} of {x.dtype}")
+        if self.activations is not None:
+            x = round_tokens(x, self.activations)
         if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
             described = _described(self.shape)
             return cast(Tensor, torch.ops.nearplane.linear(x, *self._parts(), self.bias, *described, self.arithmetic))

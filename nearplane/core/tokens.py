@@ -1,0 +1,55 @@
+"""Rounding of activations: every token by a scale of its own, found while the model runs ("dynamic per token").
+
+The formulas are those that compressed-tensors runs for ``strategy: token, dynamic: true``, so that what calibration saw is
+what an engine computes. ``clip`` below 1 gives up a token's extremes for a finer step (QuaRot, arXiv 2404.00456, takes 0.9).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearplane.core.errors import SettingError
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The integers that a token's numbers may become."""
+
+    bits: int = 8
+    """Bits per number, 2 to 8."""
+    sym: bool = True
+    """Symmetric around zero; else the token's least and greatest number are the ends."""
+    clip: float = 1.0
+    """Share of the token's range that is kept, above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise SettingError(f"act_bits and kv_bits are 2 to 8 (16 leaves activations alone); got {self.bits!r}.")
+        if not isinstance(self.sym, bool):
+            raise SettingError(f"act_sym must be True or False; got {self.sym!r}.")
+        if not 0 < self.clip <= 1:
+            raise SettingError(f"act_clip is a share of a token's range, above 0 and at most 1; got {self.clip}.")
+
+
+def round_tokens(x: Float[Tensor, "*batch width"], grid: TokenGrid) -> Float[Tensor, "*batch width"]:
+    """Each vector along the last dimension on its own grid, in the dtype of ``x``; computed in float32 at least.
+
+    NaN and Inf make their whole vector NaN.
+    """
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    least, greatest = -(1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1
+    low, high = (grid.clip * end for end in torch.aminmax(work, dim=-1, keepdim=True))
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.sym:
+        scale = torch.maximum(-low, high) / ((greatest - least) / 2)
+        zero = torch.zeros_like(scale)
+    else:
+        scale = (high - low) / (greatest - least)
+    # Of a token of zeros any scale will do.
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+    if not grid.sym:
+        zero = (least - low / scale).clamp(least, greatest).round()
+    code = (work / scale).add_(zero).round_().clamp_(least, greatest)
+    return code.sub_(zero).mul_(scale).to(x.dtype)
