@@ -53,6 +53,8 @@ class Plan:
     """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
     choices: list[dict[str, Any]] | None = None
     """What it has chosen."""
+    copied: str = ""
+    """Hashes of what the checkpoint takes over from the source as it is."""
 
     @property
     def sites(self) -> list[Site]:
@@ -226,8 +228,7 @@ def make_plan(
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
         check_vocabulary(tokens.ids, source.model)
         plan = replace(plan, tokens=tokens)
-    source.check({site.name for site in plan.sites}, plan.stored)
-    return plan
+    return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
 
 
 def _choices(method: Method, format: str, device: str) -> torch.device:

@@ -7,7 +7,7 @@ to life from disk and ``unload`` sends them back, so that nothing is resident bu
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, again, read_json
-from nearplane.models.values import finite, only_rows
+from nearplane.models.values import fingerprint, finite, only_rows
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
@@ -44,6 +44,7 @@ class Source:
     model: nn.Module
     names: dict[str, str]
     trust_remote_code: bool = False
+    sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as it is on disk
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -66,6 +67,7 @@ class Source:
     def tensor(self, parameter: str) -> Tensor:
         """One stored parameter, checked for NaN and Inf."""
         value = self.store.get(self.names[parameter])
+        self.sums[parameter] = fingerprint(value)
         if not finite(value):
             bad = int((~value.isfinite()).sum())
             raise NumericalError(
@@ -73,11 +75,12 @@ class Source:
             )
         return value
 
-    def check(self, besides: set[str], stored: torch.dtype) -> None:
-        """NumericalError for what is copied, all but the weights of ``besides``, and not finite as it will be stored."""
-        sites = {self.names[name + ".weight"] for name in besides}
+    def check(self, besides: set[str], stored: torch.dtype) -> str:
+        """Hashes of what is copied, all but the weights of ``besides``; NumericalError where it is not finite once stored."""
+        sites, sums = {self.names[name + ".weight"] for name in besides}, list[str]()
         for name in sorted(self.store.names - sites):
             value = self.store.get(name)
+            sums.append(fingerprint(value))
             if not finite(value):
                 raise NumericalError(
                     f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
@@ -86,16 +89,12 @@ class Source:
                 raise NumericalError(
                     f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype."
                 )
+        return " ".join(sums)
 
     def load(
-        self,
-        prefix: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        skip: Iterable[str] = (),
-        rows: Mapping[str, Tensor] | None = None,
-    ) -> None:
+        self, prefix: str, device: torch.device, dtype: torch.dtype, *,
+        skip: Iterable[str] = (), rows: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``.
 
         ``rows``: by name, the numbers of the rows that will be read; in a CPU's memory the others are not there.
