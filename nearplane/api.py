@@ -183,10 +183,10 @@ def _walk(
     with writer or nullcontext(), stoppable(ranks.most, quiet=quiet) as stop, bar(progress) as display:
         if plan.undecided:
             plan = _decide(plan, writer, report, ranks, offload, display, stop)
-        done = ranks.tell(ranks.first(lambda: restore(plan, writer, report) if writer else []) or [])
+        done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
         task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
         if progress:
-            announce(report, plan.blocks, len(done))
+            announce(report, plan.blocks, len(done), resume=writer is not None and writer.resume)
         walk = plan.stream(offload, ranks) if len(done) < len(plan.blocks) else iter(())
         for number in count():
             mark = report.mark()

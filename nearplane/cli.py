@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         if not error.told:
             print(f"nearplane: {error}", file=sys.stderr)
             if not isinstance(error, SettingError):  # which the same command would meet again
-                _how_to_resume(argv)
+                _how_to_resume(argv, "once that is mended, ")
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,13 +110,13 @@ def _left_something(argv: list[str]) -> bool:
     return argv[0] == "quantize" and any((folder / STATE).is_dir() and holder(folder) is None for folder in folders)
 
 
-def _how_to_resume(argv: list[str]) -> None:
+def _how_to_resume(argv: list[str], condition: str = "") -> None:
     """The command that goes on, where there is something to go on with."""
     if _left_something(argv):
         start, nodes = started()
         command = shlex.join([*start, *argv, *(["--resume"] if "--resume" not in argv else [])])
         where = f", on each of the {nodes} nodes and with your rendezvous options," if nodes > 1 else ""
-        print(f"finished blocks are kept; go on{where} with: {command}", file=sys.stderr)
+        print(f"finished blocks are kept; {condition}go on{where} with: {command}", file=sys.stderr)
 
 
 def _quantize(argv: list[str]) -> None:

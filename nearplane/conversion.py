@@ -43,12 +43,14 @@ class Conversion:
     after: str
     layers: int
     dense: int
+    scales: str | None = None
+    """The dtype in which scales are now, if some had another; their values are the same."""
 
     def __str__(self) -> str:
-        return (
-            f"{self.out}: {self.layers} layers from {self.before} to {self.after}, codes, scales and zeros as they were; "
-            f"{self.dense} other tensors copied"
-        )
+        kept = "codes, scales and zeros as they were"
+        if self.scales is not None:
+            kept = f"codes and zeros as they were, scales of the same values, now {self.scales}"
+        return f"{self.out}: {self.layers} layers from {self.before} to {self.after}, {kept}; {self.dense} other tensors copied"
 
 
 def convert(
@@ -93,7 +95,9 @@ def convert(
         if (folder / "report.json").is_file():  # of the run that chose the codes
             writer.copy(folder / "report.json")
         writer.finish()
-    return Conversion(str(path), str(out), checkpoint.format, format, len(checkpoint.layers), len(checkpoint.dense))
+    now = {grids[name].scale_dtype for name, layer in checkpoint.layers.items() if layer.grid != grids[name]}
+    count = len(checkpoint.layers), len(checkpoint.dense)
+    return Conversion(str(path), str(out), checkpoint.format, format, *count, ", ".join(sorted(now)) or None)
 
 
 def _refuse_activations(checkpoint: Checkpoint, config: dict[str, Any]) -> None:

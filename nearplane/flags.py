@@ -192,7 +192,7 @@ class Verify:
 
 @dataclass
 class Convert:
-    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros stay as they are."""
+    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros keep their values."""
 
     out: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="OUT")]]
     """The quantized checkpoint."""

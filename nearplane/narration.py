@@ -15,8 +15,8 @@ USUAL: dict[int | str, tuple[float, float]] = {
 }
 
 
-def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
-    """Say what is about to happen, and what "error" means."""
+def announce(report: Report, blocks: list[Block], done: int = 0, *, resume: bool = False) -> None:
+    """Say what is about to happen, and what "error" means. ``resume``: whether to go on was asked for."""
     settings, data = report.settings, report.data
     method, grid = dict(settings["method"]), settings["grid"]
     say = CONSOLE.print
@@ -43,6 +43,8 @@ def announce(report: Report, blocks: list[Block], done: int = 0) -> None:
         say(f"note: {event}")
     if done:
         say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
+    elif resume:
+        say(f"{report.out} holds no finished block to go on after: a new run begins")
 
 
 def choice_table(settings: dict[str, Any]) -> list[str]:

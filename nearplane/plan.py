@@ -57,6 +57,8 @@ class Plan:
     """What it has chosen."""
     activations: TokenGrid | None = None
     """How what goes into a quantized linear is rounded."""
+    copied: str = ""
+    """Hashes of what the checkpoint takes over from the source as it is."""
 
     @property
     def sites(self) -> list[Site]:
@@ -166,9 +168,12 @@ class Plan:
         )
 
     def _shortened(self) -> str | None:
-        if self.tokens is None or self.tokens.ids.shape[1] == self.calibration.seqlen:
-            return None
-        return f"seqlen cut to {self.tokens.ids.shape[1]}, the model's limit of positions"
+        seqlen = None if self.tokens is None else self.tokens.ids.shape[1]
+        return (
+            f"seqlen cut to {seqlen}, the model's limit of positions"
+            if seqlen not in (None, self.calibration.seqlen)
+            else None
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -238,8 +243,7 @@ def make_plan(
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
         check_vocabulary(tokens.ids, source.model)
         plan = replace(plan, tokens=tokens)
-    source.check({site.name for site in plan.sites}, plan.stored)
-    return plan
+    return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
 
 
 def _choices(method: Method, format: str, device: str) -> torch.device:

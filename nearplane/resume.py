@@ -6,27 +6,41 @@ shards, so that a resumed run sees what an uninterrupted one sees, bit for bit.
 
 import hashlib
 from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.formats.read import read_tensors
 from nearplane.formats.store import Store
 from nearplane.formats.write import Writer
+from nearplane.models.discover import Block
 from nearplane.plan import Plan
 from nearplane.report import Mark, Report
 from nearplane.stream import OpenBlock
 
 # What may be another for the blocks not yet done; the report says per linear what was used.
 FREE = ("method.damp_percent", "calibration.nsamples")
+# What comes after the last block.
+END = "the end"
 
 
-def restore(plan: Plan, writer: Writer, report: Report) -> list[list[Path]]:
-    """Take over what ``writer`` found, and return the shards of each block that is done. SettingError for a changed
-    setting, by name."""
+class Done(NamedTuple):
+    """A finished block."""
+
+    shards: list[Path]
+    sums: dict[str, str] | None
+    """Hashes of the source's parameters that it was made of; None: an earlier version made it."""
+
+
+def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done]:
+    """Take over what ``writer`` found, and return each block that is done. SettingError for a changed setting, by name.
+
+    ``world``: how many ranks go on.
+    """
     now = _identity(plan)
     for record, block in zip(writer.records, plan.blocks, strict=False):
         changed = _changed(record["run"], now)
@@ -43,35 +57,72 @@ def restore(plan: Plan, writer: Writer, report: Report) -> list[list[Path]]:
                 f"the calibration text is not the one that {writer.out} was begun with; resume with that one, or begin "
                 "in another folder."
             )
+        if record.get("copied", _copied(plan)) != _copied(plan):
+            raise SettingError(
+                f"what is copied from {plan.source.name} (embeddings, norms and the like) differs from what {writer.out} was "
+                "begun with; resume with that model, or begin in another folder."
+            )
+    done = [Done([writer.out / n for n in record["shards"]], record.get("source")) for record in writer.records]
+    if len(done) == len(plan.blocks):  # no block will be opened again: a tensor of each has to do
+        for block, each in zip(plan.blocks, done, strict=True):
+            for site in sorted(block.sites, key=lambda site: prod(site.shape))[:1]:
+                plan.source.tensor(site.name + ".weight")
+            _same_source(plan, block, each)
+    report.events += _told(plan, writer, report, world)
+    for record in writer.records:
+        report.extend(record["report"])
+    report.resumed += bool(writer.resume)
+    return done
+
+
+def _told(plan: Plan, writer: Writer, report: Report, world: int) -> list[str]:
+    """Events: what is lost of the earlier run, and in what its sessions differ. Also an earlier resume's changes are
+    among them: the report is that of all sessions."""
+    events = []
     if writer.lost:
-        report.events.append(f"resumed after block {len(writer.records)}: of what comes next {writer.lost}")
+        events.append(f"resumed after block {len(writer.records)}: of what comes next {writer.lost}")
     if writer.records:
-        # Also what an earlier resume changed: the report is that of all sessions.
+        now = _identity(plan)
         states = [{**record["run"], **record["versions"]} for record in writer.records] + [{**now, **report.versions}]
         names = [*(record["block"] for record in writer.records), _next(plan, writer)]
-        report.events += [
+        events += [
             f"{key} was {was!r} in the blocks before {name} and is {value!r} from there on"
             for (before, after), name in zip(pairwise(states), names[1:], strict=True)
             for key, (was, value) in _changed(before, after).items()
             if not key.startswith("data.")
         ]
-    for record in writer.records:
-        report.extend(record["report"])
-    report.resumed += bool(writer.resume)
-    return [[writer.out / name for name in record["shards"]] for record in writer.records]
+        worlds = [*(record.get("ranks") for record in writer.records), world]
+        steps = zip(pairwise(worlds), names[1:], strict=True)
+        for (before, after), name in steps if plan.method.needs and plan.compute != torch.float64 else ():
+            if before not in (None, after) and name != END:
+                events.append(
+                    f"the number of ranks was {before} in the blocks before {name} and is {after} from there on: sums differ "
+                    "in their last digits, so that codes may be others than an uninterrupted run's"
+                )
+    if any("source" not in record for record in writer.records):
+        events.append(
+            f"an earlier version began this run and noted no hash of its weights: whether {plan.source.name} still holds the "
+            "same was not checked"
+        )
+    return events
 
 
 def seal(plan: Plan, writer: Writer, report: Report, block: OpenBlock, mark: Mark) -> None:
     """Make a finished block durable."""
     record = {"block": block.block.name, "run": _identity(plan), "versions": report.versions}
-    writer.seal({**record, "report": report.since(mark)})
+    made_of = {"ranks": block.walk.ranks.world, "source": _read(plan, block.block), "copied": _copied(plan)}
+    writer.seal({**record, **made_of, "report": report.since(mark)})
 
 
-def replay(plan: Plan, shards: list[Path], block: OpenBlock) -> None:
-    """Put the codes of a finished block, from its shards, back into the model, so that the streams can run through it."""
+def replay(plan: Plan, done: Done, block: OpenBlock) -> None:
+    """Put the codes of a finished block, from its shards, back into the model, so that the streams can run through it.
+
+    SettingError where the source's weights are not those that it was made of.
+    """
+    _same_source(plan, block.block, done)
     if not block.block.sites:
         return
-    store = Store.of(shards)
+    store = Store.of(done.shards)
     checkpoint = read_tensors(store, {}, plan.quantization(ignore=[], settings={}))
     for site in block.block.sites:
         codes, scale, zero = checkpoint.quantized(plan.disk_name(site.name))[:3]
@@ -79,9 +130,29 @@ def replay(plan: Plan, shards: list[Path], block: OpenBlock) -> None:
         block.replace(site, Quantized(codes.to(plan.device), scale, zero.to(plan.device)), plan.grid_of(site))
 
 
+def _read(plan: Plan, block: Block) -> dict[str, str]:
+    """Hashes of those of a block's parameters that were read."""
+    return {name: digest for name, digest in plan.source.sums.items() if name.startswith(block.name + ".")}
+
+
+def _copied(plan: Plan) -> str:
+    return hashlib.sha256(plan.copied.encode()).hexdigest()
+
+
+def _same_source(plan: Plan, block: Block, done: Done) -> None:
+    """SettingError where what was read of a block is not what was noted."""
+    found = {} if done.sums is None else _read(plan, block)
+    changed = [name for name, digest in found.items() if done.sums and done.sums.get(name) != digest]
+    if changed:
+        raise SettingError(
+            f"weights of {block.name} in {plan.source.name} differ from those the finished block was made of "
+            f"({some_of(changed)}); resume with that model, or begin in another folder."
+        )
+
+
 def _next(plan: Plan, writer: Writer) -> str:
     done = len(writer.records)
-    return plan.blocks[done].name if done < len(plan.blocks) else "the end"
+    return plan.blocks[done].name if done < len(plan.blocks) else END
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
@@ -92,7 +163,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 
 def _tensors(plan: Plan) -> str:
-    """A hash of the names, shapes and dtypes in the source. Values are not read: that would take as long as the run."""
+    """A hash of the names, shapes and dtypes in the source. Their values are hashed where they are read."""
     store = plan.source.original
     described = [(name, store.shape(name), str(store.dtype(name))) for name in sorted(store.names)]
     return hashlib.sha256(repr(described).encode()).hexdigest()

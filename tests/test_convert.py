@@ -128,8 +128,10 @@ def test_a_scale_that_float16_would_round(dtype: str, tmp_path: Path) -> None:
         if key.endswith("weight_scale"):
             state[key] = torch.full_like(value, 0.5)
     safetensors.torch.save_file(state, out / SHARD)
-    nearplane.convert(out, tmp_path / "fits", "gptq")
-    nearplane.convert(tmp_path / "fits", tmp_path / "back", CT)
+    told = str(nearplane.convert(out, tmp_path / "fits", "gptq"))
+    assert "to gptq, codes and zeros as they were, scales of the same values, now float16; 7 other tensors" in told
+    told = str(nearplane.convert(tmp_path / "fits", tmp_path / "back", CT))
+    assert "to compressed-tensors, codes, scales and zeros as they were; 7 other tensors" in told
     for folder in ("fits", "back"):
         assert all(torch.equal(open_checkpoint(out).weight(n), open_checkpoint(tmp_path / folder).weight(n))
                    for n in open_checkpoint(out).layers)  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats import write
 from nearplane.formats.journal import STATE, Journal
 from nearplane.formats.store import INDEX
+from nearplane.models.values import fingerprint
 
 TIMES = ("seconds", "resumed")
 GRID = Grid(bits=3, group_size=16, sym=False)
@@ -286,6 +288,109 @@ def test_what_an_earlier_resume_changed_is_still_told(model: Path, tmp_path: Pat
     assert next(row.damp_percent for row in report.linears if "o_proj" in row.name) != 0.05 and report.resumed == 2
 
 
+def copied(model: Path, folder: Path) -> Path:
+    """The model and its text in another place, to be changed."""
+    shutil.copytree(model, folder / "model")
+    shutil.copy(model.parent / "text.txt", folder / "text.txt")
+    return folder / "model"
+
+
+def change(folder: Path, name: str) -> None:
+    """Another weight of the same shape: its last number, by one bit."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1).view(torch.int32)[-1] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite(out: Path, number: int, act: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record, and keep it whole."""
+    journal = Journal(out)
+    record = journal.records()[0][number]
+    act(record)
+    journal.add(number, record)
+
+
+@pytest.mark.parametrize("done", ["one block", "all blocks"])
+def test_other_weights_of_the_same_shapes_are_refused(done: str, model: Path, tmp_path: Path) -> None:
+    """Also where no block is opened again, by a sample of each. What is not done yet may be mended meanwhile."""
+    source, out = copied(model, tmp_path), tmp_path / "out"
+    if done == "one block":
+        interrupted(source, out, 5)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nearplane.api.write_the_rest", failing)
+            with pytest.raises(OSError):
+                run(source, out)
+    first, last = "model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.k_proj.weight"
+    name = first if done == "one block" else last
+    for changed, told in (
+        (name, rf"weights of {name[:14]} in .*model differ from those the finished block was made of \({name}\)"),
+        ("model.embed_tokens.weight", r"what is copied from .*model \(embeddings, norms and the like\) differs"),
+    ):
+        change(source, changed)
+        with pytest.raises(SettingError, match=told):
+            run(source, out, resume=True)
+        change(source, changed)  # back again
+    if done == "one block":
+        change(source, last)
+    assert run(source, out, resume=True).resumed == 1
+
+
+def test_a_run_that_noted_no_hashes_goes_on_and_says_so(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(model, out, 5)
+    rewrite(out, 0, lambda record: [record.pop(key) for key in ("source", "copied", "ranks")])
+    events = run(model, out, resume=True).events
+    assert len([event for event in events if "noted no hash of its weights" in event]) == 1
+    assert not any("number of ranks" in event for event in events)
+
+
+def test_another_number_of_ranks_is_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the report and on the screen; not where no sum over tokens can differ. A folder without a block, too."""
+    for method, count in ((NearPlane(), 1), (RTN(), 0)):
+        out = tmp_path / str(count)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nearplane.api.write_the_rest", failing)
+            with pytest.raises(OSError):
+                run(model, out, method=method, resume=True, progress=True)
+        assert f"{out} holds no finished block to go on after: a new run begins" in capsys.readouterr().err
+        rewrite(out, 0, lambda record: record.update(ranks=2))
+        events = run(model, out, method=method, resume=True, progress=True).events
+        told = [
+            event
+            for event in events
+            if event.startswith("the number of ranks was 2 in the blocks before model.layers.1 ")
+        ]
+        said = capsys.readouterr().err
+        assert len(told) == count == said.count("note: the number of ranks was 2") and "a new run begins" not in said
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 4096, 4104, 13001])
+def test_a_fingerprint_sees_every_bit(size: int) -> None:
+    value = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    first = fingerprint(value)
+    for place in {*range(0, size, 97), *([size - 1] if size else [])}:
+        value[place] ^= 1 << place % 8
+        assert fingerprint(value) != first
+        value[place] ^= 1 << place % 8
+    assert fingerprint(value.clone()) == first
+
+
+def test_what_has_to_be_mended_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an error the same command would meet it again."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise NumericalError("weight w holds 1 NaN or Inf values.")
+
+    monkeypatch.setattr("nearplane.cli.quantize", fail)
+    (tmp_path / STATE).mkdir()
+    assert main(["quantize", "demo", str(tmp_path)]) == 2
+    told = f"finished blocks are kept; once that is mended, go on with: nearplane quantize demo {tmp_path} --resume\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
 @pytest.mark.parametrize("what", ["record", "shard"])
 def test_a_damaged_state_falls_back_to_the_last_good_block(
     what: str, model: Path, whole: dict[str, Any], tmp_path: Path
@@ -325,7 +430,7 @@ def contents_of_state(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found}
 
 
-def failing(_path: Path) -> bytes:
+def failing(*_: Any) -> bytes:
     raise OSError(5, "Input/output error")
 
 
@@ -394,7 +499,7 @@ def test_a_signal_stops_after_the_stage_and_says_how_to_go_on(
     assert main(words) == status
     told = capsys.readouterr().err
     assert "stopping after this stage" in told and len(calls) == 6
-    assert f"go on with: nearplane {' '.join(words)} --resume" in told
+    assert f"finished blocks are kept; go on with: nearplane {' '.join(words)} --resume" in told
     assert main([*words, "--resume"]) == 0
     assert "1 of 3 blocks are done" in capsys.readouterr().err.replace("\n", " ")
     nearplane.load(out)

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.store import Store, read_json
 from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
-from nearplane.models.values import finite, only_rows
+from nearplane.models.values import fingerprint, finite, only_rows
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Source:
     trust_remote_code: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of what was made of the stored weights, for the report
     notes: list[str] = field(default_factory=list)  # what a user should know of that
+    sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as it is on disk
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -68,6 +69,7 @@ class Source:
     def tensor(self, parameter: str) -> Tensor:
         """One stored parameter, checked for NaN and Inf."""
         value = self.store.get(self.names[parameter])
+        self.sums[parameter] = self.digest(self.names[parameter], value)
         if not finite(value):
             bad = int((~value.isfinite()).sum())
             raise NumericalError(
@@ -75,11 +77,16 @@ class Source:
             )
         return value
 
-    def check(self, besides: set[str], stored: torch.dtype) -> None:
-        """NumericalError for what is copied, all but the weights of ``besides``, and not finite as it will be stored."""
-        sites = {self.names[name + ".weight"] for name in besides}
+    def digest(self, name: str, value: Tensor) -> str:
+        """Hash of a stored tensor, by its name on disk; ``value``: as it was read."""
+        return fingerprint(value)
+
+    def check(self, besides: set[str], stored: torch.dtype) -> str:
+        """Hashes of what is copied, all but the weights of ``besides``; NumericalError where it is not finite once stored."""
+        sites, sums = {self.names[name + ".weight"] for name in besides}, list[str]()
         for name in sorted(self.store.names - sites):
             value = self.store.get(name)
+            sums.append(self.digest(name, value))
             if not finite(value):
                 raise NumericalError(
                     f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
@@ -88,16 +95,12 @@ class Source:
                 raise NumericalError(
                     f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype."
                 )
+        return " ".join(sums)
 
     def load(
-        self,
-        prefix: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        skip: Iterable[str] = (),
-        rows: Mapping[str, Tensor] | None = None,
-    ) -> None:
+        self, prefix: str, device: torch.device, dtype: torch.dtype, *,
+        skip: Iterable[str] = (), rows: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``.
 
         ``rows``: by name, the numbers of the rows that will be read; in a CPU's memory the others are not there.
