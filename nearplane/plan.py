@@ -161,11 +161,10 @@ class Plan:
 
     def _unused(self) -> str | None:
         unused = sorted(self.source.store.names - set(self.source.names.values()))
-        return (
-            f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}"
-            if unused
-            else None
+        told = (
+            f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {next(iter(unused), None)}"
         )
+        return told if unused else None
 
     def _shortened(self) -> str | None:
         seqlen = None if self.tokens is None else self.tokens.ids.shape[1]

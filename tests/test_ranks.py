@@ -31,6 +31,7 @@ from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.interrupts import Interrupted
 from nearplane.methods.base import Sweeping, rows_independent
+from nearplane.stream import OpenBlock
 
 GRID = Grid(bits=3, group_size=16, sym=False)
 
@@ -137,29 +138,33 @@ def test_ranks_do_what_one_does(what: str, world: int, options: dict[str, Any], 
 
 
 def test_measuring_is_shared(model: Path, tmp_path: Path) -> None:
-    """The rows whose errors are taken, of a budget and of the report: each by one rank, nearly as many by each."""
+    """The batches that a budget's widths are judged by, and the rows that the report takes errors of: each by one rank."""
 
-    def work(rank: int) -> list[int]:
-        rows = []
-        for module in (nearplane.mix.budget, nearplane.report):
-            energy, counted = module.energy, [0]
+    def work(rank: int) -> tuple[int, int]:
+        exact()
+        forwards, rows, output, energy = [0], [0], OpenBlock.output, nearplane.report.energy
 
-            def count(weight: Any, H: Any, energy: Any = energy, counted: Any = counted) -> Any:
-                counted[0] += len(weight)
-                return energy(weight, H)
+        def counted_output(self: OpenBlock, batch: int) -> torch.Tensor:
+            forwards[0] += 1
+            return output(self, batch)
 
-            module.energy = count
-            rows.append(counted)
-        run(model, tmp_path / f"out-{os.environ['WORLD_SIZE']}", budget=5.5)
-        return [counted[0] for counted in rows]
+        def counted_energy(weight: torch.Tensor, H: torch.Tensor) -> float:
+            rows[0] += len(weight)
+            return energy(weight, H)
 
-    def alone(_: int) -> list[int]:
+        OpenBlock.output = counted_output  # type: ignore[method-assign]
+        nearplane.report.energy = counted_energy
+        run(model, tmp_path / f"out-{os.environ['WORLD_SIZE']}", samples=16, budget=5.5)
+        return forwards[0], rows[0]
+
+    def alone(_: int) -> tuple[int, int]:
         os.environ["WORLD_SIZE"] = "1"
         return work(0)
 
     first, second = forked(2, tmp_path, work)
     (whole,) = forked(1, tmp_path, alone)
-    assert [a + b for a, b in zip(first, second, strict=True)] == whole and first == second
+    assert first == second and whole == tuple(2 * count for count in first)
+    assert whole[0] == 2 * 2 * (1 + 4 * 4)  # two of eight batches, two blocks: as it was, and four units at four widths
 
 
 def test_runs_held_out_of_a_module_that_sees_some_tokens_only(model: Path, tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def test_errors_are_everyones_and_said_once(model: Path, tmp_path: Path) -> None
             raise NearplaneError("here only.")
 
         if rank == 1:
-            nearplane.stream.OpenBlock.replace = replace  # type: ignore[method-assign]
+            OpenBlock.replace = replace  # type: ignore[method-assign]
         run(model, tmp_path / "alone")
 
     for work, sentences in (
