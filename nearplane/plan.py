@@ -155,7 +155,7 @@ class Plan:
         return f"this model computes with {', '.join(own)}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
 
     def _no_stream(self) -> str | None:
-        if "R" not in self.method.needs or any(site.adds_to for block in self.blocks for site in block.sites):
+        if "R" not in self.method.needs or any(site.adds_to for site in self.sites):
             return None
         return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"
 
