@@ -25,7 +25,9 @@ def perplexity(args: argparse.Namespace, method: str, rotate: str) -> float:
         out = Path(folder) / "out"
         settings: dict[str, Any] = {"grid": grid, "calibration": calibration, "progress": False}
         nearplane.quantize(args.model, out, method=METHODS[method](), rotate=rotate, **settings)
-        return nearplane.evaluate(out, seqlen=args.seqlen, windows=args.windows, packed=False).perplexity
+        return nearplane.evaluate(
+            out, dataset=args.test, seqlen=args.seqlen, windows=args.windows, packed=False
+        ).perplexity
 
 
 def main() -> None:
@@ -37,11 +39,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--dataset", default=Calibration().dataset)
+    parser.add_argument("--test", default=None, help="text that is scored; none: the embedded text's held-out part")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
-    original = nearplane.evaluate(args.model, seqlen=args.seqlen, windows=args.windows).perplexity
+    original = nearplane.evaluate(args.model, dataset=args.test, seqlen=args.seqlen, windows=args.windows).perplexity
     print(f"original {original:.2f}", flush=True)
     for method in args.methods:
         for kinds in args.kinds:

@@ -24,6 +24,16 @@ def script(name: str) -> dict[str, Any]:
     return runpy.run_path(str(RUNS / name), run_name="script")
 
 
+def test_rotation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(folder / "text.txt")
+    words = ["--model", str(folder / "model"), "--dataset", text, "--test", text, "--nsamples", "4", "--seqlen", "24"]
+    monkeypatch.setattr(sys, "argv", ["rotation.py", *words, "--windows", "2", "--methods", "rtn"])
+    script("rotation.py")["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[0] for line in lines] == ["original", "rtn as it is", "rtn r1", "rtn r1,r2"]
+    assert len({line.rpartition(" ")[2] for line in lines[1:]}) == 3
+
+
 def test_quality_study(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two seeds and two sizes of the rows that the summary compares; a second call runs nothing again."""
     study, text = script("quality.py"), str(folder / "text.txt")

@@ -25,8 +25,8 @@ def shares_of(total: Tensor, parts: list[Any]) -> list[float] | None:
     if not parts:
         return None
     size = total.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    columns = torch.stack([(part / size).flatten() for part in parts], 1).double()
-    wanted = (total / size).flatten().double()
+    columns = torch.stack([(part / size).flatten() for part in parts], 1).double().cpu()
+    wanted = (total / size).flatten().double().cpu()
     length = columns.norm(dim=0).clamp_min(1e-30)
     share = torch.linalg.lstsq(columns / length, wanted[:, None], driver="gelsd").solution[:, 0] / length
     if not same(total, sum((part * float(c) for part, c in zip(parts, share, strict=True)), torch.zeros_like(total))):

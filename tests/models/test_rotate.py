@@ -313,6 +313,7 @@ def test_a_rotated_checkpoint_loads_like_any_other(kind: str, format: Any, tmp_p
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False and config["nearplane_rotation"] == report.settings["rotate"]
     assert report.bytes["before"] == sum(p.nbytes for p in model.parameters())
+    assert nearplane.verify(tmp_path / "out").ok
     ours = nearplane.load(tmp_path / "out", packed=False)
     assert difference(model, ours) < 0.03
     if format == "compressed-tensors":
