@@ -161,18 +161,12 @@ class Plan:
 
     def _unused(self) -> str | None:
         unused = sorted(self.source.store.names - set(self.source.names.values()))
-        told = (
-            f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {next(iter(unused), None)}"
-        )
-        return told if unused else None
+        told = f"{len(unused)} stored tensors belong to no parameter and are copied, the first: "
+        return told + unused[0] if unused else None
 
     def _shortened(self) -> str | None:
-        seqlen = None if self.tokens is None else self.tokens.ids.shape[1]
-        return (
-            f"seqlen cut to {seqlen}, the model's limit of positions"
-            if seqlen not in (None, self.calibration.seqlen)
-            else None
-        )
+        seqlen = self.calibration.seqlen if self.tokens is None else self.tokens.ids.shape[1]
+        return None if seqlen == self.calibration.seqlen else f"seqlen cut to {seqlen}, the model's limit of positions"
 
     @property
     def settings(self) -> dict[str, Any]:
