@@ -2,28 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from nearplane.calibrate.data import Calibration, Tokens
+from nearplane.calibrate.data import Calibration
+from nearplane.calibrate.samples import Samples, gather, longest_input
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.devices import pick_device, pick_dtype
-from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method
 from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, Mix, assign, leave_out, refuse_split
+from nearplane.models.classes import AUDIO, IMAGES, reads
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
 from nearplane.models.sketch import discover_sketch, open_sketch
-from nearplane.models.source import Source, open_source
+from nearplane.models.source import Source, merges, open_source
 from nearplane.ranks import Ranks
-from nearplane.stream import stream
+from nearplane.stream import positions, stream
 
 FormatName = Literal["compressed-tensors", "gptq", "gptq_v2"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -35,7 +37,7 @@ class Plan:
 
     source: Source
     blocks: list[Block]
-    tokens: Tokens | None
+    samples: Samples | None
     method: Method
     grid: Grid
     calibration: Calibration
@@ -103,12 +105,11 @@ class Plan:
 
     def stream(self, offload: Path | None = None, ranks: Ranks | None = None) -> Any:
         """The walk over blocks; ``offload``: a folder for the hidden states; ``ranks``: who shares the samples."""
-        ids = None if self.tokens is None else self.tokens.ids
         reference = bool(self.method.needs & {"D", "R"})
         return stream(
             self.source,
             self.blocks,
-            ids,
+            None if self.samples is None else self.samples.arguments,
             device=self.device,
             dtype=self.compute,
             reference=reference,
@@ -118,11 +119,25 @@ class Plan:
 
     @property
     def windows(self) -> tuple[int, int]:
-        """Windows of calibration text and tokens in each, known before any is read; (0, 0) where none is."""
+        """Samples of calibration data and positions of each, known before any is read; (0, 0) where none is."""
         if not self.method.needs:
             return 0, 0
+        if self.samples is not None:
+            return self.samples.number, positions(self.blocks, self.samples.arguments)
         seqlen = min(self.calibration.seqlen, longest_input(self.source.model) or self.calibration.seqlen)
-        return self.calibration.nsamples, seqlen
+        return self.calibration.nsamples, seqlen if self._text_only else max(map(_positions, self.blocks))
+
+    @property
+    def hidden(self) -> int:
+        """Numbers of the hidden state for each of these positions."""
+        if self._text_only:
+            return max(block.shape[-1] for block in self.blocks)
+        most = max(prod(block.shape[1:]) for block in self.blocks)
+        return -(-most // max(map(_positions, self.blocks)))
+
+    @property
+    def _text_only(self) -> bool:
+        return not {IMAGES, AUDIO} & set(reads(self.source.model))
 
     def disk_name(self, site: str) -> str:
         """A site's name in the checkpoint."""
@@ -135,7 +150,8 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
+        notes += [self._foreign_linear(), self._converted(), self._unused(), self._shortened(), self._no_stream()]
+        notes += [] if self.samples is None else self.samples.notes
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _foreign_linear(self) -> str | None:
@@ -146,6 +162,11 @@ class Plan:
         if not own or self.format.name != "compressed-tensors":
             return None
         return f"this model computes with {', '.join(own)}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
+
+    def _converted(self) -> str | None:
+        if self.format.name != "compressed-tensors" or not merges(self.source.model):
+            return None
+        return "transformers merges or splits weights of this model while loading, not packed ones: only nearplane loads it"
 
     def _no_stream(self) -> str | None:
         if "R" not in self.method.needs or any(site.adds_to for block in self.blocks for site in block.sites):
@@ -161,9 +182,10 @@ class Plan:
         )
 
     def _shortened(self) -> str | None:
-        if self.tokens is None or self.tokens.ids.shape[1] == self.calibration.seqlen:
+        cut = None if self.samples is None or self.calibration.sentences else self.samples.length
+        if cut is None or not self._text_only or cut == self.calibration.seqlen:
             return None
-        return f"seqlen cut to {self.tokens.ids.shape[1]}, the model's limit of positions"
+        return f"seqlen cut to {cut}, the model's limit of positions"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -174,7 +196,7 @@ class Plan:
         return {
             "method": {"name": type(self.method).__name__, **options},
             "grid": asdict(self.grid),
-            "calibration": asdict(self.calibration) if self.tokens is not None else None,
+            "calibration": asdict(self.calibration) if self.samples is not None else None,
             "format": self.format.name,
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
@@ -186,12 +208,7 @@ class Plan:
     @property
     def data(self) -> dict[str, Any]:
         """For the report."""
-        if self.tokens is None:
-            return {"origin": "none: this method reads no calibration data"}
-        windows, seqlen = self.tokens.ids.shape
-        return {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen} | {
-            key: value for key, value in self.tokens._asdict().items() if key != "ids"
-        }
+        return {"origin": "none: this method reads no calibration data"} if self.samples is None else self.samples.data
 
 
 def make_plan(
@@ -218,9 +235,7 @@ def make_plan(
     source = open_source(model, trust_remote_code=trust_remote_code)
     plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
-        tokens = calibration.load(source.tokenizer, longest_input(source.model))
-        check_vocabulary(tokens.ids, source.model)
-        plan = replace(plan, tokens=tokens)
+        plan = replace(plan, samples=gather(source, calibration))
     source.check({site.name for site in plan.sites}, plan.stored)
     return plan
 
@@ -279,3 +294,7 @@ def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)
+
+
+def _positions(block: Block) -> int:
+    return prod(block.shape[1:-1])

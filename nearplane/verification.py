@@ -23,9 +23,9 @@ from nearplane.formats.examine import examine
 from nearplane.formats.files import FileSum, Findings, check_files, files, holds_weights, sums
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
-from nearplane.models.discover import is_linear
 from nearplane.models.load import misfit
 from nearplane.models.source import locate, names_in_model, open_skeleton
+from nearplane.models.towers import is_linear
 from nearplane.progress import bar
 
 

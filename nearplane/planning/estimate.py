@@ -179,7 +179,7 @@ class _Walk:
         self.batch = min(windows, batch_rows(seqlen)) * seqlen if windows else 0
         self.kept = kept(plan.blocks, self.tokens, plan.compute, self.streams)
         self.waiting = self.batch if offload else self.tokens  # of each stream, in memory
-        self.hidden = source.config.get_text_config().hidden_size
+        self.hidden = plan.hidden
         numbers = {name: prod(store.shape(disk)) for name, disk in source.names.items()}
         names = [block.name + "." for block in plan.blocks]
         head = head_name(source)
