@@ -4,10 +4,12 @@ from importlib.metadata import version as _version
 
 from nearplane.api import evaluate, load, quantize
 from nearplane.calibrate.data import Calibration
+from nearplane.comparison import compare
 from nearplane.conversion import Conversion, convert
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
+from nearplane.evaluate.features import Features
 from nearplane.evaluate.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
 from nearplane.mix.overrides import Override
@@ -24,6 +26,7 @@ __all__ = [
     "Calibration",
     "Conversion",
     "Evaluation",
+    "Features",
     "Grid",
     "Method",
     "Moments",
@@ -34,6 +37,7 @@ __all__ = [
     "Report",
     "ResComp",
     "Verification",
+    "compare",
     "convert",
     "evaluate",
     "load",

@@ -22,6 +22,7 @@ from nearplane import __version__, flags
 from nearplane.api import evaluate, load, quantize
 from nearplane.arguments import canonical, method_class, override, parse
 from nearplane.calibrate.data import Calibration
+from nearplane.comparison import compare, is_language_model
 from nearplane.conversion import convert
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
@@ -44,7 +45,7 @@ USAGE = f"""nearplane {__version__}: quantize transformers by error compensation
 
   nearplane quantize MODEL OUT [--bits 3] [--method gptq]   write a quantized checkpoint
   nearplane plan MODEL [--method gptq]                       memory, disk and time that quantize will take
-  nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement
+  nearplane eval MODEL [--reference ORIGINAL]                perplexity, KL divergence, agreement; features, accuracy
   nearplane inspect MODEL                                    blocks, stages, sizes, before any compute
   nearplane generate MODEL --prompt "..." [--chat]           text from packed weights, with tokens/s
   nearplane bench MODEL                                      tokens/s, packed against bf16 and fp32
@@ -173,10 +174,13 @@ def _choices(args: Any) -> dict[str, Any]:
 
 def _eval(argv: list[str]) -> None:
     args = parse(flags.Eval, "eval", argv)
+    if args.labels or not is_language_model(args.model, trust_remote_code=args.trust_remote_code):
+        _compare(args)
+        return
     result = evaluate(
         args.model,
         dataset=args.dataset,
-        seqlen=args.seqlen,
+        seqlen=args.seqlen or 2048,
         windows=args.windows,
         reference=args.reference,
         device=args.device,
@@ -196,6 +200,15 @@ def _eval(argv: list[str]) -> None:
         print(f"reference perplexity {result.reference_perplexity:.4f}")
         print(f"mean KL(reference || model) {result.kl:.5f} nats per token, top-1 agreement {100 * result.top1:.2f}%")
     print(f"protocol: {result.protocol}")
+
+
+def _compare(args: flags.Eval) -> None:
+    if args.head_bits is not None or args.arithmetic != "auto":
+        raise SettingError("--head-bits and --arithmetic are for language models.")
+    names = ("reference", "dataset", "labels", "windows", "device", "dtype", "packed", "trust_remote_code")
+    options = {name: getattr(args, name) for name in names}
+    result = compare(args.model, seqlen=args.seqlen or 512, progress=True, **options)
+    print(json.dumps({"model": args.model, **result.as_dict()}) if args.json else result)
 
 
 def _generate(argv: list[str]) -> None:

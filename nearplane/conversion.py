@@ -21,10 +21,10 @@ from nearplane.formats.base import Format, check, conv1d_reason
 from nearplane.formats.layer import SCALE_NAMES
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.write import Writer
-from nearplane.models.discover import linears_besides
 from nearplane.models.load import modules_of
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
+from nearplane.models.towers import linears_besides
 from nearplane.progress import bar
 from nearplane.report import environment
 

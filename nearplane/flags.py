@@ -86,16 +86,24 @@ class Quantize(Job):
 
 @dataclass
 class Eval:
-    """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement."""
+    """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement.
+
+    Of encoders, encoder-decoders and vision models: how far their final hidden states are from those of --reference
+    (relative error, cosine), or with --labels top-1 accuracy.
+    """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
     dataset: str | None = None
-    """Text file or dataset name; none: the held-out part of the embedded text."""
-    seqlen: int = 2048
-    """Tokens per window, cut to the model's own limit."""
+    """Text file or dataset name; none: the held-out part of the embedded text. A folder of images or recordings for a model
+    that reads such."""
+    labels: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A folder of images for each class (or such folders in train and test): top-1 accuracy, of the model's classifier head
+    if it knows the classes, else of a linear probe on frozen features."""
+    seqlen: int | None = None
+    """Tokens per window, cut to the model's own limit; none: 2048, or 512 for models that are no decoders."""
     windows: int | None = None
-    """Read only this many windows."""
+    """Read only this many windows, or files."""
     reference: str | None = None
     """The original model, to compare with."""
     device: str = "auto"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.models.classes import refuse_unless_causal
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def generate(
         raise SettingError(
             f"max_new_tokens must be at least 1, temperature 0 or from 0.01 to 100; got {max_new_tokens}, {temperature}."
         )
+    refuse_unless_causal(model, "generate")
     if not 0 <= seed < 2**63:
         raise SettingError(f"seed must be from 0 to 2**63 - 1; got {seed}.")
     if chat and not getattr(tokenizer, "chat_template", None):

@@ -29,9 +29,9 @@ def announce(report: Report, blocks: list[Block], done: int = 0, *, resume: bool
         say(f"ignore {pattern!r}: left dense")
     for line in choice_table(settings):
         say(line)
-    amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "tokens" in data else ""
+    amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "seqlen" in data else ""
     say(f"calibration {data['origin']}{amount}")
-    if "tokens" in data:
+    if "windows" in data:
         say("error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): every weight rounded to nearest instead")
         usual = USUAL.get(grid["bits"]) if "choices" not in settings else None
         if usual is not None:

@@ -2,28 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
-from nearplane.calibrate.data import Calibration, Tokens
+from nearplane.calibrate.batches import positions
+from nearplane.calibrate.data import Calibration
+from nearplane.calibrate.samples import Samples, gather, longest_input
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.tokens import TokenGrid
 from nearplane.devices import pick_device, pick_dtype
-from nearplane.evaluate.perplexity import check_vocabulary, longest_input
 from nearplane.formats import FORMATS, rounding
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_out, make_mix, refuse_split
-from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
+from nearplane.models.classes import AUDIO, IMAGES, reads
+from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.rotate import make_rotate, rotated
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
+from nearplane.models.towers import linears_besides
+from nearplane.notes import about_loading, no_stream
 from nearplane.ranks import Ranks
 from nearplane.stream import stream
 
@@ -37,7 +41,7 @@ class Plan:
 
     source: Source
     blocks: list[Block]
-    tokens: Tokens | None
+    samples: Samples | None
     method: Method
     grid: Grid
     calibration: Calibration
@@ -109,12 +113,11 @@ class Plan:
 
     def stream(self, offload: Path | None = None, ranks: Ranks | None = None) -> Any:
         """The walk over blocks; ``offload``: a folder for the hidden states; ``ranks``: who shares the samples."""
-        ids = None if self.tokens is None else self.tokens.ids
         reference = bool(self.method.needs & {"D", "R"})
         return stream(
             self.source,
             self.blocks,
-            ids,
+            None if self.samples is None else self.samples.arguments,
             device=self.device,
             dtype=self.compute,
             reference=reference,
@@ -125,11 +128,25 @@ class Plan:
 
     @property
     def windows(self) -> tuple[int, int]:
-        """Windows of calibration text and tokens in each, known before any is read; (0, 0) where none is."""
+        """Samples of calibration data and positions of each, known before any is read; (0, 0) where none is."""
         if not self.method.needs:
             return 0, 0
+        if self.samples is not None:
+            return self.samples.number, positions([block.shape for block in self.blocks], self.samples.arguments)
         seqlen = min(self.calibration.seqlen, longest_input(self.source.model) or self.calibration.seqlen)
-        return self.calibration.nsamples, seqlen
+        return self.calibration.nsamples, seqlen if self._text_only else max(map(_positions, self.blocks))
+
+    @property
+    def hidden(self) -> int:
+        """Numbers of the hidden state for each of these positions."""
+        if self._text_only:
+            return max(block.shape[-1] for block in self.blocks)
+        most = max(prod(block.shape[1:]) for block in self.blocks)
+        return -(-most // max(map(_positions, self.blocks)))
+
+    @property
+    def _text_only(self) -> bool:
+        return not {IMAGES, AUDIO} & set(reads(self.source.model))
 
     def disk_name(self, site: str) -> str:
         """A site's name in the checkpoint."""
@@ -142,31 +159,15 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [*self.source.notes, self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
+        notes += [*self.source.notes, *about_loading(self.source, self.sites, self.format), self._shortened()]
+        notes += [no_stream(self.method, self.sites), *(() if self.samples is None else self.samples.notes)]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
-    def _foreign_linear(self) -> str | None:
-        kinds = {
-            type(self.source.model.get_submodule(s.name)) for b in self.blocks for s in b.sites if not s.transposed
-        }
-        own = sorted(kind.__name__ for kind in kinds if kind is not nn.Linear)
-        if not own or self.format.name != "compressed-tensors":
-            return None
-        return f"this model computes with {', '.join(own)}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
-
-    def _no_stream(self) -> str | None:
-        if "R" not in self.method.needs or any(site.adds_to for site in self.sites):
-            return None
-        return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"
-
-    def _unused(self) -> str | None:
-        unused = sorted(self.source.store.names - set(self.source.names.values()))
-        told = f"{len(unused)} stored tensors belong to no parameter and are copied, the first: "
-        return told + unused[0] if unused else None
-
     def _shortened(self) -> str | None:
-        seqlen = self.calibration.seqlen if self.tokens is None else self.tokens.ids.shape[1]
-        return None if seqlen == self.calibration.seqlen else f"seqlen cut to {seqlen}, the model's limit of positions"
+        cut = None if self.samples is None or self.calibration.sentences else self.samples.length
+        if cut is None or not self._text_only or cut == self.calibration.seqlen:
+            return None
+        return f"seqlen cut to {cut}, the model's limit of positions"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class Plan:
         return {
             "method": {"name": type(self.method).__name__, **options},
             "grid": asdict(self.grid),
-            "calibration": asdict(self.calibration) if self.tokens is not None else None,
+            "calibration": asdict(self.calibration) if self.samples is not None else None,
             "format": self.format.name,
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
@@ -191,12 +192,7 @@ class Plan:
     @property
     def data(self) -> dict[str, Any]:
         """For the report."""
-        if self.tokens is None:
-            return {"origin": "none: this method reads no calibration data"}
-        windows, seqlen = self.tokens.ids.shape
-        return {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen} | {
-            key: value for key, value in self.tokens._asdict().items() if key != "ids"
-        }
+        return {"origin": "none: this method reads no calibration data"} if self.samples is None else self.samples.data
 
 
 def make_plan(
@@ -233,9 +229,7 @@ def make_plan(
         source = rotated(source, turning, where)
     plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix, activations)
     if method.needs:
-        tokens = calibration.load(source.tokenizer, longest_input(source.model))
-        check_vocabulary(tokens.ids, source.model)
-        plan = replace(plan, tokens=tokens)
+        plan = replace(plan, samples=gather(source, calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
 
 
@@ -295,3 +289,7 @@ def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)
+
+
+def _positions(block: Block) -> int:
+    return prod(block.shape[1:-1])

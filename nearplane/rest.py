@@ -1,7 +1,8 @@
 """What makes a checkpoint of quantized blocks a model: everything else, the configuration, the tokenizer, the report."""
 
 from nearplane.formats.write import Writer
-from nearplane.models.discover import linears_besides
+from nearplane.models.classes import is_causal
+from nearplane.models.towers import linears_besides
 from nearplane.plan import Plan
 from nearplane.report import Report
 
@@ -27,6 +28,11 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
     quantized = set(sites.values())
     ignore = linears_besides(source.model, quantized)
+    if not is_causal(
+        source.model
+    ):  # of which the part below the head is often loaded by itself, and names are shorter then
+        prefix = f"{getattr(source.model, 'base_model_prefix', '')}."
+        ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
     settings = {
         "static_groups": getattr(plan.method, "static_groups", True),
         "true_sequential": True,

@@ -14,6 +14,7 @@ from torch import nn
 
 from nearplane.core.errors import SettingError
 from nearplane.generation import check_positions
+from nearplane.models.classes import refuse_unless_causal
 from nearplane.models.load import load_model
 from nearplane.progress import bar
 from nearplane.runtime import cpu
@@ -139,6 +140,7 @@ def _bench(
     packed = opened()
     if not quantized_linears(packed):
         raise SettingError(f"{model} is not quantized; there is nothing packed to measure.")
+    refuse_unless_causal(packed, "bench")
     check_positions(packed, prompt + new)
     kernel = next(iter(quantized_linears(packed).values())).why()
     ways: tuple[Arithmetic, ...] = ("a16", "a8") if cpu.best() is not None else ("auto",)

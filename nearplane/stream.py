@@ -1,5 +1,7 @@
 """The walk over blocks: open, observe, hand out, advance, free. The only loop over blocks there is.
 
+Blocks come in the order in which the model runs them, tower by tower: a decoder's after all of its encoder's.
+
 Two hidden-state streams start equal at the first block: the quantized stream runs through current weights, the
 reference stream through the original ones. Each block is run by the model's *own* forward with the other blocks stubbed
 out, so masks, positions and whatever a model does between blocks are its own; no call is imitated. What a block returns
@@ -11,14 +13,14 @@ than ``IN_FLIGHT_BYTES`` every stage is reached by a forward of its own instead,
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nearplane.calibrate.batches import Batch, as_batch, cut, positions, real
 from nearplane.calibrate.forward import Forward, Stream, hooked
 from nearplane.calibrate.observe import HELD_OUT, Measuring, residual_drift
 from nearplane.calibrate.offload import OnDisk
@@ -84,7 +86,7 @@ class OpenBlock:
         ranks, sequences = self.walk.ranks, self.walk.sequences
         # Where sequences are few, runs of tokens are held out: their place in the whole text follows from the sequence.
         few = sequences < HELD_OUT and bool(self.walk.firsts)
-        measuring = self._measure(stage, needs, self.walk.firsts[0] * self.walk.batches[0].shape[1] if few else 0)
+        measuring = self._measure(stage, needs, self.walk.firsts[0] * self.walk.positions if few else 0)
         if "held_out" in needs and ranks.world > 1:
             seen = sum(ranks.values(measuring.seen - measuring.before)[: ranks.rank])
             if measuring.misses(seen):  # a module that is shown some tokens only: how many, ranks before this one knew
@@ -112,12 +114,13 @@ class OpenBlock:
             xhat = current.until(site.name)
             if xhat is not None:
                 drift = None
+                mask = real(walk.batches[batch], current.leading, site.name)
                 if point is not None and reference is not None and x is not None:
-                    drift = residual_drift(reference.points[point], current.points[point]).to(weight.dtype)
+                    drift = residual_drift(reference.points[point], current.points[point], mask).to(weight.dtype)
                     drift.addmm_((x - xhat).to(weight.dtype), weight.T)
                     x = None
-                shape, first = walk.batches[batch].shape, walk.firsts[batch]
-                measuring.add(shape, first, xhat, x if "D" in needs else None, drift)
+                shape, first = walk.layout(batch, current), walk.firsts[batch]
+                measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask)
             if not walk.keep:
                 self._drop(batch)
         self.reached = number if walk.keep else -1
@@ -135,7 +138,7 @@ class OpenBlock:
 
     def output(self, batch: int) -> Tensor:
         """What the block makes of one of this rank's batches, its weights as they are now."""
-        output = Forward(self.walk.streams[0], self.k, batch, self.walk.rests).until(None)
+        output = Forward(self.walk.streams[0], self.k, batch).until(None)
         assert output is not None
         return output
 
@@ -144,7 +147,7 @@ class OpenBlock:
         for i, stream in enumerate(self.walk.streams):
             with self._reference_weights() if i == 1 else nullcontext():
                 for batch in range(len(stream.batches)):
-                    stream.hidden[batch] = self._forward(i, batch).until(None)
+                    stream.hidden[self.block.tower][batch] = self._forward(i, batch).until(None)
                     self.paused.pop((i, batch))
 
     def close(self) -> None:
@@ -157,7 +160,7 @@ class OpenBlock:
         """The paused forward of a batch of stream ``i``, or a new one."""
         forward = self.paused.get((i, batch))
         if forward is None or forward.dead:
-            forward = Forward(self.walk.streams[i], self.k, batch, self.walk.rests)
+            forward = Forward(self.walk.streams[i], self.k, batch)
             self.paused[i, batch] = forward
         return forward
 
@@ -190,7 +193,7 @@ class Walk:
         self,
         source: Source,
         blocks: list[Block],
-        tokens: Tensor | None,
+        samples: Tensor | Mapping[str, Tensor] | None,
         device: torch.device,
         dtype: torch.dtype,
         reference: bool,
@@ -201,30 +204,44 @@ class Walk:
         self.ranks, self.activations = ranks or Ranks(), activations
         self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.rests: list[Any] = []
         self.streams: list[Stream] = []
-        self.batches: list[Tensor] = []  # this rank's, whole ones of those that one rank would form
+        self.batches: list[Batch] = []  # this rank's, whole ones of those that one rank would form
         self.firsts: list[int] = []  # number of each one's first sequence among all
-        self.sequences = 0 if tokens is None else len(tokens)
-        self.keep = False
-        names = [block.name for block in blocks]
-        if tokens is not None:
-            step = batch_rows(tokens.shape[1])
-            firsts = range(0, len(tokens), step)
+        self.sequences, self.positions, self.keep = 0, 0, False
+        whole = None if samples is None else as_batch(samples)
+        if whole is not None:
+            self.sequences, self.positions = (
+                len(next(iter(whole.values()))),
+                positions([block.shape for block in blocks], whole),
+            )
+            step = batch_rows(self.positions)
+            firsts = range(0, self.sequences, step)
             self.firsts = list(firsts[self.ranks.part(len(firsts))])
-            self.batches = [tokens[a : a + step].to(device) for a in self.firsts]
+            self.batches = [cut(whole, a, a + step, device) for a in self.firsts]
             for name in ("quantized", "reference")[: 2 if reference else 1]:
-                hidden = None if offload is None else OnDisk(offload, name, len(self.batches))
                 rounded = activations if name == "quantized" else None
-                self.streams.append(Stream(source.model, names, self.batches, hidden, rounded))
-            self.keep = kept(blocks, sum(batch.numel() for batch in self.batches), dtype, len(self.streams))
-            discover.load_outside(source, names, device, dtype, tokens)
+                self.streams.append(Stream(source.model, blocks, self.batches, self._keeper(offload, name), rounded))
+            tokens = sum(len(next(iter(batch.values()))) for batch in self.batches) * self.positions
+            self.keep = kept(blocks, tokens, dtype, len(self.streams))
+        discover.load_outside(source, [block.name for block in blocks], device, dtype, whole)
+
+    def layout(self, batch: int, forward: Forward) -> torch.Size:
+        """(sequences, positions) of what a forward is paused at, as it will be where a module is shown all of them."""
+        values = self.batches[batch].values()
+        rows, found = len(next(iter(values))), len(forward.input if forward.input is not None else ())
+        hidden = forward.shape[1:-1].numel()
+        known = {value.shape[1] for value in values if value.dim() == 2} | {hidden}
+        return torch.Size((rows, found // rows if found % rows == 0 and found // rows in known else hidden))
+
+    def _keeper(self, offload: Path | None, name: str) -> Callable[[str], OnDisk] | None:
+        """Makes what keeps a tower's states on disk."""
+        return offload and (lambda tower: OnDisk(offload, f"{name}-{tower}", len(self.batches)))
 
 
 def stream(
     source: Source,
     blocks: list[Block],
-    tokens: Tensor | None,
+    samples: Tensor | Mapping[str, Tensor] | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -235,12 +252,13 @@ def stream(
 ) -> Iterator[OpenBlock]:
     """Open each block in turn, hand it out, advance both streams through it, free it.
 
-    ``tokens`` (samples, seqlen), or None when the method reads no data. ``reference`` keeps the second stream.
-    ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory. Of several ``ranks`` each runs
-    some of the samples. ``activations``: how inputs of sites are rounded in the quantized stream.
+    ``samples``: arguments of the model's forward, or token ids (samples, seqlen) alone, or None when the method reads no data.
+    An argument called attention_mask says which positions are real: padding enters no moment. ``reference`` keeps the second
+    stream. ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory. Of several ``ranks``
+    each runs some of the samples. ``activations``: how inputs of sites are rounded in the quantized stream.
     """
     with torch.no_grad(), _scratch(offload) as folder:
-        walk = Walk(source, blocks, tokens, device, dtype, reference, folder, ranks, activations)
+        walk = Walk(source, blocks, samples, device, dtype, reference, folder, ranks, activations)
         for k, block in enumerate(blocks):
             opened = OpenBlock(walk, k)
             try:
@@ -272,7 +290,8 @@ def _check_finite(walk: Walk, block: Block) -> None:
     """A stream that is non-finite everywhere can calibrate nothing any more."""
     if not walk.streams:
         return
-    hidden = (walk.streams[0].hidden[batch] for batch in range(len(walk.batches)))
+    states = walk.streams[0].hidden[block.tower]
+    hidden = (states[batch] for batch in range(len(walk.batches)))
     finite = any(bool(h.isfinite().any()) for h in hidden if h is not None)
     if not walk.ranks.most(finite):
         raise NearplaneError(

@@ -33,10 +33,10 @@ from nearplane.formats.files import FileSum, Findings, check_files, check_sums, 
 from nearplane.formats.journal import unfinished
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
-from nearplane.models.discover import is_linear
 from nearplane.models.load import misfit
 from nearplane.models.locate import locate
 from nearplane.models.source import names_in_model, open_skeleton
+from nearplane.models.towers import is_linear
 from nearplane.progress import bar
 
 

@@ -21,7 +21,8 @@ from nearplane.cli import main
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats import FORMATS
 from nearplane.formats.store import Store
-from nearplane.models.discover import PROBE_TOKENS, discover
+from nearplane.models.classes import PROBE_TOKENS
+from nearplane.models.discover import discover
 from nearplane.models.sketch import Unsketchable, discover_sketch, open_sketch
 from nearplane.models.source import open_source
 from nearplane.plan import Plan, make_plan

@@ -16,19 +16,47 @@ SIZES: dict[str, Any] = {
     "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 64, "rotary_dim": 8,
     "ffn_dim": 96, "word_embed_proj_dim": 64, "d_model": 64, "num_layers": 2, "attention_heads": 4, "n_layers": 2, "n_heads": 4,
     "max_seq_len": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "dim": 64, "hidden_dim": 96, "embedding_size": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_ff": 96, "d_kv": 16, "num_heads": 4,
+    "num_decoder_layers": 2, "decoder_start_token_id": 1, "image_size": 32, "patch_size": 8, "num_mel_bins": 16,
+    "max_source_positions": 24, "max_target_positions": 32, "begin_suppress_tokens": None, "suppress_tokens": None,
 }  # fmt: skip
+# Of models that are no decoders, the class that a checkpoint names.
+CLASSES = {
+    "bert": "BertForMaskedLM", "roberta": "RobertaModel", "distilbert": "DistilBertForMaskedLM", "electra": "ElectraModel",
+    "mpnet": "MPNetForMaskedLM", "modernbert": "ModernBertForMaskedLM", "deberta-v2": "DebertaV2Model",
+    "t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
+    "vit": "ViTForImageClassification", "deit": "DeiTModel", "dinov2": "Dinov2Model", "swin": "SwinModel",
+    "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel",
+}  # fmt: skip
+# Configurations of towers inside one, sized like the others.
+PARTS = {"text_config", "vision_config"}
 # Where a configuration class computes a field from others and refuses it.
-REFUSED = {"falcon": ("head_dim", "num_kv_heads")}
-EXTRA: dict[str, dict[str, Any]] = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96}}
+REFUSED = {
+    "falcon": ("head_dim", "num_kv_heads"),
+    "swin": ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_layers"),
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
+    "swin": {"depths": [2, 2], "embed_dim": 32, "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
+    "clip": {"projection_dim": 32},
+}
 
 
 def build(kind: str, seed: int = 0, **settings: Any) -> Any:
     """A random model of one model_type, weights large enough that its layers do something."""
     default = transformers.AutoConfig.for_model(kind)
     sizes = {k: v for k, v in SIZES.items() if hasattr(default, k) and k not in REFUSED.get(kind, ())}
+    for part in PARTS & vars(default).keys():
+        sizes[part] = {k: v for k, v in SIZES.items() if hasattr(getattr(default, part), k)}
     config = transformers.AutoConfig.for_model(kind, **{**sizes, **EXTRA.get(kind, {}), **settings})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    make = (
+        getattr(transformers, CLASSES[kind])._from_config
+        if kind in CLASSES
+        else transformers.AutoModelForCausalLM.from_config
+    )
+    model = make(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -80,3 +108,20 @@ def text(words: int, seed: int = 0) -> str:
 def tokens(samples: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token windows."""
     return torch.randint(3, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(kind: str, samples: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What the forward of one of ``CLASSES`` reads."""
+    generator = torch.Generator().manual_seed(seed)
+    images, mels = (
+        torch.randn(samples, 3, 32, 32, generator=generator),
+        torch.randn(samples, 16, 48, generator=generator),
+    )
+    ids, decoded = tokens(samples, length, seed), tokens(samples, 6, seed + 1)
+    if kind in ("clip", "siglip"):
+        return {"input_ids": ids, "pixel_values": images}
+    if kind == "whisper":
+        return {"input_features": mels, "decoder_input_ids": decoded}
+    if kind in ("vit", "deit", "dinov2", "swin"):
+        return {"pixel_values": images}
+    return {"input_ids": ids} | ({"decoder_input_ids": decoded} if kind in ("t5", "bart") else {})

@@ -46,13 +46,16 @@ class Calibration:
     """Which tokens the solver sees."""
 
     dataset: str | None = None
-    """Text file (.txt, or .jsonl with a "text" field) or dataset name (wikitext2, c4, ptb, or a hub id); none: embedded text."""
+    """Text file (.txt, or .jsonl with a "text" field) or dataset name (wikitext2, c4, ptb, or a hub id); none: embedded text.
+    For a model of images or audio: a folder of them."""
     nsamples: int = 128
-    """Windows of text to calibrate on."""
+    """Windows of text, images or recordings to calibrate on."""
     seqlen: int = 512
     """Tokens per window; GPU users often take 2048."""
     seed: int = 0
     """Seed of the windows' places."""
+    sentences: bool = False
+    """Every sample a paragraph by itself (a line, where no line is empty), padded, not a window of the whole text."""
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:
@@ -77,6 +80,25 @@ class Calibration:
         start = torch.randint(0, len(ids) - seqlen + 1, (self.nsamples,), generator=generator)
         windows = ids[start[:, None] + torch.arange(seqlen)]
         return Tokens(windows, text.origin, len(ids), digest(windows))
+
+
+def sentences(calibration: Calibration, tokenizer: Any, longest: int | None) -> tuple[Tensor, Tensor, str]:
+    """``nsamples`` paragraphs of the text at seeded random, cut to a window: ids, which of them are no padding, and origin."""
+    text = read_text(calibration.dataset, "calibration")
+    parts = [part for part in text.content.split("\n\n" if "\n\n" in text.content else "\n") if part.strip()]
+    if not parts:
+        raise NearplaneError(f"text {text.origin} is empty.")
+    generator = torch.Generator().manual_seed(calibration.seed)
+    chosen = torch.randperm(len(parts), generator=generator)[: calibration.nsamples].tolist()
+    seqlen = min(calibration.seqlen, longest or calibration.seqlen)
+    rows = [tokenizer(parts[i], truncation=True, max_length=seqlen, verbose=False)["input_ids"] for i in chosen]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for row, values in enumerate(rows):
+        ids[row, : len(values)], mask[row, : len(values)] = torch.tensor(values, dtype=torch.long), 1
+    if not bool(mask.any()):
+        raise NearplaneError(f"the tokenizer makes no token of {text.origin}.")
+    return ids, mask, text.origin
 
 
 def read_text(dataset: str | None, part: Part) -> Text:

@@ -1,48 +1,66 @@
 """A forward that pauses: the model's own code on one batch, held where a stage begins and let go when it is solved.
 
-Blocks before the open one are stubbed to return the stored hidden state, and the run ends behind the open one. Pausing
-in the middle of code that knows nothing of it is what greenlets are for: the forward lives on a stack of its own, and a
-hook on the stage's first linear switches back to whoever asked.
+Blocks before the open one are stubbed to return the stored hidden state of their tower, and the run ends behind the
+open one. Pausing in the middle of code that knows nothing of it is what greenlets are for: the forward lives on a stack
+of its own, and a hook on the stage's first linear switches back to whoever asked.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from nearplane.calibrate.batches import Batch
 from nearplane.calibrate.offload import OnDisk
 from nearplane.core.tokens import TokenGrid, round_tokens
-from nearplane.models import discover
-from nearplane.models.discover import Stop
+from nearplane.models import classes, discover
+from nearplane.models.discover import Block, Stop
 
 
 class Stream:
-    """One hidden state per batch, advanced block by block."""
+    """One hidden state per batch and tower, advanced block by block. A tower that is done keeps its last ones: the model
+    goes on from them to the next tower."""
 
     def __init__(
         self,
         model: nn.Module,
-        names: list[str],
-        batches: list[Tensor],
-        hidden: OnDisk | None = None,
+        blocks: list[Block],
+        batches: list[Batch],
+        keep: Callable[[str], Any] | None = None,
         activations: TokenGrid | None = None,
     ) -> None:
-        """``hidden``: where the states are kept, if not in memory; ``activations``: how what goes into a site is rounded."""
-        self.model, self.names, self.batches, self.activations = model, names, batches, activations
-        self.hidden: list[Tensor | None] | OnDisk = [None] * len(batches) if hidden is None else hidden
+        """``keep``: makes the list for a tower's states, if they are not kept in memory; ``activations``: how what goes into a
+        site is rounded."""
+        self.model, self.batches, self.activations = model, batches, activations
+        self.names, self.towers = [block.name for block in blocks], [block.tower for block in blocks]
+        self.options = classes.options(model)
+        self.hidden: dict[str, list[Tensor | None] | OnDisk] = {
+            tower: [None] * len(batches) if keep is None else keep(tower) for tower in dict.fromkeys(self.towers)
+        }
+        self.rests: list[list[Any]] = []  # by block and batch: what it returned besides its hidden state
+
+    def remember(self, k: int, batch: int, rest: Any) -> None:
+        """Keep what block ``k`` returned besides; once, where it is the same for every batch."""
+        if k == len(self.rests):
+            self.rests.append([None] * len(self.batches))
+        first = self.rests[k][0]
+        self.rests[k][batch] = first if batch and same(first, rest) else rest
 
 
 class Forward(greenlet):
-    """One batch of a stream on its way through block ``k``; ``rests[i]`` is what block i < k returns besides its
-    hidden state. Whatever it was shown at its last pause stays in ``input`` and ``points``."""
+    """One batch of a stream on its way through block ``k``. Whatever it was shown at its last pause stays in ``input``,
+    ``leading`` and ``points``."""
 
-    def __init__(self, stream: Stream, k: int, batch: int, rests: list[Any]) -> None:
+    def __init__(self, stream: Stream, k: int, batch: int) -> None:
         super().__init__(self._forward)
-        self.stream, self.k, self.batch, self.rests = stream, k, batch, rests
+        self.stream, self.k, self.batch = stream, k, batch
         self.wanted: str | None = None
         self.input: Tensor | None = None  # (tokens, in), of the module it is paused at
+        self.leading = torch.Size()  # how these tokens lay: mostly (sequences, positions)
+        self.shape = torch.Size()  # of the hidden state that goes into the block
         self.points: dict[str, Tensor] = {}  # (tokens, width), inputs of the modules that are watched
         self.output: Tensor | None = None  # of the block, once it is through
         self.caller = getcurrent()
@@ -62,19 +80,22 @@ class Forward(greenlet):
 
     def _forward(self) -> None:
         try:
-            self.stream.model(input_ids=self.stream.batches[self.batch], use_cache=False)
+            self.stream.model(**self.stream.batches[self.batch], **self.stream.options)
         except Stop:
             pass
 
     def block(self, i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         """What stands in for block ``i``."""
+        stream = self.stream
         if i < self.k:
-            stored = self.stream.hidden[self.batch]
+            stored = stream.hidden[stream.towers[i]][self.batch]
             assert stored is not None
-            return discover.with_rest(stored, self.rests[i])
+            return discover.with_rest(stored, stream.rests[i][self.batch])
+        given = discover.hidden_of(args, kwargs)
+        assert given is not None
+        self.shape = given.shape
         output = original(*args, **kwargs)
-        if i == len(self.rests):
-            self.rests.append(discover.output_rest(output))
+        stream.remember(i, self.batch, discover.output_rest(output))
         self.output = discover.output_hidden(output)
         raise Stop
 
@@ -83,9 +104,18 @@ class Forward(greenlet):
         if self.stream.activations is not None:
             x = round_tokens(x, self.stream.activations)
         if module == self.wanted:
-            self.wanted, self.input = None, x.reshape(-1, x.shape[-1])
+            self.wanted, self.input, self.leading = None, x.reshape(-1, x.shape[-1]), x.shape[:-1]
             self.caller.switch()
         return x
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values, tensors in tuples among them, are equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b
 
 
 def _block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +141,7 @@ def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> It
             current = getcurrent()
             if isinstance(current, Forward):
                 x = discover.hidden_of(args, kwargs)
+                assert x is not None
                 current.points.setdefault(name, x.reshape(-1, x.shape[-1]))
 
         return hook

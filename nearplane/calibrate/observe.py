@@ -38,14 +38,29 @@ class Measuring:
         self.before = self.seen = seen  # rows cut into runs so far
         self.period: int | None = None  # of the pattern in which runs are held out; None where sequences are
 
-    def add(self, batch: torch.Size, first: int, xhat: Tensor, x: Tensor | None, residual: Tensor | None) -> None:
-        """Take in a batch of (sequences, tokens) that begins with sequence ``first``."""
-        if self.held is None:
+    def add(
+        self,
+        batch: torch.Size,
+        first: int,
+        xhat: Tensor,
+        x: Tensor | None,
+        residual: Tensor | None,
+        real: Tensor | None = None,
+    ) -> None:
+        """Take in a batch of (sequences, tokens) that begins with sequence ``first``; ``real``: which rows are no padding."""
+        if self.held is None and real is None:
             self.fit.add(xhat, x, residual)
             return
-        apart = self._apart(batch, first, len(xhat)).to(xhat.device)
-        for part, rows in ((self.fit, ~apart), (self.held, apart)):
-            part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
+        held = (
+            torch.zeros(len(xhat), dtype=torch.bool)
+            if self.held is None
+            else self._apart(batch, first, len(xhat), real)
+        )
+        held = held.to(xhat.device)
+        fit = ~held if real is None else ~held & real
+        for part, rows in ((self.fit, fit), (self.held, held if real is None else held & real)):
+            if part is not None:
+                part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
 
     def misses(self, seen: int) -> bool:
         """Whether other tokens would have been held out if ``seen`` rows had come before."""
@@ -55,23 +70,24 @@ class Measuring:
         """Moments of all tokens, with those of the held-out ones beside them."""
         return self.fit if self.held is None else self.fit.join(self.held)
 
-    def _apart(self, batch: torch.Size, first: int, rows: int) -> Tensor:
+    def _apart(self, batch: torch.Size, first: int, rows: int, real: Tensor | None = None) -> Tensor:
         """Which rows are held out: every fourth sequence, or every fourth run of tokens where sequences are few."""
         if rows == batch.numel() and self.sequences >= HELD_OUT:
             token, run = first * batch[1] + torch.arange(rows), batch[1]
         else:
             run = max(1, min(RUN, self.sequences * batch[1] // HELD_OUT))
-            token = self.seen + torch.arange(rows)
-            self.seen += rows
+            order = torch.arange(rows) if real is None else real.cpu().long().cumsum(0) - 1
+            token = (self.seen + order).clamp(min=0)
+            self.seen += rows if real is None else int(real.sum())
             self.period = HELD_OUT * run
         return token // run % HELD_OUT == HELD_OUT - 1
 
 
-def residual_drift(r: Tensor, rhat: Tensor) -> Tensor:
-    """``r - r̂`` of a stream (tokens, width), zero for attention sinks.
+def residual_drift(r: Tensor, rhat: Tensor, real: Tensor | None = None) -> Tensor:
+    """``r - r̂`` of a stream (tokens, width), zero for attention sinks; what is usual is asked of ``real`` rows.
 
     A window's first token can carry hundreds of times the energy of any other; it would own the moment.
     """
     energy = rhat.float().square().sum(1)
-    sink = energy > SINK * energy.nanmedian()
+    sink = energy > SINK * (energy if real is None else energy[real]).nanmedian()
     return (r - rhat).masked_fill(sink[:, None], 0)

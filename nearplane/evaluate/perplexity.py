@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from nearplane.calibrate.data import digest, read_text, tokenize
+from nearplane.calibrate.samples import check_vocabulary, longest_input
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.tokens import TokenGrid
 from nearplane.evaluate.cache import RoundedCache
 from nearplane.evaluate.divergence import Divergence
+from nearplane.models.classes import refuse_unless_causal
 from nearplane.progress import track
 
 # Logits are compared this many positions at a time: vocabularies are large, memory is not.
@@ -77,6 +79,7 @@ def evaluate(
         TokenGrid(kv_bits)
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
+    refuse_unless_causal(model, "perplexity")
     seqlen = min(seqlen, longest_input(model) or seqlen)
     text = read_text(dataset, "evaluation")
     ids = tokenize(tokenizer, text)
@@ -117,23 +120,6 @@ def evaluate(
         reference_perplexity=_exp(reference_nll / divergence.tokens) if reference is not None else None,
         kv_bits=kv_bits,
     )
-
-
-def longest_input(model: nn.Module) -> int | None:
-    """Positions the model was made for, where its configuration says."""
-    config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 1 else None
-
-
-def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
-    """Raise NearplaneError when the tokenizer makes ids that the model has no embedding for."""
-    config: Any = model.config
-    size = config.get_text_config().vocab_size
-    if int(ids.max()) >= size:
-        raise NearplaneError(
-            f"the tokenizer makes token {int(ids.max())}, the model's vocabulary has {size}: they do not belong together."
-        )
 
 
 def _logits(model: nn.Module, window: Tensor, kv_bits: int = 16) -> Tensor:

@@ -30,7 +30,7 @@ UNSUMMED = (REPORT,)
 
 # Files that make a folder a usable model, besides weights and config.json.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-              "generation_config.json", "*.jinja", "preprocessor_config.json", "LICENSE*")  # fmt: skip
+              "generation_config.json", "*.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE*")  # fmt: skip
 
 # Tensors wait in memory until so many bytes of them make a file.
 SHARD_BYTES = 4 << 30

@@ -124,7 +124,7 @@ def _judge(
 def _outputs(block: OpenBlock) -> dict[int, Tensor]:
     """What the block makes of every fourth batch."""
     walk = block.walk
-    step = batch_rows(walk.batches[0].shape[1]) if walk.batches else 1
+    step = batch_rows(walk.positions)
     return {i: block.output(i) for i, first in enumerate(walk.firsts) if first // step % JUDGED == 0}
 
 

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nearplane.core.errors import SettingError
-from nearplane.models.discover import (
-    block_names,
-    head_name,
-    hidden_of,
-    is_linear,
-    load_outside,
-    output_hidden,
-    patched,
-)
+from nearplane.models.classes import is_causal
+from nearplane.models.discover import head_name, hidden_of, load_outside, output_hidden, patched
 from nearplane.models.source import Source
+from nearplane.models.towers import is_linear, main_tower
 from nearplane.models.watching import SAME, Call, fits, rows_of, same, shares_of, watching
 
 TOKENS = 16
@@ -66,16 +60,25 @@ def probe_tokens(source: Source) -> Tensor:
     return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
+def block_names(source: Source) -> list[str]:
+    """Names of the blocks of a language model, which has one tower. SettingError for any other model."""
+    if not is_causal(source.model):
+        raise SettingError(f"rotations are for language models, which {type(source.model).__name__} is not.")
+    return main_tower(source)
+
+
 def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) -> Tensor:
     """Logits of the probe tokens in float32, in the memory of one block and what is outside of the blocks."""
     names, dtype, head = block_names(source), torch.float32, head_name(source)
 
     def run(k: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         source.load(names[k], device, dtype)
-        before = hidden_of(args, kwargs).clone()
+        hidden = hidden_of(args, kwargs)
+        before = None if hidden is None else hidden.clone()
         output = original(*args, **kwargs)
-        if watch is not None:
-            watch.block(k, before, output_hidden(output))
+        after = output_hidden(output)
+        if watch is not None and before is not None and after is not None:
+            watch.block(k, before, after)
         source.unload(names[k])
         return output
 
@@ -83,7 +86,7 @@ def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) 
     if head is not None and is_tied(source):  # then all rows of the embedding run
         source.load("", device, dtype, skip=[*names, head])
     else:
-        load_outside(source, names, device, dtype, tokens)
+        load_outside(source, names, device, dtype, {"input_ids": tokens})
     if head is not None:
         source.load(head, device, dtype)
         if is_tied(source):

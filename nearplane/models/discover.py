@@ -1,12 +1,12 @@
 """Discovery: blocks and stages of any transformer, found by one probe forward instead of a table of models.
 
-Blocks: the ``nn.ModuleList`` as long as the configuration says. Stages: linears of a block that receive the same tensor
+Blocks: the modules of every tower (``towers.py``). Stages: linears of a block that receive the same tensor
 (storage, offset, shape, stride) form one stage and share one Hessian; the order of calls is the order of stages. Blocks of
 equal structure are probed once, so that only one block per kind is ever read from disk.
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.core.errors import NearplaneError
+from nearplane.models import classes
+from nearplane.models.classes import is_causal, output_head
 from nearplane.models.source import Source
+from nearplane.models.towers import NotBlocks, find_towers, is_linear
 
-PROBE_TOKENS = 8
 # Two tensors are one when they differ by no more than rounding, relative to their size.
 SAME = 1e-5
 
@@ -49,6 +50,8 @@ class Block:
     name: str
     stages: list[Stage]
     unreached: list[str] = field(default_factory=list)
+    tower: str = ""  # the list that it is in
+    shape: tuple[int, ...] = ()  # of the hidden state, for the one sample of the probe
 
     @property
     def sites(self) -> list[Site]:
@@ -61,76 +64,87 @@ class Stop(Exception):
 
 
 def discover(source: Source) -> list[Block]:
-    """Blocks of the model with their stages, in order. Reads one block per kind of structure."""
-    names = block_names(source)
+    """Blocks of the model with their stages, in the order of their calls. Reads one block per kind of structure."""
+    refused: dict[str, str] = {}
+    while True:
+        towers = find_towers(source, refused)
+        try:
+            blocks = _probe(source, towers)
+        except NotBlocks as found:
+            refused[found.tower] = found.reason
+            continue
+        if blocks:
+            return blocks
+        refused |= dict.fromkeys(towers, "the model's forward does not run it")
+
+
+def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
+    """One forward, which opens the first block of each kind. NotBlocks where a list turns out to be no tower."""
+    names = [name for blocks in towers.values() for name in blocks]
+    tower_of = {name: tower for tower, blocks in towers.items() for name in blocks}
     found: dict[Any, tuple[list[Stage], list[str], Any]] = {}
-    blocks: list[Block] = []
+    blocks: dict[str, Block] = {}
     cpu, dtype = torch.device("cpu"), torch.float32
 
     def probe(k: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         module, name = source.model.get_submodule(names[k]), names[k]
+        tower = tower_of[name]
+        if name in blocks:
+            raise NotBlocks(tower, f"{name} runs more than once")
+        hidden = hidden_of(args, kwargs)
+        if hidden is None:
+            raise NotBlocks(tower, f"{name} is given no hidden state")
         kind = _structure(module)
         if kind not in found:
             source.load(name, cpu, dtype)
-            with _record(module) as calls:
-                output = original(*args, **kwargs)
-            stages = _stages(calls, output_hidden(output))
+            try:
+                with _record(module) as calls:
+                    output = original(*args, **kwargs)
+            finally:
+                source.unload(name)
+            after = output_hidden(output)
+            if after is None or after.shape != hidden.shape:
+                raise NotBlocks(tower, f"{name} does not return a hidden state like the one that it is given")
+            stages = _stages(calls, after)
             unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c.name for c in calls}]
             found[kind] = stages, unreached, output_rest(output)
-            source.unload(name)
         stages, unreached, rest = found[kind]
         rename = [[_below(name, site) for site in stage] for stage in stages]
-        blocks.append(Block(name, rename, [f"{name}.{n}" for n in unreached]))
-        if k == len(names) - 1:
-            raise Stop
-        return with_rest(hidden_of(args, kwargs), rest)
+        blocks[name] = Block(name, rename, [f"{name}.{n}" for n in unreached], tower, tuple(hidden.shape))
+        return with_rest(hidden, rest)  # to the end of the forward: a block may run again
 
-    tokens = torch.arange(1, PROBE_TOKENS + 1)[None] % source.config.get_text_config().vocab_size
-    load_outside(source, names, cpu, dtype, tokens)
-    with patched(source.model, names, probe):
+    sample = classes.probe(source.model, source.folder)
+    load_outside(source, names, cpu, dtype, sample)
+    with patched(source.model, names, probe), _stopping(output_head(source.model)):
         try:
-            source.model(input_ids=tokens, use_cache=False)
+            source.model(**classes.probe(source.model, source.folder), **classes.options(source.model))
         except Stop:
             pass
-    if len(blocks) != len(names):
-        raise NearplaneError(
-            f"{source.folder}: the model's forward ran {len(blocks)} of its {len(names)} blocks; this architecture "
-            f"({source.config.model_type}) is not supported."
-        )
-    return blocks
+    for tower, members in towers.items():
+        reached = sum(name in blocks for name in members)
+        if 0 < reached < len(members):
+            raise NotBlocks(tower, f"the model's forward ran {reached} of its {len(members)} blocks")
+    return list(blocks.values())
 
 
-def block_names(source: Source) -> list[str]:
-    """Module names of the transformer blocks."""
-    depth = source.config.get_text_config().num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in source.model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and any(is_linear(m) for m in module.modules())
-    ]
-    if not lists:
-        raise NearplaneError(
-            f"{source.folder}: no list of {depth} blocks was found in {type(source.model).__name__}; "
-            "this architecture is not supported."
-        )
-    # Some models keep small per-layer lists beside the blocks: the blocks are where the parameters are.
-    name, module = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    return [f"{name}.{i}" for i in range(len(module))]
-
-
-def load_outside(source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype, tokens: Tensor) -> None:
+def load_outside(
+    source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype, sample: Mapping[str, Tensor] | None
+) -> None:
     """Load everything that runs before or between blocks: all but the blocks and an output head of its own.
 
-    Of the input embedding, the rows of ``tokens``, which are all that will run.
+    Of a decoder's input embedding, the rows of the tokens in ``sample``, which are all that will run; none: no row.
     """
     head, embedding = head_name(source), embedding_name(source)
     inside = [*blocks] if head is None else [*blocks, head]
-    rows = {} if embedding is None else {embedding: torch.unique(tokens)}
+    ids = torch.empty(0, dtype=torch.long) if sample is None else sample.get("input_ids")
+    rows = {} if embedding is None or ids is None else {embedding: torch.unique(ids)}
     source.load("", device, dtype, skip=inside, rows=rows)
 
 
 def embedding_name(source: Source) -> str | None:
-    """Name of the parameter that is the input embedding, where it is an ordinary one."""
+    """Name of the parameter that is a decoder's input embedding, where it is an ordinary one."""
+    if not is_causal(source.model):
+        return None
     module = source.model.get_input_embeddings()  # type: ignore[operator]
     name = next((name for name, each in source.model.named_modules() if each is module), None)
     return f"{name}.weight" if name and isinstance(module, nn.Embedding) else None
@@ -138,18 +152,23 @@ def embedding_name(source: Source) -> str | None:
 
 def head_name(source: Source) -> str | None:
     """Name of the output head's module, where there is one."""
-    head = source.model.get_output_embeddings()  # type: ignore[operator]
+    head = output_head(source.model)
     return next((name for name, module in source.model.named_modules() if module is head), None)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Modules whose weight can become a site."""
-    return isinstance(module, nn.Linear | Conv1D)
+@contextmanager
+def _stopping(head: nn.Module | None) -> Iterator[None]:
+    """Stop where the output head begins: its weights are not there."""
 
+    def stop(*_: Any) -> None:
+        raise Stop
 
-def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
-    """The linears that stay dense, which a configuration has to name, in the model's order."""
-    return [name for name, module in model.named_modules() if is_linear(module) and name not in quantized]
+    handle = None if head is None else head.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager
@@ -170,18 +189,17 @@ def patched(model: nn.Module, names: list[str], run: Callable[..., Any]) -> Iter
             del module.forward
 
 
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state a block is called with."""
-    value = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(value, Tensor)
-    return value
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden state that a block is called with: the first tensor of numbers, unless one is called so."""
+    named = kwargs.get("hidden_states")
+    given = (*args, named, *kwargs.values())
+    return next((x for x in given if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
-def output_hidden(output: Any) -> Tensor:
-    """The hidden state a block returned."""
-    value = output[0] if isinstance(output, tuple) else output
-    assert isinstance(value, Tensor)
-    return value
+def output_hidden(output: Any) -> Tensor | None:
+    """The hidden state that a block returned, bare or first of several."""
+    value = output[0] if isinstance(output, tuple) and output else output
+    return value if isinstance(value, Tensor) else None
 
 
 def output_rest(output: Any) -> tuple[Any, ...] | None:
@@ -211,8 +229,8 @@ def _record(module: nn.Module) -> Iterator[list[_Call]]:
     for name, child in module.named_modules():
 
         def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(x, Tensor) and x.is_floating_point():
+            x = hidden_of(args, kwargs)
+            if x is not None:
                 calls.append(_Call(name, m, x, None))
 
         def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:

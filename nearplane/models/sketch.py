@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
-from nearplane.models.discover import Block, discover, is_linear
+from nearplane.models.discover import Block, discover
 from nearplane.models.locate import locate, read_config
 from nearplane.models.source import Source, build_skeleton, open_source
+from nearplane.models.towers import is_linear
 
 
 class Unsketchable(NearplaneError):
@@ -67,6 +68,7 @@ class Sketch(Source):
 
     def load(self, prefix: str, device: torch.device, dtype: torch.dtype, *, skip: Any = (), rows: Any = None) -> None:
         """Draw what is small below ``prefix``."""
+        loaded: dict[str, Tensor] = {}
         for name in self._below(prefix):
             owner = self.model.get_submodule(name.rpartition(".")[0])
             leaf = name.rpartition(".")[2]
@@ -75,9 +77,11 @@ class Sketch(Source):
             shape = owner.state_dict()[leaf].shape
             if isinstance(owner, nn.Embedding):
                 line = torch.randn(sum(shape), generator=_seeded(name))
-                self._set(name, line.as_strided(shape, (1, 1)))
+                loaded[name] = line.as_strided(shape, (1, 1))
             else:
-                self._set(name, 1 + torch.randn(shape, generator=_seeded(name)) / 8)
+                loaded[name] = 1 + torch.randn(shape, generator=_seeded(name)) / 8
+            self._set(name, loaded[name])
+        self._tie(loaded, skip)
 
 
 def open_sketch(model: str | Path, *, trust_remote_code: bool = False) -> Sketch:

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.store import Store, read_json
+from nearplane.models.classes import builder
 from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
 from nearplane.models.values import fingerprint, finite, only_rows
 
@@ -105,14 +106,17 @@ class Source:
 
         ``rows``: by name, the numbers of the rows that will be read; in a CPU's memory the others are not there.
         """
+        loaded: dict[str, Tensor] = {}
         for name in self._below(prefix):
             if any(name.startswith(s + ".") for s in skip):
                 continue
             value = self.tensor(name)
             if rows is not None and name in rows and device.type == "cpu":
                 value = only_rows(value, rows[name], dtype)
-            self._set(name, value.to(device, dtype) if value.is_floating_point() else value.to(device))
+            loaded[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            self._set(name, loaded[name])
             del value  # else it would be there while the next one is read
+        self._tie(loaded, skip)
         module = self.model.get_submodule(prefix)
         for path, buffer in list(module.named_buffers()):
             if not buffer.is_meta:
@@ -128,6 +132,12 @@ class Source:
                 value = module._parameters[leaf]
                 assert value is not None
                 module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+    def _tie(self, loaded: dict[str, Tensor], skip: Iterable[str]) -> None:
+        """Give what was loaded to the parameters that are tied to it."""
+        for name, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            if origin in loaded and name not in self.names and not any(name.startswith(s + ".") for s in skip):
+                self._set(name, loaded[origin])
 
     def _below(self, prefix: str) -> list[str]:
         return [name for name in self.names if not prefix or name.startswith(prefix + ".")]
@@ -168,24 +178,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The model with parameters on the meta device and real (computed) buffers."""
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
-        raise NearplaneError(
-            f"{folder}: {config.model_type} is not a causal language model in transformers {transformers.__version__}."
-        )
-    config.dtype = torch.float32
     try:
-        with torch.device("meta"):  # sizes first: buffers, such as masks, are real below
-            draft = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=trust_remote_code
+        build = builder(config, trust_remote_code)
+        if build is None:
+            raise NearplaneError(
+                f"{folder}: transformers {transformers.__version__} has no model class for {config.model_type}."
             )
+        config.dtype = torch.float32
+        with torch.device("meta"):  # sizes first: buffers, such as masks, are real below
+            draft = build(copy.deepcopy(config))
         size = sum(buffer.nbytes for buffer in draft.buffers())
         if size > MOST_BUFFERS:
             raise ValueError(f"its masks and tables alone would take {size / 1e9:.3g} GB")
         del draft
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            model = build(config)
     except (*BAD_CONFIG, ImportError, RuntimeError, MemoryError) as error:
         raise NearplaneError(f"{folder}: no model can be built from its config.json ({first_line(error)}).") from error
     return model.eval()
@@ -206,6 +213,11 @@ def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str
     return {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in sorted(disk_names)}
 
 
+def merges(model: nn.Module) -> bool:
+    """Whether transformers merges or splits stored weights of this model while it loads them."""
+    return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
+
+
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
     """Name on disk of every parameter."""
     state, on_disk = model.state_dict(), names_in_model(model, store.names)
@@ -220,7 +232,7 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)
-    if missing and any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
+    if missing and merges(model):
         raise NearplaneError(
             f"{folder}: transformers merges weights of {type(model).__name__} while loading (fused experts, {missing[0]}); "
             "nearplane does not quantize such models yet."

@@ -26,7 +26,8 @@ import torch
 
 from nearplane.formats.write import SHARD_BYTES
 from nearplane.mix.choices import JUDGED
-from nearplane.models.discover import PROBE_TOKENS, Block, Stage, embedding_name, head_name
+from nearplane.models.classes import PROBE_TOKENS
+from nearplane.models.discover import Block, Stage, embedding_name, head_name
 from nearplane.plan import Plan
 from nearplane.planning import workspace
 from nearplane.planning.machine import available_memory, cuda_memory, free_disk, resident
@@ -140,7 +141,7 @@ class _Walk:
         # What blocks make of the batches that a budget's widths are judged by.
         judging = plan.undecided and self.batch > 0
         self.judged = min(self.tokens, -(-self.tokens // (JUDGED * self.batch)) * self.batch) if judging else 0
-        self.hidden = source.config.get_text_config().hidden_size
+        self.hidden = plan.hidden
         numbers = {name: prod(store.shape(disk)) for name, disk in source.names.items()}
         names = [block.name + "." for block in plan.blocks]
         head = head_name(source)

@@ -70,7 +70,7 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
     """Seconds of each phase at these rates."""
     needs, method = plan.method.needs, plan.method
     windows, seqlen = found.windows
-    hidden = plan.source.config.get_text_config().hidden_size
+    hidden = plan.hidden
     tokens = float(windows * seqlen)
     phases = dict.fromkeys(("start", "forward", "observe", "prepare", "solve", "measure", "write"), 0.0)
     stored = sum(plan.source.store.nbytes(name) for name in plan.source.store.names) / plan.source.dtype.itemsize

@@ -71,7 +71,7 @@ def test_stages_and_replay(kind: str, tmp_path: Path) -> None:
     for k, opened in enumerate(stream(source, blocks, ids, device=CPU, dtype=torch.float32, reference=False)):
         quantized = opened.walk.streams[0]
         if k > 0:
-            before = torch.cat([hidden for hidden in quantized.hidden if hidden is not None])
+            before = torch.cat([hidden for hidden in quantized.hidden[blocks[k - 1].tower] if hidden is not None])
             torch.testing.assert_close(before, seen[blocks[k - 1].name], rtol=1e-5, atol=1e-6)
         output = torch.cat([opened._forward(0, batch).until(None) for batch in range(len(quantized.batches))])
         torch.testing.assert_close(output, seen[blocks[k].name], rtol=1e-5, atol=1e-6)

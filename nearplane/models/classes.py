@@ -1,0 +1,137 @@
+"""Which class of transformers a configuration means, and what the forward of that class reads.
+
+The class is the one that the checkpoint names (``architectures``); where it names none, the first of transformers' own
+mappings that knows the configuration. What a model reads follows from the class as well: its main input, the input of
+a decoder behind it, both inputs of a pair of towers.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nearplane.core.errors import NearplaneError, SettingError
+
+CAUSAL, MASKED = transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM
+SEQ2SEQ = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq)
+OTHERS = (transformers.AutoModelForImageClassification, transformers.AutoModelForZeroShotImageClassification)
+TEXT, DECODER, IMAGES, AUDIO = "input_ids", "decoder_input_ids", "pixel_values", "input_features"
+PROBE_TOKENS, PROBE_DECODED = 8, 5
+
+
+def builder(config: Any, trust_remote_code: bool = False) -> Callable[[Any], nn.Module] | None:
+    """What makes a model of a configuration; None where transformers has no class for it."""
+    named = getattr(config, "architectures", None)
+    kind = getattr(transformers, named[0], None) if isinstance(named, list) and _is_name(named) else None
+    own = getattr(kind, "config_class", None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and own is type(config):
+        return kind._from_config  # type: ignore[attr-defined, no-any-return]
+    for auto in _order(config):
+        if type(config) in auto._model_mapping:
+            return auto.from_config  # type: ignore[no-any-return]
+    if not trust_remote_code:
+        return None
+    coded = getattr(config, "auto_map", None) or {}
+    auto = next((a for a in (CAUSAL, MASKED, *SEQ2SEQ, *OTHERS) if a.__name__ in coded), None)
+    auto = auto or (transformers.AutoModel if "AutoModel" in coded else CAUSAL)
+    return lambda some: auto.from_config(some, trust_remote_code=True)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether it reads text and each of its outputs predicts the token that follows."""
+    if reads(model) != (TEXT,) or output_head(model) is None or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    masked: Any = MASKED._model_mapping
+    return type(model.config) not in masked or masked[type(model.config)] is not type(model)
+
+
+def refuse_unless_causal(model: nn.Module, what: str) -> None:
+    """SettingError for what only a language model can do."""
+    if not is_causal(model):
+        raise SettingError(
+            f"{what} is for models that predict the next token of a text, which {type(model).__name__} is not."
+        )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output head, where there is one."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def reads(model: nn.Module) -> tuple[str, ...]:
+    """The arguments of the forward that a sample must hold."""
+    takes = inspect.signature(model.forward).parameters
+    if "return_loss" in takes:  # two towers whose embeddings are compared
+        return tuple(name for name in (TEXT, IMAGES, AUDIO) if name in takes)
+    main = str(getattr(model, "main_input_name", TEXT))
+    decodes = getattr(model.config, "is_encoder_decoder", False) and DECODER in takes
+    return (main, DECODER) if decodes else (main,)
+
+
+def options(model: nn.Module) -> dict[str, Any]:
+    """Further arguments: no cache of keys and values, which is only for generating."""
+    takes = inspect.signature(model.forward).parameters
+    named = "use_cache" in takes
+    other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()) and hasattr(model.config, "use_cache")
+    return {"use_cache": False} if named or other else {}
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that speaks of text, or all of it."""
+    return config.get_text_config()
+
+
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model is made for."""
+    some = getattr(config, "vision_config", config)
+    size = getattr(some, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return int(getattr(some, "num_channels", 3)), height, width
+
+
+def mel_shape(config: Any) -> tuple[int, int]:
+    """Mel channels and frames that a speech model is made for. NearplaneError for one that does not say."""
+    some = getattr(config, "audio_config", config)
+    channels, frames = getattr(some, "num_mel_bins", None), getattr(some, "max_source_positions", None)
+    if not isinstance(channels, int) or not isinstance(frames, int):
+        raise NearplaneError(f"a model of type {config.model_type} does not say how long its input_features are.")
+    return channels, 2 * frames
+
+
+def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
+    """One small sample. A decoder's is shorter than its encoder's, so that no two inputs have one length by chance."""
+    config: Any = model.config
+    drawn = torch.Generator().manual_seed(0)
+    makers: dict[str, Callable[[], Tensor]] = {
+        TEXT: lambda: torch.arange(1, PROBE_TOKENS + 1)[None] % text_config(config).vocab_size,
+        DECODER: lambda: torch.arange(1, PROBE_DECODED + 1)[None] % text_config(config).vocab_size,
+        IMAGES: lambda: torch.randn(1, *image_shape(config), generator=drawn),
+        AUDIO: lambda: torch.randn(1, *mel_shape(config), generator=drawn),
+    }
+    wanted = reads(model)
+    unknown = [name for name in wanted if name not in makers]
+    if unknown:
+        raise NearplaneError(
+            f"{folder}: {type(model).__name__} reads {', '.join(unknown)}; nearplane makes {', '.join(makers)} only."
+        )
+    return {name: makers[name]() for name in wanted}
+
+
+def _order(config: Any) -> tuple[Any, ...]:
+    """transformers' mappings, the likeliest first: many encoders can also be built as decoders."""
+    if getattr(config, "is_encoder_decoder", False):
+        return *SEQ2SEQ, CAUSAL, MASKED, *OTHERS, transformers.AutoModel
+    encoder = type(config) in MASKED._model_mapping and not getattr(config, "is_decoder", False)
+    first = (MASKED, CAUSAL) if encoder else (CAUSAL, MASKED)
+    return *first, *SEQ2SEQ, *OTHERS, transformers.AutoModel
+
+
+def _is_name(named: list[Any]) -> bool:
+    return bool(named) and isinstance(named[0], str)

@@ -1,0 +1,88 @@
+"""Where the blocks of a model are: its towers, the lists of modules that a hidden state passes one after another.
+
+A decoder has one, an encoder-decoder two, a pair of image and text models two, and a model that halves its images as it
+goes one per size. A list is a tower if it is as long as some number of layers in the configuration and if, in the
+probe forward, each of its modules returns a hidden state of the shape that it was given. Of nested lists the outermost counts.
+"""
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nearplane.core.errors import NearplaneError
+from nearplane.models.source import Source
+
+# Numbers of layers in a configuration: num_hidden_layers, n_layer, encoder_layers, depths, ...
+DEPTH = re.compile(r"(layers?|depths?|blocks)$")
+
+
+class NotBlocks(Exception):
+    """A list of modules through which no hidden state passes in turn."""
+
+    def __init__(self, tower: str, reason: str) -> None:
+        super().__init__(reason)
+        self.tower, self.reason = tower, reason
+
+
+def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]:
+    """Names of the blocks of each list that may be a tower; ``refused``: lists that are none, with the reason."""
+    lengths = depths(source.config.to_dict())
+    found: dict[str, list[str]] = {}
+
+    def search(name: str, module: nn.Module) -> None:
+        if _is_list(module) and len(module) in lengths and name not in refused:  # type: ignore[arg-type]
+            found[name] = [f"{name}.{i}" for i, _ in enumerate(module.children())]
+            return
+        for child, inner in module.named_children():
+            search(f"{name}.{child}".lstrip("."), inner)
+
+    search("", source.model)
+    if not found:
+        counts = " or ".join(str(n) for n in sorted(lengths)) or "any number of"
+        why = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+        raise NearplaneError(
+            f"{source.folder}: no list of {counts} blocks was found in {type(source.model).__name__}{why}; "
+            "this architecture is not supported."
+        )
+    return found
+
+
+def main_tower(source: Source) -> list[str]:
+    """Names of the blocks where most parameters are: small lists of as many modules may lie beside them."""
+
+    def size(names: list[str]) -> int:
+        return sum(p.numel() for name in names for p in source.model.get_submodule(name).parameters())
+
+    return max(find_towers(source, {}).values(), key=size)
+
+
+def depths(config: dict[str, Any]) -> set[int]:
+    """Every number of layers that a configuration names."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= depths(value)
+        elif DEPTH.search(str(key)):
+            values = value if isinstance(value, list | tuple) else [value]
+            found |= {number for number in values if type(number) is int and number > 0}
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Modules whose weight can become a site."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
+    """The linears that stay dense, which a configuration has to name, in the model's order."""
+    return [name for name, module in model.named_modules() if is_linear(module) and name not in quantized]
+
+
+def _is_list(module: nn.Module) -> bool:
+    """A list of modules with linears inside, or of several such lists' elements; a list of linears is none."""
+    if not isinstance(module, nn.ModuleList):
+        return False
+    children = list(module.children())
+    return any(is_linear(m) for m in module.modules()) and not any(is_linear(child) for child in children)

@@ -1,0 +1,35 @@
+"""What a run can do but a user should know before it starts."""
+
+from torch import nn
+
+from nearplane.formats.base import Format
+from nearplane.methods import Method
+from nearplane.models.discover import Site
+from nearplane.models.source import Source, merges
+
+
+def about_loading(source: Source, sites: list[Site], format: Format) -> list[str]:
+    """Who will not load what is written, and what is stored beyond the model."""
+    found = []
+    if format.name == "compressed-tensors":
+        kinds = {type(source.model.get_submodule(site.name)) for site in sites if not site.transposed}
+        own = ", ".join(sorted(kind.__name__ for kind in kinds if kind is not nn.Linear))
+        if own:
+            found.append(
+                f"this model computes with {own}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
+            )
+        if merges(source.model):
+            found.append(
+                "transformers merges or splits weights of this model while loading, not packed ones: only nearplane loads it"
+            )
+    unused = sorted(source.store.names - set(source.names.values()))
+    if unused:
+        found.append(f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}")
+    return found
+
+
+def no_stream(method: Method, sites: list[Site]) -> str | None:
+    """Why the residual stream's drift will not be repaired; None where it will, or was not meant to."""
+    if "R" not in method.needs or any(site.adds_to for site in sites):
+        return None
+    return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"

@@ -1,0 +1,141 @@
+"""Images and recordings: calibration through a model's own processor, features and accuracy, bad files."""
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+import nearplane
+from nearplane import GPTQ, Calibration, Grid, NearplaneError
+from nearplane.evaluate.probe import Probe
+
+GRID = Grid(bits=4, group_size=32)
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    """A tiny ViT with its image processor."""
+    pytest.importorskip("PIL")
+    folder = tiny.save(tiny.build("vit", num_labels=2, id2label={0: "bright", 1: "dark"}), tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_resize": true}'
+    )
+    return folder
+
+
+def pictures(folder: Path, count: int, level: int = 128, seed: int = 0) -> Path:
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = np.clip(noise.normal(level, 40, (40, 50, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+    return folder
+
+
+def run(model: Path, out: Path, dataset: Path | None, **settings: Any) -> nearplane.Report:
+    calibration = Calibration(**{"dataset": None if dataset is None else str(dataset), "nsamples": 20} | settings)
+    return nearplane.quantize(model, out, method=GPTQ(), grid=GRID, calibration=calibration, progress=False)
+
+
+def test_calibrated_on_images(vit: Path, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "images", 24)
+    report = run(vit, tmp_path / "out", folder)
+    assert report.data["windows"] == 20 and report.data["pixel_values"] == [20, 3, 32, 32]
+    assert len(report.linears) == 12 and {row.tokens for row in report.linears} == {20 * 17}
+    assert all(
+        row.error < row.rtn_error for row in report.linears if row.error is not None and row.rtn_error is not None
+    )
+    found = nearplane.compare(tmp_path / "out", reference=vit, dataset=str(folder))
+    assert 0 < found.error["last_hidden_state"] < 0.5 and 0.8 < found.cosine["last_hidden_state"] < 1
+    assert found.samples == 24 and str(folder) in found.protocol
+    same = nearplane.compare(vit, reference=vit, dataset=str(folder), windows=3)
+    assert (
+        same.error["last_hidden_state"] == 0
+        and same.cosine["last_hidden_state"] == pytest.approx(1)
+        and same.samples == 3
+    )
+
+
+def test_files_that_are_no_images(vit: Path, tmp_path: Path) -> None:
+    """One of 24 is left out and named; two of 24 are too many."""
+    folder = pictures(tmp_path / "images", 23)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
+    report = run(vit, tmp_path / "out", folder, nsamples=24)
+    assert report.data["windows"] == 23 and any(
+        "1 files could not be read" in e and "broken.jpg" in e for e in report.events
+    )
+    (folder / "other.png").write_bytes(b"")
+    with pytest.raises(NearplaneError, match=r"2 of 25 files cannot be read: broken.jpg"):
+        run(vit, tmp_path / "again", folder, nsamples=25)
+    assert not (tmp_path / "again").exists()
+
+
+def test_folders_and_processors_that_are_missing(vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for dataset, words in (
+        (None, "give --dataset FOLDER"),
+        (tmp_path / "empty", "holds no images"),
+        (tmp_path / "no", "is no folder"),
+    ):
+        with pytest.raises(NearplaneError, match=words):
+            run(vit, tmp_path / "out", dataset)
+    (vit / "preprocessor_config.json").unlink()
+    with pytest.raises(NearplaneError, match="has no image processor"):
+        run(vit, tmp_path / "out", pictures(tmp_path / "images", 2))
+
+
+def test_accuracy_of_a_probe_and_of_the_head(vit: Path, tmp_path: Path) -> None:
+    """Classes that brightness tells apart: the probe learns them, a head of random weights is what it is."""
+    for number, (name, level) in enumerate((("low", 60), ("middle", 130), ("high", 200))):
+        pictures(tmp_path / "labels" / name, 12, level, seed=number)
+    found = nearplane.compare(vit, labels=tmp_path / "labels")
+    assert (
+        found.accuracy is not None and found.accuracy > 0.9 and found.samples == 18 and found.reference_accuracy is None
+    )
+    assert "trained on the model's own features of 18 images" in found.protocol
+    for name, level in (("Bright", 200), ("dark", 60)):
+        for part, count in (("train", 2), ("test", 6)):
+            pictures(tmp_path / "split" / part / name, count, level)
+    head = nearplane.compare(vit, reference=vit, labels=tmp_path / "split")
+    assert head.accuracy == head.reference_accuracy and head.samples == 12 and "classifier head" in head.protocol
+    with pytest.raises(NearplaneError, match="holds 0 folders"):
+        nearplane.compare(vit, labels=tmp_path / "labels" / "low")
+
+
+def test_the_probe_is_ridge_regression() -> None:
+    """Its gradient is zero: the closed form of the penalised least squares."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, 6, generator=generator).double(), torch.arange(40) % 3
+    probe = Probe(x, labels, 3)
+    z = (x - x.mean(0)) / x.std(0)
+    target = torch.nn.functional.one_hot(labels, 3).double()
+    residual = probe.scores(x) - target
+    torch.testing.assert_close(z.T @ residual / 40 + 0.1 * probe.weight, torch.zeros(6, 3).double(), rtol=0, atol=1e-10)
+
+
+def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
+    """Its decoder reads the text; what its cross-attention asks of the encoder, all of its positions."""
+    folder = tiny.save(tiny.build("whisper"), tmp_path / "whisper")
+    transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=333, n_fft=400).save_pretrained(
+        folder
+    )
+    (tmp_path / "sounds").mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(5):
+        np.save(tmp_path / "sounds" / f"{i}.npy", noise.normal(size=(16, 48)).astype(np.float32))
+    with wave.open(str(tmp_path / "sounds" / "tone.wav"), "wb") as sound:
+        sound.setparams((1, 2, 16000, 0, "NONE", ""))
+        sound.writeframes((8000 * np.sin(np.arange(16000) / 9)).astype("<i2").tobytes())
+    report = run(folder, tmp_path / "out", tmp_path / "sounds", seqlen=20)
+    tokens = {row.name: row.tokens for row in report.linears}
+    assert tokens["model.encoder.layers.0.fc1"] == tokens["model.decoder.layers.1.encoder_attn.k_proj"] == 6 * 24
+    assert tokens["model.decoder.layers.0.self_attn.q_proj"] == 6 * 10
+    found = nearplane.compare(tmp_path / "out", reference=folder, dataset=str(tmp_path / "sounds"), seqlen=20)
+    assert 0 < found.error["encoder"] < 1 and found.kl is not None and found.kl > 0
