@@ -235,7 +235,7 @@ class Walk:
 
     def _keeper(self, offload: Path | None, name: str) -> Callable[[str], OnDisk] | None:
         """Makes what keeps a tower's states on disk."""
-        return offload and (lambda tower: OnDisk(offload, f"{name}-{tower}", len(self.batches)))
+        return None if offload is None else lambda tower: OnDisk(offload, f"{name}-{tower}", len(self.batches))
 
 
 def stream(
