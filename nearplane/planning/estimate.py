@@ -36,7 +36,7 @@ from nearplane.stream import batch_rows, kept
 
 # Beside what this process holds already: tokenizer and text, the buffers of kernels, what the allocator does not give
 # back. Measured on the demo model (benchmarks/plan.py).
-LATER = 150 << 20
+LATER = 80 << 20
 # What a CUDA context takes.
 CUDA_CONTEXT = 500 << 20
 
