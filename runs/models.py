@@ -1,0 +1,165 @@
+"""Which model types work: every type of the installed transformers, as a tiny random model, from folder to 8 bits and back.
+
+    python runs/models.py [TYPE ...] [--rows rows.jsonl] [--table docs/models.md]
+
+Each type in a process of its own, with a limit of time. Rows already in the file are not measured again; the
+table is made of the file. A type passes if its towers are found, its checkpoint loads packed, and the features of that
+model are within a tenth of the original's.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+import nearplane
+from nearplane import RTN, Grid
+from nearplane.evaluate.features import final_states
+from nearplane.models import classes
+from nearplane.models.discover import discover, linears_besides
+from nearplane.models.source import open_source
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny
+
+SECONDS = 120
+LARGEST = 30_000_000  # parameters; a type whose sizes go by other names stays large
+
+
+def config_of(kind: str) -> Any:
+    """The smallest configuration that the usual names of sizes give."""
+    default = transformers.AutoConfig.for_model(kind)
+    sizes = {k: v for k, v in tiny.SIZES.items() if hasattr(default, k) and k not in tiny.REFUSED.get(kind, ())}
+    for name, part in vars(default).items():
+        if isinstance(part, transformers.PreTrainedConfig):
+            inner = {k: v for k, v in tiny.SIZES.items() if hasattr(part, k)}
+            sizes[name] = {"model_type": part.model_type, **inner}
+    return transformers.AutoConfig.for_model(kind, **{**sizes, **tiny.EXTRA.get(kind, {})})
+
+
+def features(model: Any) -> dict[str, torch.Tensor]:
+    """What the model makes of the probe."""
+    batch = classes.probe(model, "")
+    with torch.no_grad():
+        if classes.is_causal(model):
+            return {"logits": model(**batch, **classes.options(model)).logits}
+        return final_states(model, batch)
+
+
+def measure(kind: str, folder: Path) -> dict[str, Any]:
+    """One row."""
+    row: dict[str, Any] = {"type": kind, "step": "configuration"}
+    try:
+        config = config_of(kind)
+        row["step"] = "class"
+        build = classes.builder(config)
+        if build is None:
+            raise ValueError("no model class of text, images or speech")
+        row["step"] = "model"
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in build(config_of(kind)).parameters())
+        if size > LARGEST:
+            raise ValueError(f"{size / 1e6:.0f} million parameters at the sizes asked for")
+        model = build(config).float().eval()
+        row["class"] = type(model).__name__
+        tiny.save(model, folder / "model")
+        row["step"] = "discovery"
+        source = open_source(folder / "model")
+        blocks = discover(source)
+        row["towers"] = {
+            tower: sum(b.tower == tower for b in blocks) for tower in dict.fromkeys(b.tower for b in blocks)
+        }
+        row["stages"] = [[len(s) for s in next(b for b in blocks if b.tower == t).stages] for t in row["towers"]]
+        sites = {site.name for block in blocks for site in block.sites}
+        row["linears"], row["unreached"] = len(sites), sum(len(b.unreached) for b in blocks)
+        row["dense"] = len(linears_besides(source.model, sites)) - row["unreached"]
+        row["step"] = "round trip"
+        nearplane.quantize(folder / "model", folder / "out", method=RTN(), grid=Grid(8, 32), progress=False, force=True)
+        wanted, found = features(model), features(nearplane.load(folder / "out"))
+        row["error"] = max(float((found[n] - w).norm() / w.norm()) for n, w in wanted.items())
+        row["step"] = "passes" if row["error"] < 0.1 else "round trip"
+    except Exception as error:  # noqa: BLE001  the table lists whatever goes wrong, by name
+        row["reason"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}".replace(
+            str(folder), ""
+        )
+    return row
+
+
+def apart(kind: str) -> dict[str, Any]:
+    """``measure`` in a process of its own, ended after a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, child = Path(folder) / "row.json", os.fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(1, 2)
+                path.write_text(json.dumps(measure(kind, Path(folder))))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        return (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"type": kind, "step": "time", "reason": f"over {SECONDS} s"}
+        )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The page."""
+    good, bad = [r for r in rows if r["step"] == "passes"], [r for r in rows if r["step"] != "passes"]
+    lines = [
+        "# Model types",
+        "",
+        f"Generated by `python runs/models.py` with transformers {transformers.__version__}: {len(rows)} model types as tiny",
+        f"random models, of which {len(good)} pass the round trip at 8 bits: features or logits of the packed checkpoint are",
+        "within a tenth of the original's.",
+        "",
+        "Stages: linears that read one tensor, of each tower's first block. Dense: linears outside the blocks (embeddings,",
+        "poolers, heads, projections between towers). Unreached: linears of a block that its probe did not call as modules.",
+        "",
+        "| model type | class | towers (blocks) | stages | linears | dense | unreached | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in good:
+        towers = ", ".join(f"{name} ({count})" for name, count in r["towers"].items())
+        stages = "; ".join(" ".join(map(str, stage)) for stage in r["stages"])
+        cells = [r["type"], r["class"], towers, stages, r["linears"], r["dense"], r["unreached"], f"{r['error']:.4f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "## What does not work, and why", "", "| model type | fails at | reason |", "|---|---|---|"]
+    for r in bad:
+        reason = r.get("reason") or f"features differ by {r.get('error', float('nan')):.3g}"
+        lines.append(f"| {r['type']} | {r['step']} | {reason.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"))
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    for kind in args.types or sorted(CONFIG_MAPPING_NAMES):
+        if kind not in {row["type"] for row in rows}:
+            rows.append(apart(kind))
+            with args.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(kind, rows[-1]["step"], rows[-1].get("reason", ""), flush=True)
+    if args.table is not None:
+        args.table.write_text(table(sorted(rows, key=lambda row: str(row["type"]))))
+
+
+if __name__ == "__main__":
+    main()
