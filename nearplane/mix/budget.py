@@ -124,7 +124,7 @@ def _judge(
 def _outputs(block: OpenBlock) -> dict[int, Tensor]:
     """What the block makes of every fourth batch."""
     walk = block.walk
-    step = batch_rows(walk.positions)
+    step = batch_rows(walk.positions) if walk.batches else 1
     return {i: block.output(i) for i, first in enumerate(walk.firsts) if first // step % JUDGED == 0}
 
 
