@@ -229,6 +229,10 @@ def test_quantized_activations(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
     (out / "config.json").write_text(json.dumps(config))
+    refused(out, tmp_path / "new", "gptq", "nearplane runs integers of a dynamic scale per token")
+    given = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = given
+    (out / "config.json").write_text(json.dumps(config))
     refused(out, tmp_path / "new", "gptq", "quantizes more than weights (input_activations)")
 
 

@@ -175,9 +175,10 @@ def test_runs_held_out_of_a_module_that_sees_some_tokens_only(model: Path, tmp_p
         exact(60)
         pause = Forward.pause
 
-        def cut(self: Forward, module: str, x: torch.Tensor) -> None:
-            x = x.reshape(-1, x.shape[-1])
-            pause(self, module, x[x[:, 0] > 0] if "up_proj" in module or "gate_proj" in module else x)
+        def cut(self: Forward, module: str, x: torch.Tensor) -> torch.Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            pause(self, module, rows[rows[:, 0] > 0] if "up_proj" in module or "gate_proj" in module else rows)
+            return x
 
         Forward.pause = cut  # type: ignore[method-assign]
 
