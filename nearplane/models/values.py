@@ -24,7 +24,7 @@ def finite(value: Tensor, dtype: torch.dtype | None = None) -> bool:
 def fingerprint(value: Tensor) -> str:
     """A short hash of the bytes of a tensor as it was read: of the sums of each 4 KiB of them, as numbers of 64 bits.
 
-    Any one changed number changes it, at the speed of memory: eight times that of sha256.
+    Any one changed number changes it, at about the speed of memory.
     """
     raw = value.flatten().view(torch.uint8)
     parts = len(raw) // (8 * ADDED_UP)
