@@ -71,17 +71,17 @@ def quantize(
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
     ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
-    weights (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the model runs; the calibration
-    rounds it alike, but in the reference stream.
-    ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
-    computation is float32 whatever is stored. ``offload``: a folder in which the hidden states are kept while the run goes
-    on, instead of in memory. ``resume``: go on after the last finished block that ``out`` holds, if it holds any; the
-    settings must be the same. Raises NearplaneError for whatever cannot work, a run that does not fit into memory or onto
-    the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint, or the finished blocks
-    for a later ``resume``, or nothing.
+    weights (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the model runs; the
+    calibration rounds it alike, except in the reference stream. ``dtype``: what dense tensors and scales are stored in
+    ("auto": as in the source); on CPU the computation is float32 whatever is stored. ``offload``: a folder in which the
+    hidden states are kept while the run goes on, instead of in memory. ``resume``: go on after the last finished block that
+    ``out`` holds, if it holds any; the settings must be the same. Raises NearplaneError for whatever cannot work, a run that
+    does not fit into memory or onto the disk included (not with ``force``). However it ends, ``out`` holds the finished
+    checkpoint, or the finished blocks for a later ``resume``, or nothing.
 
     Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
-    the solving, rank 0 writes, and each is given the same report.
+    the solving, rank 0 writes, and each is given the same report. With glibc, large freed blocks of memory leave this process
+    from here on (``devices.give_memory_back``).
     """
     scratch = None if offload is None else Path(offload)
     give_memory_back()
@@ -166,12 +166,13 @@ def _plan(
     model: str | Path, settings: dict[str, Any], out: Path, offload: Path | None, ranks: Ranks, force: bool
 ) -> Plan:
     """What is to be done; where it cannot fit, that is said before a weight is read, or fetched from the hub."""
-    try:
-        draft = None if force else make_plan(model, **settings, sketch=True)
-    except Unsketchable:
-        draft = make_plan(model, **settings)
-    if draft is not None:
-        refuse(draft, out, offload, ranks)
+    if not force:
+        try:
+            refuse(make_plan(model, **settings, sketch=True), out, offload, ranks)
+        except Unsketchable:  # such a model is opened first
+            plan = make_plan(model, **settings)
+            refuse(plan, out, offload, ranks)
+            return plan
     return make_plan(model, **settings)
 
 

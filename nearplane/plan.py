@@ -223,6 +223,9 @@ def make_plan(
     where = _choices(method, format, device)
     if sketch:
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)
+        drawn.notes += (
+            ["--rotate is not looked at here: r1 makes a tied head a tensor of its own"] if turning.kinds else []
+        )
         return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix, activations)
     source = open_source(model, trust_remote_code=trust_remote_code)
     if turning.kinds:

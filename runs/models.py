@@ -13,6 +13,9 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import nearplane
 from nearplane import RTN, Grid
+from nearplane.core.errors import NearplaneError
 from nearplane.evaluate.features import final_states
 from nearplane.models import classes
-from nearplane.models.discover import discover, linears_besides
+from nearplane.models.discover import discover
 from nearplane.models.source import open_source
+from nearplane.models.towers import linears_besides
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -54,64 +59,70 @@ def features(model: Any) -> dict[str, torch.Tensor]:
         return final_states(model, batch)
 
 
-def measure(kind: str, folder: Path) -> dict[str, Any]:
-    """One row."""
-    row: dict[str, Any] = {"type": kind, "step": "configuration"}
-    try:
-        config = config_of(kind)
-        row["step"] = "class"
-        build = classes.builder(config)
-        if build is None:
-            raise ValueError("no model class of text, images or speech")
-        row["step"] = "model"
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            size = sum(p.numel() for p in build(config_of(kind)).parameters())
-        if size > LARGEST:
-            raise ValueError(f"{size / 1e6:.0f} million parameters at the sizes asked for")
-        model = build(config).float().eval()
-        row["class"] = type(model).__name__
-        tiny.save(model, folder / "model")
-        row["step"] = "discovery"
-        source = open_source(folder / "model")
-        blocks = discover(source)
-        row["towers"] = {
-            tower: sum(b.tower == tower for b in blocks) for tower in dict.fromkeys(b.tower for b in blocks)
-        }
-        row["stages"] = [[len(s) for s in next(b for b in blocks if b.tower == t).stages] for t in row["towers"]]
-        sites = {site.name for block in blocks for site in block.sites}
-        row["linears"], row["unreached"] = len(sites), sum(len(b.unreached) for b in blocks)
-        row["dense"] = len(linears_besides(source.model, sites)) - row["unreached"]
-        row["step"] = "round trip"
-        nearplane.quantize(folder / "model", folder / "out", method=RTN(), grid=Grid(8, 32), progress=False, force=True)
-        wanted, found = features(model), features(nearplane.load(folder / "out"))
-        row["error"] = max(float((found[n] - w).norm() / w.norm()) for n, w in wanted.items())
-        row["step"] = "passes" if row["error"] < 0.1 else "round trip"
-    except Exception as error:  # noqa: BLE001  the table lists whatever goes wrong, by name
-        row["reason"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}".replace(
-            str(folder), ""
-        )
-    return row
+def measure(kind: str, folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
+    """One row, noted as it grows: ``step`` is what is tried next."""
+    row: dict[str, Any] = {"type": kind}
+
+    def begin(step: str) -> None:
+        row["step"] = step
+        note(row)
+
+    begin("configuration")
+    config = config_of(kind)
+    begin("class")
+    build = classes.builder(config)
+    if build is None:
+        raise NearplaneError("no model class of text, images or speech")
+    begin("model")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in build(config_of(kind)).parameters())
+    if size > LARGEST:
+        raise NearplaneError(f"{size / 1e6:.0f} million parameters at the sizes asked for")
+    model = build(config).float().eval()
+    row["class"] = type(model).__name__
+    tiny.save(model, folder / "model")
+    begin("discovery")
+    source = open_source(folder / "model")
+    blocks = discover(source)
+    row["towers"] = {tower: sum(b.tower == tower for b in blocks) for tower in dict.fromkeys(b.tower for b in blocks)}
+    row["stages"] = [[len(s) for s in next(b for b in blocks if b.tower == t).stages] for t in row["towers"]]
+    sites = {site.name for block in blocks for site in block.sites}
+    row["linears"], row["unreached"] = len(sites), sum(len(b.unreached) for b in blocks)
+    row["dense"] = len(linears_besides(source.model, sites)) - row["unreached"]
+    begin("round trip")
+    nearplane.quantize(folder / "model", folder / "out", method=RTN(), grid=Grid(8, 32), progress=False, force=True)
+    wanted, found = features(model), features(nearplane.load(folder / "out"))
+    row["error"] = max(float((found[n] - w).norm() / w.norm()) for n, w in wanted.items())
+    begin("passes" if row["error"] < 0.1 else "round trip")
+
+
+def write(path: Path, row: dict[str, Any]) -> None:
+    """A row so far."""
+    path.write_text(json.dumps(row))
 
 
 def apart(kind: str) -> dict[str, Any]:
-    """``measure`` in a process of its own, ended after a while."""
+    """``measure`` in a process of its own, ended after a while; what ended it, if it did not pass."""
     with tempfile.TemporaryDirectory() as folder:
-        path, child = Path(folder) / "row.json", os.fork()
+        path, said, child = Path(folder) / "row.json", Path(folder) / "said", os.fork()
         if child == 0:
             signal.alarm(SECONDS)
             try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(1, 2)
-                path.write_text(json.dumps(measure(kind, Path(folder))))
+                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+                os.dup2(2, 1)
+                measure(kind, Path(folder), partial(write, path))
             finally:
+                if sys.exc_info()[0]:
+                    traceback.print_exc()
                 os._exit(0)
-        os.waitpid(child, 0)
-        return (
-            json.loads(path.read_text())
-            if path.exists()
-            else {"type": kind, "step": "time", "reason": f"over {SECONDS} s"}
-        )
+        _, status = os.waitpid(child, 0)
+        row: dict[str, Any] = json.loads(path.read_text())
+        if row["step"] != "passes" and "error" not in row:
+            lines = said.read_text(errors="replace").strip().splitlines()
+            last = (lines or ["ended without a word"])[-1].replace(folder, "")[:160]
+            row["reason"] = f"over {SECONDS} s, or killed" if os.WIFSIGNALED(status) else last
+        return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -51,10 +51,10 @@ def main(words: list[str] | None = None) -> None:
     for block in plan.stream():
         if block.k not in args.blocks:
             continue
-        before = budget._outputs(block)
+        before = budget.outputs(block)
         for stage in block.stages:
             found: dict[int, list[budget.Candidate]] = {}
-            budget._solve(plan, block, stage, stage, (args.bits,), found, ALONE)
+            budget.solve_widths(plan, block, stage, stage, (args.bits,), found, ALONE)
             H = block.observe(stage, plan.method.needs).H
             output, kept = 0.0, {site.name: block.weight(site).clone() for site in stage}
             for some in found[args.bits]:
@@ -62,7 +62,7 @@ def main(words: list[str] | None = None) -> None:
                 weight = kept[some.site.name]
                 output += energy(block.weight(some.site) - weight, H) / energy(weight, H)
                 whole.get_submodule(some.site.name).weight.copy_(block.weight(some.site))
-            row = {"unit": stage[0].name, "output": output, "stream": budget._lost(block, before, ALONE)}
+            row = {"unit": stage[0].name, "output": output, "stream": budget.lost(block, before, ALONE)}
             rows.append({**row, "kl": kl(whole, other.ids, was)})
             print(json.dumps(rows[-1]), flush=True)
             for site in stage:

@@ -19,6 +19,7 @@ from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, Re
 from nearplane.calibrate.observe import Measuring
 from nearplane.cli import main
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.tokens import TokenGrid
 from nearplane.formats import FORMATS
 from nearplane.formats.store import Store
 from nearplane.models.classes import PROBE_TOKENS
@@ -30,6 +31,7 @@ from nearplane.planning import estimate, fit, forecast, pace, workspace
 from nearplane.planning.estimate import Estimate
 from nearplane.planning.forecast import Forecast
 from nearplane.planning.workspace import Shape, stage_shape
+from nearplane.ranks import Ranks
 from nearplane.report import Report
 from nearplane.stream import IN_FLIGHT_BYTES
 
@@ -349,6 +351,29 @@ def test_what_is_advised_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(estimate, "available_memory", lambda: small.need + (whole.need - small.need) // 4)
     (tip,) = fit.suggestions(plan, estimate.estimate(plan), Path.cwd())
     assert tip.startswith(("--offload DIR fits", "--nsamples 32 fits"))
+
+
+def test_advice_for_ranks_is_of_one_ranks_share(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the samples have been read, as of a model that cannot be sketched."""
+    data = Calibration(dataset=str(model.parent / "text.txt"), nsamples=64, seqlen=64)
+    settings: Any = {"method": NearPlane(), "grid": Grid(group_size=32), "calibration": data, "device": "cpu"}
+    whole = make_plan(model, **settings)
+    sketched = make_plan(model, **settings, sketch=True)
+    share = fit.shared(whole, None, 4, 4)
+    assert whole.samples is not None and share.windows == (16, 64)
+    assert share.memory[0].parts == fit.shared(sketched, None, 4, 4).memory[0].parts
+    half = fit.shared(replace(sketched, calibration=replace(data, nsamples=32)), None, 4, 4).memory[0].need
+    monkeypatch.setattr(estimate, "available_memory", lambda: 4 * (half + (share.memory[0].need - half) // 4))
+    with pytest.raises(SettingError, match=r"(--nsamples 32|--offload DIR) fits"):
+        fit.refuse(whole, Path.cwd(), ranks=Ranks(0, 4, 4))
+
+
+def test_rounded_inputs_wait_beside_what_was_rounded(model: Path) -> None:
+    plan = planned(model, GPTQ())
+    plain, rounded = (
+        estimate.estimate(p).memory[0].parts["paused"] for p in (plan, replace(plan, activations=TokenGrid(8)))
+    )
+    assert rounded - plain == 4 * 32 * 4 * 64  # samples x tokens x bytes x inputs of the stage that holds most
 
 
 @pytest.mark.usefixtures("at_once")

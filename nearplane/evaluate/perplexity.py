@@ -89,9 +89,7 @@ def evaluate(
     count = min(count, windows or count)
     check_vocabulary(ids, model)
     if reference is not None:
-        check_vocabulary(ids, reference)
-        if model.get_output_embeddings().weight.shape[0] != reference.get_output_embeddings().weight.shape[0]:  # type: ignore[operator]
-            raise SettingError("model and reference have vocabularies of different size; they cannot be compared.")
+        _check_pair(model, reference, ids)
     batch = ids[: count * seqlen].view(count, seqlen)
     compared = count if compared is None else min(compared, count)
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
@@ -120,6 +118,14 @@ def evaluate(
         reference_perplexity=_exp(reference_nll / divergence.tokens) if reference is not None else None,
         kv_bits=kv_bits,
     )
+
+
+def _check_pair(model: nn.Module, reference: nn.Module, ids: Tensor) -> None:
+    """SettingError where the two do not predict the same tokens."""
+    check_vocabulary(ids, reference)
+    sizes = {some.get_output_embeddings().weight.shape[0] for some in (model, reference)}  # type: ignore[operator]
+    if len(sizes) > 1:
+        raise SettingError("model and reference have vocabularies of different size; they cannot be compared.")
 
 
 def _logits(model: nn.Module, window: Tensor, kv_bits: int = 16) -> Tensor:

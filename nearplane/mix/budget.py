@@ -63,7 +63,7 @@ def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], 
     walk, costs = measuring(plan), [dict[int, float]() for _ in plan.units]
     unit_of = {site.name: i for i, unit in enumerate(plan.units) for site in unit.sites}
     for block in walk.stream(offload, ranks):
-        before, found = _outputs(block), dict[int, dict[int, list[Candidate]]]()
+        before, found = outputs(block), dict[int, dict[int, list[Candidate]]]()
         for stage in block.stages:
             ranks.at(stage[0].name)
             free = [site for site in stage if site.name in unit_of]
@@ -71,7 +71,7 @@ def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], 
                 i = unit_of[free[0].name]
                 unit, candidates = plan.units[i], found.setdefault(i, {})
                 try:
-                    _solve(walk, block, stage, free, unit.widths, candidates, ranks)
+                    solve_widths(walk, block, stage, free, unit.widths, candidates, ranks)
                 except (NumericalError, SettingError) as error:
                     raise type(error)(f"{stage[0].name}: {error}") from error
                 if len(candidates[unit.widths[0]]) == len(unit.sites):
@@ -80,7 +80,7 @@ def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], 
     return costs
 
 
-def _solve(
+def solve_widths(
     walk: Plan,
     block: OpenBlock,
     stage: Stage,
@@ -115,29 +115,29 @@ def _judge(
     for bits, chosen in candidates.items():
         for some in chosen:
             block.replace(some.site, some.quantized, some.grid)
-        costs[bits] = _lost(block, before, ranks) if block.walk.streams else _moved(block, originals)
+        costs[bits] = lost(block, before, ranks) if block.walk.streams else _moved(block, originals)
         for site, weight in originals:
             site.weight(block.walk.source.model).copy_(weight)
     return costs
 
 
-def _outputs(block: OpenBlock) -> dict[int, Tensor]:
+def outputs(block: OpenBlock) -> dict[int, Tensor]:
     """What the block makes of every fourth batch."""
     walk = block.walk
     step = batch_rows(walk.positions) if walk.batches else 1
     return {i: block.output(i) for i, first in enumerate(walk.firsts) if first // step % JUDGED == 0}
 
 
-def _lost(block: OpenBlock, before: dict[int, Tensor], ranks: Ranks) -> float:
+def lost(block: OpenBlock, before: dict[int, Tensor], ranks: Ranks) -> float:
     """``‖ĥ-h‖²/‖h‖²`` of the stream behind the block, the mean over tokens; those that are no numbers do not count."""
     total = torch.zeros(2, dtype=torch.float64)
     for batch, h in before.items():
         energy, moved = h.double().square().sum(-1), (block.output(batch) - h).double().square().sum(-1)
-        lost = moved / energy
-        lost = lost[lost.isfinite()]
-        total += torch.tensor([float(lost.sum()), lost.numel()], dtype=torch.float64)
-    lost_of_all, tokens = ranks.total(total).tolist()
-    return lost_of_all / tokens if tokens else 0.0
+        shares = moved / energy
+        shares = shares[shares.isfinite()]
+        total += torch.tensor([float(shares.sum()), shares.numel()], dtype=torch.float64)
+    whole, tokens = ranks.total(total).tolist()
+    return whole / tokens if tokens else 0.0
 
 
 def _moved(block: OpenBlock, originals: list[tuple[Site, Tensor]]) -> float:

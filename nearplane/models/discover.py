@@ -7,9 +7,9 @@ equal structure are probed once, so that only one block per kind is ever read fr
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from nearplane.models import classes
 from nearplane.models.classes import is_causal, output_head
 from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear
+from nearplane.models.watching import Call, recorded
 
 # Two tensors are one when they differ by no more than rounding, relative to their size.
 SAME = 1e-5
@@ -98,13 +99,14 @@ def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
         if kind not in found:
             source.load(name, cpu, dtype)
             try:
-                with _record(module) as calls:
+                with _record(module) as every:
                     output = original(*args, **kwargs)
             finally:
                 source.unload(name)
             after = output_hidden(output)
             if after is None or after.shape != hidden.shape:
                 raise NotBlocks(tower, f"{name} does not return a hidden state like the one that it is given")
+            calls = [call for call in every if call.input is not None]
             stages = _stages(calls, after)
             unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c.name for c in calls}]
             found[kind] = stages, unreached, output_rest(output)
@@ -212,47 +214,18 @@ def with_rest(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
     return hidden if rest is None else (hidden, *rest)
 
 
-class _Call(NamedTuple):
-    """One call inside a block; the tensors are kept alive, so that storage identifies them."""
-
-    name: str
-    module: nn.Module
-    input: Tensor
-    output: Tensor | None
+def _record(module: nn.Module) -> AbstractContextManager[list[Call]]:
+    """Calls of modules inside ``module``. Inputs are kept alive, so that storage identifies them; a model may add to outputs
+    in place, so those of linears are copied."""
+    return recorded(module, hidden_of, lambda m, output: output.clone() if is_linear(m) else None)
 
 
-@contextmanager
-def _record(module: nn.Module) -> Iterator[list[_Call]]:
-    """Every call of a module inside ``module`` that takes one tensor, in the order in which calls begin."""
-    calls: list[_Call] = []
-    hooks = []
-    for name, child in module.named_modules():
-
-        def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            x = hidden_of(args, kwargs)
-            if x is not None:
-                calls.append(_Call(name, m, x, None))
-
-        def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if is_linear(m):
-                number = max(i for i, call in enumerate(calls) if call.name == name)
-                calls[number] = calls[number]._replace(output=output.clone())  # a model may add to it in place
-
-        hooks.append(child.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(child.register_forward_hook(after))
-    try:
-        yield calls
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-def _stages(calls: list[_Call], hidden: Tensor) -> list[Stage]:
+def _stages(calls: list[Call], hidden: Tensor) -> list[Stage]:
     """Group calls of linears by input tensor, first call first."""
     stages: dict[Any, Stage] = {}
     seen: set[str] = set()
     for name, module, x, y in calls:
-        if name in seen or not is_linear(module):
+        if name in seen or x is None or not is_linear(module):
             continue
         seen.add(name)
         key = (x.data_ptr(), x.shape, x.stride())
@@ -265,7 +238,7 @@ def _stages(calls: list[_Call], hidden: Tensor) -> list[Stage]:
     return list(stages.values())
 
 
-def _stream_point(y: Tensor | None, calls: list[_Call], hidden: Tensor) -> str | None:
+def _stream_point(y: Tensor | None, calls: list[Call], hidden: Tensor) -> str | None:
     """The module whose input is the residual stream that a linear's output ``y`` is added to, found by its values.
 
     Some tensor of the block must equal that input plus y: another module's input, or the block's output. A model that scales or
@@ -273,7 +246,8 @@ def _stream_point(y: Tensor | None, calls: list[_Call], hidden: Tensor) -> str |
     """
     if y is None or y.numel() != hidden.numel():
         return None
-    inputs = {call.name: call.input.reshape(y.shape) for call in reversed(calls) if call.input.numel() == y.numel()}
+    like = ((call.name, call.input) for call in reversed(calls))
+    inputs = {name: x.reshape(y.shape) for name, x in like if x is not None and x.numel() == y.numel()}
     size = float(y.norm())
     for name, before in inputs.items():  # the first call of a module wins
         for after in (*inputs.values(), hidden.reshape(y.shape)):

@@ -1,7 +1,7 @@
 """Watching a forward: what goes into every module and comes out of it, and when two such tensors are one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ SAME, COUNTS = 1e-5, 1e-4
 
 
 class Call(NamedTuple):
-    """One call of a module, its tensors as they were then; rows are tokens."""
+    """One call of a module, and what was kept of its input and output."""
 
     name: str
     module: nn.Module
@@ -52,23 +52,37 @@ def rows_of(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).clone()
 
 
+def watching(model: nn.Module) -> AbstractContextManager[list[Call]]:
+    """Every call of a module and copies of its tensors, rows of tokens."""
+
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        return returned(model, args[0] if args else kwargs.get("hidden_states"))
+
+    def returned(_: nn.Module, x: Any) -> Tensor | None:
+        return rows_of(x) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 else None
+
+    return recorded(model, given, returned)
+
+
 @contextmanager
-def watching(model: nn.Module) -> Iterator[list[Call]]:
-    """Every call of a module that takes and returns tensors, in the order in which calls begin."""
+def recorded(
+    model: nn.Module,
+    given: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None],
+    returned: Callable[[nn.Module, Any], Tensor | None],
+) -> Iterator[list[Call]]:
+    """Every call of a module, in the order in which calls begin, with what is to be kept of its arguments and its output."""
     calls: list[Call] = []
     hooks = []
     for name, module in model.named_modules():
 
         def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            x = args[0] if args else kwargs.get("hidden_states")
-            at = rows_of(x) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 else None
-            calls.append(Call(name, m, at, None))
+            calls.append(Call(name, m, given(args, kwargs), None))
 
         def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1:
-                number = max((i for i, call in enumerate(calls) if call.name == name), default=None)
-                if number is not None:
-                    calls[number] = calls[number]._replace(output=rows_of(output))
+            # None where the calls have been cleared meanwhile
+            number = max((i for i, call in enumerate(calls) if call.name == name), default=None)
+            if number is not None:
+                calls[number] = calls[number]._replace(output=returned(m, output))
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after))

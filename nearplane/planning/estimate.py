@@ -200,7 +200,8 @@ class _Walk:
         shapes = [stage_shape(stage, self.streams == 2) for stage in block.stages]
         for number, (stage, shape) in enumerate(zip(block.stages, shapes, strict=True)):
             waiting = (self.tokens if self.kept else self.batch) * self.streams
-            wide = shape.n + 2 * self.hidden + (first if number == 1 else 0)
+            rounded = 0 if self.plan.activations is None else shape.n  # beside what was rounded
+            wide = shape.n + rounded + 2 * self.hidden + (first if number == 1 else 0)
             paused = int(self.size * waiting * wide)
             # While a batch runs on from the stage before: its outputs, activated and multiplied, and their product.
             before = shapes[max(0, number - 1)].m + shape.n

@@ -21,21 +21,21 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     found = estimate(plan, offload) if ranks is None else shared(plan, offload, ranks.world, ranks.machine)
     lacks = found.lacking(out)
     if lacks:
-        advice = "; ".join(suggestions(plan, found, out))
+        advice = "; ".join(suggestions(plan, found, out, 1 if ranks is None else ranks.world))
         raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
 
 
 def shared(plan: Plan, offload: Path | None, world: int, machine: int) -> Estimate:
     """The estimate of one rank of ``world``, ``machine`` of them on this machine."""
-    share = replace(plan.calibration, nsamples=-(-plan.calibration.nsamples // world))
-    return replace(estimate(replace(plan, calibration=share), offload), ranks=machine)
+    return replace(estimate(_with_samples(plan, -(-plan.calibration.nsamples // world)), offload), ranks=machine)
 
 
-def suggestions(plan: Plan, found: Estimate, out: Path) -> list[str]:
-    """Flags with which the run would fit into memory, each set tried; and what to do about the disk."""
+def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[str]:
+    """Flags with which the run would fit into memory, each set tried; and what to do about the disk. ``found`` is of one
+    rank of ``world``."""
     tips = []
     if _short(found):
-        tips.append(_smallest_change(plan, found))
+        tips.append(_smallest_change(plan, found, world))
         if plan.device.type == "cuda":
             tips.append("--device cpu uses the machine's memory")
     free = free_disk(out)
@@ -49,9 +49,14 @@ def _short(found: Estimate) -> bool:
     return any((have := found.available(m)) is not None and m.need > have for m in found.memory)
 
 
-def _smallest_change(plan: Plan, found: Estimate) -> str:
+def _with_samples(plan: Plan, nsamples: int) -> Plan:
+    """The plan with another number of samples, those that may have been read left out."""
+    return replace(plan, calibration=replace(plan.calibration, nsamples=nsamples), samples=None)
+
+
+def _smallest_change(plan: Plan, found: Estimate, world: int) -> str:
     """The first set of flags that fits, milder ones first; or that none does."""
-    tried = list(_changes(plan, found))
+    tried = list(_changes(plan, found, world))
     for flags, need, short in tried:
         if not short:
             return f"{flags} fits, needing {gb(need)}"
@@ -59,7 +64,7 @@ def _smallest_change(plan: Plan, found: Estimate) -> str:
     return f"no flags make it fit here; {flags} needs least, {gb(need)}" if flags else "no flags make it fit here"
 
 
-def _changes(plan: Plan, found: Estimate) -> Iterator[tuple[str, int, bool]]:
+def _changes(plan: Plan, found: Estimate, world: int) -> Iterator[tuple[str, int, bool]]:
     """Flags, the memory that the run would take with them, and whether that is too much."""
     data = plan.calibration
     counts = [n for n in (data.nsamples, data.nsamples // 2, data.nsamples // 4) if n >= min(8, data.nsamples)]
@@ -68,6 +73,5 @@ def _changes(plan: Plan, found: Estimate) -> Iterator[tuple[str, int, bool]]:
     for (word, method), count, (place, offload) in product(methods.items(), counts, places.items()):
         flags = " ".join(filter(None, [word, f"--nsamples {count}" * (count != data.nsamples), place]))
         if flags and found.streams:
-            changed = replace(plan, method=method, calibration=replace(data, nsamples=count))
-            then = replace(estimate(changed, offload), ranks=found.ranks)
+            then = shared(_with_samples(replace(plan, method=method), count), offload, world, found.ranks)
             yield flags, max(memory.need for memory in then.memory), _short(then)

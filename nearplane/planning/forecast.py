@@ -27,6 +27,7 @@ class Forecast:
     plan: Plan
     estimate: Estimate
     seconds: dict[str, float]
+    ranks: int = 1
 
     def engines(self) -> list[tuple[str, str | None, str | None]]:
         """Each engine, why it does not load such a checkpoint, and on what condition it does."""
@@ -58,7 +59,7 @@ class Forecast:
             "free_disk": free_disk(Path.cwd()),
             "seconds": self.seconds | {"total": sum(self.seconds.values())},
             "lacking": self.lacking(),
-            "suggestions": suggestions(plan, found, Path.cwd()),
+            "suggestions": suggestions(plan, found, Path.cwd(), self.ranks),
             "engines": {engine: {"refusal": no, "caveat": but} for engine, no, but in self.engines()},
         }
 
@@ -93,7 +94,7 @@ class Forecast:
             lines.append(f"{engine:<12} {verdict}")
         lacks = self.lacking()
         lines += [f"does not fit: {lack}" for lack in lacks] or ["fits"]
-        lines += [f"try: {tip}" for tip in suggestions(plan, found, Path.cwd())]
+        lines += [f"try: {tip}" for tip in suggestions(plan, found, Path.cwd(), self.ranks)]
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join(lines)
 
@@ -119,7 +120,7 @@ def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int
         spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare")) + first["solve"] * widths
         if walk.method.needs:  # each width of each unit of a block is judged by forwards
             spent["budget"] += first["forward"] * widths * len(plan.units) / (len(plan.blocks) * JUDGED)
-    return Forecast(plan, found, spent)
+    return Forecast(plan, found, spent, ranks)
 
 
 def _table(memory: Memory, available: int | None) -> list[str]:
