@@ -35,6 +35,7 @@ from nearplane.rest import write_the_rest
 from nearplane.resume import replay, restore, seal
 from nearplane.rows import solve
 from nearplane.runtime.cpu import Arithmetic
+from nearplane.scarce import damped, is_expert, rounding, told, unseen
 from nearplane.stream import OpenBlock
 
 
@@ -186,6 +187,7 @@ def _walk(
                     display.console.print(stage_line(block.block, stage, rows, plan.mixed))
                 if stage is not block.stages[-1]:
                     stop.check()
+            report.events += told(report.linears[mark.linears :])
             with report.timed("write"):
                 if writer:
                     seal(plan, writer, report, block, mark)
@@ -222,22 +224,27 @@ def _solve_stage(
 
     Every rank puts the result in place; the one with the writer also measures and writes it, and returns the rows.
     """
-    moments, state, rows = None, None, list[LinearRow]()
+    moments, state, rows, method = None, None, list[LinearRow](), plan.method
     where = stage[0].name
     ranks.at(where)
     try:
         if plan.method.needs:
             with report.timed("observe"):
                 moments = block.observe(stage, plan.method.needs)
-            power = moments.rescale()
-            moments.check()
-            report.events += observed(where, moments, power)
-            with report.timed("prepare"):
-                state = plan.method.prepare(moments)
+            if unseen(stage, moments):
+                moments = None
+            else:
+                power = moments.rescale()
+                moments.check()
+                report.events += observed(where, moments, power, few=is_expert(stage))
+                method = damped(method, stage, moments)
+                with report.timed("prepare"):
+                    state = method.prepare(moments)
         number = block.k * len(block.stages) + block.stages.index(stage)
         for grid, part in plan.parts(stage):
             where = part[0].name
-            rows += _solve(plan, block, part, grid, moments, state, number, writer, report, ranks)
+            given = (method, grid) if moments or not plan.method.needs else rounding(grid)
+            rows += _solve(plan, block, part, *given, moments, state, number, writer, report, ranks)
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
     return rows
@@ -247,6 +254,7 @@ def _solve(
     plan: Plan,
     block: OpenBlock,
     sites: Stage,
+    method: Method,
     grid: Grid,
     moments: Moments | None,
     state: Any,
@@ -259,7 +267,7 @@ def _solve(
     start = time.perf_counter()
     with report.timed("solve"):
         stacked = torch.cat([block.weight(site) for site in sites])
-        solved = solve(ranks, plan.method, stacked, state, grid, number)
+        solved = solve(ranks, method, stacked, state, grid, number)
     seconds = (time.perf_counter() - start) / len(stacked)
     rows, done = [], 0
     for site in sites:
@@ -270,7 +278,8 @@ def _solve(
             continue
         factor, spent = getattr(state, "factor", None), seconds * len(weight)
         with report.timed("measure"):
-            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent))
+            rounded = bool(plan.method.needs) and moments is None
+            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent, rounded))
         with report.timed("write"):
             tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
             report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())

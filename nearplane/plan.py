@@ -20,6 +20,7 @@ from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, Mix, assign, leave_out, refuse_split
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
+from nearplane.models.experts import experts_of, set_visit
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.ranks import Ranks
@@ -214,8 +215,10 @@ def make_plan(
     where = _choices(method, format, device)
     if sketch:
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)
+        _show_all(drawn, calibration)
         return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix)
     source = open_source(model, trust_remote_code=trust_remote_code)
+    _show_all(source, calibration)
     plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix)
     if method.needs:
         tokens = calibration.load(source.tokenizer, longest_input(source.model))
@@ -223,6 +226,15 @@ def make_plan(
         plan = replace(plan, tokens=tokens)
     source.check({site.name for site in plan.sites}, plan.stored)
     return plan
+
+
+def _show_all(source: Source, calibration: Calibration) -> None:
+    """Let experts see every token, where that is asked for. SettingError for a model that has none."""
+    if not calibration.all_experts:
+        return
+    if not experts_of(source.model):
+        raise SettingError(f"all_experts: {source.folder} has no experts that tokens are routed to.")
+    set_visit(source.model, "all")
 
 
 def _choices(method: Method, format: str, device: str) -> torch.device:

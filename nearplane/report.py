@@ -60,6 +60,7 @@ class LinearRow:
     seconds: float
     bits: int | str | None = None  # None in the records of runs that were begun by a version that did not write it
     group_size: int | None = None
+    rounded: bool = False  # to nearest in place of the method: an expert that no token reached
 
 
 class Mark(NamedTuple):
@@ -126,8 +127,9 @@ class Report:
         moments: Moments | None,
         factor: Factor | None,
         seconds: float,
+        rounded: bool = False,
     ) -> LinearRow:
-        """Measure one solved weight against its original."""
+        """Measure one solved weight against its original; ``rounded``: for want of tokens."""
         found = _measure(weight, quantized, grid, moments)
         error = rtn_error = None
         if moments is not None:
@@ -160,6 +162,7 @@ class Report:
             seconds=seconds,
             bits=grid.bits,
             group_size=grid.group_size,
+            rounded=rounded,
         )
         self.linears.append(row)
         if row.bound_ratio is not None and row.bound_ratio > 1:
@@ -198,6 +201,7 @@ class Report:
             "damp_raised": sum(row.damp_raised for row in self.linears),
             "rounds": self.rounds["kept"],
             "rejected_rounds": self.rounds["rejected"],
+            "rounded_linears": sum(row.rounded for row in self.linears),
             "dropped_tokens": sum(row.dropped for row in self.linears),
             "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights else 0.0,
             "seconds": sum(self.seconds.values()),
@@ -252,14 +256,17 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
     return total
 
 
-def observed(name: str, moments: Moments, power: int) -> list[str]:
-    """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled."""
+def observed(name: str, moments: Moments, power: int, *, few: bool = False) -> list[str]:
+    """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled.
+
+    ``few``: of an expert, which is told of with its layer's others (``scarce.py``).
+    """
     events = []
     if power:
         events.append(f"{name}: extreme activations, moments scaled by 2^{power}; so are its loss and bound")
     if moments.dropped:
         events.append(f"{name}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation")
-    if moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
+    if not few and moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
         events.append(f"{name}: too few tokens to hold any out, so none could judge")
     return events
 

@@ -28,6 +28,7 @@ from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 from nearplane.models import discover
 from nearplane.models.discover import Block, Site, Stage
+from nearplane.models.experts import experts_of
 from nearplane.models.source import Source
 from nearplane.ranks import Ranks
 
@@ -64,7 +65,8 @@ class OpenBlock:
         self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
         self.hooks = ExitStack()
         points = {site.adds_to for site in self.block.sites if site.adds_to is not None}
-        self.hooks.enter_context(hooked(model, [stage[0].name for stage in self.stages], sorted(points)))
+        inside = {name: m for name, m in experts_of(model).items() if name.startswith(self.block.name + ".")}
+        self.hooks.enter_context(hooked(model, [stage[0].name for stage in self.stages], sorted(points), inside))
 
     def weight(self, site: Site) -> Tensor:
         """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
@@ -99,14 +101,15 @@ class OpenBlock:
         weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
         measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
         for batch in range(len(walk.batches)):
+            current = self._forward(0, batch)
+            xhat = current.until(site.name)
             reference = self._forward(1, batch) if needs & {"D", "R"} else None
             x = None
             if reference is not None:
                 with self._reference_weights():
                     x = reference.until(site.name)
-            current = self._forward(0, batch)
-            xhat = current.until(site.name)
             if xhat is not None:
+                x = None if x is None else x[: len(xhat)]  # of an expert: other tokens are its router's own
                 drift = None
                 if point is not None and reference is not None and x is not None:
                     drift = residual_drift(reference.points[point], current.points[point]).to(weight.dtype)
@@ -147,7 +150,8 @@ class OpenBlock:
         """The paused forward of a batch of stream ``i``, or a new one."""
         forward = self.paused.get((i, batch))
         if forward is None or forward.dead:
-            forward = Forward(self.walk.streams[i], self.k, batch, self.walk.rests)
+            leader = None if i == 0 else lambda: self.paused.get((0, batch))
+            forward = Forward(self.walk.streams[i], self.k, batch, self.walk.rests, leader)
             self.paused[i, batch] = forward
         return forward
 

@@ -53,6 +53,8 @@ class Calibration:
     """Tokens per window; GPU users often take 2048."""
     seed: int = 0
     """Seed of the windows' places."""
+    all_experts: bool = False
+    """Mixtures of experts: show every expert every token, and combine what the router chose."""
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:

@@ -5,7 +5,7 @@ in the middle of code that knows nothing of it is what greenlets are for: the fo
 hook on the stage's first linear switches back to whoever asked.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nearplane.calibrate.offload import OnDisk
 from nearplane.models import discover
 from nearplane.models.discover import Stop
+from nearplane.models.experts import Experts
 
 
 class Stream:
@@ -30,8 +31,18 @@ class Forward(greenlet):
     """One batch of a stream on its way through block ``k``; ``rests[i]`` is what block i < k returns besides its
     hidden state. Whatever it was shown at its last pause stays in ``input`` and ``points``."""
 
-    def __init__(self, stream: Stream, k: int, batch: int, rests: list[Any]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        k: int,
+        batch: int,
+        rests: list[Any],
+        leader: "Callable[[], Forward | None] | None" = None,
+    ) -> None:
+        """``leader``: the forward of the same batch in the other stream, whose routing says which tokens experts are shown."""
         super().__init__(self._forward)
+        self.leader = leader
+        self.routes: dict[str, Tensor] = {}  # by the module of experts
         self.stream, self.k, self.batch, self.rests = stream, k, batch, rests
         self.wanted: str | None = None
         self.input: Tensor | None = None  # (tokens, in), of the module it is paused at
@@ -70,6 +81,12 @@ class Forward(greenlet):
         self.output = discover.output_hidden(output)
         raise Stop
 
+    def route(self, experts: str, own: Tensor) -> Tensor:
+        """The routing by which ``experts`` are shown tokens: one's own, or the leader's."""
+        self.routes[experts] = own
+        leader = None if self.leader is None else self.leader()
+        return own if leader is None else leader.routes.get(experts, own)
+
     def pause(self, module: str, x: Tensor) -> None:
         """Called by the hook on ``module``."""
         if module == self.wanted:
@@ -84,8 +101,11 @@ def _block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> Iterator[None]:
-    """Forwards may pause at the modules ``pauses``, and keep what goes into the modules ``points``."""
+def hooked(
+    model: nn.Module, pauses: Iterable[str], points: Iterable[str], experts: Mapping[str, Experts]
+) -> Iterator[None]:
+    """Forwards may pause at the modules ``pauses``, keep what goes into the modules ``points``, and say which tokens
+    ``experts`` are shown."""
 
     def pause(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -104,6 +124,15 @@ def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> It
 
         return hook
 
+    def follow(name: str) -> Any:
+        def led(own: Tensor) -> Tensor:
+            current = getcurrent()
+            return current.route(name, own) if isinstance(current, Forward) else own
+
+        return led
+
+    for name, module in experts.items():
+        module.follow = follow(name)
     # Points first: a module may be both, and a paused forward must have kept what it saw.
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in points]
     handles += [model.get_submodule(name).register_forward_pre_hook(pause(name)) for name in pauses]
@@ -112,3 +141,5 @@ def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> It
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts.values():
+            module.follow = None

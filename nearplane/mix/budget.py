@@ -21,6 +21,7 @@ from nearplane.mix.choices import choose
 from nearplane.models.discover import Stage
 from nearplane.plan import Plan
 from nearplane.report import energy
+from nearplane.scarce import damped, rounding, unseen
 from nearplane.stream import OpenBlock
 
 
@@ -71,18 +72,20 @@ def _measure_stage(
     widths: tuple[int, ...],
     errors: dict[str, dict[int, float]],
 ) -> None:
-    state, H = None, None
-    if walk.method.needs:
-        moments = block.observe(stage, walk.method.needs)
+    state, H, method = None, None, walk.method
+    moments = block.observe(stage, method.needs) if method.needs else None
+    if moments and not unseen(stage, moments):
         moments.rescale()
         moments.check()
-        state, H = walk.method.prepare(moments), moments.H
-    for grid, sites in walk.parts(free):
+        method = damped(method, stage, moments)
+        state, H = method.prepare(moments), moments.H
+    for own, sites in walk.parts(free):
+        method, grid = rounding(own) if moments and H is None else (method, own)
         weights = [block.weight(site) for site in sites]
         stacked = torch.cat(weights)
         for bits in widths:
             chosen, done = replace(grid, bits=bits), 0
-            solved = walk.method.solve(stacked, state, chosen)
+            solved = method.solve(stacked, state, chosen)
             for site, weight in zip(sites, weights, strict=True):
                 delta = dequantize(solved.rows(slice(done, done := done + len(weight))), chosen).sub_(weight)
                 power = _power(weight, H)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError
+from nearplane.models.experts import EXPERT, probing, routers
 from nearplane.models.source import Source
 
 PROBE_TOKENS = 8
@@ -72,10 +73,12 @@ def discover(source: Source) -> list[Block]:
         kind = _structure(module)
         if kind not in found:
             source.load(name, cpu, dtype)
-            with _record(module) as calls:
+            with _record(module) as calls, probing(module):
                 output = original(*args, **kwargs)
-            stages = _stages(calls, output_hidden(output))
-            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c.name for c in calls}]
+            dense = set(routers(module))
+            stages = _stages([call for call in calls if call.name not in dense], output_hidden(output))
+            reached = {c.name for c in calls} | dense
+            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in reached]
             found[kind] = stages, unreached, output_rest(output)
             source.unload(name)
         stages, unreached, rest = found[kind]
@@ -205,7 +208,7 @@ def _record(module: nn.Module) -> Iterator[list[_Call]]:
                 calls.append(_Call(name, m, x, None))
 
         def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if is_linear(m):
+            if is_linear(m) and isinstance(output, Tensor):  # not a router's several
                 number = max(i for i, call in enumerate(calls) if call.name == name)
                 calls[number] = calls[number]._replace(output=output.clone())  # a model may add to it in place
 
@@ -222,6 +225,7 @@ def _stages(calls: list[_Call], hidden: Tensor) -> list[Stage]:
     """Group calls of linears by input tensor, first call first."""
     stages: dict[Any, Stage] = {}
     seen: set[str] = set()
+    outside = [call for call in calls if EXPERT.fullmatch(call.name) is None]  # experts add to a sum of their own
     for name, module, x, y in calls:
         if name in seen or not is_linear(module):
             continue
@@ -231,7 +235,9 @@ def _stages(calls: list[_Call], hidden: Tensor) -> list[Stage]:
         assert isinstance(weight, Tensor)
         transposed = isinstance(module, Conv1D)
         out, width = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-        site = Site(name, (out, width), transposed, _stream_point(y, calls, hidden))
+        site = Site(
+            name, (out, width), transposed, None if EXPERT.fullmatch(name) else _stream_point(y, outside, hidden)
+        )
         stages.setdefault(key, []).append(site)
     return list(stages.values())
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import Block, discover, is_linear
+from nearplane.models.experts import set_visit
 from nearplane.models.source import Source, build_skeleton, locate, open_source, read_config
 
 
@@ -117,11 +116,7 @@ def _from_config(folder: Path, trust_remote_code: bool) -> Source:
             f"{folder / 'config.json'} names the dtype {given!r}, which is no floating dtype of torch."
         )
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
-    if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(skeleton)):
-        raise NearplaneError(
-            f"{folder}: transformers merges weights of {type(skeleton).__name__} while loading (fused experts); "
-            "nearplane does not quantize such models yet."
-        )
+    set_visit(skeleton, "each")
     store = Promised(folder, skeleton, dtype)
     return Source(str(folder), folder, config, store, skeleton, {name: name for name in store.names})
 

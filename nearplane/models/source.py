@@ -18,11 +18,13 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
+from nearplane.models.experts import set_visit, unfuse
+from nearplane.models.experts_disk import names_in_model, split
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
@@ -134,7 +136,9 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
         raise SettingError(f"{model} is quantized already; give the original model.")
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
+    store = split(skeleton, store)
     names = _disk_names(skeleton, store, folder)
+    set_visit(skeleton, "each")
     return Source(str(model), folder, config, store, skeleton, names, trust_remote_code)
 
 
@@ -218,7 +222,7 @@ def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model with parameters on the meta device and real (computed) buffers."""
+    """The model with parameters on the meta device and real (computed) buffers, its experts taken apart."""
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping and not trust_remote_code:
         raise NearplaneError(
             f"{folder}: {config.model_type} is not a causal language model in transformers {transformers.__version__}."
@@ -239,6 +243,7 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
             )
     except (*BAD_CONFIG, ImportError, RuntimeError, MemoryError) as error:
         raise NearplaneError(f"{folder}: no model can be built from its config.json ({_first_line(error)}).") from error
+    unfuse(model)
     return model.eval()
 
 
@@ -248,13 +253,6 @@ def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
-
-
-def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
-    """Name on disk by name in the model. transformers' own renamings are applied: old names, a base model's prefix."""
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
-    return {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in sorted(disk_names)}
 
 
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
@@ -273,8 +271,8 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             missing.append(name)
     if missing and any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
         raise NearplaneError(
-            f"{folder}: transformers merges weights of {type(model).__name__} while loading (fused experts, {missing[0]}); "
-            "nearplane does not quantize such models yet."
+            f"{folder}: transformers converts weights of {type(model).__name__} while loading ({missing[0]}) in a way that "
+            "nearplane does not follow."
         )
     if missing:
         raise NearplaneError(
