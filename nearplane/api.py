@@ -35,7 +35,7 @@ from nearplane.rest import write_the_rest
 from nearplane.resume import replay, restore, seal
 from nearplane.rows import solve
 from nearplane.runtime.cpu import Arithmetic
-from nearplane.scarce import damped, is_expert, rounding, told, unseen
+from nearplane.scarce import damped, is_expert, lines, rounding, told, unseen
 from nearplane.stream import OpenBlock
 
 
@@ -183,11 +183,13 @@ def _walk(
             for stage in block.stages:
                 rows = _solve_stage(plan, block, stage, writer, report, ranks)
                 display.advance(task)
-                if progress:
+                if progress and not is_expert(stage):
                     display.console.print(stage_line(block.block, stage, rows, plan.mixed))
                 if stage is not block.stages[-1]:
                     stop.check()
             report.events += told(report.linears[mark.linears :])
+            for line in lines(report.linears[mark.linears :]) if progress else ():
+                display.console.print(line)
             with report.timed("write"):
                 if writer:
                     seal(plan, writer, report, block, mark)

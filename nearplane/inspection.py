@@ -7,6 +7,7 @@ from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.discover import Block, Site, Stage, discover
+from nearplane.models.experts import EXPERT, routers
 from nearplane.models.source import locate, open_source
 
 
@@ -22,6 +23,12 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
     for first, last, block in _runs(blocks):
         lines.append(f"\n{block.name if first == last else f'blocks {first} to {last}, each like {block.name}'}")
         for number, stage in enumerate(block.stages, 1):
+            match = EXPERT.fullmatch(stage[0].name)
+            if match is not None and match[2] != "0":  # like the first, whose lines stand for all
+                continue
+            if match is not None and match[1] not in lines[-1]:
+                count = len({m[2] for s in block.sites for m in [EXPERT.fullmatch(s.name)] if m and m[1] == match[1]})
+                lines.append(f"  {match[1]}: {count} experts, each with the stages of the first")
             lines.append(f"  stage {number}, {stage[0].shape[1]} inputs")
             for site in stage:
                 name = site.name.removeprefix(block.name + ".")
@@ -31,6 +38,8 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
             lines.append(
                 "  no output is added to the residual stream as it is: NearPlane's residual target goes without"
             )
+        for name in routers(source.model.get_submodule(block.name)):
+            lines.append(f"  routes tokens to experts, stays dense: {name}")
         for name in block.unreached:
             lines.append(f"  not reached by the probe, stays dense: {name.removeprefix(block.name + '.')}")
     sites = {source.names[s.name + ".weight"]: s for b in blocks for s in b.sites}

@@ -47,15 +47,37 @@ def rounding(grid: Grid) -> tuple[Method, Grid]:
     return RTN(), replace(grid, fit="mse") if grid.fit == "hessian" else grid
 
 
-def told(rows: Iterable[LinearRow]) -> list[str]:
-    """Events about the experts among the rows of one block."""
+def by_layer(rows: Iterable[LinearRow]) -> dict[str, dict[str, list[LinearRow]]]:
+    """The rows of experts, by layer and expert."""
     layers: dict[str, dict[str, list[LinearRow]]] = {}
     for row in rows:
         match = EXPERT.fullmatch(row.name)
         if match is not None:
             layers.setdefault(match[1], {}).setdefault(match[2], []).append(row)
+    return layers
+
+
+def lines(rows: Iterable[LinearRow]) -> list[str]:
+    """One line for the experts of a layer, in place of one for each stage."""
+    found = []
+    for layer, experts in by_layer(rows).items():
+        of = [row for expert in experts.values() for row in expert]
+        errors = [(row.error, row.rtn_error or 0.0, row.tokens) for row in of if row.error is not None]
+        line = f"{layer} {len(experts)} experts, "
+        if errors:
+            worst = max(errors)
+            line += f"the worst error {worst[0]:.4f} (rtn {worst[1]:.4f}) after {worst[2]} tokens, "
+            line += f"{min(row.tokens for row in of)} to {max(row.tokens for row in of)} tokens"
+        else:
+            line += f"weight error {max(row.weight_error for row in of):.4f}"
+        found.append(f"{line}  {sum(row.seconds for row in of):.1f}s")
+    return found
+
+
+def told(rows: Iterable[LinearRow]) -> list[str]:
+    """Events about the experts among the rows of one block."""
     events = []
-    for layer, experts in layers.items():
+    for layer, experts in by_layer(rows).items():
         rounded = {e: f"{e}" for e, of in experts.items() if any(row.rounded for row in of)}
         few = {
             e: f"{e} ({min(row.tokens for row in of)})"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str
     return found
 
 
-def _merges_experts(transform: object) -> bool:
+def _merges_experts(transform: object) -> TypeGuard[WeightConverter]:
     """Whether a rule stacks the weights of single experts, those of several linears one below the other."""
     if not isinstance(transform, WeightConverter) or not isinstance(transform.operations[0], MergeModulelist):
         return False
@@ -118,6 +119,26 @@ class SplitStore(Store):
         apart = {piece.module for name, piece in self.pieces.items() if name in quantized}
         whole = {name: piece.tensor for name, piece in self.pieces.items() if piece.module not in apart}
         return frozenset(whole.get(name, name) for name in self.names - quantized)
+
+
+def fused_note(model: nn.Module, store: Store, quantized: set[str]) -> str | None:
+    """What to know of a source that stores experts fused, some of which are ``quantized``: who loads them one by one."""
+    name = next((name for name in sorted(quantized) if isinstance(store, SplitStore) and name in store.pieces), None)
+    if name is None:
+        return None
+    apart = any(module.layout.scaled for module in experts_of(model).values())  # those transformers takes apart itself
+    return (
+        f"this checkpoint stores experts in fused tensors; quantized they are written one by one, as {name}, which nearplane "
+        f"loads, transformers {'as well' if apart else 'does not'}, and other engines as docs/experts.md says"
+    )
+
+
+def unread(model: nn.Module) -> str | None:
+    """A parameter that transformers merges from experts' weights, in a module that was not taken apart."""
+    merges = [t for t in get_model_conversion_mapping(model) if _merges_experts(t)]
+    targets = tuple(target.rpartition(".")[2] for rule in merges for target in rule.target_patterns)
+    large = (name for name, value in model.named_parameters() if value.dim() == 3)
+    return next((name for name in large if name.rpartition(".")[2] in targets), None)
 
 
 def copied(store: Store, quantized: set[str]) -> frozenset[str]:

@@ -22,7 +22,7 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import Block, discover, is_linear
 from nearplane.models.experts import set_visit
-from nearplane.models.source import Source, build_skeleton, locate, open_source, read_config
+from nearplane.models.source import Source, build_skeleton, locate, open_source, read_config, refuse_unread
 
 
 class Promised(Store):
@@ -116,6 +116,7 @@ def _from_config(folder: Path, trust_remote_code: bool) -> Source:
             f"{folder / 'config.json'} names the dtype {given!r}, which is no floating dtype of torch."
         )
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
+    refuse_unread(skeleton, folder)
     set_visit(skeleton, "each")
     store = Promised(folder, skeleton, dtype)
     return Source(str(folder), folder, config, store, skeleton, {name: name for name in store.names})

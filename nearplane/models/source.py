@@ -24,7 +24,7 @@ from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
 from nearplane.models.experts import set_visit, unfuse
-from nearplane.models.experts_disk import names_in_model, split
+from nearplane.models.experts_disk import names_in_model, split, unread
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
@@ -136,10 +136,21 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
         raise SettingError(f"{model} is quantized already; give the original model.")
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
+    refuse_unread(skeleton, folder)
     store = split(skeleton, store)
     names = _disk_names(skeleton, store, folder)
     set_visit(skeleton, "each")
     return Source(str(model), folder, config, store, skeleton, names, trust_remote_code)
+
+
+def refuse_unread(model: nn.Module, folder: Path) -> None:
+    """NearplaneError for experts of a layout that cannot be taken apart."""
+    name = unread(model)
+    if name is not None:
+        raise NearplaneError(
+            f"{folder}: transformers merges weights of {type(model).__name__} while loading ({name}) into a module of "
+            "experts that nearplane cannot take apart."
+        )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -269,10 +280,11 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)
-    if missing and any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model)):
+    converted = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    if missing and converted:
         raise NearplaneError(
-            f"{folder}: transformers converts weights of {type(model).__name__} while loading ({missing[0]}) in a way that "
-            "nearplane does not follow."
+            f"{folder} lacks {missing[0]}; transformers converts weights of {type(model).__name__} while loading, and nearplane "
+            "follows it for experts only."
         )
     if missing:
         raise NearplaneError(
