@@ -24,11 +24,11 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
         lines.append(f"\n{block.name if first == last else f'blocks {first} to {last}, each like {block.name}'}")
         for number, stage in enumerate(block.stages, 1):
             match = EXPERT.fullmatch(stage[0].name)
-            if match is not None and match[2] != "0":  # like the first, whose lines stand for all
+            if match is not None and match[2] != "0":  # like the first, whose stages stand for all
                 continue
-            if match is not None and match[1] not in lines[-1]:
-                count = len({m[2] for s in block.sites for m in [EXPERT.fullmatch(s.name)] if m and m[1] == match[1]})
-                lines.append(f"  {match[1]}: {count} experts, each with the stages of the first")
+            if match is not None and not stage[0].name.endswith("down_proj"):
+                count = len({m[2] for s in block.sites if (m := EXPERT.fullmatch(s.name)) and m[1] == match[1]})
+                lines.append(f"  {match[1].removeprefix(block.name + '.')}: {count} experts, with the stages of the first:")
             lines.append(f"  stage {number}, {stage[0].shape[1]} inputs")
             for site in stage:
                 name = site.name.removeprefix(block.name + ".")

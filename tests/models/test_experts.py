@@ -65,6 +65,7 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
         assert all(len({name.rpartition(".")[0] for name in stage}) == 1 for stage in stages)
     report = nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=GRID, progress=False)
     assert {row.name for row in report.linears} == sites
+    assert any("fused tensors" in event for event in report.events) == (kind in FUSED | {"llama4_text"})
     dense = nearplane.load(tmp_path / "out", packed=False)
     assert not experts_of(dense)
     expected = logits(dense)
