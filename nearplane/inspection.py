@@ -28,7 +28,9 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
                 continue
             if match is not None and not stage[0].name.endswith("down_proj"):
                 count = len({m[2] for s in block.sites if (m := EXPERT.fullmatch(s.name)) and m[1] == match[1]})
-                lines.append(f"  {match[1].removeprefix(block.name + '.')}: {count} experts, with the stages of the first:")
+                lines.append(
+                    f"  {match[1].removeprefix(block.name + '.')}: {count} experts, with the stages of the first:"
+                )
             lines.append(f"  stage {number}, {stage[0].shape[1]} inputs")
             for site in stage:
                 name = site.name.removeprefix(block.name + ".")

@@ -20,8 +20,8 @@ from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, Mix, assign, leave_out, refuse_split
 from nearplane.models.discover import Block, Site, Stage, discover, linears_besides
-from nearplane.models.experts import experts_of, set_visit
-from nearplane.models.experts_disk import fused_note
+from nearplane.models.experts import EXPERT, experts_of, set_visit
+from nearplane.models.experts_disk import loading_notes
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.ranks import Ranks
@@ -137,7 +137,10 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [self._foreign_linear(), self._unused(), self._shortened(), self._no_stream(), self._fused()]
+        notes += [self._foreign_linear(), self._unused(), self._shortened(), self._no_stream()]
+        written = {site.name: self.disk_name(site.name) for site in self.sites}
+        asymmetric = any(not self.grid_of(site).sym for site in self.sites if EXPERT.fullmatch(site.name))
+        notes += loading_notes(self.source.model, self.source.store, written, asymmetric)
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _foreign_linear(self) -> str | None:
@@ -161,10 +164,6 @@ class Plan:
             if unused
             else None
         )
-
-    def _fused(self) -> str | None:
-        written = {self.source.names[f"{site.name}.weight"] for site in self.sites}
-        return fused_note(self.source.model, self.source.store, written)
 
     def _shortened(self) -> str | None:
         if self.tokens is None or self.tokens.ids.shape[1] == self.calibration.seqlen:

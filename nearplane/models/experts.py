@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # hit: run the experts that tokens are routed to. each: all, some on no token, so that a hook on any of them fires.
 # all: every expert is shown every token. probe: the same, each in a tensor of its own, so that experts share no stage.
@@ -182,6 +184,25 @@ class Experts(nn.Module):
             return cast(Tensor, cast(Any, self).act_fn(gate) * up)
         interleaved = self.layout.parts["gate_proj"].interleaved
         return self.gate(self, torch.stack([gate, up], -1).flatten(-2) if interleaved else torch.cat([gate, up], -1))
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """While a skeleton is built: tensors of more than ``most`` bytes are made on the meta device at once.
+
+    They are parameters that would be sent there anyway; memory for all experts of a layer may not even be promised.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            size = args[0] if args and isinstance(args[0], tuple | list) else kwargs.get("size", args)
+            if 4 * prod(size) > self.most:
+                return func(*args, **{**kwargs, "device": "meta"})
+        return func(*args, **kwargs)
 
 
 def unfuse(model: nn.Module, visit: Visit = "hit") -> None:

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.store import Store
-from nearplane.models.experts import Experts, Layout, Part, experts_of
+from nearplane.models.experts import EXPERT, Experts, Layout, Part, experts_of
 
 NUMBER = re.compile(r"\.(\d+)(?=\.)")
 MEMBER = re.compile(r"(.+)\.(\d+)\.(\w+)\.(weight|bias)")
@@ -121,16 +121,20 @@ class SplitStore(Store):
         return frozenset(whole.get(name, name) for name in self.names - quantized)
 
 
-def fused_note(model: nn.Module, store: Store, quantized: set[str]) -> str | None:
-    """What to know of a source that stores experts fused, some of which are ``quantized``: who loads them one by one."""
-    name = next((name for name in sorted(quantized) if isinstance(store, SplitStore) and name in store.pieces), None)
-    if name is None:
-        return None
+def loading_notes(model: nn.Module, store: Store, written: dict[str, str], asymmetric: bool) -> list[str]:
+    """What to know of who loads quantized experts; ``written``: name on disk by linear of the model."""
+    own = {name for name in written if EXPERT.fullmatch(name)} if experts_of(model) else set()
+    pieces = store.pieces if isinstance(store, SplitStore) else {}
+    fused = next((written[name] for name in sorted(own) if f"{written[name]}.weight" in pieces), None)
     apart = any(module.layout.scaled for module in experts_of(model).values())  # those transformers takes apart itself
-    return (
-        f"this checkpoint stores experts in fused tensors; quantized they are written one by one, as {name}, which nearplane "
-        f"loads, transformers {'as well' if apart else 'does not'}, and other engines as docs/experts.md says"
-    )
+    if fused is not None:
+        return [
+            f"this checkpoint stores experts in fused tensors; quantized they are written one by one, as {fused}, which "
+            f"nearplane loads, transformers {'as well' if apart else 'does not'}, and other engines as docs/experts.md says"
+        ]
+    if own and asymmetric:
+        return ["nearplane loads asymmetric experts, transformers does not: it merges them without their zero points"]
+    return []
 
 
 def unread(model: nn.Module) -> str | None:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.formats.store import Store, read_json
-from nearplane.models.experts import set_visit, unfuse
+from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import names_in_model, split, unread
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -248,7 +248,7 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
         if size > MOST_BUFFERS:
             raise ValueError(f"its masks and tables alone would take {size / 1e9:.3g} GB")
         del draft
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), LargeOnMeta(MOST_BUFFERS):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
