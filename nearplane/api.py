@@ -238,7 +238,7 @@ def _solve_stage(
             else:
                 power = moments.rescale()
                 moments.check()
-                report.events += observed(where, moments, power, few=is_expert(stage))
+                report.events += observed(where, moments, power)
                 method = damped(method, stage, moments)
                 with report.timed("prepare"):
                     state = method.prepare(moments)

@@ -16,6 +16,7 @@ from nearplane.core.factor import Factor
 from nearplane.core.grid import Course, Grid, Quantized, decode, dequantize, encode
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
+from nearplane.models.experts import EXPERT
 
 # Numbers of a weight that are measured at a time.
 MEASURED_AT_ONCE = 1 << 22
@@ -256,17 +257,17 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
     return total
 
 
-def observed(name: str, moments: Moments, power: int, *, few: bool = False) -> list[str]:
+def observed(name: str, moments: Moments, power: int) -> list[str]:
     """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled.
 
-    ``few``: of an expert, which is told of with its layer's others (``scarce.py``).
+    An expert of few tokens is told of with its layer's others (``scarce.py``).
     """
     events = []
     if power:
         events.append(f"{name}: extreme activations, moments scaled by 2^{power}; so are its loss and bound")
     if moments.dropped:
         events.append(f"{name}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation")
-    if not few and moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
+    if EXPERT.fullmatch(name) is None and moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
         events.append(f"{name}: too few tokens to hold any out, so none could judge")
     return events
 
