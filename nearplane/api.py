@@ -1,19 +1,16 @@
 """The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nearplane.calibrate.data import Calibration
-from nearplane.core.errors import NumericalError, SettingError
+from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.core.moments import Moments
 from nearplane.core.tokens import TokenGrid
 from nearplane.devices import give_memory_back, pick_device, pick_dtype
 from nearplane.evaluate.perplexity import Evaluation
@@ -23,7 +20,6 @@ from nearplane.interrupts import Stop, stoppable
 from nearplane.methods import Method
 from nearplane.mix.budget import decide
 from nearplane.mix.overrides import WIDTHS, Override
-from nearplane.models.discover import Stage
 from nearplane.models.load import load_model
 from nearplane.models.locate import locate
 from nearplane.models.sketch import Unsketchable
@@ -33,12 +29,12 @@ from nearplane.plan import Dtype, FormatName, Plan, make_plan
 from nearplane.planning.fit import refuse
 from nearplane.progress import bar, waiting
 from nearplane.ranks import Ranks, together
-from nearplane.report import LinearRow, Report, observed
+from nearplane.report import Report
 from nearplane.rest import write_the_rest
 from nearplane.resume import replay, restore, seal
-from nearplane.rows import solve
 from nearplane.runtime.cpu import Arithmetic
-from nearplane.stream import OpenBlock
+from nearplane.scarce import is_expert, lines, told
+from nearplane.solving import solve_stage
 
 
 def quantize(
@@ -201,12 +197,15 @@ def _walk(
                 display.advance(task, len(block.stages))
                 continue
             for stage in block.stages:
-                rows = _solve_stage(plan, block, stage, writer, report, ranks)
+                rows = solve_stage(plan, block, stage, writer, report, ranks)
                 display.advance(task)
-                if progress:
+                if progress and not is_expert(stage):
                     display.console.print(stage_line(block.block, stage, rows, plan.mixed))
                 if stage is not block.stages[-1]:
                     stop.check()
+            report.events += told(report.linears[mark.linears :])
+            for line in lines(report.linears[mark.linears :]) if progress else ():
+                display.console.print(line)
             with report.timed("write"):
                 if writer:
                     seal(plan, writer, report, block, mark)
@@ -231,70 +230,3 @@ def _decide(
     display.remove_task(task)
     report.settings = plan.settings
     return plan
-
-
-def _solve_stage(
-    plan: Plan, block: OpenBlock, stage: Stage, writer: Writer | None, report: Report, ranks: Ranks
-) -> list[LinearRow]:
-    """Observe one stage's input, prepare once on every rank, solve the rows of all its weights on one grid together.
-
-    Every rank puts the result in place and measures some of its rows; the one with the writer also writes it.
-    """
-    moments, state, rows = None, None, list[LinearRow]()
-    where = stage[0].name
-    ranks.at(where)
-    try:
-        if plan.method.needs:
-            with report.timed("observe"):
-                moments = block.observe(stage, plan.method.needs)
-            power = moments.rescale()
-            moments.check()
-            report.events += observed(where, moments, power)
-            with report.timed("prepare"):
-                state = plan.method.prepare(moments)
-        number = block.k * len(block.stages) + block.stages.index(stage)
-        for grid, part in plan.parts(stage):
-            where = part[0].name
-            rows += _solve(plan, block, part, grid, moments, state, number, writer, report, ranks)
-    except (NumericalError, SettingError) as error:
-        raise type(error)(f"{where}: {error}") from error
-    return rows
-
-
-def _solve(
-    plan: Plan,
-    block: OpenBlock,
-    sites: Stage,
-    grid: Grid,
-    moments: Moments | None,
-    state: Any,
-    number: int,
-    writer: Writer | None,
-    report: Report,
-    ranks: Ranks,
-) -> list[LinearRow]:
-    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each.
-
-    Only the rank with the writer writes.
-    """
-    start = time.perf_counter()
-    with report.timed("solve"):
-        stacked = torch.cat([block.weight(site) for site in sites])
-        solved = solve(ranks, plan.method, stacked, state, grid, number)
-    seconds = (time.perf_counter() - start) / len(stacked)
-    rows, done = [], 0
-    for site in sites:
-        part = slice(done, done := done + site.shape[0])
-        weight, quantized = stacked[part], solved.rows(part)
-        block.replace(site, quantized, grid)
-        factor, spent = getattr(state, "factor", None), seconds * len(weight)
-        with report.timed("measure"):
-            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent, ranks))
-        if writer is None:
-            continue
-        with report.timed("write"):
-            tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
-            report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
-            writer.put(tensors)
-    report.settle(sites[0].name, solved.course, rows[0])
-    return rows

@@ -7,6 +7,7 @@ from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.discover import Block, Site, Stage, discover
+from nearplane.models.experts import EXPERT, routers
 from nearplane.models.locate import locate
 from nearplane.models.source import open_source
 
@@ -23,6 +24,14 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
     for first, last, block in _runs(blocks):
         lines.append(f"\n{block.name if first == last else f'blocks {first} to {last}, each like {block.name}'}")
         for number, stage in enumerate(block.stages, 1):
+            match = EXPERT.fullmatch(stage[0].name)
+            if match is not None and match[2] != "0":  # like the first, whose stages stand for all
+                continue
+            if match is not None and not stage[0].name.endswith("down_proj"):
+                count = len({m[2] for s in block.sites if (m := EXPERT.fullmatch(s.name)) and m[1] == match[1]})
+                lines.append(
+                    f"  {match[1].removeprefix(block.name + '.')}: {count} experts, with the stages of the first:"
+                )
             lines.append(f"  stage {number}, {stage[0].shape[1]} inputs")
             for site in stage:
                 name = site.name.removeprefix(block.name + ".")
@@ -32,6 +41,8 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
             lines.append(
                 "  no output is added to the residual stream as it is: NearPlane's residual target goes without"
             )
+        for name in routers(source.model.get_submodule(block.name)):
+            lines.append(f"  routes tokens to experts, stays dense: {name}")
         for name in block.unreached:
             lines.append(f"  not reached by the probe, stays dense: {name.removeprefix(block.name + '.')}")
     sites = {source.names[s.name + ".weight"]: s for b in blocks for s in b.sites}

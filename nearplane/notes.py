@@ -1,14 +1,19 @@
 """What a run can do but a user should know before it starts."""
 
+from collections.abc import Callable
+
 from torch import nn
 
+from nearplane.core.grid import Grid
 from nearplane.formats.base import Format
 from nearplane.methods import Method
 from nearplane.models.discover import Site
-from nearplane.models.source import Source, merges
+from nearplane.models.experts import EXPERT
+from nearplane.models.experts_disk import converts, loading_notes
+from nearplane.models.source import Source
 
 
-def about_loading(source: Source, sites: list[Site], format: Format) -> list[str]:
+def about_loading(source: Source, sites: list[Site], format: Format, grid_of: Callable[[Site], Grid]) -> list[str]:
     """Who will not load what is written, and what is stored beyond the model."""
     found = []
     if format.name == "compressed-tensors":
@@ -18,14 +23,16 @@ def about_loading(source: Source, sites: list[Site], format: Format) -> list[str
             found.append(
                 f"this model computes with {own}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
             )
-        if merges(source.model):
+        if converts(source.model):
             found.append(
                 "transformers merges or splits weights of this model while loading, not packed ones: only nearplane loads it"
             )
     unused = sorted(source.store.names - set(source.names.values()))
     if unused:
         found.append(f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}")
-    return found
+    written = {site.name: source.names[f"{site.name}.weight"].removesuffix(".weight") for site in sites}
+    asymmetric = any(not grid_of(site).sym for site in sites if EXPERT.fullmatch(site.name))
+    return found + loading_notes(source.model, source.store, written, asymmetric)
 
 
 def no_stream(method: Method, sites: list[Site]) -> str | None:

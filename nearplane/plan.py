@@ -23,8 +23,9 @@ from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_out, make_mix, refuse_split
 from nearplane.models.classes import AUDIO, IMAGES, reads
 from nearplane.models.discover import Block, Site, Stage, discover
+from nearplane.models.experts import show_all
 from nearplane.models.rotate import make_rotate, rotated
-from nearplane.models.sketch import discover_sketch, open_sketch
+from nearplane.models.sketch import Sketch, discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
 from nearplane.notes import about_loading, no_stream
@@ -159,8 +160,9 @@ class Plan:
         unreached = [
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
-        notes += [*self.source.notes, *about_loading(self.source, self.sites, self.format), self._shortened()]
-        notes += [no_stream(self.method, self.sites), *(() if self.samples is None else self.samples.notes)]
+        notes += [*self.source.notes, *about_loading(self.source, self.sites, self.format, self.grid_of)]
+        told = [] if self.samples is None else self.samples.notes
+        notes += [self._shortened(), no_stream(self.method, self.sites), *told]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _shortened(self) -> str | None:
@@ -221,16 +223,17 @@ def make_plan(
     method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
     mix, turning = make_mix(override, ignore, budget, widths), make_rotate(rotate, rotate_seed)
     where = _choices(method, format, device)
-    if sketch:
-        drawn = open_sketch(model, trust_remote_code=trust_remote_code)
-        drawn.notes += (
-            ["--rotate is not looked at here: r1 makes a tied head a tensor of its own"] if turning.kinds else []
-        )
-        return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix, activations)
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    if turning.kinds:
+    source: Source = (open_sketch if sketch else open_source)(model, trust_remote_code=trust_remote_code)
+    if calibration.all_experts:
+        show_all(source.model, source.folder)
+    if turning.kinds and sketch:
+        source.notes.append("--rotate is not looked at here: r1 makes a tied head a tensor of its own")
+    elif turning.kinds:
         source = rotated(source, turning, where)
-    plan = _settle(source, discover(source), method, grid, calibration, format, where, dtype, mix, activations)
+    found = discover_sketch(source) if isinstance(source, Sketch) else discover(source)
+    plan = _settle(source, found, method, grid, calibration, format, where, dtype, mix, activations)
+    if sketch:
+        return plan
     if method.needs:
         plan = replace(plan, samples=gather(source, calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))

@@ -16,6 +16,7 @@ from nearplane.core.factor import Factor
 from nearplane.core.grid import Course, Grid, Quantized, by_column, decode, dequantize, encode
 from nearplane.core.moments import LEAF, Moments
 from nearplane.core.target import pull
+from nearplane.models.experts import EXPERT
 from nearplane.ranks import ALONE, Ranks
 
 # Numbers of a weight that are measured at a time.
@@ -61,6 +62,7 @@ class LinearRow:
     seconds: float
     bits: int | str | None = None  # None in the records of runs that were begun by a version that did not write it
     group_size: int | None = None
+    rounded: bool = False  # to nearest in place of the method: an expert that no token reached
 
 
 class Mark(NamedTuple):
@@ -128,8 +130,12 @@ class Report:
         factor: Factor | None,
         seconds: float,
         ranks: Ranks = ALONE,
+        rounded: bool = False,
     ) -> LinearRow:
-        """Measure one solved weight against its original; of several ranks, each takes some rows, and all call this."""
+        """Measure one solved weight against its original; of several ranks, each takes some rows, and all call this.
+
+        ``rounded``: to nearest, for want of tokens.
+        """
         found = _measure(weight, quantized, grid, moments, ranks)
         error = rtn_error = None
         if moments is not None:
@@ -162,6 +168,7 @@ class Report:
             seconds=seconds,
             bits=grid.bits,
             group_size=grid.group_size,
+            rounded=rounded,
         )
         self.linears.append(row)
         if row.bound_ratio is not None and row.bound_ratio > 1:
@@ -200,6 +207,7 @@ class Report:
             "damp_raised": sum(row.damp_raised for row in self.linears),
             "rounds": self.rounds["kept"],
             "rejected_rounds": self.rounds["rejected"],
+            "rounded_linears": sum(row.rounded for row in self.linears),
             "dropped_tokens": sum(row.dropped for row in self.linears),
             "bits_per_weight": 8 * self.bytes["quantized"] / weights if weights else 0.0,
             "seconds": sum(self.seconds.values()),
@@ -257,13 +265,16 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
 
 
 def observed(name: str, moments: Moments, power: int) -> list[str]:
-    """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled."""
+    """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled.
+
+    An expert of few tokens is told of with its layer's others (``scarce.py``).
+    """
     events = []
     if power:
         events.append(f"{name}: extreme activations, moments scaled by 2^{power}; so are its loss and bound")
     if moments.dropped:
         events.append(f"{name}: {moments.dropped} calibration tokens left out, NaN or Inf in the activation")
-    if moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
+    if EXPERT.fullmatch(name) is None and moments.held is not None and not 0 < moments.held.tokens < moments.tokens:
         events.append(f"{name}: too few tokens to hold any out, so none could judge")
     return events
 

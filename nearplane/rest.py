@@ -2,6 +2,8 @@
 
 from nearplane.formats.write import Writer
 from nearplane.models.classes import is_causal
+from nearplane.models.experts import routers
+from nearplane.models.experts_disk import copied
 from nearplane.models.towers import linears_besides
 from nearplane.plan import Plan
 from nearplane.report import Report
@@ -12,9 +14,8 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     source = plan.source
     sites = {source.names[site.name + ".weight"]: site.name for block in plan.blocks for site in block.sites}
     report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
-    for name in sorted(source.store.names):
-        if name in sites:
-            continue
+    routing = {source.names.get(f"{name}.weight") for name in routers(source.model)}
+    for name in sorted(copied(source.store, set(sites))):
         value = source.store.get(name)
         value = value.to(plan.stored) if value.is_floating_point() else value
         report.bytes["dense"] += value.nbytes
@@ -22,6 +23,7 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
             missed = any(name == source.names.get(linear + ".weight") for b in plan.blocks for linear in b.unreached)
             reason = "the probe forward did not reach it" if missed else "not a linear of a block"
             pattern = plan.ignored.get(name.removesuffix(".weight"))
+            reason = "routes tokens to experts" if name in routing else reason
             reason = reason if pattern is None else f"left out by ignore {pattern!r}"
             report.dense.append({"name": name, "bytes": value.nbytes, "reason": reason})
         writer.put({name: value})
@@ -33,6 +35,9 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     ):  # of which the part below the head is often loaded by itself, and names are shorter then
         prefix = f"{getattr(source.model, 'base_model_prefix', '')}."
         ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
+    # Routers that are no linears here are linears in engines, by their names on disk.
+    named = {name for name in routing if name is not None}
+    ignore += sorted({name.removesuffix(".weight") for name in named} - set(ignore))
     settings = {
         "static_groups": getattr(plan.method, "static_groups", True),
         "true_sequential": True,

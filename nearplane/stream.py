@@ -31,6 +31,7 @@ from nearplane.core.tokens import TokenGrid
 from nearplane.methods.base import Need
 from nearplane.models import discover
 from nearplane.models.discover import Block, Site, Stage
+from nearplane.models.experts import experts_of
 from nearplane.models.source import Source
 from nearplane.ranks import Ranks
 
@@ -70,7 +71,8 @@ class OpenBlock:
         # Where a stage begins; where inputs are rounded, all its linears are given them rounded.
         every = walk.activations is not None
         pauses = [site.name for stage in self.stages for site in (stage if every else stage[:1])]
-        self.hooks.enter_context(hooked(model, pauses, sorted(points)))
+        inside = {name: m for name, m in experts_of(model).items() if name.startswith(self.block.name + ".")}
+        self.hooks.enter_context(hooked(model, pauses, sorted(points), inside))
 
     def weight(self, site: Site) -> Tensor:
         """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
@@ -105,14 +107,15 @@ class OpenBlock:
         weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
         measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
         for batch in range(len(walk.batches)):
+            current = self._forward(0, batch)
+            xhat = current.until(site.name)
             reference = self._forward(1, batch) if needs & {"D", "R"} else None
             x = None
             if reference is not None:
                 with self._reference_weights():
                     x = reference.until(site.name)
-            current = self._forward(0, batch)
-            xhat = current.until(site.name)
             if xhat is not None:
+                x = None if x is None else x[: len(xhat)]  # of an expert: other tokens are its router's own
                 drift = None
                 mask = real(walk.batches[batch], current.leading, site.name)
                 if point is not None and reference is not None and x is not None:
@@ -160,7 +163,8 @@ class OpenBlock:
         """The paused forward of a batch of stream ``i``, or a new one."""
         forward = self.paused.get((i, batch))
         if forward is None or forward.dead:
-            forward = Forward(self.walk.streams[i], self.k, batch)
+            leader = None if i == 0 else lambda: self.paused.get((0, batch))
+            forward = Forward(self.walk.streams[i], self.k, batch, leader)
             self.paused[i, batch] = forward
         return forward
 
@@ -210,10 +214,8 @@ class Walk:
         self.sequences, self.positions, self.keep = 0, 0, False
         whole = None if samples is None else as_batch(samples)
         if whole is not None:
-            self.sequences, self.positions = (
-                len(next(iter(whole.values()))),
-                positions([block.shape for block in blocks], whole),
-            )
+            self.sequences = len(next(iter(whole.values())))
+            self.positions = positions([block.shape for block in blocks], whole)
             step = batch_rows(self.positions)
             firsts = range(0, self.sequences, step)
             self.firsts = list(firsts[self.ranks.part(len(firsts))])
@@ -229,8 +231,7 @@ class Walk:
         """(sequences, positions) of what a forward is paused at, as it will be where a module is shown all of them."""
         values = self.batches[batch].values()
         rows, found = len(next(iter(values))), len(forward.input if forward.input is not None else ())
-        hidden = forward.shape[1:-1].numel()
-        known = {value.shape[1] for value in values if value.dim() == 2} | {hidden}
+        known = {value.shape[1] for value in values if value.dim() == 2} | {hidden := forward.shape[1:-1].numel()}
         return torch.Size((rows, found // rows if found % rows == 0 and found // rows in known else hidden))
 
     def _keeper(self, offload: Path | None, name: str) -> Callable[[str], OnDisk] | None:
@@ -290,8 +291,7 @@ def _check_finite(walk: Walk, block: Block) -> None:
     """A stream that is non-finite everywhere can calibrate nothing any more."""
     if not walk.streams:
         return
-    states = walk.streams[0].hidden[block.tower]
-    hidden = (states[batch] for batch in range(len(walk.batches)))
+    hidden = (walk.streams[0].hidden[block.tower][batch] for batch in range(len(walk.batches)))
     finite = any(bool(h.isfinite().any()) for h in hidden if h is not None)
     if not walk.ranks.most(finite):
         raise NearplaneError(

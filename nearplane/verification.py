@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError, some_of
@@ -33,9 +31,10 @@ from nearplane.formats.files import FileSum, Findings, check_files, check_sums, 
 from nearplane.formats.journal import unfinished
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
+from nearplane.models.experts_disk import names_in_model, split
 from nearplane.models.load import misfit
 from nearplane.models.locate import locate
-from nearplane.models.source import names_in_model, open_skeleton
+from nearplane.models.source import open_skeleton
 from nearplane.models.towers import is_linear
 from nearplane.progress import bar
 
@@ -223,8 +222,10 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
     """Everything that the model's class asks for is there, in its shape, and the configuration knows every linear."""
     folder, modules, state = checkpoint.store.folder, dict(model.named_modules()), model.state_dict()
     quantized = {f"{name}.weight": name for name in (*checkpoint.layers, *broken)}
-    dense = [name for name in checkpoint.dense if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
     known = checkpoint.store.lost.union(quantized)  # whose shapes are no matter here
+    store = split(model, checkpoint.store)
+    names = (set(checkpoint.dense) & store.names) | (store.names - checkpoint.store.names)
+    dense = [name for name in sorted(names) if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
     on_disk = names_in_model(model, [*dense, *known])
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = []
@@ -232,24 +233,19 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
         disk = on_disk.get(name)
         if disk is None and value.is_meta and name not in tied:
             missing.append(name)
-        elif disk is not None and disk not in known and checkpoint.store.shape(disk) != tuple(value.shape):
-            stored, asked = list(checkpoint.store.shape(disk)), list(value.shape)
+        elif disk is not None and disk not in known and store.shape(disk) != tuple(value.shape):
+            stored, asked = list(store.shape(disk)), list(value.shape)
             found.problem(f"{folder}: {disk} has shape {stored}, config.json asks for {asked}.")
-    merged = any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
-    if missing and merged:
-        found.note(
-            f"transformers merges weights of {type(model).__name__} while loading; {some_of(missing)} were not found."
-        )
-    elif missing:
+    if missing:
         found.problem(f"{folder} lacks weights that config.json asks for: {some_of(missing)}.")
     unused = sorted(disk for name, disk in on_disk.items() if name not in state and disk not in known)
-    if unused and not (missing and merged):
+    if unused:
         found.note(f"Stored tensors that belong to no parameter of the model: {some_of(unused)}.")
-    names = {disk: name for name, disk in on_disk.items()}
+    in_model = {disk: name for name, disk in on_disk.items()}
     for weight, layer in quantized.items():
         if broken.get(layer) == "":
             continue  # in a file that cannot be read
-        module = modules.get(names.get(weight, weight).removesuffix(".weight"))
+        module = modules.get(in_model.get(weight, weight).removesuffix(".weight"))
         reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
         if reason is not None:
             found.problem(reason)

@@ -334,8 +334,11 @@ def test_our_own_output_is_recognised(model: Path, tmp_path: Path, capsys: pytes
         assert "quantized already" in refused(["quantize", str(done), str(again)], capsys, again)
 
 
-def test_fused_experts_are_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tiny.save(tiny.build("mixtral", num_local_experts=2), tmp_path / "moe")
+def test_experts_of_an_unknown_layout_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LongCat's have experts that do nothing among them."""
+    sizes = {"n_routed_experts": 2, "expert_ffn_hidden_size": 48, "q_lora_rank": 16, "kv_lora_rank": 16}
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, **tiny.LATENT}
+    folder = tiny.save(tiny.build("longcat_flash", **sizes, **heads), tmp_path / "moe")
     assert "merges weights" in refused(["quantize", str(folder), str(tmp_path / "out")], capsys, tmp_path / "out")
 
 

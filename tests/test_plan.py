@@ -326,7 +326,7 @@ def test_what_cannot_be_planned(config: Path, tmp_path: Path, capsys: pytest.Cap
     assert "int3" in says(config)
     (config / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     assert "quantized already" in says(config)
-    (config / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    (config / "config.json").write_text(json.dumps({"model_type": "longcat_flash"}))
     assert "merges weights" in says(config)
     (config / "config.json").write_text(json.dumps(raw))
     with pytest.raises(NearplaneError, match="no weights"):

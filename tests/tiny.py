@@ -41,6 +41,26 @@ EXTRA: dict[str, dict[str, Any]] = {
     "swin": {"depths": [2, 2], "embed_dim": 32, "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
     "clip": {"projection_dim": 32},
 }
+# Of mixtures of experts, whatever a configuration calls them: 4 experts, 2 for each token.
+EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_top_k": 2, "moe_k": 2, "moe_topk": 2, "moe_intermediate_size": 48, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 1, "num_shared_experts": 1, "shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
+    "intermediate_size_mlp": 96, "first_k_dense_replace": 1, "moe_layer_start_index": 0, "moe_layer_interval": 1,
+    "interleave_moe_layer_step": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "v_head_dim": 16, "mamba_d_state": 4,
+}  # fmt: skip
+LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # multi-head latent attention
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {}, "qwen2_moe": {}, "qwen3_moe": {}, "deepseek_v2": LATENT, "deepseek_v3": LATENT, "gpt_oss": {}, "olmoe": {},
+    "phimoe": {}, "granitemoe": {}, "jamba": {}, "glm4_moe": {}, "ernie4_5_moe": {}, "minimax_m2": {}, "dots1": {},
+    "llama4_text": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+}  # fmt: skip
 
 
 def build(kind: str, seed: int = 0, **settings: Any) -> Any:
@@ -61,6 +81,19 @@ def build(kind: str, seed: int = 0, **settings: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)
+    return model
+
+
+def build_mixture(kind: str, **settings: Any) -> Any:
+    """A random mixture of experts, whose experts differ and whose router is not undecided."""
+    default = transformers.AutoConfig.for_model(kind)
+    sizes = {k: v for k, v in EXPERTS.items() if hasattr(default, k) and kind != "dbrx"}
+    model = build(kind, **{**sizes, **MIXTURES[kind], **settings})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name and "shared" not in name:  # some are left as they were allocated, some are zero
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
     return model
 
 

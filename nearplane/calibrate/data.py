@@ -56,6 +56,8 @@ class Calibration:
     """Seed of the windows' places."""
     sentences: bool = False
     """Every sample a paragraph by itself (a line, where no line is empty), padded, not a window of the whole text."""
+    all_experts: bool = False
+    """Mixtures of experts: show every expert every token, and combine what the router chose."""
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:

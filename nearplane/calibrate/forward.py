@@ -5,7 +5,7 @@ open one. Pausing in the middle of code that knows nothing of it is what greenle
 of its own, and a hook on the stage's first linear switches back to whoever asked.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from nearplane.calibrate.offload import OnDisk
 from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.models import classes, discover
 from nearplane.models.discover import Block, Stop
+from nearplane.models.experts import Experts
 
 
 class Stream:
@@ -54,8 +55,13 @@ class Forward(greenlet):
     """One batch of a stream on its way through block ``k``. Whatever it was shown at its last pause stays in ``input``,
     ``leading`` and ``points``."""
 
-    def __init__(self, stream: Stream, k: int, batch: int) -> None:
+    def __init__(
+        self, stream: Stream, k: int, batch: int, leader: "Callable[[], Forward | None] | None" = None
+    ) -> None:
+        """``leader``: the forward of the same batch in the other stream, whose routing says which tokens experts are shown."""
         super().__init__(self._forward)
+        self.leader = leader
+        self.routes: dict[str, Tensor] = {}  # by the module of experts
         self.stream, self.k, self.batch = stream, k, batch
         self.wanted: str | None = None
         self.input: Tensor | None = None  # (tokens, in), of the module it is paused at
@@ -99,6 +105,12 @@ class Forward(greenlet):
         self.output = discover.output_hidden(output)
         raise Stop
 
+    def route(self, experts: str, own: Tensor) -> Tensor:
+        """The routing by which ``experts`` are shown tokens: one's own, or the leader's."""
+        self.routes[experts] = own
+        leader = None if self.leader is None else self.leader()
+        return own if leader is None else leader.routes.get(experts, own)
+
     def pause(self, module: str, x: Tensor) -> Tensor:
         """Called by the hook on ``module`` with its input: what it is to be given instead."""
         if self.stream.activations is not None:
@@ -125,9 +137,11 @@ def _block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> Iterator[None]:
-    """Forwards may pause at the modules ``pauses``, whose inputs they round if they round any, and keep what goes into the
-    modules ``points``."""
+def hooked(
+    model: nn.Module, pauses: Iterable[str], points: Iterable[str], experts: Mapping[str, Experts]
+) -> Iterator[None]:
+    """Forwards may pause at the modules ``pauses``, whose inputs they round if they round any, keep what goes into the
+    modules ``points``, and say which tokens ``experts`` are shown."""
 
     def pause(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -146,6 +160,15 @@ def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> It
 
         return hook
 
+    def follow(name: str) -> Any:
+        def led(own: Tensor) -> Tensor:
+            current = getcurrent()
+            return current.route(name, own) if isinstance(current, Forward) else own
+
+        return led
+
+    for name, module in experts.items():
+        module.follow = follow(name)
     # Points first: a module may be both, and a paused forward must have kept what it saw.
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in points]
     handles += [model.get_submodule(name).register_forward_pre_hook(pause(name)) for name in pauses]
@@ -154,3 +177,5 @@ def hooked(model: nn.Module, pauses: Iterable[str], points: Iterable[str]) -> It
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts.values():
+            module.follow = None

@@ -71,7 +71,10 @@ class Shard:
 
     def get(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
-        _, shape, start, end = self.tensors[name]
+        return self._get(name, self.tensors[name])
+
+    def _get(self, name: str, part: Stored) -> Tensor:
+        _, shape, start, end = part
         dtype = self.dtype(name)
         try:
             raw = self._read(start, end - start)
@@ -80,6 +83,13 @@ class Shard:
         if not raw:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Some of a tensor's first dimension, in memory of their own."""
+        dtype, shape, start, end = self.tensors[name]
+        size = (end - start) // shape[0]
+        part = Stored(dtype, (count, *shape[1:]), start + first * size, start + (first + count) * size)
+        return self._get(name, part)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
@@ -151,6 +161,10 @@ class Store:
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own."""
         return self._where(name).get(name)
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """``count`` of a tensor's first dimension; reads no others."""
+        return self._where(name).rows(name, first, count)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; reads no data."""

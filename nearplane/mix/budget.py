@@ -25,6 +25,7 @@ from nearplane.models.discover import Site, Stage
 from nearplane.plan import Plan
 from nearplane.ranks import Ranks
 from nearplane.rows import solve
+from nearplane.scarce import damped, rounding, unseen
 from nearplane.stream import OpenBlock, batch_rows
 
 
@@ -90,17 +91,22 @@ def solve_widths(
     ranks: Ranks,
 ) -> None:
     """Add the free linears of a stage, solved at each width, to the ``candidates``."""
-    state = None
-    if walk.method.needs:
-        moments = block.observe(stage, walk.method.needs)
-        moments.rescale()
-        moments.check()
-        state = walk.method.prepare(moments)
-    for grid, sites in walk.parts(free):
+    state, moments, method = None, None, walk.method
+    if method.needs:
+        moments = block.observe(stage, method.needs)
+        if unseen(stage, moments):
+            moments = None
+        else:
+            moments.rescale()
+            moments.check()
+            method = damped(method, stage, moments)
+            state = method.prepare(moments)
+    for own, sites in walk.parts(free):
+        solver, grid = (method, own) if moments or not method.needs else rounding(own)
         stacked = torch.cat([block.weight(site) for site in sites])
         for bits in widths:
             chosen, done = replace(grid, bits=bits), 0
-            solved = solve(ranks, walk.method, stacked, state, chosen, number=0)
+            solved = solve(ranks, solver, stacked, state, chosen, number=0)
             for site in sites:
                 part = solved.rows(slice(done, done := done + site.shape[0]))
                 candidates.setdefault(bits, []).append(Candidate(site, chosen, part))

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.models import classes
 from nearplane.models.classes import is_causal, output_head
+from nearplane.models.experts import EXPERT, probing, routers
 from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear
 from nearplane.models.watching import Call, recorded
@@ -99,16 +100,18 @@ def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
         if kind not in found:
             source.load(name, cpu, dtype)
             try:
-                with _record(module) as every:
+                with _record(module) as every, probing(module):
                     output = original(*args, **kwargs)
             finally:
                 source.unload(name)
             after = output_hidden(output)
             if after is None or after.shape != hidden.shape:
                 raise NotBlocks(tower, f"{name} does not return a hidden state like the one that it is given")
-            calls = [call for call in every if call.input is not None]
+            dense = set(routers(module))
+            calls = [call for call in every if call.input is not None and call.name not in dense]
             stages = _stages(calls, after)
-            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in {c.name for c in calls}]
+            reached = {call.name for call in calls} | dense
+            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in reached]
             found[kind] = stages, unreached, output_rest(output)
         stages, unreached, rest = found[kind]
         rename = [[_below(name, site) for site in stage] for stage in stages]
@@ -217,13 +220,18 @@ def with_rest(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
 def _record(module: nn.Module) -> AbstractContextManager[list[Call]]:
     """Calls of modules inside ``module``. Inputs are kept alive, so that storage identifies them; a model may add to outputs
     in place, so those of linears are copied."""
-    return recorded(module, hidden_of, lambda m, output: output.clone() if is_linear(m) else None)
+
+    def copied(m: nn.Module, output: Any) -> Tensor | None:  # a router may return several
+        return output.clone() if is_linear(m) and isinstance(output, Tensor) else None
+
+    return recorded(module, hidden_of, copied)
 
 
 def _stages(calls: list[Call], hidden: Tensor) -> list[Stage]:
     """Group calls of linears by input tensor, first call first."""
     stages: dict[Any, Stage] = {}
     seen: set[str] = set()
+    outside = [call for call in calls if EXPERT.fullmatch(call.name) is None]  # experts add to a sum of their own
     for name, module, x, y in calls:
         if name in seen or x is None or not is_linear(module):
             continue
@@ -233,7 +241,9 @@ def _stages(calls: list[Call], hidden: Tensor) -> list[Stage]:
         assert isinstance(weight, Tensor)
         transposed = isinstance(module, Conv1D)
         out, width = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-        site = Site(name, (out, width), transposed, _stream_point(y, calls, hidden))
+        site = Site(
+            name, (out, width), transposed, None if EXPERT.fullmatch(name) else _stream_point(y, outside, hidden)
+        )
         stages.setdefault(key, []).append(site)
     return list(stages.values())
 

@@ -4,7 +4,7 @@ Decides what becomes of quantized weights: packed linears, which keep them as th
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from nearplane.core.moments import all_finite
 from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import again
+from nearplane.models.experts import EXPERT, unfuse
+from nearplane.models.experts_disk import names_in_model
+from nearplane.models.experts_load import Members
 from nearplane.models.locate import locate
-from nearplane.models.source import names_in_model, open_skeleton
+from nearplane.models.source import open_skeleton
 from nearplane.progress import CONSOLE
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
@@ -51,25 +54,22 @@ def load_model(
     checkpoint = open_checkpoint(folder)
     _check_size(skeleton, checkpoint)
     modules = modules_of(skeleton, checkpoint)
+    members = Members(skeleton, checkpoint, modules)
     dtype = dtype or _stored(checkpoint)
-    state: dict[str, Tensor] = {}
-    for name in checkpoint.dense:
-        value = checkpoint.store.get(name)
-        state[name] = value.to(dtype) if value.is_floating_point() else value
-    if not packed:
-        for name in checkpoint.layers:
-            weight = checkpoint.weight(name).to(dtype)
-            conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
-            state[name + ".weight"] = weight.T.contiguous() if conv else weight
-    for name, value in state.items():
-        if value.is_floating_point() and not all_finite(value):
-            raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
+    state = _state(skeleton, checkpoint, modules, members, dtype, packed)
     holes = set(modules.values()) if packed else set()
-    result = _assemble(type(skeleton), config, state, dtype, folder, holes)
+    apart = set(members.linears) if packed else set()
+    result = _assemble(type(skeleton), config, state, dtype, folder, holes - apart, apart)
     for name, layer in checkpoint.layers.items():
+        if modules[name] in apart:
+            continue
         if packed:
-            _fill(result, modules[name], checkpoint, name)
-        _round_inputs(result.get_submodule(modules[name]), layer.activations)
+            hole = result.get_submodule(modules[name])
+            result.set_submodule(modules[name], _packed(checkpoint, name, hole.bias))
+        elif layer.activations is not None:
+            _round_inputs(result, modules[name], layer.activations)
+    if apart:
+        members.fill(result, dtype, partial(_packed, checkpoint))
     if head_bits is not None:
         quantize_head(result, head_bits)
     if holes and device.type == "cpu" and cpu.best() is None:
@@ -81,6 +81,33 @@ def load_model(
                 module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, arithmetic)
     return result.to(device).eval()
+
+
+def _state(
+    skeleton: nn.Module,
+    checkpoint: Checkpoint,
+    modules: dict[str, str],
+    members: Members,
+    dtype: torch.dtype,
+    packed: bool,
+) -> dict[str, Tensor]:
+    """The tensors that transformers is to place, all finite: what is dense, or is to be."""
+    state: dict[str, Tensor] = {}
+    for name in (name for name in checkpoint.dense if name not in members.taken):
+        value = checkpoint.store.get(name)
+        state[name] = value.to(dtype) if value.is_floating_point() else value
+    if not packed:
+        state |= members.fused(dtype)
+        for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):
+            weight = checkpoint.weight(name).to(dtype)
+            conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
+            state[name + ".weight"] = weight.T.contiguous() if conv else weight
+    for name, value in state.items():
+        if value.is_floating_point() and not all_finite(value):
+            raise NumericalError(
+                f"{checkpoint.store.folder}: weight {name} holds NaN or Inf; the checkpoint is broken."
+            )
+    return state
 
 
 def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
@@ -130,31 +157,32 @@ class _Hole(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, bias: Any) -> None:
         super().__init__()
-        bias = linear.bias
         self.bias = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, Tensor) else None
         self.register_buffer("weight", torch.empty(0, 1), persistent=False)
 
 
-def _fill(model: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> None:
-    """Put the packed linear into its hole."""
+def _packed(checkpoint: Checkpoint, name: str, bias: Any) -> QuantizedLinear:
+    """A quantized layer as a module."""
     layer, decoded = checkpoint.decode(name)
     columns, grid = layer.shape[1], layer.grid
     width = grid.group_width(columns)
     group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
     tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)
-    bias = model.get_submodule(path).bias
-    assert bias is None or isinstance(bias, Tensor)
-    model.set_submodule(path, QuantizedLinear(tiles, bias))
+    linear = QuantizedLinear(tiles, bias)
+    linear.activations = layer.activations
+    return linear
 
 
-def _round_inputs(linear: nn.Module, grid: TokenGrid | None) -> None:
-    """Let a linear round what goes into it, if the checkpoint says so."""
-    if isinstance(linear, QuantizedLinear):
-        linear.activations = grid
-    elif grid is not None:
-        linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
+def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
+    """Let a dense linear round what goes into it. NearplaneError for one that is part of a fused module."""
+    if EXPERT.fullmatch(path):
+        raise NearplaneError(
+            f"what goes into {path} is to be rounded, which only packed experts do; load with packed=True."
+        )
+    linear = model.get_submodule(path)
+    linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
 
 
 @cache
@@ -171,7 +199,7 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
 
 
 def _assemble(
-    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path, holes: set[str]
+    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path, holes: set[str], apart: set[str]
 ) -> nn.Module:
     """Let transformers place the tensors: names, ties and buffers are its business."""
     verbosity = transformers.logging.get_verbosity()
@@ -179,7 +207,7 @@ def _assemble(
     transformers.logging.disable_progress_bar()
     try:
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        built = _with_holes(kind, holes) if holes else kind
+        built = _with_holes(kind, holes, apart) if holes or apart else kind
         model, info = built.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
@@ -203,13 +231,18 @@ def _assemble(
     return result
 
 
-def _with_holes(kind: Any, holes: set[str]) -> Any:
-    """The model's class, whose quantized linears are left out while it is built: their memory never exists."""
+def _with_holes(kind: Any, holes: set[str], apart: set[str]) -> Any:
+    """The model's class, whose quantized linears are left out while it is built: their memory never exists.
+
+    ``apart``: all linears of experts that were taken apart; their biases are left out, too.
+    """
     build: Callable[..., None] = kind.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        for path in holes:
-            self.set_submodule(path, _Hole(self.get_submodule(path)))
+        if apart:
+            unfuse(self)
+        for path in holes | apart:
+            self.set_submodule(path, _Hole(None if path in apart else self.get_submodule(path).bias))
 
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
 from nearplane.models.discover import Block, discover
+from nearplane.models.experts import set_visit
 from nearplane.models.locate import locate, read_config
-from nearplane.models.source import Source, build_skeleton, open_source
+from nearplane.models.source import Source, build_skeleton, open_source, refuse_unread
 from nearplane.models.towers import is_linear
 
 
@@ -72,7 +71,7 @@ class Sketch(Source):
         for name in self._below(prefix):
             owner = self.model.get_submodule(name.rpartition(".")[0])
             leaf = name.rpartition(".")[2]
-            if (is_linear(owner) and leaf == "weight") or any(name.startswith(s + ".") for s in skip):
+            if (_multiplies(owner) and leaf == "weight") or any(name.startswith(s + ".") for s in skip):
                 continue
             shape = owner.state_dict()[leaf].shape
             if isinstance(owner, nn.Embedding):
@@ -95,7 +94,7 @@ def open_sketch(model: str | Path, *, trust_remote_code: bool = False) -> Sketch
     else:
         source = _from_config(folder, trust_remote_code)
     for name, module in source.model.named_modules():
-        if is_linear(module):
+        if _multiplies(module):
             module.forward = _Draw(name, module)
     parts = (source.folder, source.config, source.store, source.model, source.names, trust_remote_code)
     return Sketch(str(model), *parts)
@@ -126,13 +125,15 @@ def _from_config(folder: Path, trust_remote_code: bool) -> Source:
             f"{folder / 'config.json'} names the dtype {given!r}, which is no floating dtype of torch."
         )
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
-    if any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(skeleton)):
-        raise NearplaneError(
-            f"{folder}: transformers merges weights of {type(skeleton).__name__} while loading (fused experts); "
-            "nearplane does not quantize such models yet."
-        )
+    refuse_unread(skeleton, folder)
+    set_visit(skeleton, "each")
     store = Promised(folder, skeleton, dtype)
     return Source(str(folder), folder, config, store, skeleton, {name: name for name in store.names})
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a linear does nothing else, as some routers do."""
+    return is_linear(module) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 class _Draw:

@@ -15,12 +15,12 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.store import Store, read_json
 from nearplane.models.classes import builder
+from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
+from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
 from nearplane.models.values import fingerprint, finite, only_rows
 
@@ -162,8 +162,21 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source
     if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
         raise SettingError(f"{model} is quantized already; give the original model.")
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
+    refuse_unread(skeleton, folder)
+    store = split(skeleton, store)
     names = _disk_names(skeleton, store, folder)
+    set_visit(skeleton, "each")
     return Source(str(model), folder, config, store, skeleton, names, trust_remote_code)
+
+
+def refuse_unread(model: nn.Module, folder: Path) -> None:
+    """NearplaneError for experts of a layout that cannot be taken apart."""
+    name = unread(model)
+    if name is not None:
+        raise NearplaneError(
+            f"{folder}: transformers merges weights of {type(model).__name__} while loading ({name}) into a module of "
+            "experts that nearplane cannot take apart."
+        )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -177,7 +190,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model with parameters on the meta device and real (computed) buffers."""
+    """The model with parameters on the meta device and real (computed) buffers, its experts taken apart."""
     try:
         build = builder(config, trust_remote_code)
         if build is None:
@@ -191,10 +204,11 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
         if size > MOST_BUFFERS:
             raise ValueError(f"its masks and tables alone would take {size / 1e9:.3g} GB")
         del draft
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), LargeOnMeta(MOST_BUFFERS):
             model = build(config)
     except (*BAD_CONFIG, ImportError, RuntimeError, MemoryError) as error:
         raise NearplaneError(f"{folder}: no model can be built from its config.json ({first_line(error)}).") from error
+    unfuse(model)
     return model.eval()
 
 
@@ -204,18 +218,6 @@ def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
-
-
-def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
-    """Name on disk by name in the model. transformers' own renamings are applied: old names, a base model's prefix."""
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
-    return {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in sorted(disk_names)}
-
-
-def merges(model: nn.Module) -> bool:
-    """Whether transformers merges or splits stored weights of this model while it loads them."""
-    return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
 
 
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
@@ -232,10 +234,10 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)
-    if missing and merges(model):
+    if missing and converts(model):
         raise NearplaneError(
-            f"{folder}: transformers merges weights of {type(model).__name__} while loading (fused experts, {missing[0]}); "
-            "nearplane does not quantize such models yet."
+            f"{folder} lacks {missing[0]}; transformers converts weights of {type(model).__name__} while loading, and nearplane "
+            "follows it for experts only."
         )
     if missing:
         raise NearplaneError(
