@@ -88,7 +88,11 @@ def build_mixture(kind: str, **settings: Any) -> Any:
     """A random mixture of experts, whose experts differ and whose router is not undecided."""
     default = transformers.AutoConfig.for_model(kind)
     sizes = {k: v for k, v in EXPERTS.items() if hasattr(default, k) and kind != "dbrx"}
-    model = build(kind, **{**sizes, **MIXTURES[kind], **settings})
+    return with_experts(build(kind, **{**sizes, **MIXTURES[kind], **settings}))
+
+
+def with_experts(model: Any) -> Any:
+    """The model, its experts drawn at random: as they are made, some are not."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
