@@ -161,8 +161,7 @@ class Plan:
             f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
         ]
         notes += [*self.source.notes, *about_loading(self.source, self.sites, self.format, self.grid_of)]
-        told = [] if self.samples is None else self.samples.notes
-        notes += [self._shortened(), no_stream(self.method, self.sites), *told]
+        notes += [self._shortened(), no_stream(self.method, self.sites), *(self.samples.notes if self.samples else [])]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _shortened(self) -> str | None:

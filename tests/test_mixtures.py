@@ -12,7 +12,9 @@ from torch import Tensor
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, NearPlane
+from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import dequantize
+from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.inspection import inspect
 from nearplane.models.discover import discover
 from nearplane.models.experts import EXPERT, set_visit
@@ -230,3 +232,18 @@ def test_resumed_and_planned(mixture: Path, tmp_path: Path, monkeypatch: pytest.
     block = sum(p.numel() for p in open_source(mixture).model.get_submodule("model.layers.0").parameters())
     linears = sum(s.shape[0] * s.shape[1] for s in plans[0].blocks[0].sites)
     assert found[0].memory[0].parts["block"] == found[1].memory[0].parts["block"] == 4 * (block + linears)
+
+
+def test_experts_round_their_inputs(mixture: Path, tmp_path: Path) -> None:
+    """Packed, every expert's linear rounds what it is given; fused into transformers' module it cannot, and that is said."""
+    tokens = TokenGrid(4)
+    settings: Any = {"grid": Grid(bits=8, group_size=-1), "calibration": calibration(mixture), "progress": False}
+    nearplane.quantize(mixture, tmp_path / "out", method=GPTQ(), activations=tokens, **settings)
+    model = nearplane.load(tmp_path / "out", arithmetic="exact")
+    linears = {n: m for n, m in model.named_modules() if EXPERT.fullmatch(n)}
+    assert len(linears) == 2 * 4 * 3 and all(m.activations == tokens for m in linears.values())
+    some = linears["model.layers.1.mlp.experts.2.up_proj"]
+    x, weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), some.dequantized()
+    torch.testing.assert_close(some(x), round_tokens(x, tokens) @ weight.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NearplaneError, match="packed=True"):
+        nearplane.load(tmp_path / "out", packed=False)
