@@ -47,7 +47,7 @@ def quantized(model: Path, row: str, bits: int, group: int, draw: Calibration, o
         "mean_error": totals["mean_error"],
         "tokens": report.data.get("tokens", report.data.get("windows", 0)),
         "events": len(report.events),
-        "seconds": round(sum(report.seconds.values()), 1),
+        "seconds": {phase: round(spent, 1) for phase, spent in report.seconds.items()},
         "commit": commit(),
     }
 
