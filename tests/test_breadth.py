@@ -18,7 +18,7 @@ from nearplane.runtime.linear import quantized_linears
 from nearplane.stream import stream
 
 GRID = Grid(bits=8, group_size=32)
-KINDS = ["bert", "roberta", "electra", "t5", "bart", "whisper", "vit", "dinov2", "swin", "clip"]
+KINDS = ["bert", "roberta", "electra", "t5", "bart", "whisper", "wav2vec2", "vit", "dinov2", "swin", "clip"]
 
 
 def features(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
