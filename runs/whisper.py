@@ -19,7 +19,7 @@ import sys
 import tarfile
 import wave
 import zipfile
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,11 @@ NOVEL = [
 ]
 COMMANDS = [f"test/data/{name}.raw" for name in ("goforward", "something", "numbers")]
 COMMANDS += [f"test/data/cards/{n:03}.wav" for n in range(1, 6)]
-RATE, WINDOW, END = 16000, 30, 50257  # END: <|endoftext|>
+RATE, WINDOW, END, LONGEST = 16000, 30, 50257, 160  # END: <|endoftext|>; LONGEST: tokens of a transcript
 VOICES = [
-    f"{accent}+{who}" for accent in ("en-us", "en-gb") for who in ("m1", "m3", "m7", "f1", "f2", "f4", "Andy", "Annie")
+    f"{accent}+{who}"
+    for accent in ("en-us", "en", "en-gb-scotland")
+    for who in ("m1", "m3", "m7", "f1", "f2", "f4", "Andy", "Annie")
 ]
 COLUMNS = {"encoder error": ("error", 4), "encoder cosine": ("cosine", 4), "decoder KL": ("kl", 3),
            "agreement": ("top1", 3), "words changed": ("changed", 3)}  # fmt: skip
@@ -145,9 +147,15 @@ class Espeak:
         return (np.fft.irfft(np.fft.rfft(sound)[: count // 2 + 1], count) * count / len(sound))[: WINDOW * RATE]
 
 
+@cache
+def synthesizer() -> Espeak:
+    """One for all recordings."""
+    return Espeak()
+
+
 def make_speech(folder: Path, text: str, count: int, seed: int) -> None:
     """``count`` recordings: passages of a text in several voices, of 10 to 30 s, louder or softer, in some noise."""
-    drawn, espeak = np.random.default_rng(seed), Espeak()
+    drawn, espeak = np.random.default_rng(seed), synthesizer()
     text = re.sub(r"\s*(<unk>|=|@)\s*", " ", text)
     for n in range(count):
         start = text.index(" ", int(drawn.integers(len(text) - 2000)))
@@ -163,12 +171,12 @@ def make_speech(folder: Path, text: str, count: int, seed: int) -> None:
 
 
 @torch.inference_mode()
-def transcripts(model: Any, mel: Tensor, longest: int = 160) -> list[list[int]]:
+def transcripts(model: Any, mel: Tensor) -> list[list[int]]:
     """Greedily, after Whisper's prefix, up to <|endoftext|>."""
     states = model.get_encoder()(mel)
     ids, cache = torch.tensor([PREFIX] * len(mel)), None
     fed, ended = ids, torch.zeros(len(mel), dtype=torch.bool)
-    for _ in range(longest):
+    for _ in range(min(LONGEST, model.config.max_target_positions - len(PREFIX))):
         output = model(encoder_outputs=states, decoder_input_ids=fed, past_key_values=cache, use_cache=True)
         fed, cache = output.logits[:, -1, : END + 1].argmax(-1, keepdim=True), output.past_key_values
         ids, ended = torch.cat([ids, fed], 1), ended | (fed[:, 0] == END)
