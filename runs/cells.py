@@ -45,7 +45,7 @@ def quantized(model: Path, row: str, bits: int, group: int, draw: Calibration, o
     totals = report.totals
     return {
         "mean_error": totals["mean_error"],
-        "tokens": report.data.get("tokens", report.data.get("windows", 0)),
+        **{name: report.data[name] for name in ("windows", "tokens") if name in report.data},
         "events": len(report.events),
         "seconds": {phase: round(spent, 1) for phase, spent in report.seconds.items()},
         "commit": commit(),

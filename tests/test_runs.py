@@ -197,7 +197,7 @@ def test_whole_whisper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     ]
     study["main"]([*words, "--out", str(tmp_path / "study")])
     fine, rough = map(json.loads, (tmp_path / "study.jsonl").read_text().splitlines())
-    assert fine["cell"] == "model|8|32|GPTQ|0" and rough["tokens"] == 6
+    assert fine["cell"] == "model|8|32|GPTQ|0" and rough["windows"] == 6
     assert 0 < fine["error"] < rough["error"] and 0 < fine["kl"] < rough["kl"] and rough["top1"] <= fine["top1"] <= 1
     assert "| 2 | GPTQ | 1 | " in capsys.readouterr().out
     assert study["words_changed"](["a b, c", "d"], ["A x c y", "d"]) == 2 / 5
