@@ -21,7 +21,7 @@ from nearplane.methods import Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_out, make_mix, refuse_split
-from nearplane.models.classes import AUDIO, IMAGES, reads
+from nearplane.models.classes import MEDIA, reads
 from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.experts import show_all
 from nearplane.models.rotate import make_rotate, rotated
@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def _text_only(self) -> bool:
-        return not {IMAGES, AUDIO} & set(reads(self.source.model))
+        return not MEDIA & set(reads(self.source.model))
 
     def disk_name(self, site: str) -> str:
         """A site's name in the checkpoint."""

@@ -18,7 +18,7 @@ from nearplane.runtime.linear import quantized_linears
 from nearplane.stream import stream
 
 GRID = Grid(bits=8, group_size=32)
-KINDS = ["bert", "roberta", "electra", "t5", "bart", "whisper", "vit", "dinov2", "swin", "clip"]
+KINDS = ["bert", "roberta", "electra", "t5", "bart", "whisper", "wav2vec2", "vit", "dinov2", "swin", "clip"]
 
 
 def features(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -162,6 +162,50 @@ def test_padding_enters_no_moment(kind: str, samples: int, tmp_path: Path, monke
         again, counted = solved(source, changed, monkeypatch)
         assert counted == tokens
         assert all(torch.equal(again[name], codes[name]) for name in codes)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_padding_on_both_sides_of_cross_attention(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross-attention asks with the decoder's real tokens and reads the encoder's; neither's padding counts anywhere."""
+    source = open_source(tiny.save(tiny.build(kind), tmp_path / "m"))
+    read, written = torch.tensor([9, 4, 11, 7, 11, 5]), torch.tensor([3, 6, 1, 6, 2, 5])
+    ids, decoded = tiny.tokens(6, 11), tiny.tokens(6, 6, seed=1)
+    seen, spoken = (torch.arange(n) < lengths[:, None] for n, lengths in ((11, read), (6, written)))
+
+    def batch(more: int, seed: int) -> dict[str, torch.Tensor]:
+        """Other tokens as padding, and ``more`` of it."""
+        found = {}
+        for name, kept, real in (("", ids, seen), ("decoder_", decoded, spoken)):
+            padding = tiny.tokens(6, real.shape[1] + more, seed)
+            padding[:, : real.shape[1]][real] = kept[real]
+            found[f"{name}input_ids"] = padding
+            found[f"{name}attention_mask"] = torch.nn.functional.pad(real.long(), (0, more))
+        return found
+
+    codes, tokens = solved(source, batch(0, 2), monkeypatch)
+    assert tokens == {int(read.sum()), int(written.sum())}
+    again, counted = solved(source, batch(2, 3), monkeypatch)
+    assert counted == tokens and len(codes) > 20
+    assert all(torch.equal(again[name], codes[name]) for name in codes)
+
+
+def test_cross_attention_reads_what_the_encoder_makes_of_each_sample_alone(tmp_path: Path) -> None:
+    """H of its keys, from a padded batch, is that of the encoder's states of the samples without any padding."""
+    model = tiny.build("t5").double()
+    source, lengths = open_source(tiny.save(model, tmp_path / "model")), [9, 4, 12, 7, 12, 5]
+    batch = tiny.batch("t5", 6, 12)
+    batch["attention_mask"] = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+    measured, cpu = {}, torch.device("cpu")
+    for opened in stream(source, discover(source), batch, device=cpu, dtype=torch.float64, reference=False):
+        for stage in opened.stages:
+            measured[stage[0].name] = opened.observe(stage, frozenset({"H"}))
+    with torch.no_grad():
+        alone = [model.encoder(batch["input_ids"][[k], :n]).last_hidden_state[0] for k, n in enumerate(lengths)]
+    states = torch.cat(alone)
+    for k in (0, 1):
+        found = measured[f"decoder.block.{k}.layer.1.EncDecAttention.k"]
+        assert found.tokens == len(states) == sum(lengths)
+        torch.testing.assert_close(found.H, states.T @ states / len(states), rtol=1e-6, atol=1e-9)
 
 
 def test_sentences_are_samples_by_themselves(tmp_path: Path) -> None:

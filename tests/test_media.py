@@ -12,7 +12,10 @@ import transformers
 
 import nearplane
 from nearplane import GPTQ, Calibration, Grid, NearplaneError
+from nearplane.calibrate import media
 from nearplane.evaluate.probe import Probe
+from nearplane.models import classes
+from nearplane.models.source import open_source
 
 GRID = Grid(bits=4, group_size=32)
 
@@ -120,6 +123,42 @@ def test_the_probe_is_ridge_regression() -> None:
     torch.testing.assert_close(z.T @ residual / 40 + 0.1 * probe.weight, torch.zeros(6, 3).double(), rtol=0, atol=1e-10)
 
 
+def recording(path: Path, samples: Any, rate: int = 16000) -> None:
+    with wave.open(str(path), "wb") as sound:
+        sound.setparams((1, 2, rate, 0, "NONE", ""))
+        sound.writeframes(np.asarray(samples).astype("<i2").tobytes())
+
+
+def test_wav2vec2_on_recordings(tmp_path: Path) -> None:
+    """Of a long recording its middle, a short one again and again: nothing is padded, every position counts."""
+    folder = tiny.save(tiny.build("wav2vec2"), tmp_path / "model")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    sounds, noise = tmp_path / "sounds", np.random.default_rng(0)
+    sounds.mkdir()
+    for i, length in enumerate((30_000, 80_000, 100_000, 80_001)):
+        recording(sounds / f"{i}.wav", noise.normal(0, 3000, length))
+    found, bad = media.waveforms(open_source(folder), sorted(sounds.glob("*.wav")))
+    assert found.shape == (4, classes.WAVE) and not bad
+    torch.testing.assert_close(found[0, :50_000], found[0, 30_000:], rtol=0, atol=0)
+    with wave.open(str(sounds / "2.wav")) as sound:
+        whole = torch.from_numpy(np.frombuffer(sound.readframes(100_000), "<i2").astype(np.float32))
+    middle = whole[10_000:90_000]
+    torch.testing.assert_close(found[2], (middle - middle.mean()) / middle.std(), rtol=1e-3, atol=1e-3)
+    report = run(folder, tmp_path / "out", sounds)
+    frames = tiny.build("wav2vec2")._get_feat_extract_output_lengths(classes.WAVE)
+    assert len(report.linears) == 12 and {row.tokens for row in report.linears} == {4 * int(frames)}
+    assert all(
+        row.error < row.rtn_error for row in report.linears if row.error is not None and row.rtn_error is not None
+    )
+    compared = nearplane.compare(tmp_path / "out", reference=folder, dataset=str(sounds))
+    assert 0 < compared.error["last_hidden_state"] < 0.5 and compared.samples == 4
+    with pytest.raises(NearplaneError, match="no sound waves"):  # but pieces of a spectrogram
+        classes.wave_shape(transformers.ASTConfig())
+    recording(sounds / "0.wav", noise.normal(0, 3000, 30_000), rate=8000)
+    with pytest.raises(NearplaneError, match=r"1 of 4 files cannot be read: 0\.wav"):
+        run(folder, tmp_path / "again", sounds)
+
+
 def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
     """Its decoder reads the text; what its cross-attention asks of the encoder, all of its positions."""
     folder = tiny.save(tiny.build("whisper"), tmp_path / "whisper")
@@ -130,9 +169,7 @@ def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     for i in range(5):
         np.save(tmp_path / "sounds" / f"{i}.npy", noise.normal(size=(16, 48)).astype(np.float32))
-    with wave.open(str(tmp_path / "sounds" / "tone.wav"), "wb") as sound:
-        sound.setparams((1, 2, 16000, 0, "NONE", ""))
-        sound.writeframes((8000 * np.sin(np.arange(16000) / 9)).astype("<i2").tobytes())
+    recording(tmp_path / "sounds" / "tone.wav", 8000 * np.sin(np.arange(16000) / 9))
     report = run(folder, tmp_path / "out", tmp_path / "sounds", seqlen=20)
     tokens = {row.name: row.tokens for row in report.linears}
     assert tokens["model.encoder.layers.0.fc1"] == tokens["model.decoder.layers.1.encoder_attn.k_proj"] == 6 * 24

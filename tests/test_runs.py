@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 
 from nearplane.runtime import cpu
 
@@ -102,6 +104,103 @@ def test_what_a_width_costs(folder: Path, capsys: pytest.CaptureFixture[str], mo
     *alone, _, _ = capsys.readouterr().out.strip().splitlines()
     for row in map(json.loads, alone):
         assert row["kl"] == pytest.approx(found[row["unit"]]["kl"], rel=1e-3)
+
+
+def test_sentence_encoder(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two methods; the table is made of kept cells; more bits are nearer to the original, in every figure."""
+    monkeypatch.syspath_prepend(str(RUNS))
+    model = tiny.save(tiny.build("electra"), tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = "w0"
+    tokenizer.save_pretrained(model)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(tiny.text(8 + n % 9, seed=n) for n in range(30)))
+    words = [
+        "--calibration",
+        str(lines),
+        "--test",
+        str(lines),
+        "--model",
+        str(model),
+        "--bits",
+        "8",
+        "3",
+        "--group",
+        "32",
+    ]
+    words += [
+        "--rows",
+        "RTN",
+        "GPTQ",
+        "--seeds",
+        "0",
+        "1",
+        "--nsamples",
+        "12",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "study"),
+    ]
+    main = script("encoder.py")["main"]
+    main(words)
+    cells = {c.pop("cell"): c for c in map(json.loads, (tmp_path / "study.jsonl").read_text().splitlines())}
+    assert len(cells) == 2 * (1 + 2)
+    fine, rough = cells["model|8|32|GPTQ|0"], cells["model|3|32|GPTQ|0"]
+    assert (
+        0 < fine["error"] < rough["error"]
+        and rough["embedding_least"] <= rough["embedding"] < fine["embedding"] <= 1.0001
+    )
+    assert rough["error"] < cells["model|3|32|RTN|0"]["error"] and rough["tokens"] > 12 * 8
+    said = capsys.readouterr().out
+    main(words)
+    assert "| 3 | GPTQ | 2 | " in said and capsys.readouterr().out.strip() == said[said.index("| bits") :].strip()
+
+
+def test_whole_whisper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny one on noise: a rounded encoder is farther away, and says other words, at fewer bits."""
+    monkeypatch.syspath_prepend(str(RUNS))
+    model, drawn = tiny.save(tiny.build("whisper"), tmp_path / "model"), torch.Generator().manual_seed(0)
+    settings = {"feature_size": 16, "chunk_length": 1, "hop_length": 333, "n_fft": 400}
+    transformers.WhisperFeatureExtractor(**settings).save_pretrained(model)
+    study = script("whisper.py")
+
+    def speech(folder: Path, _text: str, count: int, _seed: int) -> None:
+        for n in range(count):
+            np.save(folder / f"{n}.npy", torch.randn(16, 48, generator=drawn).numpy())
+
+    sounds = [torch.randn(16000, generator=drawn).numpy() for _ in range(3)]
+    for name, value in {
+        "real_speech": lambda: sounds,
+        "make_speech": speech,
+        "PREFIX": [1, 5],
+        "END": 100,
+        "LONGEST": 6,
+    }.items():
+        monkeypatch.setitem(study["main"].__globals__, name, value)
+    words = [
+        "--model",
+        str(model),
+        "--bits",
+        "8",
+        "2",
+        "--group",
+        "32",
+        "--rows",
+        "GPTQ",
+        "--nsamples",
+        "6",
+        "--threads",
+        "1",
+    ]
+    study["main"]([*words, "--out", str(tmp_path / "study")])
+    fine, rough = map(json.loads, (tmp_path / "study.jsonl").read_text().splitlines())
+    assert fine["cell"] == "model|8|32|GPTQ|0" and rough["windows"] == 6
+    assert 0 < fine["error"] < rough["error"] and 0 < fine["kl"] < rough["kl"] and rough["top1"] <= fine["top1"] <= 1
+    assert "| 2 | GPTQ | 1 | " in capsys.readouterr().out
+    assert study["words_changed"](["a b, c", "d"], ["A x c y", "d"]) == 2 / 5
 
 
 @pytest.mark.skipif(cpu.best() is None, reason="no C++ kernel was built (no compiler)")

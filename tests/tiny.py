@@ -27,7 +27,7 @@ CLASSES = {
     "mpnet": "MPNetForMaskedLM", "modernbert": "ModernBertForMaskedLM", "deberta-v2": "DebertaV2Model",
     "t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
     "vit": "ViTForImageClassification", "deit": "DeiTModel", "dinov2": "Dinov2Model", "swin": "SwinModel",
-    "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel",
+    "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel", "wav2vec2": "Wav2Vec2ForCTC",
 }  # fmt: skip
 # Configurations of towers inside one, sized like the others.
 PARTS = {"text_config", "vision_config"}
@@ -40,6 +40,14 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
     "swin": {"depths": [2, 2], "embed_dim": 32, "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
     "clip": {"projection_dim": 32},
+    "wav2vec2": {
+        "conv_dim": [16] * 5,
+        "conv_stride": [5, 4, 4, 4, 4],
+        "conv_kernel": [10, 4, 4, 4, 4],
+        "num_feat_extract_layers": 5,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 4,
+    },
 }
 # Of mixtures of experts, whatever a configuration calls them: 4 experts, 2 for each token.
 EXPERTS: dict[str, Any] = {
@@ -159,6 +167,8 @@ def batch(kind: str, samples: int, length: int = 9, seed: int = 0) -> dict[str, 
         return {"input_ids": ids, "pixel_values": images}
     if kind == "whisper":
         return {"input_features": mels, "decoder_input_ids": decoded}
+    if kind == "wav2vec2":
+        return {"input_values": torch.randn(samples, 8000, generator=generator)}  # 6 frames
     if kind in ("vit", "deit", "dinov2", "swin"):
         return {"pixel_values": images}
     return {"input_ids": ids} | ({"decoder_input_ids": decoded} if kind in ("t5", "bart") else {})

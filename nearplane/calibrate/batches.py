@@ -60,6 +60,6 @@ def positions(shapes: list[tuple[int, ...]], samples: Mapping[str, Tensor]) -> i
 
     ``shapes``: of the hidden state of each block.
     """
-    texts = [value.shape[1] for value in samples.values() if value.dim() == 2]
+    texts = [value.shape[1] for value in samples.values() if value.dim() == 2 and not value.is_floating_point()]
     others = [] if len(texts) == len(samples) else [torch.Size(shape[1:-1]).numel() for shape in shapes]
     return max([*texts, *others], default=1)

@@ -5,6 +5,7 @@ more than one in twenty is an error.
 """
 
 import wave
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from nearplane.models import classes
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 AUDIO_FILES = (".wav", ".npy")
+WAVE_FILES = (".wav",)
 # The share of files that may be unreadable.
 UNREADABLE = 0.05
 RECORDINGS = "recordings (.wav) or mel spectrograms (.npy)"
@@ -55,13 +57,30 @@ def mels(source: Owner, calibration: Calibration) -> Media:
     return found, f"{calibration.dataset}: {len(found)} recordings", bad
 
 
+def waves(source: Owner, calibration: Calibration) -> Media:
+    """``nsamples`` recordings (.wav) of a folder, at seeded random, as input values."""
+    found, bad = waveforms(source, some_files(calibration, WAVE_FILES, "recordings (.wav)"))
+    return found, f"{calibration.dataset}: {len(found)} recordings", bad
+
+
 def features(source: Owner, paths: list[Path]) -> tuple[Tensor, list[str]]:
     """Mel spectrograms of these files, and a note on those that are none. NearplaneError past one in twenty."""
     shape = classes.mel_shape(source.config)
+    return _heard(paths, lambda path: _mel(source, path, shape))
+
+
+def waveforms(source: Owner, paths: list[Path]) -> tuple[Tensor, list[str]]:
+    """Sound waves of these files: of a long one its middle, a short one again and again, so that nothing is padded."""
+    (length,) = classes.wave_shape(source.config)
+    return _heard(paths, lambda path: _wave(source, path, length))
+
+
+def _heard(paths: list[Path], read: Callable[[Path], Tensor]) -> tuple[Tensor, list[str]]:
+    """What can be read of these files, and a note on what cannot."""
     found, bad = [], []
     for path in paths:
         try:
-            found.append(_mel(source, path, shape))
+            found.append(read(path))
         except (OSError, ValueError, EOFError, wave.Error) as error:
             bad.append(f"{path.name} ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})")
     return torch.stack(_enough(found, bad, paths)), _notes(bad)
@@ -161,21 +180,38 @@ def _mel(source: Owner, path: Path, shape: tuple[int, int]) -> Tensor:
         if tuple(mel.shape) != shape:
             raise ValueError(f"shape {list(mel.shape)}, not {list(shape)}")
         return mel
+    samples, rate = _sound(path)
+    features = _extractor(source)(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
+    return torch.as_tensor(features)[0].float()
+
+
+def _wave(source: Owner, path: Path, length: int) -> Tensor:
+    samples, rate = _sound(path)
+    first = max(0, (len(samples) - length) // 2)
+    piece = np.resize(samples[first : first + length], length)
+    values = _extractor(source)(piece, sampling_rate=rate, return_tensors="pt")["input_values"]
+    return torch.as_tensor(values)[0].float()
+
+
+def _sound(path: Path) -> tuple[np.ndarray[Any, Any], int]:
+    """Samples of a 16-bit recording, its channels averaged, and their rate."""
     with wave.open(str(path)) as sound:
         rate, channels, width = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
         raw = sound.readframes(sound.getnframes())
     if width != 2 or not raw:
         raise ValueError(f"{8 * width} bits, not 16" if raw else "empty")
-    samples = np.frombuffer(raw, dtype="<i2").reshape(-1, channels).mean(1).astype(np.float32) / 32768
+    return np.frombuffer(raw, dtype="<i2").reshape(-1, channels).mean(1).astype(np.float32) / 32768, rate
+
+
+def _extractor(source: Owner) -> Any:
+    """The feature extractor in a model folder."""
     try:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(source.folder)
+        return transformers.AutoFeatureExtractor.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise NearplaneError(
-            f"{source.folder} has no feature extractor that transformers can load ({_first(error)}); give mel spectrograms "
-            "as .npy files."
+            f"{source.folder} has no feature extractor that transformers can load ({_first(error)}); a model of mel "
+            "spectrograms also takes them as .npy files."
         ) from error
-    features = extractor(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
-    return torch.as_tensor(features)[0].float()
 
 
 def _enough(found: list[Tensor], bad: list[str], paths: list[Path]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What a model calibrates on, by what it reads: text, images, mel spectrograms; the decoder behind an encoder also text.
+"""What a model calibrates on, by what it reads: text, images, sound; the decoder behind an encoder also text.
 
 Decides which files those are and what becomes of them: text is cut into full windows, or into padded sentences; images
 and audio go through the model's own processor; a decoder reads the text of the same windows, behind its start token. It
@@ -19,16 +19,19 @@ from nearplane.calibrate.media import (
     AUDIO_FILES,
     IMAGE_FILES,
     RECORDINGS,
+    WAVE_FILES,
     Owner,
     features,
     files_below,
     images,
     mels,
     pixel_values,
+    waveforms,
+    waves,
 )
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.models import classes
-from nearplane.models.classes import AUDIO, DECODER, IMAGES, TEXT
+from nearplane.models.classes import AUDIO, DECODER, IMAGES, MEDIA, TEXT, WAVES
 from nearplane.models.source import Source, load_tokenizer
 
 
@@ -59,7 +62,7 @@ def gather(source: Source, calibration: Calibration) -> Samples:
     found: Batch = {}
     data: dict[str, Any] = {}
     notes: list[str] = []
-    media = {IMAGES: images, AUDIO: mels}
+    media = {IMAGES: images, AUDIO: mels, WAVES: waves}
     for name in (name for name in wanted if name in media):
         found[name], origin, said = media[name](source, calibration)
         data |= {
@@ -86,13 +89,15 @@ def held_out(
     wanted = classes.reads(model)
     found: Batch = {}
     origin = ""
-    if {IMAGES, AUDIO} & set(wanted):
+    if MEDIA & set(wanted):
         if dataset is None:
             raise SettingError("this model reads images or recordings; give --dataset FOLDER to measure it on.")
         if IMAGES in wanted:
             found[IMAGES] = pixel_values(owner, files_below(Path(dataset), IMAGE_FILES, "images")[:windows])[0]
         if AUDIO in wanted:
             found[AUDIO] = features(owner, files_below(Path(dataset), AUDIO_FILES, RECORDINGS)[:windows])[0]
+        if WAVES in wanted:
+            found[WAVES] = waveforms(owner, files_below(Path(dataset), WAVE_FILES, "recordings")[:windows])[0]
         origin, windows = dataset, len(next(iter(found.values())))
     if {TEXT, DECODER} & set(wanted):
         text = read_text(None if found else dataset, "evaluation")

@@ -18,7 +18,9 @@ from nearplane.core.errors import NearplaneError, SettingError
 CAUSAL, MASKED = transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM
 SEQ2SEQ = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq)
 OTHERS = (transformers.AutoModelForImageClassification, transformers.AutoModelForZeroShotImageClassification)
-TEXT, DECODER, IMAGES, AUDIO = "input_ids", "decoder_input_ids", "pixel_values", "input_features"
+TEXT, DECODER, IMAGES, AUDIO, WAVES = "input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values"
+MEDIA = frozenset({IMAGES, AUDIO, WAVES})  # what is read from files of a folder
+WAVE = 80_000  # samples of a sound wave that a model is shown: five seconds at 16 kHz
 PROBE_TOKENS, PROBE_DECODED = 8, 5
 
 
@@ -105,6 +107,15 @@ def mel_shape(config: Any) -> tuple[int, int]:
     return channels, 2 * frames
 
 
+def wave_shape(config: Any) -> tuple[int]:
+    """Samples of a wave that a speech model is shown. NearplaneError for one whose input_values are something else."""
+    if not hasattr(config, "conv_stride"):
+        raise NearplaneError(
+            f"the input_values of a model of type {config.model_type} are no sound waves; not supported."
+        )
+    return (WAVE,)
+
+
 def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
     """One small sample. A decoder's is shorter than its encoder's, so that no two inputs have one length by chance."""
     config: Any = model.config
@@ -114,6 +125,7 @@ def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
         DECODER: lambda: torch.arange(1, PROBE_DECODED + 1)[None] % text_config(config).vocab_size,
         IMAGES: lambda: torch.randn(1, *image_shape(config), generator=drawn),
         AUDIO: lambda: torch.randn(1, *mel_shape(config), generator=drawn),
+        WAVES: lambda: torch.randn(1, *wave_shape(config), generator=drawn),
     }
     wanted = reads(model)
     unknown = [name for name in wanted if name not in makers]

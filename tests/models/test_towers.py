@@ -30,6 +30,7 @@ TOWERS: dict[str, list[tuple[str, list[int], tuple[int, int]]]] = {
     "t5": [("encoder.block", ENCODER, (9, 64)), ("decoder.block", DECODER, (6, 64))],
     "bart": [("model.encoder.layers", ENCODER, (9, 64)), ("model.decoder.layers", DECODER, (6, 64))],
     "whisper": [("model.encoder.layers", ENCODER, (24, 64)), ("model.decoder.layers", DECODER, (6, 64))],
+    "wav2vec2": [("wav2vec2.encoder.layers", ENCODER, (6, 64))],
     "vit": [("vit.layers", ENCODER, (17, 64))],
     "deit": [("layers", ENCODER, (18, 64))],
     "dinov2": [("encoder.layer", ENCODER, (17, 64))],
