@@ -198,7 +198,7 @@ class Study:
     """The original, the images and what is measured on them."""
 
     def __init__(self, model: Path, images: Path, args: argparse.Namespace) -> None:
-        self.model, self.pool, self.args = model, images / "calibration", args
+        self.model, self.pool, self.args, self.commit = model, images / "calibration", args, commit()
         owner = Folder(model, read_config(model), False)
         self.train, self.test, self.names, _ = labelled(owner, images)
         self.original = Remembered(load(model))
@@ -215,7 +215,7 @@ class Study:
             "original": probe.reference_accuracy,
             "train": len(self.train[1]),
             "test": len(self.test[1]),
-            "commit": commit(),
+            "commit": self.commit,
         }
 
     def cell(self, weight_bits: int, act_bits: int, row: str, seed: int) -> dict[str, Any]:

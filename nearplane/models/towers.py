@@ -1,8 +1,9 @@
 """Where the blocks of a model are: its towers, the lists of modules that a hidden state passes one after another.
 
 A decoder has one, an encoder-decoder two, a pair of image and text models two, and a model that halves its images as it
-goes one per size. A list is a tower if it is as long as some number of layers in the configuration and if, in the
-probe forward, each of its modules returns a hidden state of the shape that it was given. Of nested lists the outermost counts.
+goes one per size. A list is a tower if it is as long as some number of layers in the configuration (of any length where
+the configuration, as timm's, has no such number) and if, in the probe forward, each of its modules returns a hidden state
+of the shape that it was given. Of nested lists the outermost counts.
 """
 
 import re
@@ -32,7 +33,8 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
     found: dict[str, list[str]] = {}
 
     def search(name: str, module: nn.Module) -> None:
-        if _is_list(module) and len(module) in lengths and name not in refused:  # type: ignore[arg-type]
+        fits = _is_list(module) and (not lengths or len(module) in lengths)  # type: ignore[arg-type]
+        if fits and name not in refused:
             found[name] = [f"{name}.{i}" for i, _ in enumerate(module.children())]
             return
         for child, inner in module.named_children():
@@ -82,7 +84,7 @@ def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
 
 def _is_list(module: nn.Module) -> bool:
     """A list of modules with linears inside, or of several such lists' elements; a list of linears is none."""
-    if not isinstance(module, nn.ModuleList):
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     children = list(module.children())
     return any(is_linear(m) for m in module.modules()) and not any(is_linear(child) for child in children)
