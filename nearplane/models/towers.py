@@ -7,14 +7,22 @@ of the shape that it was given. Of nested lists the outermost counts.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.core.errors import NearplaneError
+from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.models.source import Source
 
+# What towers are called besides their own names: in words that the names of their modules hold.
+ALIASES = {
+    "text": ("text", "language"),
+    "vision": ("vision", "visual", "image"),
+    "encoder": ("encoder",),
+    "decoder": ("decoder",),
+}
 # Numbers of layers in a configuration: num_hidden_layers, n_layer, encoder_layers, depths, ...
 DEPTH = re.compile(r"(layers?|depths?|blocks)$")
 
@@ -49,6 +57,32 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
             "this architecture is not supported."
         )
     return found
+
+
+def chosen_towers(words: Sequence[str], towers: Sequence[str]) -> set[str]:
+    """The towers that a user names: by a list's name or a module that it is in, or as text, vision, encoder or decoder.
+
+    SettingError for a word that names none, or towers of several modules.
+    """
+    found: set[str] = set()
+    for word in words:
+        parts = {tower: _part(word, tower) for tower in towers}
+        named = {tower for tower, part in parts.items() if part}
+        if not named or (len({parts[tower] for tower in named}) > 1):
+            problem = "may be several" if named else "names none"
+            raise SettingError(f"towers: {word!r} {problem} of this model's; those are {', '.join(towers)}.")
+        found |= named
+    return found
+
+
+def _part(word: str, tower: str) -> str:
+    """The module by which a word names a tower: the beginning of its name up to there; empty where it does not."""
+    names = tower.split(".")
+    for stop, name in enumerate(names, 1):
+        start = ".".join(names[:stop])
+        if word in (start, name) or any(alias in name for alias in ALIASES.get(word, ())):
+            return start
+    return ""
 
 
 def main_tower(source: Source) -> list[str]:
