@@ -247,9 +247,9 @@ def test_the_other_tower_is_walked_and_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words", "said"),
-    [("clip", "audio", "'audio' names none of this model's; those are vision_model.encoder.layers, text_model.encoder.layers"),
+    [("clip", "audio", "'audio' names none of this model's; its towers are vision_model.encoder.layers, text_model."),
      ("clip", "encoder", "'encoder' may be several of this model's"),
-     ("vit", "text", "'text' names none of this model's; those are vit.layers")],
+     ("vit", "text", "'text' names none of this model's; its towers are vit.layers")],
 )  # fmt: skip
 def test_towers_that_are_not_there(
     kind: str, words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -258,3 +258,36 @@ def test_towers_that_are_not_there(
     assert main(["quantize", str(folder), str(tmp_path / "out"), "--towers", words, "--method", "rtn"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and said in message and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_sees_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaVA is calibrated on text, on which its image tower does not run: that stays dense, and asking for it is refused."""
+    part = {
+        key: tiny.SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**part, image_size=32, patch_size=8, projection_dim=32),
+        text_config=transformers.LlamaConfig(**part, num_key_value_heads=2, vocab_size=tiny.VOCABULARY),
+        image_token_id=tiny.VOCABULARY - 1,
+        vision_feature_layer=-1,
+    )
+    folder = tiny.save(transformers.LlavaForConditionalGeneration(config).eval(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(1000))
+    report = nearplane.quantize(
+        folder, tmp_path / "out", method=GPTQ(), grid=GRID, towers=("text",), progress=False,
+        calibration=Calibration(dataset=str(tmp_path / "text.txt"), nsamples=4, seqlen=24),
+    )  # fmt: skip
+    assert len(report.linears) == 14 and all(
+        row.name.startswith("model.language_model.layers") for row in report.linears
+    )
+    dense = {row["name"] for row in report.dense}
+    assert len({name for name in dense if "vision_tower" in name and "mlp.fc1" in name}) == 2
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([torch.full((1, 16), tiny.VOCABULARY - 1), tiny.tokens(1, 5)], 1)
+    with torch.no_grad():
+        logits = [
+            nearplane.load(tmp_path / name)(input_ids=ids, pixel_values=pixels).logits for name in ("model", "out")
+        ]
+    assert 0 < float((logits[1] - logits[0]).norm()) < 0.06 * float(logits[0].norm())
+    assert main(["quantize", str(folder), str(tmp_path / "no"), "--towers", "vision", "--method", "rtn"]) == 2
+    assert "'vision' is a part of this model that does not run on what it is calibrated on" in capsys.readouterr().err

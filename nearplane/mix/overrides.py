@@ -129,7 +129,7 @@ def leave_out(
     """
     ignored: dict[str, str] = {}
     if mix.towers:
-        chosen = chosen_towers(mix.towers, list(dict.fromkeys(block.tower for block in blocks)))
+        chosen = chosen_towers(mix.towers, list(dict.fromkeys(block.tower for block in blocks)), others)
         rest = [site.name for block in blocks if block.tower not in chosen for site in block.sites]
         ignored = {disk(name): f"towers {', '.join(mix.towers)}" for name in rest}
     sites = [site.name for block in blocks for site in block.sites]

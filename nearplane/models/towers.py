@@ -7,7 +7,7 @@ of the shape that it was given. Of nested lists the outermost counts.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -59,18 +59,20 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
     return found
 
 
-def chosen_towers(words: Sequence[str], towers: Sequence[str]) -> set[str]:
+def chosen_towers(words: Sequence[str], towers: Sequence[str], others: Iterable[str] = ()) -> set[str]:
     """The towers that a user names: by a list's name or a module that it is in, or as text, vision, encoder or decoder.
 
-    SettingError for a word that names none, or towers of several modules.
+    SettingError for a word that names none, or towers of several modules. ``others``: linears that are in no tower.
     """
     found: set[str] = set()
     for word in words:
         parts = {tower: _part(word, tower) for tower in towers}
         named = {tower for tower, part in parts.items() if part}
-        if not named or (len({parts[tower] for tower in named}) > 1):
-            problem = "may be several" if named else "names none"
-            raise SettingError(f"towers: {word!r} {problem} of this model's; those are {', '.join(towers)}.")
+        if not named or len({parts[tower] for tower in named}) > 1:
+            problem = "may be several of this model's" if named else "names none of this model's"
+            if not named and any(_part(word, name) for name in others):
+                problem = "is a part of this model that does not run on what it is calibrated on"
+            raise SettingError(f"towers: {word!r} {problem}; its towers are {', '.join(towers)}.")
         found |= named
     return found
 
