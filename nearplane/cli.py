@@ -163,6 +163,7 @@ def _choices(args: Any) -> dict[str, Any]:
         "widths",
         "rotate",
         "rotate_seed",
+        "towers",
     )
     same = {name: getattr(args, name) for name in names}
     activations = None if args.act_bits == 16 else TokenGrid(args.act_bits, args.act_sym, args.act_clip)

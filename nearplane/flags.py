@@ -26,6 +26,8 @@ class Job:
     As 'down_proj=bits=8,group_size=64'."""
     ignore: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="REGEX")]] = ()
     """Leave dense the linears in whose names REGEX is found. Repeatable."""
+    towers: Annotated[str, tyro.conf.arg(metavar="NAME,...")] = ""
+    """Quantize only these towers of a model that has several: text, vision, encoder, decoder, or as they are named in it."""
     budget: Annotated[float | None, tyro.conf.arg(metavar="BITS")] = None
     """Choose the bits of every stage, from --widths, so that quantized weights take so many bits on average, scales and zeros
     counted, at the least sum of errors. They are measured first; --bits is not used."""

@@ -55,7 +55,7 @@ class Plan:
     grids: Mapping[str, Grid] = field(default_factory=dict)
     """The grid of each site by name, as far as it is settled."""
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Linears left dense, by name on disk, with the pattern that left them out."""
+    """Linears left dense, by name on disk, with what left them out."""
     units: Sequence[Unit] = ()
     """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
     choices: list[dict[str, Any]] | None = None
@@ -213,6 +213,7 @@ def make_plan(
     rotate: str | Sequence[str] = (),
     rotate_seed: int = 0,
     activations: TokenGrid | None = None,
+    towers: str | Sequence[str] = (),
     sketch: bool = False,
 ) -> Plan:
     """Open the source and settle every choice, as ``quantize`` takes them; refuse, before any compute, what cannot work.
@@ -220,7 +221,7 @@ def make_plan(
     With ``sketch`` no weight and no token is read, and MODEL may be a lone config.json: good for an estimate, not to be run.
     """
     method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
-    mix, turning = make_mix(override, ignore, budget, widths), make_rotate(rotate, rotate_seed)
+    mix, turning = make_mix(override, ignore, budget, widths, towers), make_rotate(rotate, rotate_seed)
     where = _choices(method, format, device)
     source: Source = (open_sketch if sketch else open_source)(model, trust_remote_code=trust_remote_code)
     if calibration.all_experts:

@@ -22,9 +22,9 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
         if value.dim() >= 2:
             missed = any(name == source.names.get(linear + ".weight") for b in plan.blocks for linear in b.unreached)
             reason = "the probe forward did not reach it" if missed else "not a linear of a block"
-            pattern = plan.ignored.get(name.removesuffix(".weight"))
+            left = plan.ignored.get(name.removesuffix(".weight"))
             reason = "routes tokens to experts" if name in routing else reason
-            reason = reason if pattern is None else f"left out by ignore {pattern!r}"
+            reason = reason if left is None else f"left out by {left}"
             report.dense.append({"name": name, "bytes": value.nbytes, "reason": reason})
         writer.put({name: value})
     report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]

@@ -7,6 +7,16 @@ import jaxtyping
 import torch
 from hypothesis import HealthCheck, settings
 
+# timm needs torchvision's transforms. The torchvision of package indexes is built for CUDA's torch: beside a CPU torch its
+# operators are not loaded, and its import, and with it transformers', fails over two of them. Declared, they are never called.
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+
 # Annotations such as Float[Tensor, "out in"] are asserted at every call of these packages. The hook rewrites modules as
 # they are imported, so it must come before the first import of any of them.
 CHECKED = ("nearplane.core", "nearplane.methods")

@@ -10,6 +10,7 @@ import transformers
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane, NearplaneError
+from nearplane.cli import main
 from nearplane.evaluate.features import final_states
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
@@ -238,3 +239,99 @@ def test_plan_reads_no_weight(kind: str, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     found = forecast(folder, grid=GRID, method=GPTQ())
     assert found.estimate.memory[0].peak > 0 and len(found.plan.blocks) == (2 if kind in ("bert", "vit") else 4)
+
+
+# Of two models with two towers: words, and the towers that they name.
+NAMED = {
+    "clip": {
+        "vision": ["vision_model.encoder.layers"],
+        "text_model": ["text_model.encoder.layers"],
+        "text_model.encoder.layers": ["text_model.encoder.layers"],
+        "text,vision": ["vision_model.encoder.layers", "text_model.encoder.layers"],
+    },
+    "t5": {"encoder": ["encoder.block"], "decoder": ["decoder.block"]},
+    "siglip": {"text": ["text_model.encoder.layers"]},
+}
+
+
+@pytest.mark.parametrize(("kind", "words"), [(kind, words) for kind, each in NAMED.items() for words in each])
+def test_only_the_towers_that_are_named(kind: str, words: str, tmp_path: Path) -> None:
+    """Their linears are those of a whole run; the others are copied, with the reason in the report, and all of it loads."""
+    folder = tiny.save(tiny.build(kind), tmp_path / "model")
+    settings: dict[str, Any] = {"method": RTN(), "grid": GRID, "progress": False}
+    report = nearplane.quantize(folder, tmp_path / "out", towers=words, **settings)
+    blocks = discover(open_source(folder))
+    chosen = [site.name for block in blocks if block.tower in NAMED[kind][words] for site in block.sites]
+    others = {site.name for block in blocks for site in block.sites} - set(chosen)
+    assert sorted(row.name for row in report.linears) == sorted(chosen)
+    left = {row["name"] for row in report.dense if row["reason"] == f"left out by towers {', '.join(words.split(','))}"}
+    assert left == {name + ".weight" for name in others} and bool(others) is ("," not in words)
+    assert nearplane.verify(tmp_path / "out").ok
+    whole = nearplane.load(tmp_path / "out", packed=False).state_dict()
+    original = nearplane.load(folder).state_dict()
+    assert all(torch.equal(whole[name + ".weight"], original[name + ".weight"]) for name in others)
+    assert not any(torch.equal(whole[name + ".weight"], original[name + ".weight"]) for name in chosen)
+
+
+def test_the_other_tower_is_walked_and_stays_as_it_is(tmp_path: Path) -> None:
+    """T5's decoder, solved after an encoder that stays dense, sees what the original's sees: GPTAQ has no drift to answer."""
+    folder = tiny.with_text(tmp_path).parent
+    model = tiny.save(tiny.build("t5"), folder / "t5")
+    settings: dict[str, Any] = {"method": GPTQ(), "grid": Grid(bits=3, group_size=32), "progress": False}
+    calibration = Calibration(dataset=str(folder / "text.txt"), nsamples=6, seqlen=24)
+    found = [
+        nearplane.quantize(model, folder / f"out{k}", calibration=calibration, towers=towers, **settings)
+        for k, towers in enumerate((("decoder",), ()))
+    ]
+    first = "decoder.block.0.layer.0.SelfAttention.q"
+    cross = "decoder.block.0.layer.1.EncDecAttention.k"
+    alone, whole = ({row.name: row.error for row in report.linears} for report in found)
+    assert alone[first] == whole[first] and alone[cross] != whole[cross]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [("clip", "audio", "'audio' names none of this model's; its towers are vision_model.encoder.layers, text_model."),
+     ("clip", "encoder", "'encoder' may be several of this model's"),
+     ("vit", "text", "'text' names none of this model's; its towers are vit.layers")],
+)  # fmt: skip
+def test_towers_that_are_not_there(
+    kind: str, words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save(tiny.build(kind), tmp_path / "model")
+    assert main(["quantize", str(folder), str(tmp_path / "out"), "--towers", words, "--method", "rtn"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and said in message and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_sees_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaVA is calibrated on text, on which its image tower does not run: that stays dense, and asking for it is refused."""
+    part = {
+        key: tiny.SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**part, image_size=32, patch_size=8, projection_dim=32),
+        text_config=transformers.LlamaConfig(**part, num_key_value_heads=2, vocab_size=tiny.VOCABULARY),
+        image_token_id=tiny.VOCABULARY - 1,
+        vision_feature_layer=-1,
+    )
+    folder = tiny.save(transformers.LlavaForConditionalGeneration(config).eval(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(1000))
+    report = nearplane.quantize(
+        folder, tmp_path / "out", method=GPTQ(), grid=GRID, towers=("text",), progress=False,
+        calibration=Calibration(dataset=str(tmp_path / "text.txt"), nsamples=4, seqlen=24),
+    )  # fmt: skip
+    assert len(report.linears) == 14 and all(
+        row.name.startswith("model.language_model.layers") for row in report.linears
+    )
+    dense = {row["name"] for row in report.dense}
+    assert len({name for name in dense if "vision_tower" in name and "mlp.fc1" in name}) == 2
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([torch.full((1, 16), tiny.VOCABULARY - 1), tiny.tokens(1, 5)], 1)
+    with torch.no_grad():
+        logits = [
+            nearplane.load(tmp_path / name)(input_ids=ids, pixel_values=pixels).logits for name in ("model", "out")
+        ]
+    assert 0 < float((logits[1] - logits[0]).norm()) < 0.06 * float(logits[0].norm())
+    assert main(["quantize", str(folder), str(tmp_path / "no"), "--towers", "vision", "--method", "rtn"]) == 2
+    assert "'vision' is a part of this model that does not run on what it is calibrated on" in capsys.readouterr().err

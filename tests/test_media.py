@@ -13,6 +13,7 @@ import transformers
 import nearplane
 from nearplane import GPTQ, Calibration, Grid, NearplaneError
 from nearplane.calibrate import media
+from nearplane.cli import main
 from nearplane.evaluate.probe import Probe
 from nearplane.models import classes
 from nearplane.models.source import open_source
@@ -176,3 +177,33 @@ def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
     assert tokens["model.decoder.layers.0.self_attn.q_proj"] == 6 * 10
     found = nearplane.compare(tmp_path / "out", reference=folder, dataset=str(tmp_path / "sounds"), seqlen=20)
     assert 0 < found.error["encoder"] < 1 and found.kl is not None and found.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [("broken", "2 of 5 files cannot be read: 0.png (UnidentifiedImageError), 1.png"),
+     ("empty", "holds no images"), ("nowhere", "is no folder"),
+     ("none given", "give --dataset FOLDER"), ("no processor", "has no image processor"),
+     ("format", "gptq cannot say that activations are rounded"), ("bits", "act_bits and kv_bits are 2 to 8")],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_status_2(
+    case: str, said: str, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures(tmp_path / "images", 3)
+    words = ["--dataset", str(folder), "--method", "gptq", "--group-size", "32"]
+    if case == "broken":
+        pictures(folder, 5)
+        for i in (0, 1):
+            (folder / f"{i:03}.png").rename(folder / f"{i}.png")
+            (folder / f"{i}.png").write_bytes(b"\x89PNG, and then nothing")
+    elif case == "no processor":
+        (vit / "preprocessor_config.json").unlink()
+    elif case in ("format", "bits"):
+        words += ["--act-bits", "4", "--format", "gptq"] if case == "format" else ["--act-bits", "1"]
+    else:
+        (tmp_path / "empty").mkdir()
+        words = words[2:] + ([] if case == "none given" else ["--dataset", str(tmp_path / case)])
+    assert main(["quantize", str(vit), str(tmp_path / "out"), *words]) == 2
+    message = capsys.readouterr().err
+    lines = [line for line in message.splitlines() if line.startswith("nearplane: ")]
+    assert len(lines) == 1 and said in lines[0] and "Traceback" not in message and not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,39 @@ def test_packed_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     own = [row for row in rows if row["name"].split()[0] in ("3", "8")]
     assert len(own) >= 2 * 2 * 3 and all(row["ms"] > 0 and row["x torch bf16"] > 0 for row in own)
     assert all(row["of the read rate"] > 0 for row in own if row["rows"] == 1)
+
+
+def test_vision_study(tmp_path: Path) -> None:
+    """Disjoint images to calibrate, train and test on, one line per cell; a second call measures nothing again."""
+    image = pytest.importorskip("PIL.Image")
+    model = tiny.save(tiny.build("dinov2"), tmp_path / "model")
+    size = {"height": 32, "width": 32}
+    (model / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": size})
+    )
+    drawn = torch.Generator().manual_seed(0)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number, name in enumerate(("dark", "bright")):
+            for i in range(9):
+                pixels = (60 + 120 * number + 30 * torch.randn(20, 20, 3, generator=drawn)).clamp(0, 255).byte()
+                image.fromarray(pixels.numpy()).save(tmp_path / "one.png")
+                archive.write(tmp_path / "one.png", f"{name}/{i}.png")
+    study = script("vision.py")
+    (tmp_path / "split").mkdir()
+    study["split"](tmp_path / "images.zip", tmp_path / "split", 4, 8)
+    parts = [set((tmp_path / "split" / part).rglob("*.png")) for part in ("calibration", "train", "test")]
+    read = [path.read_bytes() for part in parts for path in part]
+    assert [len(part) for part in parts] == [6, 4, 8] and len(set(read)) == 18
+    words = ["--images", str(tmp_path / "images.zip"), "--model", str(model), "--cells", "2-4", "--rows", "RTN", "GPTQ"]
+    words += ["--train", "4", "--test", "8", "--nsamples", "4", "--seeds", "0", "1", "--out", str(tmp_path / "study")]
+    for _ in range(2):
+        study["main"](words)
+        cells = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+        assert [cell["cell"] for cell in cells] == ["2-4|RTN|0", "2-4|GPTQ|0", "2-4|GPTQ|1"]
+    assert len({cell["error"] for cell in cells}) == 3
+    assert all(cell["original"] == 1 and cell["test"] == 8 and cell["train"] == 4 for cell in cells)
+    table = (tmp_path / "study.md").read_text().splitlines()
+    assert table[2].endswith("W2A4: error | accuracy |") and [row.split(" |")[0] for row in table[4:]] == [
+        "| RTN",
+        "| GPTQ",
+    ]

@@ -143,7 +143,9 @@ def final_states(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     for names in (("last_hidden_state",), ("text_embeds", "image_embeds")):
         if all(isinstance(getattr(output, name, None), Tensor) for name in names):
             return {name: getattr(output, name) for name in names}
-    base = getattr(model, "base_model", model)
+    base: Any = getattr(model, "base_model", model)
+    if hasattr(base, "forward_features"):  # timm's
+        return {"last_hidden_state": base.forward_features(arguments[classes.IMAGES])}
     state = None if base is model else getattr(base(**arguments), "last_hidden_state", None)
     if state is None:
         raise NearplaneError(f"{type(model).__name__} gives no final hidden state; its features cannot be compared.")

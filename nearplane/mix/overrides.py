@@ -15,6 +15,7 @@ from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Fit, Grid
 from nearplane.formats.engines import fused, grid_name
 from nearplane.models.discover import Block
+from nearplane.models.towers import chosen_towers
 
 FIELDS = ("bits", "group_size", "sym", "fit")
 WIDTHS = (2, 3, 4, 8)
@@ -70,10 +71,14 @@ class Mix:
     """Stored bits per quantized weight, scales and zeros counted; None: no bits are chosen."""
     widths: tuple[int, ...] = WIDTHS
     """The bits that a budget chooses from."""
+    towers: tuple[str, ...] = ()
+    """Towers that are quantized, others stay dense; none: all of them."""
 
     def __post_init__(self) -> None:
         for pattern in self.ignore:
             _compile("ignore", pattern)
+        if not all(isinstance(word, str) and word for word in self.towers):
+            raise SettingError(f"towers are names, such as text or vision; got {list(self.towers)}.")
         if self.budget is not None and not (isfinite(self.budget) and self.budget > 0):
             raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
         if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
@@ -83,7 +88,7 @@ class Mix:
     def settings(self) -> dict[str, Any]:
         """For the report, without what was not asked for."""
         override = [{"pattern": some.pattern, **some.fields} for some in self.override]
-        found: dict[str, Any] = {"override": override, "ignore": list(self.ignore)}
+        found: dict[str, Any] = {"override": override, "ignore": list(self.ignore), "towers": list(self.towers)}
         if self.budget is not None:
             found |= {"budget": self.budget, "widths": sorted(set(self.widths))}
         return {key: value for key, value in found.items() if value != []}
@@ -97,6 +102,7 @@ def make_mix(
     ignore: Sequence[str],
     budget: float | None,
     widths: Sequence[int],
+    towers: str | Sequence[str] = (),
 ) -> Mix:
     """From what a user gives. SettingError for what is no override."""
     found: list[Override] = []
@@ -109,24 +115,30 @@ def make_mix(
         if unknown:
             raise SettingError(f"override {pattern!r} knows {', '.join(FIELDS)}; got {', '.join(unknown)}.")
         found.append(Override(pattern, **fields))
-    return Mix(tuple(found), (ignore,) if isinstance(ignore, str) else tuple(ignore), budget, tuple(widths))
+    words = towers.split(",") if isinstance(towers, str) and towers else towers
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return Mix(tuple(found), ignore, budget, tuple(widths), tuple(words))
 
 
 def leave_out(
     blocks: list[Block], mix: Mix, disk: Callable[[str], str], others: Iterable[str]
 ) -> tuple[list[Block], dict[str, str]]:
-    """The blocks without the linears that are left dense, and those, by name on disk, with their pattern.
+    """The blocks without the linears that are left dense, and those, by name on disk, with the reason.
 
     ``others``: linears that stay dense anyway; a pattern may name them. SettingError for one that is found nowhere.
     """
     ignored: dict[str, str] = {}
+    if mix.towers:
+        chosen = chosen_towers(mix.towers, list(dict.fromkeys(block.tower for block in blocks)), others)
+        rest = [site.name for block in blocks if block.tower not in chosen for site in block.sites]
+        ignored = {disk(name): f"towers {', '.join(mix.towers)}" for name in rest}
     sites = [site.name for block in blocks for site in block.sites]
     for pattern in mix.ignore:
         matched = [name for name in sites if re.search(pattern, disk(name))]
         if not matched and not any(re.search(pattern, name) for name in others):
             raise SettingError(_nowhere("ignore", pattern, [disk(name) for name in sites]))
         for name in matched:
-            ignored.setdefault(disk(name), pattern)
+            ignored.setdefault(disk(name), f"ignore {pattern!r}")
     if not ignored:
         return blocks, ignored
     kept = []
@@ -134,7 +146,9 @@ def leave_out(
         stages = [[site for site in stage if disk(site.name) not in ignored] for stage in block.stages]
         kept.append(replace(block, stages=[stage for stage in stages if stage]))
     if not any(block.stages for block in kept):
-        raise SettingError("ignore leaves every linear out; there is nothing to quantize.")
+        raise SettingError(
+            f"{'ignore' if mix.ignore else 'towers'} leaves every linear out; there is nothing to quantize."
+        )
     return kept, ignored
 
 
@@ -166,7 +180,7 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], mix: Mix
             bits = "bits by the budget"
         return f"gets {bits} in {rest}"
 
-    if not mix.override and not mix.ignore:
+    if not mix.override and not ignored:
         return
     patterns = [("override", some.pattern) for some in mix.override] + [("ignore", some) for some in mix.ignore]
     for names in fused([*grids, *ignored]):

@@ -7,6 +7,7 @@ a decoder behind it, both inputs of a pair of towers.
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.formats.store import read_json
 
 CAUSAL, MASKED = transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM
 SEQ2SEQ = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq)
@@ -90,12 +92,27 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
-def image_shape(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model is made for."""
-    some = getattr(config, "vision_config", config)
-    size = getattr(some, "image_size", None) or 224
+def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads: what its image processor makes, or what it is made for."""
+    timm: Any = getattr(model, "timm_model", None)
+    if timm is not None:  # its configuration may name nothing but an architecture
+        channels, *sizes = timm.pretrained_cfg["input_size"]
+        height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sizes
+        return int(channels), int(height), int(width)
+    some: Any = getattr(model.config, "vision_config", model.config)
+    size = _processed(folder) or getattr(some, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return int(getattr(some, "num_channels", 3)), height, width
+
+
+def _processed(folder: Path) -> tuple[int, int] | None:
+    """Height and width of the images that a folder's processor makes, where its configuration says so in a plain way."""
+    path = folder / "preprocessor_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    size = raw.get("crop_size" if raw.get("do_center_crop") else "size")
+    if not isinstance(size, dict) or not all(isinstance(size.get(side), int) for side in ("height", "width")):
+        return None
+    return size["height"], size["width"]
 
 
 def mel_shape(config: Any) -> tuple[int, int]:
@@ -123,7 +140,7 @@ def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
     makers: dict[str, Callable[[], Tensor]] = {
         TEXT: lambda: torch.arange(1, PROBE_TOKENS + 1)[None] % text_config(config).vocab_size,
         DECODER: lambda: torch.arange(1, PROBE_DECODED + 1)[None] % text_config(config).vocab_size,
-        IMAGES: lambda: torch.randn(1, *image_shape(config), generator=drawn),
+        IMAGES: lambda: torch.randn(1, *image_shape(model, Path(folder)), generator=drawn),
         AUDIO: lambda: torch.randn(1, *mel_shape(config), generator=drawn),
         WAVES: lambda: torch.randn(1, *wave_shape(config), generator=drawn),
     }

@@ -16,6 +16,8 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30
 # What transformers raises over values it does not expect.
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+# transformers' wrapper of timm's models; timm's own files name no model_type.
+TIMM = "timm_wrapper"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -59,6 +61,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise NearplaneError(f"{folder} holds a run that was not finished; nearplane quantize --resume finishes it.")
     path = folder / "config.json"
     raw = read_json(path)
+    if raw.get("model_type", TIMM if "pretrained_cfg" in raw else None) == TIMM:
+        raw = {**raw, "model_type": TIMM}
+        _need_timm(folder)
     if not isinstance(raw.get("model_type"), str):
         raise NearplaneError(f"{path} names no model_type; it is not a transformers configuration.")
     known = raw["model_type"] in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
@@ -75,6 +80,21 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (*BAD_CONFIG, OSError, StrictDataclassError) as error:
         raise NearplaneError(f"{path} is not a usable configuration ({first_line(error)}).") from error
+
+
+def _need_timm(folder: Path) -> None:
+    """NearplaneError where timm is not there, or cannot be imported."""
+    try:
+        import timm  # noqa: F401
+    except ImportError as error:
+        raise NearplaneError(
+            f"{folder} holds a timm model, which needs timm: pip install 'nearplane[timm]'."
+        ) from error
+    except RuntimeError as error:  # from torchvision
+        raise NearplaneError(
+            f"{folder} holds a timm model, and timm cannot be imported ({first_line(error)}); torchvision must be of the same "
+            "release and build, CPU or CUDA, as torch."
+        ) from error
 
 
 def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:

@@ -1,19 +1,28 @@
 """Where the blocks of a model are: its towers, the lists of modules that a hidden state passes one after another.
 
 A decoder has one, an encoder-decoder two, a pair of image and text models two, and a model that halves its images as it
-goes one per size. A list is a tower if it is as long as some number of layers in the configuration and if, in the
-probe forward, each of its modules returns a hidden state of the shape that it was given. Of nested lists the outermost counts.
+goes one per size. A list is a tower if it is as long as some number of layers in the configuration (of any length where
+the configuration, as timm's, has no such number) and if, in the probe forward, each of its modules returns a hidden state
+of the shape that it was given. Of nested lists the outermost counts.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.core.errors import NearplaneError
+from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.models.source import Source
 
+# What towers are called besides their own names: in words that the names of their modules hold.
+ALIASES = {
+    "text": ("text", "language"),
+    "vision": ("vision", "visual", "image"),
+    "encoder": ("encoder",),
+    "decoder": ("decoder",),
+}
 # Numbers of layers in a configuration: num_hidden_layers, n_layer, encoder_layers, depths, ...
 DEPTH = re.compile(r"(layers?|depths?|blocks)$")
 
@@ -32,7 +41,8 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
     found: dict[str, list[str]] = {}
 
     def search(name: str, module: nn.Module) -> None:
-        if _is_list(module) and len(module) in lengths and name not in refused:  # type: ignore[arg-type]
+        fits = _is_list(module) and (not lengths or len(module) in lengths)  # type: ignore[arg-type]
+        if fits and name not in refused:
             found[name] = [f"{name}.{i}" for i, _ in enumerate(module.children())]
             return
         for child, inner in module.named_children():
@@ -47,6 +57,34 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
             "this architecture is not supported."
         )
     return found
+
+
+def chosen_towers(words: Sequence[str], towers: Sequence[str], others: Iterable[str] = ()) -> set[str]:
+    """The towers that a user names: by a list's name or a module that it is in, or as text, vision, encoder or decoder.
+
+    SettingError for a word that names none, or towers of several modules. ``others``: linears that are in no tower.
+    """
+    found: set[str] = set()
+    for word in words:
+        parts = {tower: _part(word, tower) for tower in towers}
+        named = {tower for tower, part in parts.items() if part}
+        if not named or len({parts[tower] for tower in named}) > 1:
+            problem = "may be several of this model's" if named else "names none of this model's"
+            if not named and any(_part(word, name) for name in others):
+                problem = "is a part of this model that does not run on what it is calibrated on"
+            raise SettingError(f"towers: {word!r} {problem}; its towers are {', '.join(towers)}.")
+        found |= named
+    return found
+
+
+def _part(word: str, tower: str) -> str:
+    """The module by which a word names a tower: the beginning of its name up to there; empty where it does not."""
+    names = tower.split(".")
+    for stop, name in enumerate(names, 1):
+        start = ".".join(names[:stop])
+        if word in (start, name) or any(alias in name for alias in ALIASES.get(word, ())):
+            return start
+    return ""
 
 
 def main_tower(source: Source) -> list[str]:
@@ -82,7 +120,7 @@ def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
 
 def _is_list(module: nn.Module) -> bool:
     """A list of modules with linears inside, or of several such lists' elements; a list of linears is none."""
-    if not isinstance(module, nn.ModuleList):
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     children = list(module.children())
     return any(is_linear(m) for m in module.modules()) and not any(is_linear(child) for child in children)
