@@ -15,7 +15,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.tokens import TokenGrid
 from nearplane.devices import pick_device, pick_dtype
-from nearplane.formats import FORMATS, rounding
+from nearplane.formats import FORMATS, running
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method, NearPlane
 from nearplane.methods.base import Need
@@ -23,7 +23,7 @@ from nearplane.mix.choices import Unit, allowed, check_budget, units
 from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_out, make_mix, refuse_split
 from nearplane.models.classes import AUDIO, IMAGES, reads
 from nearplane.models.discover import Block, Site, Stage, discover
-from nearplane.models.rotate import make_rotate, rotated
+from nearplane.models.rotate import make_rotate, promised, rotated
 from nearplane.models.sketch import discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
@@ -221,12 +221,12 @@ def make_plan(
     method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
     mix, turning = make_mix(override, ignore, budget, widths), make_rotate(rotate, rotate_seed)
     where = _choices(method, format, device)
+    running(format, activations, "r4" in turning.kinds)  # or refuse
     if sketch:
         drawn = open_sketch(model, trust_remote_code=trust_remote_code)
-        drawn.notes += (
-            ["--rotate is not looked at here: r1 makes a tied head a tensor of its own"] if turning.kinds else []
-        )
-        return _settle(drawn, discover_sketch(drawn), method, grid, calibration, format, where, dtype, mix, activations)
+        blocks = discover_sketch(drawn)
+        promised(drawn, turning)
+        return _settle(drawn, blocks, method, grid, calibration, format, where, dtype, mix, activations)
     source = open_source(model, trust_remote_code=trust_remote_code)
     if turning.kinds:
         source = rotated(source, turning, where)
@@ -279,7 +279,7 @@ def _settle(
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
     by_site = {site.name: grids[disk[site.name]] for site in sites}
-    chosen = FORMATS[format] if activations is None else rounding(format, activations)
+    chosen = running(format, activations, "r4" in source.settings.get("rotate", {}).get("kinds", ()))
     plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
     plan = replace(plan, activations=activations)
     return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))

@@ -20,6 +20,7 @@ from nearplane.core.tokens import TokenGrid, round_tokens
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import again
 from nearplane.models.locate import locate
+from nearplane.models.online import turn_inputs, turned_linears
 from nearplane.models.source import names_in_model, open_skeleton
 from nearplane.progress import CONSOLE
 from nearplane.runtime import cpu
@@ -70,6 +71,7 @@ def load_model(
         if packed:
             _fill(result, modules[name], checkpoint, name)
         _round_inputs(result.get_submodule(modules[name]), layer.activations)
+    _turn_inputs(result, checkpoint)
     if head_bits is not None:
         quantize_head(result, head_bits)
     if holes and device.type == "cpu" and cpu.best() is None:
@@ -155,6 +157,17 @@ def _round_inputs(linear: nn.Module, grid: TokenGrid | None) -> None:
         linear.activations = grid
     elif grid is not None:
         linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
+
+
+def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Let linears be given their inputs rotated, if the checkpoint says so."""
+    names, seed = turned_linears(checkpoint.config, checkpoint.store.folder)
+    strange = sorted(set(names) - {name for name, _ in model.named_modules()})
+    if strange:
+        raise NearplaneError(
+            f"{checkpoint.store.folder}: its model has no {strange[0]}, whose input config.json has rotated."
+        )
+    turn_inputs(model, names, seed)
 
 
 @cache
