@@ -1,10 +1,10 @@
 """Perplexity with and without rotation: every method, four bits for weights and activations, two bits for weights alone.
 
     python runs/rotation.py [--model demo] [--settings W2A16 W4A4] [--methods RTN GPTQ GPTAQ ResComp NearPlane]
-        [--kinds none r1,r2 r1,r2,r4] [--nsamples 16] [--seqlen 512] [--windows 8] [--out runs/rotation]
+        [--kinds none r1,r2 r1,r2,r4] [--nsamples 4] [--seqlen 512] [--windows 4] [--out runs/rotation]
 
-Calibrates on the embedded text and scores its held-out part, in float32. Grids are asymmetric and fitted as in
-runs/quality.py: by squared error, NearPlane's by the Hessian. One line of OUT.jsonl per finished cell, with its commit: an
+Calibrates on the embedded text and scores its held-out part, in float32. Grids are asymmetric, their ranges fitted by the
+Hessian, RTN's from the least to the greatest weight. One line of OUT.jsonl per finished cell, with its commit: an
 interrupted study goes on where it was. A finished cell is not run again, whatever has changed since: delete its line for
 that. OUT.md is written from whatever is there.
 """
@@ -50,7 +50,7 @@ def measured(path: str | Path, args: argparse.Namespace) -> float:
 def cell(setting: str, method: str, kinds: str, args: argparse.Namespace) -> dict[str, Any]:
     """Make a checkpoint, measure it, forget it."""
     bits, group, activations = SETTINGS[setting]
-    fit = args.fit or ("hessian" if method == "NearPlane" else "mse")
+    fit = args.fit or ("minmax" if method == "RTN" else "auto")
     grid = Grid(bits=bits, group_size=group, sym=False, fit=fit)
     draw = Calibration(dataset=args.dataset, nsamples=args.nsamples, seqlen=args.seqlen)
     start = time.perf_counter()
@@ -89,9 +89,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--fit", default=None, help="of every grid, instead of each method's own")
     parser.add_argument("--dataset", default=Calibration().dataset)
     parser.add_argument("--test", default=None, help="text that is scored; none: the embedded text's held-out part")
-    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--nsamples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "rotation")
     args = parser.parse_args(words)
     store = args.out.with_suffix(".jsonl")
