@@ -70,9 +70,9 @@ def quantize(
     NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
-    ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
-    weights (docs/rotation.md); "r4" turns the down projection's input while the model runs, which only nearplane does. ``activations``: how what goes into these linears is rounded when the model runs; the
-    calibration rounds it alike, except in the reference stream. ``dtype``: what dense tensors and scales are stored in
+    ``rotate``: "r1,r2" turns the residual stream and every head's values first, fused into the weights; "r4" the down
+    projection's input as it runs (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the
+    model runs; calibration rounds it alike, except in the reference stream. ``dtype``: of stored dense tensors and scales
     ("auto": as in the source); on CPU the computation is float32 whatever is stored. ``offload``: a folder in which the
     hidden states are kept while the run goes on, instead of in memory. ``resume``: go on after the last finished block that
     ``out`` holds, if it holds any; the settings must be the same. Raises NearplaneError for whatever cannot work, a run that
