@@ -67,10 +67,10 @@ def quantize(
     NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
     {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
     ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
-    ``rotate``: "r1,r2" turns the residual stream and every head's values by fixed random rotations first, fused into the
-    weights (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the model runs; the
-    calibration rounds it alike, except in the reference stream. ``towers``: quantize these only, ("vision",), others stay
-    dense (docs/other_models.md). ``dtype``: what dense tensors and scales are stored in ("auto": as in the source); on CPU the
+    ``rotate``: "r1,r2" turns the residual stream and every head's values first, fused into the weights; "r4" the down
+    projection's input as it runs (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the
+    model runs; calibration rounds it alike, except in the reference stream. ``towers``: quantize these only, ("vision",),
+    others stay dense (docs/other_models.md). ``dtype``: of stored dense tensors and scales ("auto": as in the source); on CPU the
     computation is float32. ``offload``: keep the hidden states in this folder meanwhile. ``resume``: go on after the last
     finished block that ``out`` holds, with the same settings. Raises NearplaneError for whatever cannot work, a run that does
     not fit into memory or onto the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint,

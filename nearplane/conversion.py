@@ -17,12 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats import FORMATS
-from nearplane.formats.base import Format, check, conv1d_reason
+from nearplane.formats.base import ONLINE_ONLY_HERE, Format, check, conv1d_reason
 from nearplane.formats.layer import SCALE_NAMES
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.write import Writer
 from nearplane.models.load import modules_of
 from nearplane.models.locate import locate
+from nearplane.models.online import turned_linears
 from nearplane.models.source import open_skeleton
 from nearplane.models.towers import linears_besides
 from nearplane.progress import bar
@@ -105,6 +106,10 @@ def _refuse_activations(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
     groups = config.get("config_groups") or {}
     parts = {key for group in groups.values() for key in ("input_activations", "output_activations") if group.get(key)}
     parts |= {key for key in ("kv_cache_scheme",) if config.get(key)}
+    if turned_linears(checkpoint.config, checkpoint.store.folder)[0]:
+        raise NearplaneError(
+            f"inputs of linears of {checkpoint.store.folder} are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}."
+        )
     if parts:
         raise NearplaneError(
             f"{checkpoint.store.folder} quantizes more than weights ({', '.join(sorted(parts))}), which GPTQ has no place for."

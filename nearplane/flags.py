@@ -33,8 +33,9 @@ class Job:
     counted, at the least sum of errors. They are measured first; --bits is not used."""
     widths: tuple[int, ...] = WIDTHS
     """The bits that --budget chooses from."""
-    rotate: Annotated[str, tyro.conf.arg(metavar="r1,r2")] = ""
-    """Rotations fused into the weights before they are quantized: r1 of the residual stream, r2 of every head's values."""
+    rotate: Annotated[str, tyro.conf.arg(metavar="r1,r2[,r4]")] = ""
+    """Rotations fused into the weights before they are quantized: r1 of the residual stream, r2 of every head's values. Applied
+    while the model runs, by nearplane alone: r4 of the down projection's input, r3 of keys where eval --kv-bits rounds them."""
     rotate_seed: int = 0
     """Seed of their random signs."""
     act_bits: int = 16

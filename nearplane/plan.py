@@ -15,7 +15,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.tokens import TokenGrid
 from nearplane.devices import pick_device, pick_dtype
-from nearplane.formats import FORMATS, rounding
+from nearplane.formats import FORMATS, running
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.methods import Method, NearPlane
 from nearplane.methods.base import Need
@@ -24,7 +24,7 @@ from nearplane.mix.overrides import ALIKE, WIDTHS, Mix, Override, assign, leave_
 from nearplane.models.classes import MEDIA, reads
 from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.experts import show_all
-from nearplane.models.rotate import make_rotate, rotated
+from nearplane.models.rotate import make_rotate, promised, rotated
 from nearplane.models.sketch import Sketch, discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
@@ -135,7 +135,7 @@ class Plan:
         if self.samples is not None:
             return self.samples.number, positions([block.shape for block in self.blocks], self.samples.arguments)
         seqlen = min(self.calibration.seqlen, longest_input(self.source.model) or self.calibration.seqlen)
-        return self.calibration.nsamples, seqlen if self._text_only else max(map(_positions, self.blocks))
+        return self.calibration.nsamples, seqlen if self._text_only else max(block.positions for block in self.blocks)
 
     @property
     def hidden(self) -> int:
@@ -143,7 +143,7 @@ class Plan:
         if self._text_only:
             return max(block.shape[-1] for block in self.blocks)
         most = max(prod(block.shape[1:]) for block in self.blocks)
-        return -(-most // max(map(_positions, self.blocks)))
+        return -(-most // max(block.positions for block in self.blocks))
 
     @property
     def _text_only(self) -> bool:
@@ -223,14 +223,17 @@ def make_plan(
     method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
     mix, turning = make_mix(override, ignore, budget, widths, towers), make_rotate(rotate, rotate_seed)
     where = _choices(method, format, device)
+    running(format, activations, "r4" in turning.kinds)  # or refuse
     source: Source = (open_sketch if sketch else open_source)(model, trust_remote_code=trust_remote_code)
     if calibration.all_experts:
         show_all(source.model, source.folder)
-    if turning.kinds and sketch:
-        source.notes.append("--rotate is not looked at here: r1 makes a tied head a tensor of its own")
-    elif turning.kinds:
+    if turning.kinds and not sketch:
         source = rotated(source, turning, where)
-    found = discover_sketch(source) if isinstance(source, Sketch) else discover(source)
+    if isinstance(source, Sketch):
+        found = discover_sketch(source)
+        promised(source, turning)
+    else:
+        found = discover(source)
     plan = _settle(source, found, method, grid, calibration, format, where, dtype, mix, activations)
     if sketch:
         return plan
@@ -282,7 +285,7 @@ def _settle(
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
     by_site = {site.name: grids[disk[site.name]] for site in sites}
-    chosen = FORMATS[format] if activations is None else rounding(format, activations)
+    chosen = running(format, activations, "r4" in source.settings.get("rotate", {}).get("kinds", ()))
     plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
     plan = replace(plan, activations=activations)
     return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
@@ -295,7 +298,3 @@ def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)
-
-
-def _positions(block: Block) -> int:
-    return prod(block.shape[1:-1])

@@ -22,6 +22,7 @@ from nearplane.formats.engines import (
     fused,
     grid_name,
     mixed_caveat,
+    online_refusal,
     order_refusal,
     refusal,
     rounding_refusal,
@@ -34,6 +35,7 @@ from nearplane.formats.store import Store, read_json
 from nearplane.models.experts_disk import names_in_model, split
 from nearplane.models.load import misfit
 from nearplane.models.locate import locate
+from nearplane.models.online import turned_linears
 from nearplane.models.source import open_skeleton
 from nearplane.models.towers import is_linear
 from nearplane.progress import bar
@@ -201,6 +203,9 @@ def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -
     shapes: dict[Grid, set[tuple[int, int]]] = {}
     for layer in checkpoint.layers.values():
         shapes.setdefault(layer.grid, set()).add(layer.shape)
+    online = online_refusal(engine, bool(turned_linears(checkpoint.config, checkpoint.store.folder)[0]))
+    if online is not None:
+        found.problem(f"engine {engine}: {online}.")
     rounded = {(layer.grid, layer.activations) for layer in checkpoint.layers.values() if layer.activations is not None}
     for why in sorted({why for grid, rounding in rounded if (why := rounding_refusal(engine, grid, rounding))}):
         found.problem(f"engine {engine}: {why}.")

@@ -242,13 +242,13 @@ def test_a_changed_setting_is_refused_by_name(model: Path, tmp_path: Path) -> No
 
 
 def test_a_rotated_run_goes_on_with_the_same_rotation_only(model: Path, tmp_path: Path) -> None:
-    out, turned = tmp_path / "out", {"rotate": "r1,r2", "rotate_seed": 1}
+    out, turned = tmp_path / "out", {"rotate": "r1,r2,r4", "rotate_seed": 1}
     run(model, tmp_path / "whole", **turned)
     interrupted(model, out, 5, **turned)
     for changed, name in (
-        ({}, r"rotate\.kinds was \['r1', 'r2'\] when .* was begun and is None now"),
-        ({"rotate": "r1", "rotate_seed": 1}, r"rotate\.kinds was \['r1', 'r2'\] when .* and is \['r1'\] now"),
-        ({"rotate": "r1,r2", "rotate_seed": 2}, r"rotate\.seed was 1 when .* was begun and is 2 now"),
+        ({}, r"rotate\.kinds was \['r1', 'r2', 'r4'\] when .* was begun and is None now"),
+        ({"rotate": "r1", "rotate_seed": 1}, r"rotate\.kinds was \['r1', 'r2', 'r4'\] when .* and is \['r1'\] now"),
+        ({"rotate": "r1,r2,r4", "rotate_seed": 2}, r"rotate\.seed was 1 when .* was begun and is 2 now"),
     ):
         with pytest.raises(SettingError, match=name):
             run(model, out, resume=True, **changed)

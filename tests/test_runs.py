@@ -27,14 +27,22 @@ def script(name: str) -> dict[str, Any]:
     return runpy.run_path(str(RUNS / name), run_name="script")
 
 
-def test_rotation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    text = str(folder / "text.txt")
+def test_rotation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each cell, and a table; a second call goes on from there."""
+    text, out = str(folder / "text.txt"), folder / "rotation"
     words = ["--model", str(folder / "model"), "--dataset", text, "--test", text, "--nsamples", "4", "--seqlen", "24"]
-    monkeypatch.setattr(sys, "argv", ["rotation.py", *words, "--windows", "2", "--methods", "rtn"])
-    script("rotation.py")["main"]()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition(" ")[0] for line in lines] == ["original", "rtn as it is", "rtn r1", "rtn r1,r2"]
-    assert len({line.rpartition(" ")[2] for line in lines[1:]}) == 3
+    words += ["--windows", "2", "--settings", "W4A4", "--out", str(out), "--methods"]
+    main = script("rotation.py")["main"]
+    main([*words, "RTN"])
+    first = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in first] == ["original", "W4A4|RTN|none", "W4A4|RTN|r1,r2", "W4A4|RTN|r1,r2,r4"]
+    assert len({row["perplexity"] for row in first}) == 4 and all(row["tokens"] == 96 for row in first)
+    capsys.readouterr()
+    main([*words, "RTN", "GPTQ", "--kinds", "none"])
+    assert capsys.readouterr().out.startswith("W4A4|GPTQ|none ")
+    rows = out.with_suffix(".md").read_text().splitlines()
+    assert rows[2] == "| method | W4A4, none | W4A4, r1,r2 | W4A4, r1,r2,r4 |"
+    assert rows[4].startswith(f"| RTN | {first[1]['perplexity']:.2f} |") and rows[5].endswith(" |  |  |")
 
 
 def test_quality_study(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,15 @@ C a small dense core. The core is a Hadamard matrix as well where Paley's two co
 576 = 16 · 36), so that all entries of the whole are ±1/√n; else it is a random orthogonal matrix of the odd factor, and
 where the power of two is too small to help, of the whole order. Nothing is tabulated: Paley's matrices are made from the
 quadratic character of a finite field. Signs and random matrices follow from a seed.
+
+A rotation that a runtime applies to activations is made without a random number generator (``online``): what is stored of
+it is the seed, and a checkpoint must mean the same with any release of torch.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from itertools import product
-from math import sqrt
+from math import pi, sqrt
 
 import torch
 from jaxtyping import Float, Shaped
@@ -46,6 +50,12 @@ class Rotation:
         return y - 2 * (y @ mirror)[..., None] * mirror
 
     @property
+    def inverse(self) -> "Rotation":
+        """Rᵀ, of a rotation without a mirror."""
+        assert self.mirror is None
+        return replace(self, left=self.right, core=self.core.T, right=self.left)
+
+    @property
     def matrix(self) -> Float[Tensor, "n n"]:
         """R itself."""
         return self.apply(torch.eye(self.order, dtype=torch.float64))
@@ -60,18 +70,11 @@ class Rotation:
 def rotation(n: int, seed: int, *, keeps_mean: bool = False) -> Rotation:
     """A random rotation of order n. With ``keeps_mean`` the vector of ones stays where it is: ``R 1 = 1``."""
     generator = torch.Generator().manual_seed(seed)
-    power = n & -n  # the largest power of two in n
-    core, flat = None, True
-    while core is None and power:  # the smallest Hadamard core, so the largest power beside it
-        core, power = (_paley(n // power), power) if power < n else (torch.ones(1, 1, dtype=torch.float64), power)
-        if core is None:
-            power //= 2
+    power, core = _hadamard_core(n)
+    flat = core is not None
     if core is None:
-        power, flat = n & -n, False
-        power = power if power >= LEAST_POWER else 1
+        power = n & -n if n & -n >= LEAST_POWER else 1
         core = _random_orthogonal(n // power, generator)
-    else:
-        core = core / sqrt(len(core))
     left, right = (_signs(n, generator) for _ in range(2))
     plain = Rotation(left, power, core, right, flat)
     if not keeps_mean:
@@ -81,6 +84,20 @@ def rotation(n: int, seed: int, *, keeps_mean: bool = False) -> Rotation:
     between = ones - plain.apply(ones)
     length = float(between.norm())
     return Rotation(left, power, core, right, flat, between / length) if length > 1e-9 else plain
+
+
+def online(n: int, seed: int) -> Rotation:
+    """The rotation of order n for activations: signs, then S ⊗ C. The signs are the bits of SHAKE-256 of "nearplane", n and
+    the seed, lowest first; C is a Hadamard matrix as above, or where there is none Hartley's, cos + sin of 2πij/m."""
+    power, core = _hadamard_core(n)
+    flat = core is not None
+    if core is None:
+        power = n & -n
+        angle = torch.arange(n // power).double().outer(torch.arange(n // power).double()) * (2 * pi * power / n)
+        core = (angle.cos() + angle.sin()) / sqrt(n // power)
+    bits = torch.tensor(list(hashlib.shake_256(f"nearplane {n} {seed}".encode()).digest(-(-n // 8))))
+    left = ((bits[:, None] >> torch.arange(8)) & 1).flatten()[:n].double() * 2 - 1
+    return Rotation(left, power, core, torch.ones(n, dtype=torch.float64), flat)
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"] | None:
@@ -103,6 +120,20 @@ def butterflies(x: Float[Tensor, "*rows p m"]) -> Float[Tensor, "*rows p m"]:
         x = torch.stack((a + b, a - b), -3).reshape(*rows, p, m)
         half *= 2
     return x / sqrt(p)
+
+
+def _hadamard_core(n: int) -> tuple[int, Float[Tensor, "m m"] | None]:
+    """(p, C): the largest power of two p in n beside which Paley has a Hadamard matrix of order n / p, and that, over √(n / p);
+    None where there is none."""
+    power = n & -n
+    if power == n:
+        return n, torch.ones(1, 1, dtype=torch.float64)
+    while power:
+        core = _paley(n // power)
+        if core is not None:
+            return power, core / sqrt(len(core))
+        power //= 2
+    return 1, None
 
 
 def _signs(n: int, generator: torch.Generator) -> Float[Tensor, "n"]:

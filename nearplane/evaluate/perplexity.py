@@ -83,10 +83,9 @@ def evaluate(
     seqlen = min(seqlen, longest_input(model) or seqlen)
     text = read_text(dataset, "evaluation")
     ids = tokenize(tokenizer, text)
-    count = len(ids) // seqlen
+    count = min(len(ids) // seqlen, windows or len(ids))
     if count == 0:
         raise NearplaneError(f"text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}.")
-    count = min(count, windows or count)
     check_vocabulary(ids, model)
     if reference is not None:
         _check_pair(model, reference, ids)

@@ -1,5 +1,7 @@
 """On-disk formats: reading and writing transformers folders with quantized weights."""
 
+from dataclasses import replace
+
 from nearplane.core.errors import SettingError
 from nearplane.core.tokens import TokenGrid
 from nearplane.formats.base import Format
@@ -10,12 +12,20 @@ FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTenso
 """Every format that can be written, by the name a user gives."""
 
 
-def rounding(format: str, activations: TokenGrid) -> Format:
-    """The format of that name with activations rounded; SettingError where it has no word for that."""
+def running(format: str, activations: TokenGrid | None, online: bool) -> Format:
+    """The format of that name where inputs of linears are rounded, or rotated (``online``), while the model runs; SettingError
+    where it has no word for that."""
     chosen = FORMATS[format]
-    if not isinstance(chosen, CompressedTensors):
-        raise SettingError(f"{format} cannot say that activations are rounded; use --format compressed-tensors.")
-    return chosen.rounding(activations)
+    if activations is None and not online:
+        return chosen
+    if isinstance(chosen, CompressedTensors):
+        return replace(chosen, activations=activations, online=online)
+    if online:
+        raise SettingError(
+            f"r4 rotates inputs while the model runs, and whatever loads {format} would not; use --format compressed-tensors, "
+            "which is marked as nearplane's own then, or rotate by r1,r2."
+        )
+    raise SettingError(f"{format} cannot say that activations are rounded; use --format compressed-tensors.")
 
 
-__all__ = ["FORMATS", "Format", "rounding"]
+__all__ = ["FORMATS", "Format", "running"]

@@ -16,6 +16,7 @@ from nearplane.core.grid import Grid, Quantized, ScaleDtype
 # Group sizes worth suggesting: kernels read at least 8 columns at a time, and beyond 256 one scale per row is near.
 SUGGESTED = range(8, 257, 8)
 ONLY_HERE = "only nearplane loads such a weight"
+ONLINE_ONLY_HERE = "only nearplane does; transformers, vLLM and SGLang do not know its format, and refuse it"
 
 
 class Format(Protocol):

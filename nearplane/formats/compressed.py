@@ -7,7 +7,7 @@ Ternary weights are 2-bit symmetric ones that never use code 0.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from nearplane.formats.bits import pack, words_of
 # The release of the library whose reading of these tensors is the one described here.
 LAYOUT_VERSION = "0.17.0"
 CLIP = "nearplane_clip"
+# Before the names of formats where inputs are rotated while the model runs: no other reader is to take such weights.
+ONLINE = "nearplane-online-"
 SCALE_DTYPES: dict[torch.dtype, ScaleDtype] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -31,10 +33,8 @@ class CompressedTensors:
     name: str = "compressed-tensors"
     activations: TokenGrid | None = None
     """How engines round what goes into a linear."""
-
-    def rounding(self, activations: TokenGrid) -> "CompressedTensors":
-        """The same, with activations rounded."""
-        return replace(self, activations=activations)
+    online: bool = False
+    """Whether some linears are given rotated inputs while the model runs: only nearplane does that."""
 
     @property
     def holds_conv1d(self) -> bool:
@@ -93,7 +93,7 @@ class CompressedTensors:
         parts. The library refuses keys it does not know, so ``settings`` stay out.
         """
         groups = by_grid(grid, grids)
-        described = [_group(some, names or ["Linear"], self.activations) for some, names in groups.items()]
+        described = [_group(some, names or ["Linear"], self.activations, self.online) for some, names in groups.items()]
         return {
             "quant_method": "compressed-tensors",
             "version": LAYOUT_VERSION,
@@ -111,7 +111,7 @@ class CompressedTensors:
         return {}
 
 
-def _group(grid: Grid, targets: list[str], activations: TokenGrid | None) -> dict[str, Any]:
+def _group(grid: Grid, targets: list[str], activations: TokenGrid | None, online: bool) -> dict[str, Any]:
     """One config group."""
     channel = grid.group_size == -1
     weights = {
@@ -128,7 +128,7 @@ def _group(grid: Grid, targets: list[str], activations: TokenGrid | None) -> dic
     }
     return {
         "targets": targets,
-        "format": "pack-quantized" if activations is None else "int-quantized",
+        "format": (ONLINE if online else "") + ("pack-quantized" if activations is None else "int-quantized"),
         "weights": weights,
         "input_activations": None if activations is None else _tokens(activations),
         "output_activations": None,

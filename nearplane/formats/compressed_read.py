@@ -16,7 +16,7 @@ from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid
 from nearplane.core.tokens import TokenGrid
 from nearplane.formats.bits import unpack, words_of
-from nearplane.formats.compressed import CLIP
+from nearplane.formats.compressed import CLIP, ONLINE
 from nearplane.formats.layer import (
     Decoded,
     StoredLayer,
@@ -184,6 +184,7 @@ def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
         if weights is None:
             continue
         layout, kind = str(group.get("format") or config.get("format")), weights.get("type", "int")
+        layout = layout.removeprefix(ONLINE)
         if layout not in LAYOUTS or kind != "int":
             raise NearplaneError(f"{where}: config group {label} has format {layout} ({kind}); {SUPPORTED}.")
         bits = setting(weights, "num_bits", int, 8, where)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.core.tokens import TokenGrid
-from nearplane.formats.base import ONLY_HERE, tail_reason
+from nearplane.formats.base import ONLINE_ONLY_HERE, ONLY_HERE, tail_reason
 
 ENGINES: tuple[str, ...] = ("vllm", "sglang", "transformers")
 VLLM, SGLANG, TRANSFORMERS = "vLLM 0.33", "SGLang 0.5.23", "transformers 5.23"
@@ -111,6 +111,12 @@ def rounding_refusal(engine: str, grid: Grid, activations: TokenGrid | None) -> 
         f"{TITLES[engine]} rounds activations to 8 bits beside 8-bit symmetric weights of one scale per row (group_size -1) "
         "only; of others it may run the weights and leave activations as they are"
     )
+
+
+def online_refusal(engine: str, online: bool) -> str | None:
+    """Why the engine does not load weights whose inputs are to be rotated while the model runs; None if they are not."""
+    _check(engine, "compressed-tensors")
+    return f"inputs of linears are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}" if online else None
 
 
 def caveat(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int]]) -> str | None:

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class Block:
     def sites(self) -> list[Site]:
         """All sites, in call order."""
         return [site for stage in self.stages for site in stage]
+
+    @property
+    def positions(self) -> int:
+        """Of the probe's sample."""
+        return prod(self.shape[1:-1])
 
 
 class Stop(Exception):

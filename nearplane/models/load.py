@@ -23,6 +23,7 @@ from nearplane.models.experts import EXPERT, unfuse
 from nearplane.models.experts_disk import names_in_model
 from nearplane.models.experts_load import Members
 from nearplane.models.locate import locate
+from nearplane.models.online import turn_inputs, turned_linears
 from nearplane.models.source import open_skeleton
 from nearplane.progress import CONSOLE
 from nearplane.runtime import cpu
@@ -70,6 +71,7 @@ def load_model(
             _round_inputs(result, modules[name], layer.activations)
     if apart:
         members.fill(result, dtype, partial(_packed, checkpoint))
+    _turn_inputs(result, checkpoint)
     if head_bits is not None:
         quantize_head(result, head_bits)
     if holes and device.type == "cpu" and cpu.best() is None:
@@ -183,6 +185,17 @@ def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
         )
     linear = model.get_submodule(path)
     linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
+
+
+def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Let linears be given their inputs rotated, if the checkpoint says so."""
+    names, seed = turned_linears(checkpoint.config, checkpoint.store.folder)
+    strange = sorted(set(names) - {name for name, _ in model.named_modules()})
+    if strange:
+        raise NearplaneError(
+            f"{checkpoint.store.folder}: its model has no {strange[0]}, whose input config.json has rotated."
+        )
+    turn_inputs(model, names, seed)
 
 
 @cache

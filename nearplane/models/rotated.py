@@ -8,7 +8,7 @@ The mathematics is in docs/rotation.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import SettingError
-from nearplane.core.hadamard import Rotation, rotation
+from nearplane.core.hadamard import Rotation, online, rotation
 from nearplane.formats.store import Store
 from nearplane.models.anatomy import Anatomy, Norm
+from nearplane.models.online import KEY
 from nearplane.models.source import Source
 
 # Numbers that are turned at a time, in float64.
@@ -68,6 +69,7 @@ class RotatedSource(Source):
     """A source whose store is a RotatedStore, and whose output head is its own."""
 
     untied: bool = False
+    online: list[str] = field(default_factory=list)  # linears whose inputs are turned while the model runs
 
     @property
     def original(self) -> Store:
@@ -81,7 +83,8 @@ class RotatedSource(Source):
 
     def written_config(self) -> dict[str, Any]:
         """config.json for the rotated weights."""
-        raw = {**super().written_config(), "nearplane_rotation": self.settings["rotate"]}
+        told = {**self.settings["rotate"], **({"online": self.online} if self.online else {})}
+        raw = {**super().written_config(), KEY: told}
         if not self.untied:
             return raw
         nested = raw.get("text_config")
@@ -103,7 +106,11 @@ class Changes:
         self.centred = any(norm.centred for norm in anatomy.norms.values())
         if "r1" in kinds:
             self.stream = rotation(anatomy.width, seed, keeps_mean=self.centred)
-        for k, (name, heads) in enumerate(anatomy.heads.items()):
+        self.inputs: dict[str, Rotation] = {}  # of linears whose whole input is turned while the model runs
+        if "r4" in kinds:
+            self.inputs = {n: online(self._columns(n), seed) for n in anatomy.writes if n not in anatomy.heads}
+        self.kinds = kinds
+        for k, (name, heads) in enumerate(anatomy.heads.items() if "r2" in kinds else ()):
             self.heads[name] = turn = rotation(heads.width, seed + 1 + k)
             for linear, row in dict.fromkeys(heads.sources):
                 self.values.setdefault(linear, (turn, []))[1].append(row)
@@ -112,6 +119,8 @@ class Changes:
         """What they are made of."""
         words = [] if self.stream is None else [f"r1 ({self.stream})"]
         words += [f"r2 ({turn})" for turn in list(self.heads.values())[:1]]
+        words += ["r3 (of keys, where a cache is rounded)"] if "r3" in self.kinds else []
+        words += [f"r4 ({turn})" for turn in list(self.inputs.values())[:1]]
         return ", ".join(words)
 
     def all(self) -> dict[str, Change]:
@@ -119,7 +128,7 @@ class Changes:
         anatomy = self.anatomy
         kept = {name: self._stays(norm) for name, norm in anatomy.norms.items()} if self.stream else {}
         touched = [*anatomy.reads, *anatomy.writes] if self.stream else []
-        for name in dict.fromkeys([*touched, *self.heads, *self.values]):
+        for name in dict.fromkeys([*touched, *self.heads, *self.values, *self.inputs]):
             self._linear(name, kept)
         if self.stream is None:
             return self.found
@@ -187,6 +196,8 @@ class Changes:
         if name in self.heads:
             turn = self.heads[name]
             weight = _turned(weight, lambda w: turn.apply(w.reshape(len(w), -1, turn.order)).flatten(-2))
+        if name in self.inputs:
+            weight = _turned(weight, self.inputs[name].apply)
         for rows in self._rows_turn(name):
             weight = _turned(weight.T, rows).T
         return (weight.T if transposed else weight).contiguous()
@@ -216,6 +227,10 @@ class Changes:
             self._set(bias, bias, lambda: stream.apply(self._vector(norm, "bias") / self._scale(norm)).to(like))
         elif bias is not None:
             self._set(bias, bias, lambda: torch.zeros_like(self.store.get(bias)))
+
+    def _columns(self, name: str) -> int:
+        shape = self.store.shape(self.source.names[f"{name}.weight"])
+        return shape[0 if isinstance(self.source.model.get_submodule(name), Conv1D) else 1]
 
     def _stays(self, norm: Norm) -> bool:
         """Whether a norm keeps its shift, because some linear that reads it has no bias to take it."""

@@ -200,11 +200,12 @@ class _Walk:
         shapes = [stage_shape(stage, self.streams == 2) for stage in block.stages]
         for number, (stage, shape) in enumerate(zip(block.stages, shapes, strict=True)):
             waiting = (self.tokens if self.kept else self.batch) * self.streams
-            rounded = 0 if self.plan.activations is None else shape.n  # beside what was rounded
-            wide = shape.n + rounded + 2 * self.hidden + (first if number == 1 else 0)
+            turned = getattr(self.plan.format, "online", False) and stage[0].adds_to is not None
+            copies = (self.plan.activations is not None) + turned  # beside what was rounded, and what was turned
+            wide = shape.n * (1 + copies) + 2 * self.hidden + (first if number == 1 else 0)
             paused = int(self.size * waiting * wide)
             # While a batch runs on from the stage before: its outputs, activated and multiplied, and their product.
-            before = shapes[max(0, number - 1)].m + shape.n
+            before = shapes[max(0, number - 1)].m + shape.n * (4 if turned else 1)
             running = self.size * self.batch * before
             for moments, factor, solver in self._steps(shape, running):
                 yield (

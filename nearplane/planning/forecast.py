@@ -7,7 +7,7 @@ from typing import Any
 
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, refusal, rounding_refusal
+from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, online_refusal, refusal, rounding_refusal
 from nearplane.methods.base import rows_independent
 from nearplane.mix.budget import measuring
 from nearplane.mix.choices import JUDGED
@@ -39,7 +39,8 @@ class Forecast:
         for engine in ENGINES:
             each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
             reasons = [refusal(*what) or rounding_refusal(engine, what[2], plan.activations) for what in each]
-            no = next((reason for reason in reasons if reason), None)
+            online = online_refusal(engine, getattr(plan.format, "online", False))
+            no = online or next((reason for reason in reasons if reason), None)
             conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
             but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
             found.append((engine, no, None if no else but or None))

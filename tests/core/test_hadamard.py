@@ -1,11 +1,13 @@
 """Rotations of every order: orthogonal, seeded, and flat where a Hadamard matrix is known."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearplane.core.hadamard import hadamard, rotation
+from nearplane.core.hadamard import hadamard, online, rotation
 
 # Orders up to 300 that neither construction reaches, from the literature's list of Paley orders.
 UNREACHED = {92, 116, 156, 172, 184, 188, 232, 236, 260, 268, 292}
@@ -61,3 +63,17 @@ def test_the_fast_way_is_the_product_with_the_matrix(n: int, rows: int, keeps_me
     x = torch.randn(2, rows, n, dtype=torch.float64)
     torch.testing.assert_close(turn.apply(x), x @ dense, rtol=1e-10, atol=1e-12)
     assert turn.apply(x.float()).dtype == torch.float32
+
+
+def test_online_rotations_are_made_without_chance() -> None:
+    """Orthogonal at every order, flat where a Hadamard matrix is known, and by the stated rule, whatever torch draws."""
+    for n in (*range(1, 80), 172, 300):
+        turn = online(n, seed=n)
+        R = turn.matrix
+        assert float((R @ R.T - torch.eye(n)).abs().max()) < 1e-12, n
+        torch.testing.assert_close(turn.inverse.matrix, R.T, rtol=0, atol=1e-12)
+        assert float(R.abs().max()) < 1.42 * n**-0.5, n  # Hartley's entries are at most √2 of the mean
+        assert not turn.flat or float((R.abs() - n**-0.5).abs().max()) < 1e-12, n
+    bits = hashlib.shake_256(b"nearplane 12 7").digest(2)
+    signs = [1.0 if bits[i // 8] >> i % 8 & 1 else -1.0 for i in range(12)]
+    assert online(12, 7).left.tolist() == signs and not torch.equal(online(12, 8).matrix, online(12, 7).matrix)

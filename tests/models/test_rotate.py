@@ -285,7 +285,7 @@ def test_words_and_seeds() -> None:
     assert make_rotate("R2, r1", 4) == Rotate(("r1", "r2"), 4) == make_rotate(["r1", "r2"], 4)
     assert make_rotate("", 0) == Rotate()
     for words, seed, sentence in (
-        ("r3", 0, "got 'r3'"),
+        ("r5", 0, "got 'r5'"),
         ("r1", -1, "rotate-seed must be"),
         ("", 2, "nothing is rotated"),
     ):
