@@ -43,12 +43,25 @@ def config_of(kind: str) -> Any:
     """The smallest configuration that the usual names of sizes give."""
     default, usual = transformers.AutoConfig.for_model(kind), {**tiny.SIZES, **tiny.EXPERTS}
     sizes = {k: v for k, v in usual.items() if hasattr(default, k) and k not in tiny.REFUSED.get(kind, ())}
+    sizes |= _heads(default)
     for name, part in vars(default).items():
         if isinstance(part, transformers.PreTrainedConfig):
             inner = {k: v for k, v in usual.items() if hasattr(part, k)}
-            sizes[name] = {"model_type": part.model_type, **inner}
+            sizes[name] = {"model_type": part.model_type, **inner, **_heads(part)}
     own = {**tiny.EXTRA.get(kind, {}), **tiny.MIXTURES.get(kind, {})}
-    return transformers.AutoConfig.for_model(kind, **{**sizes, **own})
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, **own})
+    if kind in tiny.CLASSES:
+        config.architectures = [tiny.CLASSES[kind]]
+    return config
+
+
+def _heads(part: Any) -> dict[str, Any]:
+    """Sizes that follow from those of a head: of latent attention, of positions in three dimensions."""
+    found = dict(tiny.LATENT) if hasattr(part, "kv_lora_rank") else {}
+    rope = getattr(part, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        found["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}  # half of a head of 16
+    return found
 
 
 def features(model: Any) -> dict[str, torch.Tensor]:
@@ -101,7 +114,16 @@ def measure(kind: str, folder: Path, note: Callable[[dict[str, Any]], None]) -> 
     row["linears"], row["unreached"] = len(sites), sum(len(b.unreached) for b in blocks)
     row["dense"] = len(linears_besides(source.model, sites)) - row["unreached"]
     begin("round trip")
-    nearplane.quantize(folder / "model", folder / "out", method=RTN(), grid=Grid(8, 32), progress=False, force=True)
+    # Conv1D's weights lie the other way round: one format says so.
+    format = "gptq" if any(site.transposed for block in blocks for site in block.sites) else "compressed-tensors"
+    settings: dict[str, Any] = {
+        "method": RTN(),
+        "grid": Grid(8, 32),
+        "format": format,
+        "progress": False,
+        "force": True,
+    }
+    nearplane.quantize(folder / "model", folder / "out", **settings)
     wanted, found = features(model), features(nearplane.load(folder / "out"))
     row["error"] = max(_apart(found[name], value) for name, value in wanted.items())
     begin("passes" if row["error"] < 0.1 else "round trip")
