@@ -53,10 +53,11 @@ def fetch(folder: Path) -> Path:
             "tokenizer_config.json",
             "special_tokens_map.json",
         )
-        folder.mkdir(parents=True)
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        unfinished.mkdir(parents=True, exist_ok=True)
         for name in names:
-            shutil.copy(inside / name, folder / name)
-    return folder
+            shutil.copy(inside / name, unfinished / name)
+    return unfinished.rename(folder)
 
 
 def held_out(test: str | None, tokenizer: Any) -> Batch:

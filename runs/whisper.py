@@ -67,17 +67,18 @@ def fetch(folder: Path) -> Path:
         binary, raw_tokenizer = download(Path(place))
     variables = read_ctranslate2(binary)
     state = {name: value for side in ("encoder", "decoder") for name, value in weights(variables, side).items()}
-    folder.mkdir(parents=True)
-    write_tokenizer(raw_tokenizer, folder)
+    unchecked = folder.with_name(f"{folder.name}.unchecked")
+    unchecked.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(raw_tokenizer, unchecked)
     whole = config()
     whole.architectures, whole.is_encoder_decoder = ["WhisperForConditionalGeneration"], True
-    whole.save_pretrained(folder)
-    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    _, loading = transformers.WhisperForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    whole.save_pretrained(unchecked)
+    transformers.WhisperFeatureExtractor(feature_size=80).save_pretrained(unchecked)
+    save_file(state, unchecked / "model.safetensors", metadata={"format": "pt"})
+    _, loading = transformers.WhisperForConditionalGeneration.from_pretrained(unchecked, output_loading_info=True)
     if any(loading.values()):
         raise ValueError(f"transformers does not load it cleanly: {loading}")
-    return folder
+    return unchecked.rename(folder)
 
 
 def package(name: str, folder: Path, *options: str) -> Path:

@@ -13,6 +13,7 @@ import transformers
 import nearplane
 from nearplane import GPTQ, Calibration, Grid, NearplaneError
 from nearplane.calibrate import media
+from nearplane.calibrate.batches import positions
 from nearplane.cli import main
 from nearplane.evaluate.probe import Probe
 from nearplane.models import classes
@@ -140,6 +141,7 @@ def test_wav2vec2_on_recordings(tmp_path: Path) -> None:
         recording(sounds / f"{i}.wav", noise.normal(0, 3000, length))
     found, bad = media.waveforms(open_source(folder), sorted(sounds.glob("*.wav")))
     assert found.shape == (4, classes.WAVE) and not bad
+    assert positions([(1, 62, 64)], {"input_values": found}) == 62  # frames, not samples of the wave
     torch.testing.assert_close(found[0, :50_000], found[0, 30_000:], rtol=0, atol=0)
     with wave.open(str(sounds / "2.wav")) as sound:
         whole = torch.from_numpy(np.frombuffer(sound.readframes(100_000), "<i2").astype(np.float32))
