@@ -22,6 +22,7 @@ SEQ2SEQ = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSe
 OTHERS = (transformers.AutoModelForImageClassification, transformers.AutoModelForZeroShotImageClassification)
 TEXT, DECODER, IMAGES, AUDIO = "input_ids", "decoder_input_ids", "pixel_values", "input_features"
 PROBE_TOKENS, PROBE_DECODED = 8, 5
+MOST_PIXELS = 4096  # of one side of the probe
 
 
 def builder(config: Any, trust_remote_code: bool = False) -> Callable[[Any], nn.Module] | None:
@@ -98,7 +99,9 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
         height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sizes
         return int(channels), int(height), int(width)
     some: Any = getattr(model.config, "vision_config", model.config)
-    size = _processed(folder) or getattr(some, "image_size", None) or 224
+    # Where positions are interpolated only if the caller asks for it, nobody does.
+    fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    size = (None if fixed else _processed(folder)) or getattr(some, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return int(getattr(some, "num_channels", 3)), height, width
 
@@ -108,9 +111,8 @@ def _processed(folder: Path) -> tuple[int, int] | None:
     path = folder / "preprocessor_config.json"
     raw = read_json(path) if path.is_file() else {}
     size = raw.get("crop_size" if raw.get("do_center_crop") else "size")
-    if not isinstance(size, dict) or not all(isinstance(size.get(side), int) for side in ("height", "width")):
-        return None
-    return size["height"], size["width"]
+    sides = [int(size.get(side) or 0) for side in ("height", "width")] if isinstance(size, dict) else [0]
+    return (sides[0], sides[-1]) if 0 < min(sides) and max(sides) <= MOST_PIXELS else None
 
 
 def mel_shape(config: Any) -> tuple[int, int]:
