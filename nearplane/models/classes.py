@@ -111,8 +111,9 @@ def _processed(folder: Path) -> tuple[int, int] | None:
     path = folder / "preprocessor_config.json"
     raw = read_json(path) if path.is_file() else {}
     size = raw.get("crop_size" if raw.get("do_center_crop") else "size")
-    sides = [int(size.get(side) or 0) for side in ("height", "width")] if isinstance(size, dict) else [0]
-    return (sides[0], sides[-1]) if 0 < min(sides) and max(sides) <= MOST_PIXELS else None
+    sides = [size.get(side) for side in ("height", "width")] if isinstance(size, dict) else [None]
+    whole = [side if type(side) is int and side <= MOST_PIXELS else 0 for side in sides]
+    return (whole[0], whole[-1]) if min(whole) > 0 else None
 
 
 def mel_shape(config: Any) -> tuple[int, int]:
