@@ -115,7 +115,7 @@ def make_mix(
         if unknown:
             raise SettingError(f"override {pattern!r} knows {', '.join(FIELDS)}; got {', '.join(unknown)}.")
         found.append(Override(pattern, **fields))
-    words = towers.split(",") if isinstance(towers, str) and towers else towers
+    words = [word.strip() for word in towers.split(",")] if isinstance(towers, str) and towers else towers
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     return Mix(tuple(found), ignore, budget, tuple(widths), tuple(words))
 

@@ -24,6 +24,7 @@ TEXT, DECODER, IMAGES, AUDIO, WAVES = "input_ids", "decoder_input_ids", "pixel_v
 MEDIA = frozenset({IMAGES, AUDIO, WAVES})  # what is read from files of a folder
 WAVE = 80_000  # samples of a sound wave that a model is shown: five seconds at 16 kHz
 PROBE_TOKENS, PROBE_DECODED = 8, 5
+MOST_PIXELS = 4096  # of one side of the probe
 
 
 def builder(config: Any, trust_remote_code: bool = False) -> Callable[[Any], nn.Module] | None:
@@ -100,7 +101,9 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
         height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sizes
         return int(channels), int(height), int(width)
     some: Any = getattr(model.config, "vision_config", model.config)
-    size = _processed(folder) or getattr(some, "image_size", None) or 224
+    # Where positions are interpolated only if the caller asks for it, nobody does.
+    fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    size = (None if fixed else _processed(folder)) or getattr(some, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return int(getattr(some, "num_channels", 3)), height, width
 
@@ -110,9 +113,9 @@ def _processed(folder: Path) -> tuple[int, int] | None:
     path = folder / "preprocessor_config.json"
     raw = read_json(path) if path.is_file() else {}
     size = raw.get("crop_size" if raw.get("do_center_crop") else "size")
-    if not isinstance(size, dict) or not all(isinstance(size.get(side), int) for side in ("height", "width")):
-        return None
-    return size["height"], size["width"]
+    sides = [size.get(side) for side in ("height", "width")] if isinstance(size, dict) else [None]
+    whole = [side if type(side) is int and side <= MOST_PIXELS else 0 for side in sides]
+    return (whole[0], whole[-1]) if min(whole) > 0 else None
 
 
 def mel_shape(config: Any) -> tuple[int, int]:

@@ -132,3 +132,12 @@ def test_a_checkpoint_without_architectures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "causal"), [("llama", True), ("bert", False), ("t5", False), ("vit", False)])
 def test_what_predicts_the_next_token(kind: str, causal: bool) -> None:
     assert classes.is_causal(tiny.build(kind)) is causal
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("dinov2", 5), ("vit", 17)])
+def test_the_probe_reads_what_the_image_processor_makes(kind: str, positions: int, tmp_path: Path) -> None:
+    """DINOv2 interpolates its positions to any size; a ViT reads the one that it is made for."""
+    folder = tiny.save(tiny.build(kind), tmp_path / "m")
+    size = '"crop_size": {"height": 16, "width": 16}, "do_center_crop": true, "size": {"shortest_edge": 20}'
+    (folder / "preprocessor_config.json").write_text(f'{{"image_processor_type": "BitImageProcessor", {size}}}')
+    assert {block.shape for block in discover(open_source(folder))} == {(1, positions, 64)}
