@@ -204,8 +204,8 @@ def _eval(argv: list[str]) -> None:
 
 
 def _compare(args: flags.Eval) -> None:
-    if args.head_bits is not None or args.arithmetic != "auto":
-        raise SettingError("--head-bits and --arithmetic are for language models.")
+    if args.head_bits is not None or args.arithmetic != "auto" or args.kv_bits != 16:
+        raise SettingError("--head-bits, --kv-bits and --arithmetic are for language models.")
     names = ("reference", "dataset", "labels", "windows", "device", "dtype", "packed", "trust_remote_code")
     options = {name: getattr(args, name) for name in names}
     result = compare(args.model, seqlen=args.seqlen or 512, progress=True, **options)

@@ -54,6 +54,10 @@ def compare(
     settings["trust_remote_code"] = trust_remote_code
     loaded = load_model(model, packed=packed, **settings)
     original = None if reference is None else load_model(reference, **settings)
+    if original is not None and type(original.config) is not type(loaded.config):
+        raise SettingError(
+            f"{model} is a {type(loaded).__name__}, {reference} a {type(original).__name__}: nothing to compare."
+        )
     owner = Folder(folder, read_config(folder, trust_remote_code=trust_remote_code), trust_remote_code)
     if labels is not None:
         if classes.reads(loaded) != (classes.IMAGES,):

@@ -9,6 +9,7 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.experts import EXPERT, routers
 from nearplane.models.locate import locate
+from nearplane.models.online import KEY
 from nearplane.models.source import open_source
 
 
@@ -65,7 +66,7 @@ def _runs(blocks: list[Block]) -> list[tuple[int, int, Block]]:
     """Consecutive blocks with equal stages, as (first, last, the first block)."""
     runs: list[tuple[int, int, Block]] = []
     for number, block in enumerate(blocks):
-        if runs and _anatomy(runs[-1][2]) == _anatomy(block):
+        if runs and runs[-1][2].tower == block.tower and _anatomy(runs[-1][2]) == _anatomy(block):
             runs[-1] = (runs[-1][0], number, runs[-1][2])
         else:
             runs.append((number, number, block))
@@ -90,10 +91,18 @@ def _quantized(model: str | Path, checkpoint: Checkpoint) -> str:
     ]
     for name, layer in checkpoint.layers.items():
         grid = layer.grid
-        kind = "symmetric" if grid.sym else "asymmetric"
-        lines.append(
-            f"  {name:<48} {layer.shape[0]} x {layer.shape[1]}  {grid.bits} bits, group {grid.group_size}, {kind}"
+        kind, tokens = "symmetric" if grid.sym else "asymmetric", layer.activations
+        inputs = (
+            ""
+            if tokens is None
+            else f"; inputs {tokens.bits} bits{'' if tokens.sym else ', asymmetric'}, clip {tokens.clip:g}"
         )
+        lines.append(
+            f"  {name:<48} {layer.shape[0]} x {layer.shape[1]}  {grid.bits} bits, group {grid.group_size}, {kind}{inputs}"
+        )
+    told = checkpoint.config.get(KEY)
+    if isinstance(told, dict):
+        lines.append(f"rotated: {', '.join(told.get('kinds', []))}")
     total = sum(checkpoint.store.nbytes(n) for n in checkpoint.store.names)
     lines.append(f"bytes {total:,}")
     return "\n".join(lines)

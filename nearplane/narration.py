@@ -23,6 +23,13 @@ def announce(report: Report, blocks: list[Block], done: int = 0, *, resume: bool
     say(f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}")
     say(" ".join(["method", method.pop("name"), *(f"{k}={v}" for k, v in method.items())]))
     say(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
+    tokens, turned = settings.get("activations"), settings.get("rotate")
+    if tokens is not None:
+        say(
+            f"activations bits={tokens['bits']} sym={tokens['sym']} clip={tokens['clip']:g}; each code is stored as an int8"
+        )
+    if turned is not None:
+        say(f"rotate {','.join(turned['kinds'])} seed={turned['seed']}")
     for some in settings.get("override", ()):
         say(" ".join(["override", repr(some["pattern"]), *(f"{k}={v}" for k, v in some.items() if k != "pattern")]))
     for pattern in settings.get("ignore", ()):
@@ -63,7 +70,9 @@ def choice_table(settings: dict[str, Any]) -> list[str]:
 
 def stage_line(block: Block, stage: Stage, rows: list[LinearRow], mixed: bool = False) -> str:
     """One line a person can judge; ``mixed``: linears differ in their grids, so the line says which this stage has."""
-    names = "+".join(site.name.removeprefix(block.name + ".").rpartition(".")[2] for site in stage)
+    leaves = [site.name.removeprefix(block.name + ".").split(".") for site in stage]
+    # BERT calls three of a block's linears "dense"
+    names = "+".join(".".join(leaf[-2:] if leaf[-1] == "dense" else leaf[-1:]) for leaf in leaves)
     if mixed:
         grids = dict.fromkeys(f"{row.bits}/{row.group_size}" for row in rows)
         names = f"{names:<28} bits/group {', '.join(grids)} "

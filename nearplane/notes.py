@@ -7,7 +7,7 @@ from torch import nn
 from nearplane.core.grid import Grid
 from nearplane.formats.base import Format
 from nearplane.methods import Method
-from nearplane.models.discover import Site
+from nearplane.models.discover import Block, Site
 from nearplane.models.experts import EXPERT
 from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.source import Source
@@ -33,6 +33,19 @@ def about_loading(source: Source, sites: list[Site], format: Format, grid_of: Ca
     written = {site.name: source.names[f"{site.name}.weight"].removesuffix(".weight") for site in sites}
     asymmetric = any(not grid_of(site).sym for site in sites if EXPERT.fullmatch(site.name))
     return found + loading_notes(source.model, source.store, written, asymmetric)
+
+
+def mostly_dense(source: Source, blocks: list[Block]) -> str | None:
+    """What to know where most of the blocks' weights are in no linear that could be found."""
+    sites = {f"{site.name}.weight" for block in blocks for site in block.sites}
+    inside = [(f"{b.name}.{n}", p) for b in blocks for n, p in source.model.get_submodule(b.name).named_parameters()]
+    sizes = {name: value.numel() for name, value in inside if value.dim() > 1}
+    dense = {name: size for name, size in sizes.items() if name not in sites}
+    if 2 * sum(dense.values()) <= sum(sizes.values()):
+        return None
+    largest = max(dense, key=lambda name: dense[name])
+    share = 100 * sum(dense.values()) / sum(sizes.values())
+    return f"{share:.0f}% of the blocks' weights are in no linear that was found and stay dense, the largest {largest}"
 
 
 def no_stream(method: Method, sites: list[Site]) -> str | None:

@@ -28,7 +28,7 @@ from nearplane.models.rotate import make_rotate, promised, rotated
 from nearplane.models.sketch import Sketch, discover_sketch, open_sketch
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
-from nearplane.notes import about_loading, no_stream
+from nearplane.notes import about_loading, mostly_dense, no_stream
 from nearplane.ranks import Ranks
 from nearplane.stream import stream
 
@@ -157,11 +157,11 @@ class Plan:
         """What this run can do but a user should know before it starts."""
         weights = sorted({(site.shape, self.grid_of(site)) for site in self.sites}, key=lambda pair: pair[0])
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
-        unreached = [
-            f"{name}: the probe forward did not reach it, stays dense" for b in self.blocks for name in b.unreached
-        ]
+        missed = "the probe forward did not reach it, stays dense"
+        unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
         notes += [*self.source.notes, *about_loading(self.source, self.sites, self.format, self.grid_of)]
         notes += [self._shortened(), no_stream(self.method, self.sites), *(self.samples.notes if self.samples else [])]
+        notes += [] if self.ignored else [mostly_dense(self.source, self.blocks)]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _shortened(self) -> str | None:

@@ -78,24 +78,22 @@ def told(rows: Iterable[LinearRow]) -> list[str]:
     """Events about the experts among the rows of one block."""
     events = []
     for layer, experts in by_layer(rows).items():
-        rounded = {e: f"{e}" for e, of in experts.items() if any(row.rounded for row in of)}
+        rounded = {e: e for e, of in experts.items() if any(row.rounded for row in of)}
         few = {
             e: f"{e} ({min(row.tokens for row in of)})"
             for e, of in experts.items()
             if e not in rounded and any(0 < row.tokens < row.shape[1] for row in of)
         }
         if rounded:
-            events.append(
-                f"{layer}: {_some(rounded, experts)} reached by no token, or by zeros only, and rounded to nearest"
-            )
+            why = "reached by no token, or by zeros only, and rounded to nearest"
+            events.append(f"{layer}: {_some(rounded, experts, why)}")
         if few:
-            events.append(
-                f"{layer}: {_some(few, experts)} shown fewer tokens than inputs (their number), damped by count"
-            )
+            why = "shown fewer tokens than they have inputs, and damped by count"
+            events.append(f"{layer}: {_some(few, experts, why)} (tokens)")
     return events
 
 
-def _some(named: dict[str, str], experts: dict[str, list[LinearRow]]) -> str:
+def _some(named: dict[str, str], experts: dict[str, list[LinearRow]], why: str) -> str:
     words: Sequence[str] = list(named.values())
     more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
-    return f"of {len(experts)} experts {len(words)}, {', '.join(words[:NAMED])}{more}, {'were' if len(words) > 1 else 'was'}"
+    return f"{len(words)} of {len(experts)} experts were {why}: {', '.join(words[:NAMED])}{more}"

@@ -34,6 +34,7 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.models.experts_disk import names_in_model, split
 from nearplane.models.load import misfit
+from nearplane.models.loaders import model_caveat, model_refusal
 from nearplane.models.locate import locate
 from nearplane.models.online import turned_linears
 from nearplane.models.source import open_skeleton
@@ -124,6 +125,7 @@ def verify(
         with found.listing():
             _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
             _check_model(checkpoint, broken, model, found)
+            _check_loader(checkpoint, engine, model, found)
     format = checkpoint.format if checkpoint else None
     return Verification(
         str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes)
@@ -220,6 +222,19 @@ def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -
             found.note(f"engine {engine}: {condition}.")
     condition = mixed_caveat(engine, checkpoint.format) if len(shapes) > 1 else None
     if condition is not None:
+        found.note(f"engine {engine}: {condition}.")
+
+
+def _check_loader(checkpoint: Checkpoint, engine: str | None, model: nn.Module, found: Findings) -> None:
+    if engine is None or checkpoint.format is None:
+        return
+    names = names_in_model(model, [f"{name}.weight" for name in checkpoint.layers])
+    grids = {n.removesuffix(".weight"): checkpoint.layers[d.removesuffix(".weight")].grid for n, d in names.items()}
+    reason = model_refusal(engine, model, grids, checkpoint.format)
+    condition = model_caveat(engine, model, grids) if checkpoint.format == "compressed-tensors" else None
+    if reason is not None:
+        found.problem(f"engine {engine}: {reason}.")
+    elif condition is not None:
         found.note(f"engine {engine}: {condition}.")
 
 

@@ -231,6 +231,22 @@ def test_what_only_language_models_can_do_is_refused(tmp_path: Path) -> None:
         nearplane.evaluate(folder)
     with pytest.raises(NearplaneError, match="against its original"):
         nearplane.compare(folder)
+    with pytest.raises(NearplaneError, match="rotations are for language models, which BertForMaskedLM is not"):
+        nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=GRID, rotate="r1", progress=False)
+    other = tiny.save(tiny.build("roberta"), tmp_path / "other")
+    with pytest.raises(NearplaneError, match=r"BertForMaskedLM, .* a RobertaModel: nothing to compare"):
+        nearplane.compare(folder, reference=other)
+    assert main(["eval", str(folder), "--reference", str(folder), "--kv-bits", "4"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "tower"), [("clip", "vision"), ("t5", "encoder")])
+def test_a_plan_of_one_tower_and_what_loads_it(kind: str, tower: str, tmp_path: Path) -> None:
+    """The last block has nothing to solve; engines are said to load what was looked up."""
+    found = forecast(tiny.save(tiny.build(kind), tmp_path / "model"), grid=GRID, method=GPTQ(), towers=tower)
+    assert sum(found.seconds.values()) > 0
+    said = {engine: f"{no} {but}" for engine, no, but in found.engines()}
+    assert "was not looked up" in said["vllm"] and ("dequantize=True" in said["transformers"]) == (kind == "t5")
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "vit", "clip"])

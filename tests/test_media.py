@@ -77,7 +77,7 @@ def test_files_that_are_no_images(vit: Path, tmp_path: Path) -> None:
         "1 files could not be read" in e and "broken.jpg" in e for e in report.events
     )
     (folder / "other.png").write_bytes(b"")
-    with pytest.raises(NearplaneError, match=r"2 of 25 files cannot be read: broken.jpg"):
+    with pytest.raises(NearplaneError, match=r"2 of 25 files cannot be read: [^ ]*broken.jpg"):
         run(vit, tmp_path / "again", folder, nsamples=25)
     assert not (tmp_path / "again").exists()
 
@@ -183,7 +183,7 @@ def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("case", "said"),
-    [("broken", "2 of 5 files cannot be read: 0.png (UnidentifiedImageError), 1.png"),
+    [("broken", "2 of 5 files cannot be read: images/0.png (UnidentifiedImageError), images/1.png"),
      ("empty", "holds no images"), ("nowhere", "is no folder"),
      ("none given", "give --dataset FOLDER"), ("no processor", "has no image processor"),
      ("format", "gptq cannot say that activations are rounded"), ("bits", "act_bits and kv_bits are 2 to 8")],

@@ -163,8 +163,8 @@ def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
     assert {name: row.tokens for name, row in rows.items()} == {n: 96 * (".experts.2." in n) for n in rows}
     (event,) = [event for event in report.events if "rounded to nearest" in event]
     assert event == (
-        "model.layers.1.mlp.experts: of 4 experts 3, 0, 1, 3, were reached by no token, or by zeros only, "
-        "and rounded to nearest"
+        "model.layers.1.mlp.experts: 3 of 4 experts were reached by no token, or by zeros only, "
+        "and rounded to nearest: 0, 1, 3"
     )
     shared = nearplane.quantize(
         folder,

@@ -4,6 +4,7 @@ Decides which files of a folder are taken and what happens to those that cannot 
 more than one in twenty is an error.
 """
 
+import textwrap
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -91,11 +92,18 @@ def labelled(source: Owner, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[
 
     A class is a folder; folders of classes called train and test are taken so, else every second image of a class trains.
     """
+    if not folder.is_dir():
+        raise NearplaneError(f"labels {folder} is no folder.")
     split = all((folder / part).is_dir() for part in ("train", "test"))
     parts = [folder / "train", folder / "test"] if split else [folder]
     names = sorted(path.name for path in parts[0].iterdir() if path.is_dir()) if parts[0].is_dir() else []
     if len(names) < 2:
         raise NearplaneError(f"labels {folder} holds {len(names)} folders of a class each; two are the least.")
+    tested = names if not split else sorted(path.name for path in parts[1].iterdir() if path.is_dir())
+    if tested != names:
+        raise NearplaneError(
+            f"labels {folder}: train and test hold different classes, {', '.join(names)} and {', '.join(tested)}."
+        )
     found: list[tuple[Tensor, Tensor]] = []
     notes: list[str] = []
     for k in (0, 1):
@@ -126,7 +134,7 @@ def pixel_values(source: Owner, paths: list[Path]) -> tuple[Tensor, list[Path], 
                 found.append(_pixels(processor, image.convert("RGB")))
             kept.append(path)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            bad.append(f"{path.name} ({type(error).__name__})")
+            bad.append(f"{path.parent.name}/{path.name} ({type(error).__name__})")
     found = _enough(found, bad, paths)
     if len({value.shape for value in found}) > 1:
         raise NearplaneError(
@@ -160,10 +168,10 @@ def some_files(calibration: Calibration, endings: tuple[str, ...], what: str) ->
 def files_below(folder: Path, endings: tuple[str, ...], what: str) -> list[Path]:
     """Files with these endings, sorted. NearplaneError where there is none."""
     if not folder.is_dir():
-        raise NearplaneError(f"dataset {folder} is no folder; this model calibrates on a folder of {what}.")
+        raise NearplaneError(f"{folder} is no folder of {what}, which this model reads.")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
     if not found:
-        raise NearplaneError(f"dataset {folder} holds no {what}.")
+        raise NearplaneError(f"folder {folder} holds no {what}.")
     return found
 
 
@@ -181,8 +189,13 @@ def _mel(source: Owner, path: Path, shape: tuple[int, int]) -> Tensor:
             raise ValueError(f"shape {list(mel.shape)}, not {list(shape)}")
         return mel
     samples, rate = _sound(path)
-    features = _extractor(source)(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
-    return torch.as_tensor(features)[0].float()
+    features = torch.as_tensor(_extractor(source)(samples, sampling_rate=rate, return_tensors="pt")["input_features"])[
+        0
+    ]
+    if tuple(features.shape) != shape:
+        found = f"{list(features.shape)} (channels, frames), the model reads {list(shape)}"
+        raise NearplaneError(f"{source.folder}: its feature extractor makes spectrograms of {found}.")
+    return features.float()
 
 
 def _wave(source: Owner, path: Path, length: int) -> Tensor:
@@ -226,4 +239,4 @@ def _notes(bad: list[str]) -> list[str]:
 
 
 def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 120, placeholder=" ...")

@@ -51,6 +51,11 @@ def converts(model: nn.Module) -> bool:
     return any(isinstance(t, WeightConverter) and not _merges_experts(t) for t in get_model_conversion_mapping(model))
 
 
+def merges_experts(model: nn.Module) -> bool:
+    """Whether transformers makes fused experts of single ones that are stored."""
+    return any(_merges_experts(t) for t in get_model_conversion_mapping(model))
+
+
 def _merges_experts(transform: object) -> TypeGuard[WeightConverter]:
     """Whether a rule stacks the weights of single experts, those of several linears one below the other."""
     if not isinstance(transform, WeightConverter) or not isinstance(transform.operations[0], MergeModulelist):

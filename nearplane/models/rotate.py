@@ -12,7 +12,7 @@ import torch
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.base import ONLINE_ONLY_HERE
-from nearplane.models.anatomy import examine, is_tied, logits
+from nearplane.models.anatomy import block_names, examine, is_tied, logits
 from nearplane.models.discover import embedding_name, head_name
 from nearplane.models.online import turn_inputs
 from nearplane.models.rotated import Change, Changes, RotatedSource, RotatedStore
@@ -50,6 +50,7 @@ def promised(sketch: Source, how: Rotate) -> None:
     """Let a sketch, its blocks found, count as its rotated view will. Whether it can be rotated takes weights to tell."""
     if not how.kinds:
         return
+    block_names(sketch)  # or refuse
     sketch.settings = {"rotate": {"kinds": list(how.kinds), "seed": how.seed}}
     sketch.notes.append("whether the model can be rotated is found out when its weights are read")
     if "r1" in how.kinds and is_tied(sketch):

@@ -11,6 +11,7 @@ from nearplane.formats.engines import ENGINES, caveat, mixed_caveat, online_refu
 from nearplane.methods.base import rows_independent
 from nearplane.mix.budget import measuring
 from nearplane.mix.choices import JUDGED
+from nearplane.models.loaders import model_caveat, model_refusal
 from nearplane.plan import Plan, make_plan
 from nearplane.planning.estimate import Estimate, Memory, estimate, gb
 from nearplane.planning.fit import shared, suggestions
@@ -35,13 +36,16 @@ class Forecast:
         for site in plan.sites:
             for grid in plan.possible(site):
                 shapes.setdefault(replace(grid, fit=plan.grid.fit), set()).add(site.shape)
-        found = []
+        found, model = [], plan.source.model
+        grids = {site.name: plan.grid_of(site) for site in plan.sites}
         for engine in ENGINES:
             each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
             reasons = [refusal(*what) or rounding_refusal(engine, what[2], plan.activations) for what in each]
             online = online_refusal(engine, getattr(plan.format, "online", False))
             no = online or next((reason for reason in reasons if reason), None)
+            no = no or model_refusal(engine, model, grids, plan.format.name)
             conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
+            conditions += [model_caveat(engine, model, grids)] if plan.format.name == "compressed-tensors" else []
             but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
             found.append((engine, no, None if no else but or None))
         return found
@@ -85,7 +89,7 @@ class Forecast:
         free = free_disk(Path.cwd())
         wanted = ", ".join(f"{name} {gb(size)}" for name, size in found.disk.items() if size >= 1e5)
         have = "" if free is None else f"; {gb(free)} are free here"
-        lines.append(f"disk    {gb(sum(found.disk.values()))}: {wanted}{have}")
+        lines.append(f"disk    {gb(sum(found.disk.values()))}{': ' if wanted else ''}{wanted}{have}")
         if found.offload is not None:
             lines.append(f"        {gb(found.offloaded)} of hidden states in {found.offload} meanwhile")
         spent = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.05)

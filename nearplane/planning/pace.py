@@ -86,7 +86,9 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
             costs.append(reached)
             reached += rates.flop * 2 * s.m * s.n + rates.element * (s.m + s.n + 2 * hidden)
         last = number == len(plan.blocks) - 1
-        runs = (0.0 if last else reached) + sum(costs) if not found.kept else costs[-1] if last else reached
+        runs = (
+            (0.0 if last else reached) + sum(costs) if not found.kept else max(costs, default=0.0) if last else reached
+        )
         phases["forward"] += tokens * found.streams * runs
         for s in shapes:
             weights = s.m * s.n

@@ -83,6 +83,9 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
     torch.testing.assert_close(output, hidden["y"], rtol=1e-4, atol=1e-4)
     found = verify(tmp_path / "out")
     assert found.ok, found.problems
+    judged = verify(tmp_path / "out", "transformers")
+    assert judged.ok == (kind not in FUSED), judged
+    assert (kind in FUSED | {"llama4_text"}) or any("dequantize=True" in note for note in judged.notes)
     if kind not in FUSED and find_spec("compressed_tensors"):
         torch.testing.assert_close(logits(by_transformers(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
