@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
-from nearplane.models.discover import Block, discover
+from nearplane.models.discover import Block, ForwardFailed, discover
 from nearplane.models.experts import set_visit
 from nearplane.models.locate import locate, read_config
 from nearplane.models.source import Source, build_skeleton, open_source, refuse_unread
@@ -104,11 +104,11 @@ def discover_sketch(source: Sketch) -> list[Block]:
     """Blocks and stages, as ``discover`` finds them. Unsketchable where the model reads a weight by itself."""
     try:
         return discover(source)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except ForwardFailed as error:
         kind = source.config.model_type
         raise Unsketchable(
             f"{source.folder}: a model of type {kind} cannot be probed without its weights "
-            f"({str(error).strip().splitlines()[0][:100]}); nearplane inspect reads one block of it."
+            f"({(str(error.__cause__).strip().splitlines() or ['no word'])[0][:100]}); nearplane inspect reads one block of it."
         ) from error
 
 

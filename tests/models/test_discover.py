@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import nearplane
 from nearplane.core.errors import NearplaneError
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
@@ -160,3 +162,17 @@ def test_the_stream_is_what_it_was_plus_the_output(kind: str, tmp_path: Path) ->
             before, output = seen[site.adds_to], seen[site.name]
             assert float(output.norm()) > 1e-2 * float(before.norm())
             torch.testing.assert_close(before + output.view_as(before), result.view_as(before), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_wants_more_than_it_is_given_is_one_sentence(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+    }
+    folder = tiny.save(transformers.BrosModel(transformers.BrosConfig(**sizes)), tmp_path / "model")
+    with pytest.raises(NearplaneError, match=r"BrosModel does not run on input_ids alone .*bbox.* not supported"):
+        nearplane.quantize(folder, tmp_path / "out", method=nearplane.RTN(), progress=False)
+    assert not (tmp_path / "out").exists()
