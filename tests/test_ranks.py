@@ -239,7 +239,7 @@ def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Pat
 
     def work(rank: int) -> None:
         exact()
-        stages, observed = [0], nearplane.api.observed
+        stages, observed = [0], nearplane.solving.observed
 
         def count(*args: Any) -> Any:
             stages[0] += 1
@@ -247,7 +247,7 @@ def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Pat
                 os.kill(os.getpid(), signal.SIGKILL)
             return observed(*args)
 
-        nearplane.api.observed = count
+        nearplane.solving.observed = count
         run(model, out, method=NearPlane(), budget=5.5)
 
     first, killed, last = forked(3, tmp_path, work)
@@ -274,7 +274,7 @@ def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Pat
 
 def test_a_signal_to_one_rank_stops_all_after_the_stage(model: Path, tmp_path: Path) -> None:
     def work(rank: int) -> Any:
-        stages, observed = [0], nearplane.api.observed
+        stages, observed = [0], nearplane.solving.observed
 
         def count(*args: Any) -> Any:
             stages[0] += 1
@@ -282,7 +282,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_stage(model: Path, tmp_path: P
                 os.kill(os.getpid(), signal.SIGTERM)
             return observed(*args)
 
-        nearplane.api.observed = count
+        nearplane.solving.observed = count
         words = ["quantize", str(model), str(tmp_path / "out"), "--method", "gptq", "--nsamples", "7", "--seqlen", "24"]
         return main([*words, "--dataset", str(model.parent / "text.txt"), "--group-size", "16"]), stages[0]
 
@@ -341,14 +341,14 @@ DRIVER = """
 import dataclasses, os, signal, sys
 import torch, nearplane
 from nearplane.cli import main
-plan_of, observed, stages = nearplane.api.make_plan, nearplane.api.observed, []
+plan_of, observed, stages = nearplane.api.make_plan, nearplane.solving.observed, []
 nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
 def count(*args):
     stages.append(1)
     if os.environ["RANK"] == "1" and len(stages) == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return observed(*args)
-nearplane.api.observed = count
+nearplane.solving.observed = count
 sys.exit(main(sys.argv[1:]))
 """
 
