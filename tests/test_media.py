@@ -1,5 +1,6 @@
 """Images and recordings: calibration through a model's own processor, features and accuracy, bad files."""
 
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ def test_accuracy_of_a_probe_and_of_the_head(vit: Path, tmp_path: Path) -> None:
     assert head.accuracy == head.reference_accuracy and head.samples == 12 and "classifier head" in head.protocol
     with pytest.raises(NearplaneError, match="holds 0 folders"):
         nearplane.compare(vit, labels=tmp_path / "labels" / "low")
+    with pytest.raises(NearplaneError, match="nowhere is no folder"):
+        nearplane.compare(vit, labels=tmp_path / "nowhere")
+    pictures(tmp_path / "split" / "test" / "other", 2)
+    with pytest.raises(NearplaneError, match="train and test hold different classes"):
+        nearplane.compare(vit, labels=tmp_path / "split")
 
 
 def test_the_probe_is_ridge_regression() -> None:
@@ -174,6 +180,12 @@ def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
         np.save(tmp_path / "sounds" / f"{i}.npy", noise.normal(size=(16, 48)).astype(np.float32))
     recording(tmp_path / "sounds" / "tone.wav", 8000 * np.sin(np.arange(16000) / 9))
     report = run(folder, tmp_path / "out", tmp_path / "sounds", seqlen=20)
+    longer = shutil.copytree(folder, tmp_path / "longer")
+    transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=2, hop_length=333, n_fft=400).save_pretrained(
+        longer
+    )
+    with pytest.raises(NearplaneError, match=r"makes spectrograms of \[16, 96\].* reads \[16, 48\]"):
+        run(longer, tmp_path / "refused", tmp_path / "sounds", seqlen=20)
     tokens = {row.name: row.tokens for row in report.linears}
     assert tokens["model.encoder.layers.0.fc1"] == tokens["model.decoder.layers.1.encoder_attn.k_proj"] == 6 * 24
     assert tokens["model.decoder.layers.0.self_attn.q_proj"] == 6 * 10

@@ -6,7 +6,8 @@ a decoder behind it, both inputs of a pair of towers.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import read_json
+from nearplane.models.locate import first_line
 
 CAUSAL, MASKED = transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM
 SEQ2SEQ = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq)
@@ -25,6 +27,12 @@ MEDIA = frozenset({IMAGES, AUDIO, WAVES})  # what is read from files of a folder
 WAVE = 80_000  # samples of a sound wave that a model is shown: five seconds at 16 kHz
 PROBE_TOKENS, PROBE_DECODED = 8, 5
 MOST_PIXELS = 4096  # of one side of the probe
+# What a model's code raises over arguments that it lacks, or shapes and values that it does not expect.
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+
+
+class ForwardFailed(NearplaneError):
+    """A model whose own code does not run on what nearplane gives it."""
 
 
 def builder(config: Any, trust_remote_code: bool = False) -> Callable[[Any], nn.Module] | None:
@@ -154,6 +162,18 @@ def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
             f"{folder}: {type(model).__name__} reads {', '.join(unknown)}; nearplane makes {', '.join(makers)} only."
         )
     return {name: makers[name]() for name in wanted}
+
+
+@contextmanager
+def blamed(model: nn.Module, folder: Path) -> Iterator[None]:
+    """ForwardFailed, with what the model's own code raised."""
+    try:
+        yield
+    except FORWARD_ERRORS as error:
+        raise ForwardFailed(
+            f"{folder}: {type(model).__name__} does not run on {', '.join(reads(model))} alone ({type(error).__name__}: "
+            f"{first_line(error)[:120]}); nearplane does not support it, or config.json is wrong."
+        ) from error
 
 
 def _order(config: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ equal structure are probed once, so that only one block per kind is ever read fr
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.core.errors import NearplaneError
 from nearplane.models import classes
 from nearplane.models.classes import is_causal, output_head
 from nearplane.models.experts import EXPERT, probing, routers
@@ -24,8 +23,6 @@ from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear
 from nearplane.models.watching import Call, recorded
 
-# What a model's code raises over arguments that it lacks, or shapes and values that it does not expect.
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 # Two tensors are one when they differ by no more than rounding, relative to their size.
 SAME = 1e-5
 
@@ -68,10 +65,6 @@ class Block:
     def positions(self) -> int:
         """Of the probe's sample."""
         return prod(self.shape[1:-1])
-
-
-class ForwardFailed(NearplaneError):
-    """A model whose own code does not run on what nearplane gives it."""
 
 
 class Stop(Exception):
@@ -131,19 +124,17 @@ def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
         blocks[name] = Block(name, rename, [f"{name}.{n}" for n in unreached], tower, tuple(hidden.shape))
         return with_rest(hidden, rest)  # to the end of the forward: a block may run again
 
-    try:
+    with classes.blamed(source.model, source.folder):
         sample = classes.probe(source.model, source.folder)
-        load_outside(source, names, cpu, dtype, sample)
-        with patched(source.model, names, probe), _stopping(output_head(source.model)):
-            source.model(**classes.probe(source.model, source.folder), **classes.options(source.model))
-    except Stop:
-        pass
-    except FORWARD_ERRORS as error:
-        raise ForwardFailed(
-            f"{source.folder}: {type(source.model).__name__} does not run on {', '.join(classes.reads(source.model))} alone "
-            f"({type(error).__name__}: {(str(error).strip().splitlines() or ['no word'])[0][:120]}); this architecture is "
-            "not supported."
-        ) from error
+    load_outside(source, names, cpu, dtype, sample)
+    head = output_head(source.model)
+    with (
+        patched(source.model, names, probe),
+        _stopping(head),
+        suppress(Stop),
+        classes.blamed(source.model, source.folder),
+    ):
+        source.model(**classes.probe(source.model, source.folder), **classes.options(source.model))
     for tower, members in towers.items():
         reached = sum(name in blocks for name in members)
         if 0 < reached < len(members):
