@@ -247,3 +247,10 @@ def test_experts_round_their_inputs(mixture: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(some(x), round_tokens(x, tokens) @ weight.T, rtol=1e-4, atol=1e-4)
     with pytest.raises(NearplaneError, match="packed=True"):
         nearplane.load(tmp_path / "out", packed=False)
+
+
+def test_experts_that_cannot_be_taken_apart_are_said_to_stay_dense(tmp_path: Path) -> None:
+    """JetMoE multiplies by its experts' weights itself."""
+    folder = tiny.save(tiny.build("jetmoe", num_local_experts=4, num_experts_per_tok=2), tmp_path / "model")
+    report = nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=GRID, progress=False)
+    assert any("of the blocks' weights are in no linear that was found and stay dense" in e for e in report.events)
