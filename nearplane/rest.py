@@ -1,7 +1,7 @@
 """What makes a checkpoint of quantized blocks a model: everything else, the configuration, the tokenizer, the report."""
 
 from nearplane.formats.write import Writer
-from nearplane.models.classes import is_causal
+from nearplane.models.classes import bare_linears, is_causal
 from nearplane.models.experts import routers
 from nearplane.models.experts_disk import copied
 from nearplane.models.towers import linears_besides
@@ -35,6 +35,7 @@ def write_the_rest(plan: Plan, writer: Writer, report: Report) -> None:
     ):  # of which the part below the head is often loaded by itself, and names are shorter then
         prefix = f"{getattr(source.model, 'base_model_prefix', '')}."
         ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
+        ignore += [name for name in bare_linears(source.config) if not {name, prefix + name} & {*quantized, *ignore}]
     # Routers that are no linears here are linears in engines, by their names on disk.
     named = {name for name in routing if name is not None}
     ignore += sorted({name.removesuffix(".weight") for name in named} - set(ignore))

@@ -5,6 +5,7 @@ mappings that knows the configuration. What a model reads follows from the class
 a decoder behind it, both inputs of a pair of towers.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,15 @@ def is_causal(model: nn.Module) -> bool:
         return False
     masked: Any = MASKED._model_mapping
     return type(model.config) not in masked or masked[type(model.config)] is not type(model)
+
+
+def bare_linears(config: Any) -> list[str]:
+    """Linears of the model that ``AutoModel`` makes of a configuration: it may add a pooler that the checkpoint has not."""
+    if type(config) not in transformers.AutoModel._model_mapping:
+        return []
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(copy.deepcopy(config))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def refuse_unless_causal(model: nn.Module, what: str) -> None:
