@@ -24,8 +24,8 @@ from triton.testing import do_bench
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, NearPlane
-from nearplane.plan import make_plan
-from nearplane.planning.estimate import CUDA_CONTEXT, estimate
+from nearplane.run.estimate import CUDA_CONTEXT, estimate
+from nearplane.run.plan import make_plan
 from nearplane.runtime import reference, triton
 from nearplane.runtime.layout import Tiles, dequantize, tile
 from nearplane.runtime.linear import TENSORS

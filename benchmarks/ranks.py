@@ -30,8 +30,8 @@ GROUP = 64
 def child(words: list[str]) -> None:
     """One rank: run, and say as the last line what was spent and sent."""
     import nearplane
+    from nearplane.machine.ranks import Ranks, is_first, together
     from nearplane.methods import METHODS as METHODS_OF
-    from nearplane.ranks import Ranks, is_first, together
 
     found: list[Ranks] = []
     plans: list[Any] = []
@@ -50,7 +50,7 @@ def child(words: list[str]) -> None:
     nearplane.api.together, nearplane.api.make_plan = watched, make_plan
     model, out, method, nsamples, clock = words
     if clock == "cpu":
-        nearplane.report.time = SimpleNamespace(perf_counter=time.process_time)
+        nearplane.run.report.time = SimpleNamespace(perf_counter=time.process_time)
     report = nearplane.quantize(
         model,
         out,

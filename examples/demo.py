@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from nearplane import GPTQ, RTN, Calibration, Grid, Method, NearPlane, NearplaneError, Report, evaluate, quantize
-from nearplane.progress import CONSOLE
+from nearplane.machine.progress import CONSOLE
 
 GRID = Grid(bits=3, group_size=64, sym=False)
 CALIBRATION = Calibration(nsamples=16, seqlen=512)

@@ -11,7 +11,7 @@ from nearplane import GPTQ, Calibration, Grid
 from nearplane.core.certificate import ratio
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.stream import stream
+from nearplane.run.stream import stream
 
 
 def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 128) -> list[tuple[str, float]]:

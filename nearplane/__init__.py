@@ -3,18 +3,18 @@
 from importlib.metadata import version as _version
 
 from nearplane.api import evaluate, load, quantize
-from nearplane.calibrate.data import Calibration
-from nearplane.comparison import compare
-from nearplane.conversion import Conversion, convert
+from nearplane.checkpoint.convert import Conversion, convert
+from nearplane.checkpoint.verify import Verification, verify
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.moments import Moments
-from nearplane.evaluate.features import Features
-from nearplane.evaluate.perplexity import Evaluation
+from nearplane.data.text import Calibration
+from nearplane.evaluation.compare import compare
+from nearplane.evaluation.features import Features
+from nearplane.evaluation.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
-from nearplane.mix.overrides import Override
-from nearplane.report import Report
-from nearplane.verification import Verification, verify
+from nearplane.run.mix import Override
+from nearplane.run.report import Report
 
 __version__ = _version("nearplane")
 

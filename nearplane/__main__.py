@@ -2,7 +2,7 @@
 
 import sys
 
-from nearplane.cli import main
+from nearplane.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

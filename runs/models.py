@@ -27,8 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import nearplane
 from nearplane import RTN, Grid
 from nearplane.core.errors import NearplaneError
-from nearplane.evaluate.features import final_states
-from nearplane.models import classes
+from nearplane.evaluation.features import final_states
+from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
 from nearplane.models.towers import linears_besides

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
-from nearplane.evaluate.perplexity import evaluate
+from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer
 

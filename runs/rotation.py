@@ -20,7 +20,7 @@ from typing import Any
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp
-from nearplane.core.tokens import TokenGrid
+from nearplane.core.activations import TokenGrid
 
 METHODS: dict[str, Method] = {
     "RTN": RTN(), "GPTQ": GPTQ(), "GPTAQ": GPTAQ(), "ResComp": ResComp(), "NearPlane": NearPlane(),

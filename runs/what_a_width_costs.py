@@ -12,13 +12,13 @@ import argparse
 import json
 
 import torch
+from nearplane.mix import budget
 
 import nearplane
 from nearplane import GPTQ, Calibration, Grid
-from nearplane.mix import budget
-from nearplane.plan import make_plan
-from nearplane.ranks import ALONE
-from nearplane.report import energy
+from nearplane.machine.ranks import ALONE
+from nearplane.run.plan import make_plan
+from nearplane.run.report import energy
 
 
 def kl(model: torch.nn.Module, ids: torch.Tensor, was: torch.Tensor) -> float:
@@ -38,7 +38,7 @@ def main(words: list[str] | None = None) -> None:
     )
     args = parser.parse_args(words)
     windows, seqlen, judged = args.tokens
-    nearplane.stream.BATCH_TOKENS = seqlen  # so that every fourth window is judged by
+    nearplane.run.stream.BATCH_TOKENS = seqlen  # so that every fourth window is judged by
     calibration = Calibration(dataset=args.text, nsamples=windows, seqlen=seqlen)
     grid = Grid(bits=args.bits, group_size=64, sym=False)
     plan = make_plan(

@@ -34,9 +34,9 @@ from second_model import PREFIX, config, download, read_ctranslate2, weights, wr
 from torch import Tensor
 
 from nearplane import Calibration, load
-from nearplane.calibrate.batches import Batch
-from nearplane.calibrate.data import read_text
-from nearplane.evaluate.features import compare
+from nearplane.data.samples import Batch
+from nearplane.data.text import read_text
+from nearplane.evaluation.features import compare
 from nearplane.models.source import load_tokenizer
 
 VOICE = "espeakng-loader==0.2.4"

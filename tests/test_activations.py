@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, NearPlane
-from nearplane.calibrate.forward import Forward
-from nearplane.cli import main
+from nearplane.cli.main import main
+from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.core.tokens import TokenGrid, round_tokens
-from nearplane.evaluate.cache import RoundedCache
+from nearplane.evaluation.cache import RoundedCache
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.stream import stream
+from nearplane.run.forward import Forward
+from nearplane.run.stream import stream
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import transformers
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane, NearplaneError
-from nearplane.cli import main
-from nearplane.evaluate.features import final_states
+from nearplane.cli.main import main
+from nearplane.evaluation.features import final_states
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.planning.forecast import forecast
+from nearplane.run.forecast import forecast
+from nearplane.run.stream import stream
 from nearplane.runtime.linear import quantized_linears
-from nearplane.stream import stream
 
 GRID = Grid(bits=8, group_size=32)
 KINDS = ["bert", "roberta", "electra", "t5", "bart", "whisper", "wav2vec2", "vit", "dinov2", "swin", "clip"]
@@ -125,7 +125,7 @@ def solved(
     source: Any, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, torch.Tensor], set[int]]:
     """Codes of NearPlane at 3 bits, and the numbers of tokens it saw."""
-    monkeypatch.setattr(nearplane.stream, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(nearplane.run.stream, "BATCH_TOKENS", 40)
     method, grid, codes, tokens = NearPlane(), Grid(bits=3, group_size=32, sym=False), {}, set()
     for opened in stream(
         source, discover(source), batch, device=torch.device("cpu"), dtype=torch.float64, reference=True

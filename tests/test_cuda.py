@@ -15,9 +15,9 @@ from test_resume import contents
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
-from nearplane.cli import main
-from nearplane.plan import make_plan
-from nearplane.planning.estimate import CUDA_CONTEXT, estimate
+from nearplane.cli.main import main
+from nearplane.run.estimate import CUDA_CONTEXT, estimate
+from nearplane.run.plan import make_plan
 from nearplane.runtime.linear import TENSORS, quantized_linears
 from nearplane.runtime.triton import linear as triton_linear
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import nearplane
-from nearplane.cli import main
+from nearplane.cli.main import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

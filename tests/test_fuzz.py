@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 import nearplane
 from nearplane import RTN, Grid
+from nearplane.checkpoint.files import Findings, check_files
 from nearplane.core.errors import NearplaneError
 from nearplane.formats import FORMATS
-from nearplane.formats.files import Findings, check_files
 from nearplane.formats.read import open_checkpoint
 from nearplane.formats.store import INDEX, Store, read_json
 from nearplane.models.locate import read_config

@@ -101,7 +101,7 @@ def test_fresh_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_a_width_costs(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unit of the block asked for; the model is as it was after each, or the last one's KL would hold the others'."""
-    monkeypatch.setattr("nearplane.stream.BATCH_TOKENS", 2048)  # which the script changes
+    monkeypatch.setattr("nearplane.run.stream.BATCH_TOKENS", 2048)  # which the script changes
     words = ["--text", str(folder / "text.txt"), "--model", str(folder / "model"), "--tokens", "8", "32", "24"]
     main = script("what_a_width_costs.py")["main"]
     main([*words, "--blocks", "0", "1"])

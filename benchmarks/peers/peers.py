@@ -23,7 +23,7 @@ from typing import Any
 
 from nearplane import Calibration, load
 from nearplane.core.errors import NearplaneError
-from nearplane.evaluate.perplexity import evaluate
+from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer, open_source
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearplane.core.cuda_graph import Replay
 from nearplane.core.grid import Grid, Quantized, round_scale
-from nearplane.core.replay import Replay
 from nearplane.core.sweep import LEAF, PANEL
 
 

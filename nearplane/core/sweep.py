@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearplane.core.cuda_graph import Replay
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
-from nearplane.core.replay import Replay
 
 Carry = Literal["value", "code", "clamped"]
 

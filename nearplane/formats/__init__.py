@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
-from nearplane.core.tokens import TokenGrid
 from nearplane.formats.base import Format
 from nearplane.formats.compressed import CompressedTensors
 from nearplane.formats.gptq import GPTQ

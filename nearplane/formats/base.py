@@ -4,19 +4,34 @@ A format decides the names, dtypes and shapes of the tensors of one weight and t
 so. It says *why* it cannot hold a weight (``supports``) and why engines will not load one that it can (``warn``).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
+from nearplane.formats.store import Store
 
 # Group sizes worth suggesting: kernels read at least 8 columns at a time, and beyond 256 one scale per row is near.
 SUGGESTED = range(8, 257, 8)
 ONLY_HERE = "only nearplane loads such a weight"
 ONLINE_ONLY_HERE = "only nearplane does; transformers, vLLM and SGLang do not know its format, and refuse it"
+
+
+# Linears that read the same input, which engines fuse into one: they must share bits and group size.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"),
+    ("q", "k", "v"), ("wq", "wk", "wv"), ("wi_0", "wi_1"),
+)  # fmt: skip
+# What vLLM and SGLang call the fused module, by which they look for GPTQ's dynamic rules.
+FUSED_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 
 
 class Format(Protocol):
@@ -114,3 +129,139 @@ def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
             "solve with this scale_dtype."
         )
     return Quantized(codes, stored.contiguous(), zero)
+
+
+SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized weight on disk."""
+
+    name: str
+    """Module prefix of its tensors."""
+    grid: Grid
+    """As far as the checkpoint tells: a ternary weight is a 2-bit one, and ``fit`` is not stored."""
+    shape: tuple[int, int]
+    """(out, in)."""
+    tensors: dict[str, str] = field(hash=False)
+    """Suffix -> name on disk."""
+    layout: Literal["packed", "int", "gptq", "gptq_v2"]
+    """How the tensors hold the codes."""
+    activations: TokenGrid | None = None
+    """How what goes into the linear is rounded."""
+
+
+class Decoded(NamedTuple):
+    """A weight as read: ``scale[:, group] * (codes - zero[:, group])``."""
+
+    codes: UInt8[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"]
+    group: Int[Tensor, "in"]
+
+
+def tensors_of(store: Store, name: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Those tensors of a module that exist, by suffix."""
+    return {suffix: f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in store.names}
+
+
+def collect(
+    names: Iterable[str], find: Callable[[str], StoredLayer], broken: dict[str, str] | None
+) -> dict[str, StoredLayer]:
+    """The layers of these names, sorted. One that cannot be read raises, or with ``broken`` is listed there instead."""
+    layers = {}
+    for name in sorted(names):
+        try:
+            layers[name] = find(name)
+        except NearplaneError as error:
+            if broken is None:
+                raise
+            broken[name] = str(error)
+    return layers
+
+
+def require(store: Store, layer: dict[str, str], name: str, suffixes: tuple[str, ...]) -> None:
+    """NearplaneError unless the module has all of these tensors."""
+    for suffix in suffixes:
+        if suffix not in layer:
+            raise NearplaneError(f"{store.folder} holds part of quantized layer {name} but no {name}.{suffix}.")
+
+
+def expect(store: Store, name: str, wanted: tuple[int, ...], why: str) -> None:
+    """NearplaneError unless tensor ``name`` has the wanted shape; ``why``: what the configuration says."""
+    shape = store.shape(name)
+    if shape != wanted:
+        raise NearplaneError(f"tensor {name} in {store.folder} has shape {shape}, but {why} takes {wanted}.")
+
+
+def scale_dtype_of(store: Store, name: str) -> ScaleDtype:
+    """Name of the dtype of stored scales."""
+    dtype = store.dtype(name)
+    if dtype not in SCALE_NAMES:
+        raise NearplaneError(f"scales {name} in {store.folder} are {dtype}, not float32, float16 or bfloat16.")
+    return SCALE_NAMES[dtype]
+
+
+def setting(config: dict[str, Any], key: str, kind: type, default: object, where: str) -> Any:
+    """A value of a configuration with its type checked; ``null`` counts as absent."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise NearplaneError(f"{where}: {key} must be of type {kind.__name__}, and is {value!r}.")
+    return value
+
+
+def group_of_columns(store: Store, name: str | None, grid: Grid, in_features: int) -> Int[Tensor, "in"]:
+    """Group of each input column: the tensor ``name`` of an activation-ordered checkpoint, else contiguous groups."""
+    contiguous = torch.arange(in_features) // grid.group_width(in_features)
+    if name is None:
+        return contiguous
+    stored = store.get(name).long()
+    if bool((stored == -1).all()):  # compressed-tensors' mark for "no order was used"
+        return contiguous
+    if int(stored.min()) < 0 or int(stored.max()) >= grid.group_count(in_features):
+        raise NearplaneError(
+            f"tensor {name} in {store.folder} names groups {int(stored.min())} to {int(stored.max())}, "
+            f"and there are {grid.group_count(in_features)}."
+        )
+    return stored
+
+
+def fused(names: Iterable[str]) -> list[list[str]]:
+    """Of these linears, those that engines fuse: siblings, and all experts of a layer."""
+    present = set(names)
+    groups = [[f"{parent}{leaf}" for leaf in leaves] for parent in sorted(map(_parent, present)) for leaves in SIBLINGS]
+    experts: dict[str, list[str]] = {}
+    for name in sorted(present):
+        match = EXPERTS.match(name)
+        if match:
+            experts.setdefault(match.group(1), []).append(name)
+    found = [[name for name in group if name in present] for group in [*groups, *experts.values()]]
+    return [list(group) for group in dict.fromkeys(tuple(group) for group in found if len(group) > 1)]
+
+
+def fused_names(names: Iterable[str]) -> list[str]:
+    """What engines call the modules into which they fuse some of these linears."""
+    present, found = set(names), dict[str, None]()
+    for parent in sorted(map(_parent, present)):
+        for leaves, name in FUSED_NAMES.items():
+            if all(f"{parent}{leaf}" in present for leaf in leaves):
+                found[f"{parent}{name}"] = None
+    return list(found)
+
+
+def _parent(name: str) -> str:
+    """A module's name up to its last part, the dot included."""
+    return name[: len(name) - len(name.rpartition(".")[2])]
+
+
+def grid_name(grid: Grid) -> str:
+    """A grid as it is stored, in words."""
+    groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    return f"{grid.storage_bits} bits in {groups}{'' if grid.sym else ', asymmetric'}"

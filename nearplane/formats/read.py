@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Quantized
-from nearplane.formats import compressed_read, gptq_read
-from nearplane.formats.layer import Decoded, StoredLayer
+from nearplane.formats import compressed, gptq
+from nearplane.formats.base import Decoded, StoredLayer
 from nearplane.formats.store import Store, read_json
 
 SUPPORTED = "nearplane reads compressed-tensors (pack-quantized, int-quantized) and GPTQ (gptq, gptq_v2)"
@@ -54,8 +54,8 @@ class Checkpoint:
         if self.quantization is None:
             return False
         if self.format == "compressed-tensors":
-            return compressed_read.expects(self.quantization, names, kind)
-        return gptq_read.expects(self.quantization, names)
+            return compressed.expects(self.quantization, names, kind)
+        return gptq.expects(self.quantization, names)
 
     def quantized(self, prefix: str) -> Quantized:
         """Codes, scales and zeros of one layer. NearplaneError if its groups are not contiguous columns."""
@@ -84,7 +84,7 @@ class Checkpoint:
         if prefix not in self.layers:
             raise NearplaneError(f"{self.store.folder} holds no quantized layer named {prefix}.")
         layer = self.layers[prefix]
-        reader = gptq_read if layer.layout in ("gptq", "gptq_v2") else compressed_read
+        reader = gptq if layer.layout in ("gptq", "gptq_v2") else compressed
         decoded = reader.decode(self.store, layer)
         if not bool(decoded.scale.isfinite().all()):
             raise NearplaneError(f"{prefix} in {self.store.folder} has scales that are not finite; it is damaged.")
@@ -125,9 +125,9 @@ def _find(
         return None, {}
     method = config.get("quant_method")
     if method == "compressed-tensors":
-        return "compressed-tensors", compressed_read.find_layers(store, config, broken)
+        return "compressed-tensors", compressed.find_layers(store, config, broken)
     if method == "gptq":
-        return gptq_read.version(config, str(store.folder)), gptq_read.find_layers(store, config, broken)
+        return gptq.version(config, str(store.folder)), gptq.find_layers(store, config, broken)
     raise NearplaneError(f"{store.folder} is quantized with {method}; {SUPPORTED}.")
 
 

@@ -25,11 +25,11 @@ from nearplane.core.certificate import verify
 from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor, Order, column_cost, factorize
 from nearplane.core.grid import Course, Grid, Quantized, fit_groups
+from nearplane.core.heldout import Trial
 from nearplane.core.moments import Moments
 from nearplane.core.refine import refine
 from nearplane.core.sweep import sweep
 from nearplane.core.target import full_step, mixed_step, pull, row_shares, shares
-from nearplane.core.trial import Trial
 from nearplane.methods.base import Need
 
 Shrink = Literal["spectral", "linear", "row", "none"]

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import Store, read_json
-from nearplane.models.classes import ForwardFailed
 from nearplane.models.discover import Block, discover
 from nearplane.models.experts import set_visit
+from nearplane.models.inputs import ForwardFailed
 from nearplane.models.locate import locate, read_config
 from nearplane.models.source import Source, build_skeleton, open_source, refuse_unread
 from nearplane.models.towers import is_linear

@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearplane.core.tokens import TokenGrid, round_tokens
+from nearplane.core.activations import TokenGrid, round_tokens
+from nearplane.core.errors import SettingError
+from nearplane.core.grid import Grid, by_column, encode, fit_groups
 from nearplane.runtime import cpu, reference, triton
 from nearplane.runtime.cpu import Arithmetic
-from nearplane.runtime.layout import Shape, Tiles, dequantize
+from nearplane.runtime.layout import Shape, Tiles, dequantize, tile
 
 TENSORS = ("codes", "scales", "zeros", "order")
 
@@ -183,3 +185,27 @@ def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
     cpu.check(arithmetic)
     for module in quantized_linears(model).values():
         module.arithmetic = arithmetic
+
+
+GROUP = 64
+
+
+def quantize_head(model: nn.Module, bits: int) -> None:
+    """Round the output head to nearest, symmetric, in groups of 64. SettingError where the model has none that is dense."""
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    if not isinstance(head, nn.Linear):
+        raise SettingError(f"{type(model).__name__} has no dense output head to round to {bits} bits.")
+    grid = Grid(bits=bits, group_size=GROUP, sym=True, fit="minmax", scale_dtype="float16")
+    codes, scales, zeros = [], [], []
+    for rows in torch.split(head.weight.detach(), 4096):  # a head is large, and its float32 copy need not be
+        weight = rows.float()
+        scale, zero = fit_groups(weight, grid)
+        s, z = (by_column(part, grid, weight.shape[1]) for part in (scale, zero))
+        codes.append(encode(weight, s, z, grid).to(torch.uint8))
+        scales.append(scale.half())
+        zeros.append(zero.to(torch.uint8))
+    width = grid.group_width(head.in_features)
+    tiles = tile(torch.cat(codes), torch.cat(scales), torch.cat(zeros), grid.storage_bits, width)
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, QuantizedLinear(tiles, head.bias))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nearplane.core.grid import Grid, Quantized
 from nearplane.formats import FORMATS
-from nearplane.formats.write import Writer
+from nearplane.formats.parts import Writer
 from nearplane.methods.rtn import RTN
 
 # tests/formats/checkpoints.py is found under any of pytest's import modes.

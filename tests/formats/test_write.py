@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.formats import write
+from nearplane.formats import parts as write
+from nearplane.formats.parts import Writer
 from nearplane.formats.store import INDEX, SUMS, Store
-from nearplane.formats.write import Writer
 
 TENSORS = {f"t{i}": torch.randn(10, 10) for i in range(5)}
 

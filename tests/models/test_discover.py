@@ -14,7 +14,7 @@ import nearplane
 from nearplane.core.errors import NearplaneError
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.stream import stream
+from nearplane.run.stream import stream
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import nearplane
 from nearplane import RTN, Grid
+from nearplane.checkpoint.verify import verify
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import dequantize
 from nearplane.formats.store import Store
@@ -20,8 +21,7 @@ from nearplane.models.discover import discover
 from nearplane.models.experts import EXPERT, Experts, experts_of, routers, set_visit
 from nearplane.models.experts_disk import split
 from nearplane.models.source import open_source
-from nearplane.stream import stream
-from nearplane.verification import verify
+from nearplane.run.stream import stream
 
 CPU = torch.device("cpu")
 # Checkpoints that store fused tensors: quantized, transformers does not find their experts.

@@ -12,7 +12,7 @@ import transformers
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid
-from nearplane.cli import main
+from nearplane.cli.main import main
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
 

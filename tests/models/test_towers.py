@@ -7,12 +7,12 @@ import pytest
 import tiny
 import torch
 
-import nearplane.stream
+import nearplane.run.stream
 from nearplane.core.errors import NearplaneError
-from nearplane.models import classes
+from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.stream import stream
+from nearplane.run.stream import stream
 
 ENCODER, DECODER = (
     [3, 1, 1, 1],
@@ -69,7 +69,7 @@ def towers(model: Any) -> list[str]:
 @pytest.mark.parametrize("kind", TOWERS)
 def test_towers_stages_and_replay(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks one at a time, the others stubbed, are the model's own forward, from one tower to the next."""
-    monkeypatch.setattr(nearplane.stream, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(nearplane.run.stream, "BATCH_TOKENS", 40)
     model = tiny.build(kind)
     source = open_source(tiny.save(model, tmp_path / "m"))
     assert type(source.model) is type(model)
@@ -90,7 +90,7 @@ def test_towers_stages_and_replay(kind: str, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("kind", ["bert", "t5", "bart"])
 def test_replay_with_padding(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5's blocks return a bias that holds the batch's own mask, and hand it on."""
-    monkeypatch.setattr(nearplane.stream, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(nearplane.run.stream, "BATCH_TOKENS", 20)
     model = tiny.build(kind)
     source = open_source(tiny.save(model, tmp_path / "m"))
     batch = tiny.batch(kind, 5)

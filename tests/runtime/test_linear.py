@@ -12,8 +12,7 @@ from torch import nn
 
 from nearplane.core.errors import SettingError
 from nearplane.runtime import cpu, linear, triton
-from nearplane.runtime.head import quantize_head
-from nearplane.runtime.linear import QuantizedLinear, quantized_linears, set_arithmetic
+from nearplane.runtime.linear import QuantizedLinear, quantize_head, quantized_linears, set_arithmetic
 
 
 @pytest.fixture(params=["kernel", "no kernel"])

@@ -1,0 +1,266 @@
+"""Whether the files of a checkpoint are whole: the index against its shards, leftovers of a write, JSON that parses.
+
+Decides what of a folder is a problem (a reader would fail, or read something else than was written) and what only a note.
+Everything is listed; nothing here stops at the first thing that is wrong.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nearplane.core.errors import NearplaneError
+from nearplane.formats.base import Decoded, StoredLayer
+from nearplane.formats.bits import pack
+from nearplane.formats.read import Checkpoint
+from nearplane.formats.store import (
+    INDEX,
+    REPORT,
+    SINGLE,
+    SUMS,
+    UNFINISHED,
+    Shard,
+    Store,
+    lacking,
+    parse_json,
+    read_index,
+    read_json,
+)
+
+LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``write.py`` calls a file that is not done
+
+
+@dataclass
+class Findings:
+    """What was found, in sentences: problems, and what a person may want to know besides. Each only once."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        """Something is wrong."""
+        if text not in self.problems:
+            self.problems.append(text)
+
+    def note(self, text: str) -> None:
+        """Something is unusual, or could not be looked at."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextmanager
+    def listing(self) -> Iterator[None]:
+        """A NearplaneError inside becomes a problem."""
+        try:
+            yield
+        except NearplaneError as error:
+            self.problem(str(error))
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """One file of the folder, with what identifies its content."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether anything in the folder says that it is, or was to be, a checkpoint in safetensors."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, f"*{UNFINISHED}"))
+
+
+def sums(folder: Path, found: Findings) -> Iterator[FileSum]:
+    """Hash the files of the folder one after the other; one that cannot be read is a problem."""
+    for path in files(folder):
+        try:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                yield FileSum(path.name, stream.tell(), digest)
+        except OSError as error:
+            found.problem(f"{path} cannot be read: {error}.")
+
+
+def check_sums(folder: Path, hashed: list[FileSum], found: Findings) -> None:
+    """Compare what was hashed with the sums that were written beside it, where they were."""
+    path = folder / SUMS
+    if not path.is_file():
+        return
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        found.problem(f"{path} cannot be read: {error}.")
+        return
+    present = {file.name: file.sha256 for file in hashed}
+    for number, line in enumerate(lines, 1):
+        digest, name = line[:64], line[66:]
+        if line[64:66] not in ("  ", " *") or not name:
+            found.problem(f"{path}: line {number} is not a sum and a name; it is damaged.")
+        elif any(problem.startswith(f"{folder / name} ") for problem in found.problems):
+            continue  # that it is missing, cut or cannot be read is said already
+        elif name not in present:
+            found.problem(f"{folder / name} is named in {SUMS}, and is missing.")
+        elif present[name] != digest:
+            found.problem(
+                f"{folder / name} is not what was written, its sha256 is another than in {SUMS}; restore it, or, if the "
+                "change was meant, delete its line there."
+            )
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of the folder itself, by name; links that lead nowhere among them."""
+    return sorted(path for path in folder.iterdir() if path.is_file() or not path.exists())
+
+
+def check_files(folder: Path, found: Findings) -> None:
+    """Everything that can be told from names, headers and JSON, without reading a tensor."""
+    for pattern in LEFTOVERS:
+        for path in sorted(folder.glob(pattern)):
+            found.problem(
+                f"{path} is left over from a write that did not finish; delete it, and write again what it was."
+            )
+    for path in sorted(folder.glob("*.json")):
+        with found.listing():
+            parse_json(path)
+    with found.listing():
+        if not (folder / "config.json").exists():
+            read_json(folder / "config.json")  # raises the sentence that every reader would
+    indexed: set[str] = set()
+    if (folder / INDEX).exists():
+        with found.listing():
+            indexed = _check_index(folder, found)
+    shards = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in indexed]
+    for path in shards:
+        with found.listing():
+            Shard(path)
+        if path.name == SINGLE and indexed:
+            found.note(f"{path} is what readers take; {INDEX} does not name it, and they ignore what it names.")
+        elif indexed:
+            found.note(f"{path} is not named in {INDEX}; no reader takes it for weights.")
+
+
+def _check_index(folder: Path, found: Findings) -> set[str]:
+    """Compare the index with its shards, both ways; returns the shards' names."""
+    index = folder / INDEX
+    promised = read_index(index)
+    shards = list(dict.fromkeys(promised.values()))
+    total: int | None = 0
+    for file in shards:
+        held: dict[str, int] | None = None
+        with found.listing():
+            held = {name: at.end - at.start for name, at in Shard(folder / file).tensors.items()}
+        if held is None:
+            total = None
+            continue
+        wanted = {name for name, place in promised.items() if place == file}
+        for name in sorted(wanted - held.keys()):
+            found.problem(lacking(folder, name, file))
+            total = None
+        for name in sorted(held.keys() - wanted):
+            where = f"places it in {promised[name]}" if name in promised else "does not name it"
+            found.problem(f"{folder / file} holds tensor {name}, and {INDEX} {where}: no reader finds it there.")
+        for name in sorted(wanted & held.keys()):
+            total = None if total is None else total + held[name]
+    if total is not None:
+        _check_total(index, total, found)
+    return set(shards)
+
+
+def _check_total(index: Path, total: int, found: Findings) -> None:
+    metadata = read_json(index).get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated is None:
+        found.note(f"{index} states no total_size.")
+    elif stated != total:
+        found.problem(f"{index} states a total_size of {stated} bytes, and its tensors take {total}.")
+
+
+def examine(checkpoint: Checkpoint, name: str, found: Findings) -> None:
+    """Read a layer and list what is wrong with it; a tensor that cannot be read, a code off the grid, a NaN included."""
+    try:
+        layer, decoded = checkpoint.decode(name)
+        _unused_bits(checkpoint.store, layer, decoded, found)
+    except NearplaneError as error:
+        found.problem(str(error))
+        return
+    if f"{name}.weight" in checkpoint.dense:
+        found.problem(f"{name} is stored twice, quantized and as {name}.weight.")
+    _zeros(layer, decoded, found)
+    _scales(layer, decoded.scale, (checkpoint.store.folder / REPORT).exists(), found)
+    _order(checkpoint, layer, decoded.group, found)
+
+
+def _unused_bits(store: Store, layer: StoredLayer, decoded: Decoded, found: Findings) -> None:
+    """Pack again what was read: only bits that belong to no code can differ."""
+    bits, stored = layer.grid.storage_bits, layer.tensors
+    if layer.layout == "int":
+        return
+    if layer.layout == "packed":
+        parts = (("weight_packed", decoded.codes, False), ("weight_zero_point", decoded.zero.T, True))
+    else:  # version 1 stores zero - 1, wrapped inside its bits
+        zero = decoded.zero if layer.layout == "gptq_v2" else (decoded.zero - 1) & ((1 << bits) - 1)
+        parts = (("qweight", decoded.codes, True), ("qzeros", zero.T, False))
+    for suffix, value, transposed in parts:
+        length = value.shape[1]
+        if suffix not in stored or length * bits % 32 == 0:  # the last word is full
+            continue
+        words, wanted = store.get(stored[suffix]), pack(value.contiguous(), bits)
+        wanted = wanted.T if transposed else wanted
+        # Zeros may be plain int8: then there are no words.
+        if words.dtype == wanted.dtype and words.shape == wanted.shape and not torch.equal(words, wanted):
+            found.problem(
+                f"{stored[suffix]} has bits set behind the last of {length} codes of {bits} bits; it is damaged."
+            )
+
+
+def _zeros(layer: StoredLayer, decoded: Decoded, found: Findings) -> None:
+    half = 1 << (layer.grid.storage_bits - 1)
+    if layer.grid.sym:
+        if "weight_zero_point" in layer.tensors:
+            found.problem(f"{layer.name} is symmetric and stores zero points; vLLM refuses such a checkpoint.")
+        wrong = int((decoded.zero != half).sum())
+        if wrong:
+            found.problem(f"{layer.name} is symmetric, and {wrong} of its zero points are not {half}.")
+    elif layer.layout == "gptq" and bool((decoded.zero == 0).any()):
+        found.problem(
+            f"{layer.name} has zero points of 0, which version 1 of GPTQ stores as -1; readers disagree on them."
+        )
+
+
+def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> None:
+    """They are finite, or the layer would not have been read. ``ours``: whether nearplane wrote them."""
+    least = torch.finfo(scale.dtype).smallest_normal
+    kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
+    # AutoRound's symmetric scales have the sign of the group's largest weight.
+    wrong = {"0": bool((scale == 0).all()), "negative": ours or not layer.grid.sym}
+    for kind, where in kinds.items():
+        if bool(where.any()):
+            row, group = (int(i) for i in where.nonzero()[0])
+            count = int(where.sum())
+            say = found.problem if wrong.get(kind) else found.note
+            say(
+                f"{layer.name}: {count} of {scale.numel()} scales {'are' if count > 1 else 'is'} {kind}, the first in "
+                f"row {row}, group {group}."
+            )
+    if layer.layout in ("gptq", "gptq_v2") and scale.dtype != torch.float16:
+        found.note(f"{layer.name}: scales are {layer.grid.scale_dtype}; GPTQ's are float16.")
+
+
+def _order(checkpoint: Checkpoint, layer: StoredLayer, group: Tensor, found: Findings) -> None:
+    suffix = "weight_g_idx" if layer.layout in ("packed", "int") else "g_idx"
+    if suffix not in layer.tensors:
+        return
+    dtype = checkpoint.store.dtype(layer.tensors[suffix])
+    if dtype.is_floating_point:
+        found.problem(f"{layer.tensors[suffix]} is {dtype}; groups are counted in integers.")
+    trivial = torch.arange(layer.shape[1]) // layer.grid.group_width(layer.shape[1])
+    if not checkpoint.ordered and not torch.equal(group, trivial):
+        what = "actorder" if suffix == "weight_g_idx" else "desc_act"
+        found.problem(
+            f"{layer.name} has groups in an order of its own ({suffix}), and the configuration does not say so ({what}); "
+            "engines would read other weights."
+        )

@@ -1,0 +1,329 @@
+"""Load any folder as an ordinary transformers model: an original, or a checkpoint we or others quantized.
+
+Decides what becomes of quantized weights: packed linears, which keep them as they are, or dense ones.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nearplane.core.activations import TokenGrid, round_tokens
+from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.core.moments import all_finite
+from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.formats.store import again
+from nearplane.machine.progress import CONSOLE
+from nearplane.models.experts import EXPERT, experts_of, unfuse
+from nearplane.models.experts_disk import SplitStore, names_in_model, split
+from nearplane.models.locate import locate
+from nearplane.models.source import open_skeleton
+from nearplane.runtime import cpu
+from nearplane.runtime.cpu import Arithmetic
+from nearplane.runtime.layout import tile
+from nearplane.runtime.linear import QuantizedLinear, quantize_head, set_arithmetic
+from nearplane.transforms.hooks import turn_inputs, turned_linears
+
+
+class Members:
+    """Where the weights and biases of all experts lie in a checkpoint; empty where no expert is quantized."""
+
+    def __init__(self, skeleton: nn.Module, checkpoint: Checkpoint, modules: dict[str, str]) -> None:
+        """``modules``: of the model, by name of the quantized layer."""
+        self.checkpoint = checkpoint
+        quantized = {module: layer for layer, module in modules.items() if EXPERT.fullmatch(module)}
+        self.experts = experts_of(skeleton) if quantized else {}
+        self.layers: dict[str, str] = quantized if self.experts else {}
+        """Quantized layer by linear of the model."""
+        self.store = split(skeleton, checkpoint.store) if self.experts else checkpoint.store
+        fused = {p.tensor for p in self.store.pieces.values()} if isinstance(self.store, SplitStore) else set()
+        stored = (set(checkpoint.dense) - fused) | (self.store.names - checkpoint.store.names)
+        found = names_in_model(skeleton, stored) if self.experts else {}
+        self.dense = {name: disk for name, disk in found.items() if EXPERT.fullmatch(name.rpartition(".")[0])}
+        """Name on disk by parameter of the model."""
+        self.taken = fused | set(self.dense.values())
+        """Tensors that are not transformers' to place."""
+        self.linears = {
+            f"{path}.{expert}.{linear}": part
+            for path, module in self.experts.items()
+            for expert in range(module.layout.experts)
+            for linear, part in module.layout.parts.items()
+        }
+
+    def fused(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The fused parameters, made dense."""
+        state: dict[str, Tensor] = {}
+        for path, module in self.experts.items():
+            state |= {f"{path}.{name}": torch.empty(shape, dtype=dtype) for name, shape in module.shapes.items()}
+            for expert in range(module.layout.experts):
+                for linear, part in module.layout.parts.items():
+                    name = f"{path}.{expert}.{linear}"
+                    for parameter, value in ((part.weight, self._weight(name)), (part.bias, self._bias(name))):
+                        if parameter is not None and value is not None:
+                            part.cut(module.layout.slab(state[f"{path}.{parameter}"], expert)).copy_(value)
+        return state
+
+    def fill(self, model: nn.Module, dtype: torch.dtype, packed: Callable[[str, Tensor | None], nn.Module]) -> None:
+        """Put every expert's linear into the model; ``packed`` makes one of a quantized layer and a bias."""
+        for name in self.linears:
+            bias = self._bias(name)
+            bias = None if bias is None else bias.to(dtype)
+            if name in self.layers:
+                model.set_submodule(name, packed(self.layers[name], bias))
+                continue
+            weight = self._weight(name).to(dtype)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+            model.set_submodule(name, linear)
+
+    def _weight(self, name: str) -> Tensor:
+        return self.checkpoint.weight(self.layers[name]) if name in self.layers else self._get(f"{name}.weight")
+
+    def _bias(self, name: str) -> Tensor | None:
+        return None if self.linears[name].bias is None else self._get(f"{name}.bias")
+
+    def _get(self, parameter: str) -> Tensor:
+        folder = self.checkpoint.store.folder
+        if parameter not in self.dense:
+            raise NearplaneError(f"{folder} lacks weights that config.json asks for, the first: {parameter}.")
+        value = self.store.get(self.dense[parameter])
+        if not bool(value.isfinite().all()):
+            raise NumericalError(
+                f"{folder}: weight {self.dense[parameter]} holds NaN or Inf; the checkpoint is broken."
+            )
+        return value
+
+
+def load_model(
+    model: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = torch.float32,
+    packed: bool = True,
+    arithmetic: Arithmetic = "auto",
+    head_bits: int | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model. Its quantized linears are ``QuantizedLinear``, or with ``packed=False`` dense ones of ``dtype``.
+
+    Everything else has ``dtype``; None: the one it is stored in. ``head_bits`` rounds the output head to so many bits in memory
+    (``runtime/head.py``). No other quantization package is needed. Raises NearplaneError with one sentence for
+    anything that cannot be read.
+    """
+    cpu.check(arithmetic)
+    folder = locate(model, trust_remote_code=trust_remote_code)
+    config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    _check_size(skeleton, checkpoint)
+    modules = modules_of(skeleton, checkpoint)
+    members = Members(skeleton, checkpoint, modules)
+    dtype = dtype or _stored(checkpoint)
+    state = _state(skeleton, checkpoint, modules, members, dtype, packed)
+    holes = set(modules.values()) if packed else set()
+    apart = set(members.linears) if packed else set()
+    result = _assemble(type(skeleton), config, state, dtype, folder, holes - apart, apart)
+    for name, layer in checkpoint.layers.items():
+        if modules[name] in apart:
+            continue
+        if packed:
+            hole = result.get_submodule(modules[name])
+            result.set_submodule(modules[name], _packed(checkpoint, name, hole.bias))
+        elif layer.activations is not None:
+            _round_inputs(result, modules[name], layer.activations)
+    if apart:
+        members.fill(result, dtype, partial(_packed, checkpoint))
+    _turn_inputs(result, checkpoint)
+    if head_bits is not None:
+        quantize_head(result, head_bits)
+    if holes and device.type == "cpu" and cpu.best() is None:
+        _warn_once()
+    if holes or head_bits is not None:
+        result.requires_grad_(False)  # else every linear would be asked for a gradient
+        for module in result.modules():
+            if hasattr(module, "save_pretrained"):
+                module.__dict__["save_pretrained"] = _refuse_to_save
+        set_arithmetic(result, arithmetic)
+    return result.to(device).eval()
+
+
+def _state(
+    skeleton: nn.Module,
+    checkpoint: Checkpoint,
+    modules: dict[str, str],
+    members: Members,
+    dtype: torch.dtype,
+    packed: bool,
+) -> dict[str, Tensor]:
+    """The tensors that transformers is to place, all finite: what is dense, or is to be."""
+    state: dict[str, Tensor] = {}
+    for name in (name for name in checkpoint.dense if name not in members.taken):
+        value = checkpoint.store.get(name)
+        state[name] = value.to(dtype) if value.is_floating_point() else value
+    if not packed:
+        state |= members.fused(dtype)
+        for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):
+            weight = checkpoint.weight(name).to(dtype)
+            conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
+            state[name + ".weight"] = weight.T.contiguous() if conv else weight
+    for name, value in state.items():
+        if value.is_floating_point() and not all_finite(value):
+            raise NumericalError(
+                f"{checkpoint.store.folder}: weight {name} holds NaN or Inf; the checkpoint is broken."
+            )
+    return state
+
+
+def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a model far larger than what is stored before transformers makes its missing weights up in memory."""
+    store = checkpoint.store
+    held = sum(prod(store.shape(name)) for name in checkpoint.dense)
+    held += sum(prod(layer.shape) for layer in checkpoint.layers.values())
+    asked = sum(parameter.numel() for parameter in skeleton.parameters())
+    if asked > 2 * held + (1 << 20):
+        raise NearplaneError(
+            f"{store.folder} stores {held:.3g} weights, config.json asks for {asked:.3g}; {again(store.folder)}."
+        )
+
+
+def _stored(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json names; float32 where it names none."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    found = getattr(torch, str(named), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
+
+
+def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Module of the model by name of the quantized layer. NearplaneError where shapes disagree or there is none."""
+    found = names_in_model(skeleton, [name + ".weight" for name in checkpoint.layers])
+    modules = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in found.items()}
+    known = dict(skeleton.named_modules())
+    for disk, name in modules.items():
+        reason = misfit(checkpoint, disk, known.get(name))
+        if reason is not None:
+            raise NearplaneError(reason)
+    return modules
+
+
+def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str | None:
+    """Why a quantized layer is not the weight of this module of its model; None if it is."""
+    shape, weight = checkpoint.layers[disk].shape, getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear | Conv1D) or weight is None:
+        return f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
+    asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
+    if asked != shape:
+        return f"{checkpoint.store.folder}: {disk}.weight has shape {list(shape)}, config.json asks for {list(asked)}."
+    return None
+
+
+class _Hole(nn.Module):
+    """Where a packed linear will be. Its bias is loaded as ever; its weight has no rows, for code that initialises it."""
+
+    weight: Tensor
+
+    def __init__(self, bias: Any) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, Tensor) else None
+        self.register_buffer("weight", torch.empty(0, 1), persistent=False)
+
+
+def _packed(checkpoint: Checkpoint, name: str, bias: Any) -> QuantizedLinear:
+    """A quantized layer as a module."""
+    layer, decoded = checkpoint.decode(name)
+    columns, grid = layer.shape[1], layer.grid
+    width = grid.group_width(columns)
+    group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
+    tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)
+    linear = QuantizedLinear(tiles, bias)
+    linear.activations = layer.activations
+    return linear
+
+
+def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
+    """Let a dense linear round what goes into it. NearplaneError for one that is part of a fused module."""
+    if EXPERT.fullmatch(path):
+        raise NearplaneError(
+            f"what goes into {path} is to be rounded, which only packed experts do; load with packed=True."
+        )
+    linear = model.get_submodule(path)
+    linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
+
+
+def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Let linears be given their inputs rotated, if the checkpoint says so."""
+    names, seed = turned_linears(checkpoint.config, checkpoint.store.folder)
+    strange = sorted(set(names) - {name for name, _ in model.named_modules()})
+    if strange:
+        raise NearplaneError(
+            f"{checkpoint.store.folder}: its model has no {strange[0]}, whose input config.json has rotated."
+        )
+    turn_inputs(model, names, seed)
+
+
+@cache
+def _warn_once() -> None:
+    reason = cpu.supports(torch.device("cpu"), torch.float32)
+    CONSOLE.print(f"note: packed weights run in plain torch, slowly: {reason}")
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise NearplaneError(
+        "this model's weights are packed for running, which is not a format on disk; copy the checkpoint's folder "
+        "instead, or load with packed=False to save dense weights."
+    )
+
+
+def _assemble(
+    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path, holes: set[str], apart: set[str]
+) -> nn.Module:
+    """Let transformers place the tensors: names, ties and buffers are its business."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        built = _with_holes(kind, holes, apart) if holes or apart else kind
+        model, info = built.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise NearplaneError(f"{folder} does not fit its config.json ({reason}).") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    if info["mismatched_keys"]:
+        name, found, asked = sorted(info["mismatched_keys"])[0]
+        raise NearplaneError(f"{folder}: {name} has shape {list(found)}, config.json asks for {list(asked)}.")
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise NearplaneError(
+            f"{folder} lacks {len(missing)} weights that config.json asks for, the first: {missing[0]}."
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        CONSOLE.print(f"note: {folder} holds {len(unused)} tensors that its model does not use, the first: {unused[0]}")
+    result: nn.Module = model
+    result.__class__ = kind
+    return result
+
+
+def _with_holes(kind: Any, holes: set[str], apart: set[str]) -> Any:
+    """The model's class, whose quantized linears are left out while it is built: their memory never exists.
+
+    ``apart``: all linears of experts that were taken apart; their biases are left out, too.
+    """
+    build: Callable[..., None] = kind.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if apart:
+            unfuse(self)
+        for path in holes | apart:
+            self.set_submodule(path, _Hole(None if path in apart else self.get_submodule(path).bias))
+
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

@@ -1,0 +1,289 @@
+"""What ``verify`` does: re-read a whole checkpoint and list what is wrong with it.
+
+Decides what a checkpoint owes its readers: whole files, layers that hold what their format says, a configuration that
+speaks of every linear, siblings that an engine can fuse, every weight that the model asks for. A damaged file is a line
+of the list, never an exception; only a folder that is no checkpoint at all raises. One tensor is in memory at a time.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nearplane.checkpoint.engines import (
+    ENGINES,
+    caveat,
+    mixed_caveat,
+    model_caveat,
+    model_refusal,
+    online_refusal,
+    order_refusal,
+    refusal,
+    rounding_refusal,
+)
+from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
+from nearplane.checkpoint.load import misfit
+from nearplane.core.errors import NearplaneError, SettingError, some_of
+from nearplane.core.grid import Grid
+from nearplane.formats import FORMATS
+from nearplane.formats.base import conv1d_reason, fused, grid_name
+from nearplane.formats.journal import unfinished
+from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.formats.store import Store, read_json
+from nearplane.machine.progress import bar
+from nearplane.models.experts_disk import names_in_model, split
+from nearplane.models.locate import locate
+from nearplane.models.source import open_skeleton
+from nearplane.models.towers import is_linear
+from nearplane.transforms.hooks import turned_linears
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was read, and what was found. A checkpoint is fine where ``problems`` is empty."""
+
+    path: str
+    format: str | None
+    """"compressed-tensors", "gptq" or "gptq_v2"; None: dense, or not to be told."""
+    engine: str | None
+    files: tuple[FileSum, ...]
+    layers: int
+    """Quantized weights that were read."""
+    tensors: int
+    """Other tensors that were read."""
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    """Unusual, or not looked at, but not wrong."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "ok": self.ok}
+
+    def __str__(self) -> str:
+        if not self.files:  # a run that was not finished: nothing was looked at
+            return "\n".join(f"problem: {problem}" for problem in self.problems)
+        width = max(len(file.name) for file in self.files)
+        lines = [f"{'file':<{width}} {'bytes':>14}  sha256"]
+        lines += [f"{file.name:<{width}} {file.bytes:>14,}  {file.sha256}" for file in self.files]
+        lines += [f"note: {note}" for note in self.notes] + [f"problem: {problem}" for problem in self.problems]
+        count = len(self.problems)
+        result = f"{count} problem{'s' if count > 1 else ''}" if count else "no problem found"
+        what = f"{self.format or 'not quantized'}, {self.layers} quantized layers and {self.tensors} other tensors read"
+        if not self.layers + self.tensors:
+            what = "no tensor could be read"
+        return "\n".join([*lines, f"{self.path}: {what}; {result}"])
+
+
+def verify(
+    path: str | Path, engine: str | None = None, *, trust_remote_code: bool = False, progress: bool = False
+) -> Verification:
+    """Re-read every file and tensor of a checkpoint, quantized or not, ours or another tool's, and list what is wrong.
+
+    ``engine``: also what that engine ("vllm", "sglang", "transformers") would refuse. NearplaneError only for a folder that
+    is no checkpoint at all, and for settings; everything else is in ``problems``.
+    """
+    if engine is not None and engine not in ENGINES:
+        raise SettingError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+    folder = locate(path, trust_remote_code=trust_remote_code)
+    reason = unfinished(folder)
+    if reason is not None:
+        return Verification(str(path), None, engine, (), 0, 0, (reason,), ())
+    if not holds_weights(folder):
+        Store(folder)  # says what the folder holds instead
+    found, broken = Findings(), dict[str, str]()
+    check_files(folder, found)
+    checkpoint = _open(folder, broken, found)
+    layers, dense = (len(checkpoint.layers), len(checkpoint.dense)) if checkpoint else (0, 0)
+    with bar(progress) as display:
+        task = display.add_task("hash", total=len(files(folder)))
+        hashed = []
+        for file in sums(folder, found):
+            hashed.append(file)
+            display.advance(task)
+        check_sums(folder, hashed, found)
+        if checkpoint is not None:
+            task = display.add_task("check", total=layers + dense)
+            for name in checkpoint.layers:
+                examine(checkpoint, name, found)
+                display.advance(task)
+            for name in checkpoint.dense:
+                _check_finite(checkpoint, name, found)
+                display.advance(task)
+    if checkpoint is not None:
+        _check_configuration(checkpoint, found)
+        _check_siblings(checkpoint, broken, found)
+        _check_engine(checkpoint, engine, found)
+        with found.listing():
+            _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
+            _check_model(checkpoint, broken, model, found)
+            _check_loader(checkpoint, engine, model, found)
+    format = checkpoint.format if checkpoint else None
+    return Verification(
+        str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes)
+    )
+
+
+def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint | None:
+    """The checkpoint, its unreadable layers among the problems; None where nothing can be read at all."""
+    try:
+        checkpoint = open_checkpoint(folder, broken)
+    except NearplaneError as error:
+        found.problem(str(error))
+        found.note("No tensor was checked, because the folder cannot be opened; verify again when that is mended.")
+        return None
+    lost = checkpoint.store.lost
+    within = {name.rpartition(".")[0] for name in lost}
+    for name, reason in broken.items():
+        if name not in within:  # else why is among the problems already
+            found.problem(reason)
+    broken.update(dict.fromkeys(within, ""))
+    if lost:
+        found.note(f"Not checked, because no file gives them: {some_of(sorted(lost))}.")
+    return checkpoint
+
+
+def _check_finite(checkpoint: Checkpoint, name: str, found: Findings) -> None:
+    with found.listing():
+        value = checkpoint.store.get(name)
+        if not value.is_floating_point():
+            return
+        bad = int((~(value.float() if value.itemsize == 1 else value).isfinite()).sum())
+        if bad:
+            found.problem(f"tensor {name} holds {bad} NaN or Inf values.")
+
+
+def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
+    """quantize_config.json against config.json, and scales against the dtype that loaders cast them to."""
+    folder, stated = checkpoint.store.folder, checkpoint.config.get("quantization_config")
+    beside = folder / "quantize_config.json"
+    if beside.exists() and isinstance(stated, dict):
+        with found.listing():
+            legacy = read_json(beside)
+            differing = sorted(key for key in stated.keys() & legacy.keys() if stated[key] != legacy[key])
+            if differing:
+                found.problem(f"{beside} and config.json disagree on {', '.join(differing)}; loaders read either.")
+            alone = sorted(stated.keys() ^ legacy.keys())
+            if alone:
+                found.note(f"{beside} and config.json: only one of them states {', '.join(alone)}.")
+    dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    scales = {layer.grid.scale_dtype for layer in checkpoint.layers.values()} - {dtype}
+    if checkpoint.format == "compressed-tensors" and scales and dtype in ("float16", "bfloat16"):
+        found.note(
+            f"Scales are stored in {', '.join(sorted(scales))}; engines round them to {dtype}, the model's dtype."
+        )
+
+
+def _check_siblings(checkpoint: Checkpoint, broken: dict[str, str], found: Findings) -> None:
+    """Linears that engines fuse: all quantized or none, and alike."""
+    dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")} - broken.keys()
+    for names in fused(checkpoint.layers.keys() | dense):
+        _check_alike(names, checkpoint, found)
+
+
+def _check_alike(names: list[str], checkpoint: Checkpoint, found: Findings) -> None:
+    kinds: dict[str, str] = {}
+    for name in names:
+        layer = checkpoint.layers.get(name)
+        kinds.setdefault("not quantized" if layer is None else grid_name(layer.grid), name)
+    if len(kinds) > 1:
+        told = "; ".join(f"{name} {kind}" for kind, name in kinds.items())
+        found.problem(f"Engines fuse these, and they differ: {told}.")
+
+
+def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -> None:
+    if engine is None or checkpoint.format is None:
+        return
+    shapes: dict[Grid, set[tuple[int, int]]] = {}
+    for layer in checkpoint.layers.values():
+        shapes.setdefault(layer.grid, set()).add(layer.shape)
+    online = online_refusal(engine, bool(turned_linears(checkpoint.config, checkpoint.store.folder)[0]))
+    if online is not None:
+        found.problem(f"engine {engine}: {online}.")
+    rounded = {(layer.grid, layer.activations) for layer in checkpoint.layers.values() if layer.activations is not None}
+    for why in sorted({why for grid, rounding in rounded if (why := rounding_refusal(engine, grid, rounding))}):
+        found.problem(f"engine {engine}: {why}.")
+    for grid, some in shapes.items():
+        reason = refusal(engine, checkpoint.format, grid, some)
+        if reason is None and checkpoint.format != "compressed-tensors" and checkpoint.ordered:
+            reason = order_refusal(engine, grid)
+        condition = caveat(engine, checkpoint.format, grid, some)
+        if reason is not None:
+            found.problem(f"engine {engine}: {reason}.")
+        elif condition is not None:
+            found.note(f"engine {engine}: {condition}.")
+    condition = mixed_caveat(engine, checkpoint.format) if len(shapes) > 1 else None
+    if condition is not None:
+        found.note(f"engine {engine}: {condition}.")
+
+
+def _check_loader(checkpoint: Checkpoint, engine: str | None, model: nn.Module, found: Findings) -> None:
+    if engine is None or checkpoint.format is None:
+        return
+    names = names_in_model(model, [f"{name}.weight" for name in checkpoint.layers])
+    grids = {n.removesuffix(".weight"): checkpoint.layers[d.removesuffix(".weight")].grid for n, d in names.items()}
+    reason = model_refusal(engine, model, grids, checkpoint.format)
+    condition = model_caveat(engine, model, grids) if checkpoint.format == "compressed-tensors" else None
+    if reason is not None:
+        found.problem(f"engine {engine}: {reason}.")
+    elif condition is not None:
+        found.note(f"engine {engine}: {condition}.")
+
+
+def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Module, found: Findings) -> None:
+    """Everything that the model's class asks for is there, in its shape, and the configuration knows every linear."""
+    folder, modules, state = checkpoint.store.folder, dict(model.named_modules()), model.state_dict()
+    quantized = {f"{name}.weight": name for name in (*checkpoint.layers, *broken)}
+    known = checkpoint.store.lost.union(quantized)  # whose shapes are no matter here
+    store = split(model, checkpoint.store)
+    names = (set(checkpoint.dense) & store.names) | (store.names - checkpoint.store.names)
+    dense = [name for name in sorted(names) if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
+    on_disk = names_in_model(model, [*dense, *known])
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = []
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        disk = on_disk.get(name)
+        if disk is None and value.is_meta and name not in tied:
+            missing.append(name)
+        elif disk is not None and disk not in known and store.shape(disk) != tuple(value.shape):
+            stored, asked = list(store.shape(disk)), list(value.shape)
+            found.problem(f"{folder}: {disk} has shape {stored}, config.json asks for {asked}.")
+    if missing:
+        found.problem(f"{folder} lacks weights that config.json asks for: {some_of(missing)}.")
+    unused = sorted(disk for name, disk in on_disk.items() if name not in state and disk not in known)
+    if unused:
+        found.note(f"Stored tensors that belong to no parameter of the model: {some_of(unused)}.")
+    in_model = {disk: name for name, disk in on_disk.items()}
+    for weight, layer in quantized.items():
+        if broken.get(layer) == "":
+            continue  # in a file that cannot be read
+        module = modules.get(in_model.get(weight, weight).removesuffix(".weight"))
+        reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
+        if reason is not None:
+            found.problem(reason)
+        elif isinstance(module, Conv1D) and conv1d_reason(FORMATS[checkpoint.format or ""]) is not None:
+            found.problem(f"{layer}: {conv1d_reason(FORMATS[checkpoint.format or ''])}.")
+    _check_ignored(checkpoint, modules, on_disk, set(quantized), found)
+
+
+def _check_ignored(
+    checkpoint: Checkpoint, modules: dict[str, nn.Module], on_disk: dict[str, str], quantized: set[str], found: Findings
+) -> None:
+    """A linear that is not stored quantized must be left out by the configuration, or engines look for its codes."""
+    expected = []
+    for name, module in modules.items():
+        disk = on_disk.get(f"{name}.weight", f"{name}.weight")
+        kind = "Linear" if isinstance(module, nn.Linear) else type(module).__name__
+        known = {name, disk.removesuffix(".weight")}
+        if is_linear(module) and disk not in quantized and checkpoint.expects(known, kind):
+            expected.append(name)
+    if expected:
+        found.problem(
+            f"Neither quantized nor left out by the quantization_config, so that engines look for codes: {some_of(expected)}."
+        )

@@ -1,0 +1,132 @@
+"""``nearplane generate``: text from a checkpoint, streamed, with what it cost."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TextStreamer
+
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.models.inputs import refuse_unless_causal
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out, and how fast."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    """Until the first new token."""
+    decode_seconds: float
+    """For the others."""
+    peak_bytes: int
+    """Peak resident memory of the process."""
+
+    def summary(self) -> str:
+        """One line for people."""
+        rate = (
+            f"{(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s" if self.new_tokens > 1 else "no second token"
+        )
+        return (
+            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {self.new_tokens} new tokens, {rate} "
+            f"({torch.get_num_threads()} threads); peak memory {self.peak_bytes / 1e6:.0f} MB"
+        )
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Hands text out in whole words, and notes when tokens arrive."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.text, self.arrivals = write, "", list[float]()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.arrivals.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.write(text)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    write: Callable[[str], None] = lambda _: None,
+) -> Generation:
+    """Continue a prompt, or with ``chat`` answer it through the tokenizer's template; ``write`` gets text as it comes.
+
+    ``temperature`` 0 takes the likeliest token. Raises SettingError for settings that cannot work.
+    """
+    if max_new_tokens < 1 or not (temperature == 0 or 0.01 <= temperature <= 100):
+        raise SettingError(
+            f"max_new_tokens must be at least 1, temperature 0 or from 0.01 to 100; got {max_new_tokens}, {temperature}."
+        )
+    refuse_unless_causal(model, "generate")
+    if not 0 <= seed < 2**63:
+        raise SettingError(f"seed must be from 0 to 2**63 - 1; got {seed}.")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise SettingError("this model's tokenizer has no chat template; leave out --chat.")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    ids = inputs["input_ids"]
+    if not ids.shape[1]:
+        raise SettingError("the prompt has no tokens.")
+    check_positions(model, ids.shape[1] + max_new_tokens)
+    streamer = _Streamer(tokenizer, write)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+        torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    arrivals = streamer.arrivals[1:]  # the first is the prompt
+    if not arrivals:
+        raise NearplaneError("the model generated nothing.")
+    return Generation(
+        streamer.text,
+        ids.shape[1],
+        out.shape[1] - ids.shape[1],
+        arrivals[0] - start,
+        arrivals[-1] - arrivals[0],
+        peak_bytes(),
+    )
+
+
+def check_positions(model: nn.Module, tokens: int) -> None:
+    """SettingError if a prompt and what follows it are more tokens than the model has positions."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit:
+        raise SettingError(f"prompt and new tokens, {tokens} together, exceed the model's {limit} positions.")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

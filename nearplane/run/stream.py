@@ -1,0 +1,298 @@
+"""The walk over blocks: open, observe, hand out, advance, free. The only loop over blocks there is.
+
+Blocks come in the order in which the model runs them, tower by tower: a decoder's after all of its encoder's.
+
+Two hidden-state streams start equal at the first block: the quantized stream runs through current weights, the
+reference stream through the original ones. Each block is run by the model's *own* forward with the other blocks stubbed
+out, so masks, positions and whatever a model does between blocks are its own; no call is imitated. What a block returns
+beside its hidden state is kept from its first run.
+
+A forward pauses where a stage begins and goes on when the stage is solved (``calibrate/forward.py``), so that a block
+costs each stream one forward, not one per stage. All batches are then on their way at once; where that would hold more
+than ``IN_FLIGHT_BYTES`` every stage is reached by a forward of its own instead, with the same result.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nearplane.core.activations import TokenGrid
+from nearplane.core.errors import NearplaneError
+from nearplane.core.grid import Grid, Quantized, dequantize
+from nearplane.core.moments import Moments
+from nearplane.data.samples import Batch, as_batch, cut, positions, real
+from nearplane.machine.ranks import Ranks
+from nearplane.methods.base import Need
+from nearplane.models import discover
+from nearplane.models.discover import Block, Site, Stage
+from nearplane.models.experts import experts_of
+from nearplane.models.source import Source
+from nearplane.run.forward import Forward, OnDisk, Stream, hooked
+from nearplane.run.observe import HELD_OUT, Measuring, residual_drift
+
+# Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
+BATCH_TOKENS = 2048
+# Numbers of a weight that are put in place at a time: their codes, scales and zeros as floats are five times as many.
+PLACED_AT_ONCE = 1 << 22
+# What paused forwards may hold: the stream, a stage's input and a few tensors of that width, per token and stream.
+IN_FLIGHT_BYTES = 4 << 30
+
+
+def batch_rows(seqlen: int) -> int:
+    """Sequences in one forward."""
+    return max(1, BATCH_TOKENS // seqlen)
+
+
+def kept(blocks: list[Block], tokens: int, dtype: torch.dtype, streams: int) -> bool:
+    """Whether all forwards of a block may wait at once, or each stage is reached anew."""
+    width = max((site.shape[0] + site.shape[1] for block in blocks for site in block.sites), default=0)
+    return tokens * width * 2 * dtype.itemsize * streams <= IN_FLIGHT_BYTES
+
+
+class OpenBlock:
+    """A block while its weights are in memory: what the walk hands out."""
+
+    def __init__(self, walk: "Walk", k: int) -> None:
+        self.walk, self.k = walk, k
+        self.block: Block = walk.blocks[k]
+        self.stages: list[Stage] = self.block.stages
+        walk.source.load(self.block.name, walk.device, walk.dtype)
+        model = walk.source.model
+        self.original = {s.name: s.weight(model).clone() for s in self.block.sites} if len(walk.streams) == 2 else {}
+        self.reached = -1  # the stage that the paused forwards stand at
+        self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
+        self.hooks = ExitStack()
+        points = {site.adds_to for site in self.block.sites if site.adds_to is not None}
+        # Where a stage begins; where inputs are rounded, all its linears are given them rounded.
+        every = walk.activations is not None
+        pauses = [site.name for stage in self.stages for site in (stage if every else stage[:1])]
+        inside = {name: m for name, m in experts_of(model).items() if name.startswith(self.block.name + ".")}
+        self.hooks.enter_context(hooked(model, pauses, sorted(points), inside))
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
+        return site.weight(self.walk.source.model).to(self.walk.solve_dtype).contiguous()
+
+    def observe(self, stage: Stage, needs: frozenset[Need]) -> Moments:
+        """Moments of the stage's common input over all samples, both streams in lockstep.
+
+        With "R" in ``needs``, where the stage is one site that adds to the residual stream, R stands in for D: the drift
+        of the stream behind it holds the site's own. With "held_out" also the moments of every fourth sequence by
+        themselves. Of several ranks, each measures its own samples; the moments are those of all.
+        """
+        ranks, sequences = self.walk.ranks, self.walk.sequences
+        # Where sequences are few, runs of tokens are held out: their place in the whole text follows from the sequence.
+        few = sequences < HELD_OUT and bool(self.walk.firsts)
+        measuring = self._measure(stage, needs, self.walk.firsts[0] * self.walk.positions if few else 0)
+        if "held_out" in needs and ranks.world > 1:
+            seen = sum(ranks.values(measuring.seen - measuring.before)[: ranks.rank])
+            if measuring.misses(seen):  # a module that is shown some tokens only: how many, ranks before this one knew
+                self._drop()
+                measuring = self._measure(stage, needs, seen)
+        return ranks.reduce(measuring.result())
+
+    def _measure(self, stage: Stage, needs: frozenset[Need], seen: int) -> Measuring:
+        """Run this rank's batches up to a stage. ``seen``: as Measuring has it."""
+        walk, number, site = self.walk, self.stages.index(stage), stage[0]
+        if number <= self.reached:
+            self._drop()
+        point = site.adds_to if "R" in needs and len(stage) == 1 else None
+        # The drift behind a linear is the original's, also where a loop observes it again after its weight was replaced.
+        original = self.original.get(site.name)
+        weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
+        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
+        for batch in range(len(walk.batches)):
+            current = self._forward(0, batch)
+            xhat = current.until(site.name)
+            reference = self._forward(1, batch) if needs & {"D", "R"} else None
+            x = None
+            if reference is not None:
+                with self._reference_weights():
+                    x = reference.until(site.name)
+            if xhat is not None:
+                x = None if x is None else x[: len(xhat)]  # of an expert: other tokens are its router's own
+                drift = None
+                mask = real(walk.batches[batch], current.leading, site.name)
+                if point is not None and reference is not None and x is not None:
+                    drift = residual_drift(reference.points[point], current.points[point], mask).to(weight.dtype)
+                    drift.addmm_((x - xhat).to(weight.dtype), weight.T)
+                    x = None
+                shape, first = walk.layout(batch, current), walk.firsts[batch]
+                measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask)
+            if not walk.keep:
+                self._drop(batch)
+        self.reached = number if walk.keep else -1
+        return measuring
+
+    def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
+        """Put the rounded weight in place: later stages and blocks see it."""
+        weight = site.weight(self.walk.source.model)
+        step = max(1, PLACED_AT_ONCE // site.shape[1])
+        for first in range(0, site.shape[0], step):
+            part = slice(first, first + step)
+            weight[part] = dequantize(quantized.rows(part), grid).to(weight.dtype)
+        if any(site in stage for stage in self.stages[: max(self.reached, 0)]):
+            self._drop()  # the paused forwards have passed it with its former weight
+
+    def output(self, batch: int) -> Tensor:
+        """What the block makes of one of this rank's batches, its weights as they are now."""
+        output = Forward(self.walk.streams[0], self.k, batch).until(None)
+        assert output is not None
+        return output
+
+    def advance(self) -> None:
+        """Run the finished block over every batch, so that the streams stand before the next one."""
+        for i, stream in enumerate(self.walk.streams):
+            with self._reference_weights() if i == 1 else nullcontext():
+                for batch in range(len(stream.batches)):
+                    stream.hidden[self.block.tower][batch] = self._forward(i, batch).until(None)
+                    self.paused.pop((i, batch))
+
+    def close(self) -> None:
+        """Forget the block."""
+        self._drop()
+        self.hooks.close()
+        self.walk.source.unload(self.block.name)
+
+    def _forward(self, i: int, batch: int) -> Forward:
+        """The paused forward of a batch of stream ``i``, or a new one."""
+        forward = self.paused.get((i, batch))
+        if forward is None or forward.dead:
+            leader = None if i == 0 else lambda: self.paused.get((0, batch))
+            forward = Forward(self.walk.streams[i], self.k, batch, leader)
+            self.paused[i, batch] = forward
+        return forward
+
+    def _drop(self, batch: int | None = None) -> None:
+        """Give up the paused forwards, of one batch or of all."""
+        for key in [key for key in self.paused if batch is None or key[1] == batch]:
+            self.paused.pop(key).close()
+        self.reached = -1
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Original weights in place while the reference stream runs."""
+        sites, model = self.block.sites, self.walk.source.model
+        parameters = [model.get_submodule(site.name).weight for site in sites]
+        current = [parameter.data for parameter in parameters]
+        for site, parameter in zip(sites, parameters, strict=True):
+            original = self.original[site.name]
+            parameter.data = original.T if site.transposed else original
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, current, strict=True):
+                parameter.data = data
+
+
+class Walk:
+    """State of one walk; ``stream`` drives it."""
+
+    def __init__(
+        self,
+        source: Source,
+        blocks: list[Block],
+        samples: Tensor | Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        reference: bool,
+        offload: Path | None = None,
+        ranks: Ranks | None = None,
+        activations: TokenGrid | None = None,
+    ) -> None:
+        self.ranks, self.activations = ranks or Ranks(), activations
+        self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
+        self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.streams: list[Stream] = []
+        self.batches: list[Batch] = []  # this rank's, whole ones of those that one rank would form
+        self.firsts: list[int] = []  # number of each one's first sequence among all
+        self.sequences, self.positions, self.keep = 0, 0, False
+        whole = None if samples is None else as_batch(samples)
+        if whole is not None:
+            self.sequences = len(next(iter(whole.values())))
+            self.positions = positions([block.shape for block in blocks], whole)
+            step = batch_rows(self.positions)
+            firsts = range(0, self.sequences, step)
+            self.firsts = list(firsts[self.ranks.part(len(firsts))])
+            self.batches = [cut(whole, a, a + step, device) for a in self.firsts]
+            for name in ("quantized", "reference")[: 2 if reference else 1]:
+                rounded = activations if name == "quantized" else None
+                self.streams.append(Stream(source.model, blocks, self.batches, self._keeper(offload, name), rounded))
+            tokens = sum(len(next(iter(batch.values()))) for batch in self.batches) * self.positions
+            self.keep = kept(blocks, tokens, dtype, len(self.streams))
+        discover.load_outside(source, [block.name for block in blocks], device, dtype, whole)
+
+    def layout(self, batch: int, forward: Forward) -> torch.Size:
+        """(sequences, positions) of what a forward is paused at, as it will be where a module is shown all of them."""
+        values = self.batches[batch].values()
+        rows, found = len(next(iter(values))), len(forward.input if forward.input is not None else ())
+        known = {value.shape[1] for value in values if value.dim() == 2} | {hidden := forward.shape[1:-1].numel()}
+        return torch.Size((rows, found // rows if found % rows == 0 and found // rows in known else hidden))
+
+    def _keeper(self, offload: Path | None, name: str) -> Callable[[str], OnDisk] | None:
+        """Makes what keeps a tower's states on disk."""
+        return None if offload is None else lambda tower: OnDisk(offload, f"{name}-{tower}", len(self.batches))
+
+
+def stream(
+    source: Source,
+    blocks: list[Block],
+    samples: Tensor | Mapping[str, Tensor] | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    reference: bool,
+    offload: Path | None = None,
+    ranks: Ranks | None = None,
+    activations: TokenGrid | None = None,
+) -> Iterator[OpenBlock]:
+    """Open each block in turn, hand it out, advance both streams through it, free it.
+
+    ``samples``: arguments of the model's forward, or token ids (samples, seqlen) alone, or None when the method reads no data.
+    An argument called attention_mask says which positions are real: padding enters no moment. ``reference`` keeps the second
+    stream. ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory. Of several ``ranks``
+    each runs some of the samples. ``activations``: how inputs of sites are rounded in the quantized stream.
+    """
+    with torch.no_grad(), _scratch(offload) as folder:
+        walk = Walk(source, blocks, samples, device, dtype, reference, folder, ranks, activations)
+        for k, block in enumerate(blocks):
+            opened = OpenBlock(walk, k)
+            try:
+                yield opened
+                if k + 1 < len(blocks):
+                    opened.advance()
+                    _check_finite(walk, block)
+            finally:
+                opened.close()
+
+
+@contextmanager
+def _scratch(offload: Path | None) -> Iterator[Path | None]:
+    """A folder of this run's own below ``offload``, gone afterwards."""
+    if offload is None:
+        yield None
+        return
+    try:
+        offload.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=offload, prefix="nearplane-")
+    except OSError as error:
+        why = "it is a file" if offload.is_file() else error.strerror or str(error)
+        raise NearplaneError(f"folder {offload} for hidden states cannot be written to: {why}.") from error
+    with folder:
+        yield Path(folder.name)
+
+
+def _check_finite(walk: Walk, block: Block) -> None:
+    """A stream that is non-finite everywhere can calibrate nothing any more."""
+    if not walk.streams:
+        return
+    hidden = (walk.streams[0].hidden[block.tower][batch] for batch in range(len(walk.batches)))
+    finite = any(bool(h.isfinite().any()) for h in hidden if h is not None)
+    if not walk.ranks.most(finite):
+        raise NearplaneError(
+            f"every activation after {block.name} is NaN or Inf; the model does not run in this dtype on this device."
+        )

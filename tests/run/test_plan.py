@@ -1,0 +1,472 @@
+"""``plan``: its sizes against what is written and what lives in memory, its refusals, models that are only a config."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from models.test_discover import STAGES
+
+import nearplane
+import nearplane.run.plan
+from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp
+from nearplane.cli.main import main
+from nearplane.core.activations import TokenGrid
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.formats import FORMATS
+from nearplane.formats.store import Store
+from nearplane.machine.ranks import Ranks
+from nearplane.models.discover import discover
+from nearplane.models.inputs import PROBE_TOKENS
+from nearplane.models.sketch import Unsketchable, discover_sketch, open_sketch
+from nearplane.models.source import open_source
+from nearplane.run import estimate, forecast, pace, workspace
+from nearplane.run.estimate import Estimate
+from nearplane.run.forecast import Forecast
+from nearplane.run.observe import Measuring
+from nearplane.run.plan import Plan, make_plan
+from nearplane.run.report import Report
+from nearplane.run.stream import IN_FLIGHT_BYTES
+from nearplane.run.workspace import Shape, stage_shape
+
+SMALL = Calibration(nsamples=4, seqlen=32)
+FLAGS = ["--nsamples", "4", "--seqlen", "32", "--group-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.with_text(tmp_path_factory.mktemp("plan"))
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    """A folder that holds nothing but the configuration."""
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "config.json").write_text((model / "config.json").read_text())
+    return folder
+
+
+def planned(model: Path, method: Method, format: str = "compressed-tensors", **grid: Any) -> Plan:
+    settings: Any = {"method": method, "grid": Grid(**{"group_size": 32, **grid}), "calibration": SMALL}
+    return make_plan(model, **settings, format=format, device="cpu", sketch=True)
+
+
+def parts(model: Path, method: Method) -> dict[str, int]:
+    return estimate.estimate(planned(model, method)).memory[0].parts
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_stages_are_found_without_weights(kind: str, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.build(kind), tmp_path / "m")
+    true = discover(open_source(folder))
+    assert discover_sketch(open_sketch(folder)) == true
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    assert discover_sketch(open_sketch(folder)) == true
+
+
+@pytest.mark.parametrize(("format", "grid"), [
+    ("compressed-tensors", {}), ("compressed-tensors", {"bits": 3, "sym": False, "group_size": 24}),
+    ("compressed-tensors", {"bits": "ternary", "group_size": -1}), ("gptq", {"bits": 3}), ("gptq_v2", {"sym": False}),
+])  # fmt: skip
+def test_disk_is_what_is_written(format: Any, grid: dict[str, Any], model: Path, config: Path, tmp_path: Path) -> None:
+    report = nearplane.quantize(
+        model, tmp_path / "out", method=RTN(), grid=Grid(**{"group_size": 32, **grid}), format=format, progress=False
+    )
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    for folder in (model, config):
+        disk = estimate.estimate(planned(folder, RTN(), format, **grid)).disk
+        assert disk["quantized"] == report.bytes["quantized"] and disk["dense"] == report.bytes["dense"]
+        assert disk["quantized"] + disk["dense"] == index["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (32, 40), (33, 7)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_knows_its_bytes(name: str, shape: tuple[int, int]) -> None:
+    for sym in (True, False):
+        grid = Grid(bits=3, group_size=16, sym=sym, scale_dtype=FORMATS[name].scale_dtype(torch.bfloat16))
+        if FORMATS[name].supports(grid, shape) is None:
+            solved = RTN().solve(torch.randn(shape), None, grid)
+            tensors = FORMATS[name].tensors("x", solved, grid)
+            assert FORMATS[name].nbytes(shape, grid) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _peak() -> Any:
+    """The counter of live tensors in benchmarks/solver.py."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location("solver_benchmark", folder / "solver.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module.Peak()
+
+
+@pytest.mark.parametrize("shape", [(128, 640, False), (640, 256, False), (384, 384, True)])
+@pytest.mark.parametrize("method", [
+    RTN(), GPTQ(), GPTAQ(), ResComp(), NearPlane(), NearPlane(rounds=0), NearPlane(target=False), NearPlane(beam=2, rounds=0),
+], ids=str)  # fmt: skip
+def test_work_arrays_are_those_that_live(method: Method, shape: tuple[int, int, bool]) -> None:
+    m, n, point = shape
+    stage = Shape(m, n, m, point and "R" in method.needs)
+    generator = torch.Generator().manual_seed(0)
+    weight, grid, moments, state = torch.randn(m, n, generator=generator), Grid(group_size=64), None, None
+    expected = workspace.work(method, stage)
+    if method.needs:
+        measuring = Measuring(method.needs, n, m if stage.point else None, weight, 8)
+        xhat = torch.randn(512, n, generator=generator) @ torch.randn(n, n, generator=generator)
+        x = xhat + torch.randn(512, n, generator=generator)
+        drift = torch.randn(512, m, generator=generator) if stage.point else None
+        measuring.add(torch.Size([8, 64]), 0, xhat, x if "D" in method.needs and not stage.point else None, drift)
+        with _peak() as peak:
+            moments = measuring.result()
+        held = [t for part in (moments, moments.held) if part for t in (part.H, part.D, part.R) if t is not None]
+        assert sum(t.numel() for t in held) == workspace.moments(method.needs, stage)
+        with _peak() as peak:
+            state = method.prepare(moments)
+        assert peak.most / 4 == pytest.approx(expected.prepare, rel=0.25, abs=8 * n)
+        if state is not moments:
+            assert peak.now / 4 == pytest.approx(expected.state, rel=0.05)
+    fitting = workspace.FITTING  # a constant that dwarfs the rest at these sizes
+    with _peak() as peak:
+        solved = method.solve(weight, state, grid)
+    assert 0.75 * (expected.solve - fitting) < peak.most / 4 < 1.1 * expected.solve
+    with _peak() as peak:
+        Report("", {}).add("", weight, solved, grid, moments, None, 0.0)
+    assert peak.most / 4 == pytest.approx(expected.measure, rel=0.1)
+
+
+def test_memory_follows_its_formulas(model: Path) -> None:
+    plan = planned(model, GPTQ())
+    walk = estimate._Walk(plan)
+    down = [found for where, found in walk.moments() if where.endswith("down_proj") and found["factor"]]
+    tokens, hidden, inner = 4 * 32, 64, 96
+    sites = sum(s.shape[0] * s.shape[1] for s in plan.blocks[0].sites)
+    stored = {name: plan.source.store.shape(disk) for name, disk in plan.source.names.items()}
+    outside = {n: torch.Size(s).numel() for n, s in stored.items() if "layers" not in n and not n.startswith("lm_head")}
+    assert outside == {"model.embed_tokens.weight": tiny.VOCABULARY * hidden, "model.norm.weight": hidden}
+    for found in down:
+        assert found["outside"] == 4 * sum(outside.values())  # as many tokens as rows of the embedding
+        assert found["block"] == 4 * (sites + 2 * hidden)  # two norms
+        assert found["streams"] == 4 * tokens * hidden
+        assert found["paused"] == 4 * tokens * (inner + 2 * hidden)
+        assert found["moments"] == 4 * inner**2 and found["factor"] == 4 * inner**2
+    assert {found["solver"] for found in down} >= {int(4 * hidden * inner * 7.25)}  # the weight, 6 of Report.add, codes
+    few = estimate._Walk(replace(plan, calibration=Calibration(nsamples=1, seqlen=32)))
+    assert few.outside == (32 + 1) * hidden and few.probed == (PROBE_TOKENS + 1) * hidden
+
+
+def test_two_streams_where_a_reference_is_kept(model: Path) -> None:
+    def largest(method: Method, part: str) -> int:
+        return max(found[part] for _, found in estimate._Walk(planned(model, method)).moments())
+
+    for method in (GPTAQ(), NearPlane()):
+        assert estimate.estimate(planned(model, method)).streams == 2
+        assert largest(method, "streams") == 2 * largest(GPTQ(), "streams")
+        assert largest(method, "paused") == 2 * largest(GPTQ(), "paused")
+        assert largest(method, "block") > 1.9 * largest(GPTQ(), "block")
+    assert estimate.estimate(planned(model, NearPlane(target=False))).streams == 1
+    assert largest(RTN(), "streams") == largest(RTN(), "moments") == 0
+    # H and D, and both again of the held-out tokens; the down projection's R is smaller than D.
+    assert largest(NearPlane(residual=False), "moments") == 4 * largest(GPTQ(), "moments")
+    assert largest(NearPlane(), "moments") == largest(GPTQ(), "moments") * 2 * (96 + 64) // 96
+
+
+def test_a_budget_holds_codes_and_outputs(model: Path) -> None:
+    """Beside the rest: what a block makes of the batches that widths are judged by, and the codes of every width."""
+    settings: Any = {"method": GPTQ(), "grid": Grid(group_size=32), "device": "cpu", "sketch": True}
+    settings["calibration"] = Calibration(nsamples=9 * 32, seqlen=64)  # nine batches, of which three are judged by
+    plain, mixed = (make_plan(model, budget=budget, widths=(2, 4), **settings) for budget in (None, 4.2))
+    first, second = (estimate._Walk(plan) for plan in (plain, mixed))
+    assert (first.judged, second.judged) == (0, 3 * 32 * 64)
+    most = [max(found["solver"] for _, found in walk.moments()) for walk in (first, second)]
+    assert most[1] - most[0] == 2 * 192 * 64  # the gate and up projections' codes
+
+
+def test_many_tokens_are_not_kept_waiting(model: Path) -> None:
+    width = 2 * (64 + 96) * 4
+    for tokens, kept in ((IN_FLIGHT_BYTES // width, True), (IN_FLIGHT_BYTES // width + 64, False)):
+        calibration = Calibration(nsamples=-(-tokens // 64) if not kept else tokens // 64, seqlen=64)
+        plan = make_plan(model, method=GPTQ(), calibration=calibration, device="cpu", sketch=True)
+        walk = estimate._Walk(plan)
+        assert walk.kept == kept and estimate.estimate(plan).kept == kept
+        assert any(found["paused"] for _, found in walk.moments()) == kept
+
+
+def test_a_run_that_cannot_fit_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["quantize", str(model), str(out), "--dataset", str(model.parent / "text.txt"), *FLAGS]
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nearplane: needs ") and " MB at " in message and "1 kB are available" in message
+    assert "--method gptq" in message and message.endswith("--force runs anyway.\n") and not out.exists()
+    with pytest.raises(SettingError, match="are available"):
+        nearplane.quantize(model, out, method=RTN(), grid=Grid(group_size=32), progress=False)
+    with monkeypatch.context() as unread:
+        unread.setattr(Store, "get", lambda _store, name: pytest.fail(f"{name} was read"))
+        assert main(words) == 2 and capsys.readouterr().err == message  # it is said before a weight is read
+    assert main([*words, "--force"]) == 0 and (out / "report.json").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(estimate, "available_memory", lambda: None)  # nothing is known: nothing is refused
+    for module in (estimate,):
+        monkeypatch.setattr(module, "free_disk", lambda _folder: 10)
+    with pytest.raises(SettingError, match="of disk, 0 kB are free; another disk, or fewer --bits"):
+        nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
+    monkeypatch.setattr(estimate, "free_disk", lambda _folder: None)
+    nearplane.quantize(model, tmp_path / "b", method=RTN(), grid=Grid(group_size=32), progress=False)
+
+
+def test_a_model_that_reads_a_weight_itself_is_checked_once_its_weights_are_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_probe(_sketch: object) -> None:
+        raise Unsketchable("no")
+
+    monkeypatch.setattr(nearplane.run.plan, "discover_sketch", no_probe)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    with pytest.raises(SettingError, match="are available"):
+        nearplane.quantize(model, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
+
+
+# 20 blocks of 20 MB, of which the last, which lies highest, is kept: MB that remain.
+FREED = """
+import sys
+from nearplane.machine.devices import give_memory_back
+from nearplane.machine.memory import resident
+if sys.argv[1] == "asked":
+    give_memory_back()
+del_first = bytearray(30_000_000)
+del del_first
+before, blocks = resident(), [bytearray(b"x") * 20_000_000 for _ in range(20)]
+del blocks[:-1]
+print((resident() - before) // 1_000_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_blocks_of_memory_leave_the_process() -> None:
+    left = {
+        word: int(subprocess.run([sys.executable, "-c", FREED, word], stdout=subprocess.PIPE, check=True).stdout)
+        for word in ("asked", "not")
+    }
+    assert left["asked"] < 40 and left["not"] > 300
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates without measuring."""
+    monkeypatch.setattr(pace, "rates", lambda _plan: pace.Rates(*[1e-6] * 12))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_command(model: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (model, config):
+        assert main(["plan", str(folder), *FLAGS]) == 0
+        printed = capsys.readouterr().out
+        for part in ("14 linears in 2 blocks; NearPlane, 4 bits, group 32, 4 x 32 tokens", "memory ", "base", "two streams",
+                     "disk ", "time ", "observe", "largest stage model.layers.0.mlp.gate_proj+up_proj"):  # fmt: skip
+            assert part in printed
+    assert main(["plan", str(config), "--method", "gptq", "--json", *FLAGS]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"model", "method", "grid", "memory", "disk", "free_disk", "largest", "streams", "kept", "windows",
+            "seconds", "lacking", "suggestions"} <= set(found)  # fmt: skip
+    memory = found["memory"][0]
+    assert memory["peak"] == sum(memory["parts"].values()) and memory["need"] == memory["peak"] - memory["base"]
+    assert set(found["seconds"]) == {"start", "forward", "observe", "prepare", "solve", "measure", "write", "total"}
+    assert found["method"]["name"] == "GPTQ" and found["streams"] == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_plan_and_quantize_have_the_same_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    def flags(command: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            main([command, "--help", "--method", "gptaq"])
+        words = capsys.readouterr().out.replace(",", " ").replace("|", " ").split()
+        return {word.rstrip(".") for word in words if word.startswith("--")}
+
+    assert flags("plan") - flags("quantize") == {"--json", "--no-json", "--ranks"}
+    assert flags("quantize") - flags("plan") == {"--force", "--no-force", "--resume", "--no-resume"}
+
+
+def test_hidden_states_need_room_where_they_go(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their disk is DIR's, not OUT's."""
+    monkeypatch.setattr(estimate, "free_disk", lambda folder: 100 if folder.name == "small" else 1 << 40)
+    plan = planned(model, NearPlane())
+    assert estimate.estimate(plan, tmp_path / "large").lacking(tmp_path / "out") == []
+    (told,) = estimate.estimate(plan, tmp_path / "small").lacking(tmp_path / "out")
+    assert "for hidden states in" in told and "small, 0 kB are free" in told
+    (told,) = estimate.estimate(plan, tmp_path / "large").lacking(tmp_path / "small")
+    assert "of disk" in told
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_cannot_be_planned(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(folder: Path, *words: str) -> str:
+        assert main(["plan", str(folder), *words]) == 2
+        return capsys.readouterr().err
+
+    assert "does not exist" in says(tmp_path)
+    assert "divide" in says(config, "--format", "gptq", "--group-size", "40")
+    raw = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(raw | {"dtype": "int3"}))
+    assert "int3" in says(config)
+    (config / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    assert "quantized already" in says(config)
+    (config / "config.json").write_text(json.dumps({"model_type": "longcat_flash"}))
+    assert "merges weights" in says(config)
+    (config / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(NearplaneError, match="no weights"):
+        open_sketch(config).store.get("lm_head.weight")
+
+
+def test_a_lack_is_reported_by_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "available_memory", lambda: 0)
+    plan = planned(model, NearPlane())
+    found: Estimate = estimate.estimate(plan)
+    text = str(Forecast(plan, found, {"solve": 1.0}))
+    assert "does not fit: needs" in text and "try: no flags make it fit here; --method gptq" in text
+
+
+def test_what_is_advised_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every set of flags is tried: with as much memory as the advised one takes, and no more, it runs."""
+    data = Calibration(dataset=str(model.parent / "text.txt"), nsamples=64, seqlen=64)
+    plan = replace(planned(model, NearPlane()), calibration=data)
+    whole, small = (estimate.estimate(replace(plan, method=m, calibration=replace(data, nsamples=n))).memory[0]
+                    for m, n in ((NearPlane(), 64), (NearPlane(), 32)))  # fmt: skip
+    assert small.need < whole.need
+    monkeypatch.setattr(estimate, "available_memory", lambda: small.need + (whole.need - small.need) // 4)
+    (tip,) = estimate.suggestions(plan, estimate.estimate(plan), Path.cwd())
+    assert tip.startswith(("--offload DIR fits", "--nsamples 32 fits"))
+
+
+def test_advice_for_ranks_is_of_one_ranks_share(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the samples have been read, as of a model that cannot be sketched."""
+    data = Calibration(dataset=str(model.parent / "text.txt"), nsamples=64, seqlen=64)
+    settings: Any = {"method": NearPlane(), "grid": Grid(group_size=32), "calibration": data, "device": "cpu"}
+    whole = make_plan(model, **settings)
+    sketched = make_plan(model, **settings, sketch=True)
+    share = estimate.shared(whole, None, 4, 4)
+    assert whole.samples is not None and share.windows == (16, 64)
+    assert share.memory[0].parts == estimate.shared(sketched, None, 4, 4).memory[0].parts
+    half = estimate.shared(replace(sketched, calibration=replace(data, nsamples=32)), None, 4, 4).memory[0].need
+    monkeypatch.setattr(estimate, "available_memory", lambda: 4 * (half + (share.memory[0].need - half) // 4))
+    with pytest.raises(SettingError, match=r"(--nsamples 32|--offload DIR) fits"):
+        estimate.refuse(whole, Path.cwd(), ranks=Ranks(0, 4, 4))
+
+
+def test_rounded_inputs_wait_beside_what_was_rounded(model: Path) -> None:
+    plan = planned(model, GPTQ())
+    plain, rounded = (
+        estimate.estimate(p).memory[0].parts["paused"] for p in (plan, replace(plan, activations=TokenGrid(8)))
+    )
+    assert rounded - plain == 4 * 32 * 4 * 64  # samples x tokens x bytes x inputs of the stage that holds most
+
+
+@pytest.mark.usefixtures("at_once")
+def test_ranks_share_the_samples(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for ranks in ("1", "4"):
+        assert (
+            main(
+                [
+                    "plan",
+                    str(config),
+                    "--method",
+                    "gptq",
+                    "--nsamples",
+                    "64",
+                    "--seqlen",
+                    "64",
+                    "--ranks",
+                    ranks,
+                    "--json",
+                ]
+            )
+            == 0
+        )
+        found.append(json.loads(capsys.readouterr().out))
+    one, four = (each["memory"][0]["parts"]["streams"] for each in found)
+    assert four * 4 == one
+    assert found[1]["seconds"]["solve"] == pytest.approx(found[0]["seconds"]["solve"] / 4)
+    assert found[1]["seconds"]["observe"] == pytest.approx(found[0]["seconds"]["observe"] / 4)
+    assert main(["plan", str(config), "--ranks", "0"]) == 2
+    assert "ranks must be from 1" in capsys.readouterr().err
+
+
+def test_exit_status_says_whether_it_fits(config: Path, monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
+    monkeypatch.setattr(estimate, "available_memory", lambda: 0)
+    assert main(["plan", str(config), *FLAGS]) == 1
+
+
+def test_figures_in_words() -> None:
+    for size, words in (
+        (0, "0 kB"),
+        (4_100, "4 kB"),
+        (2_500_000, "2.5 MB"),
+        (25_000_000, "25 MB"),
+        (1.2e10, "12.0 GB"),
+    ):
+        assert estimate.gb(size) == words
+    for seconds, words in (
+        (0.5, "0.5 s"),
+        (100, "100.0 s"),
+        (200, "3 min"),
+        (9000, "2.5 h"),
+        (2e5, "2.3 days"),
+        (5e6, "58 days"),
+    ):
+        assert forecast.clock(seconds) == words
+
+
+@pytest.mark.parametrize(
+    "method", [RTN(), GPTQ(), GPTAQ(), NearPlane(), nearplane.OBQ()], ids=lambda m: type(m).__name__
+)
+def test_rates_are_measured_and_add_up(method: Method, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "PROBLEMS", [(8, 32), (16, 64)])
+    monkeypatch.setattr(pace, "TINY", [(8, 32)])
+    monkeypatch.setattr(pace, "DISK_BYTES", 1024)
+    plan = planned(model, method)
+    measured = pace.rates(plan)
+    assert measured.flop > 0 and measured.load > 0 and measured.weight + measured.column >= 0
+    found = estimate.estimate(plan)
+    phases = pace.seconds(plan, found, measured)
+    assert all(value >= 0 for value in phases.values()) and phases["write"] > 0
+    assert bool(phases["observe"]) == bool(method.needs)
+
+
+def test_the_fit_finds_the_terms() -> None:
+    shapes = [(64, 512), (1024, 256), (512, 512), (512, 1024)]
+    for terms in ((3e-5, 2e-7, 1e-8), (0.0, 2e-7, 0.0), (3e-5, 0.0, 1e-7)):
+        times = [(m, n, terms[0] * n + terms[1] * m * n + terms[2] * n * n) for m, n in shapes]
+        assert pace._fit(times) == pytest.approx(terms, rel=1e-6, abs=1e-15)
+    assert pace._fit([(8, 16, -1.0)]) == pytest.approx((0, 0, 0), abs=1e-9)  # explained by its FLOPs
+
+
+def test_time_counts_the_work(model: Path) -> None:
+    """One FLOP a second, and nothing else costs: the sweep's m n² per stage, H's n² per token."""
+    plan = planned(model, GPTQ())
+    nothing = dict.fromkeys(pace.Rates.__annotations__, 0.0)
+    found = estimate.estimate(plan)
+    shapes = [stage_shape(stage, False) for block in plan.blocks for stage in block.stages]
+    phases = pace.seconds(plan, found, pace.Rates(**nothing | {"gram": 1.0, "solver_flop": 1.0}))
+    assert phases["observe"] == 128 * sum(s.n**2 for s in shapes)
+    assert phases["solve"] == sum(s.m * s.n**2 for s in shapes)
+    assert phases["prepare"] == pytest.approx(sum(s.n**3 for s in shapes) / 3)
+    forward = pace.seconds(plan, found, pace.Rates(**nothing | {"flop": 1.0}))["forward"]
+    stages = [s.m * s.n for s in shapes]
+    attention = 2 * 2 * 32 * 64
+    assert forward == 128 * (2 * sum(stages[:-1]) + attention)  # nothing runs behind the last stage's input
