@@ -101,7 +101,7 @@ def test_a_format_knows_its_bytes(name: str, shape: tuple[int, int]) -> None:
 
 def _peak() -> Any:
     """The counter of live tensors in benchmarks/solver.py."""
-    folder = Path(__file__).parents[1] / "benchmarks"
+    folder = Path(__file__).parents[2] / "benchmarks"
     sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.spec_from_file_location("solver_benchmark", folder / "solver.py")
