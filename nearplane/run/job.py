@@ -1,0 +1,314 @@
+"""``Job``: every setting of one quantization, in one frozen dataclass that is validated once.
+
+``quantize``, ``plan`` and the command line fill the same class. The report, the identity of a resumed run and ``--help``
+are its fields. Fields of its parts (the grid, the calibration, the method, the rounding of activations) may be given by
+their own names: ``Job.of(bits=3, nsamples=64, method="gptq", damp_percent=0.02)``.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nearplane.core.activations import TokenGrid
+from nearplane.core.errors import SettingError
+from nearplane.core.grid import Fit, Grid
+from nearplane.data.text import Calibration
+from nearplane.formats import FORMATS
+from nearplane.formats.base import Format
+from nearplane.methods import METHODS, Method, NearPlane
+from nearplane.methods.base import Need
+from nearplane.run.names import ALIASES
+from nearplane.transforms.rotation import make_rotate
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+OVERRIDDEN = ("bits", "group_size", "sym", "fit")
+WIDTHS = (2, 3, 4, 8)
+# Settings that are fields of ``TokenGrid``, by the names that a user gives them.
+ACTIVATIONS = {"act_bits": "bits", "act_sym": "sym", "act_clip": "clip"}
+NO_ROUNDING = 16
+
+
+@dataclass(frozen=True)
+class Override:
+    """Fields of the grid that are others for the linears in whose names a pattern is found (``re.search``)."""
+
+    pattern: str
+    bits: int | Literal["ternary"] | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    fit: Fit | None = None
+
+    def __post_init__(self) -> None:
+        compiled("override", self.pattern)
+        if not self.fields:
+            raise SettingError(f"override {self.pattern!r} changes nothing; give it {', '.join(OVERRIDDEN)}.")
+        for name, right, what in (
+            ("bits", type(self.bits) is int or self.bits in (None, "ternary"), "2 to 8, or ternary"),
+            ("group_size", type(self.group_size) in (int, type(None)), "a whole number"),
+            ("sym", type(self.sym) in (bool, type(None)), "true or false"),
+            ("fit", self.fit in (None, *get_args(Fit)), f"one of {', '.join(get_args(Fit))}"),
+        ):
+            if not right:
+                raise SettingError(f"override {self.pattern!r}: {name} must be {what}; got {getattr(self, name)!r}.")
+        self.apply(Grid(group_size=1))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that it changes, with their values."""
+        return {name: getattr(self, name) for name in OVERRIDDEN if getattr(self, name) is not None}
+
+    def apply(self, grid: Grid) -> Grid:
+        """Return the grid with these fields changed. SettingError where they do not go together."""
+        try:
+            return replace(grid, **self.fields)
+        except SettingError as error:
+            raise SettingError(f"override {self.pattern!r}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.pattern!r} {' '.join(f'{name}={value}' for name, value in self.fields.items())}"
+
+    @classmethod
+    def parse(cls, word: str) -> "Override":
+        """Read ``REGEX=FIELD=VALUE,...``; the pattern may hold signs of equality. SettingError for anything else."""
+        found = re.fullmatch(r"(.+?)=(\w+=[^=,]*(?:,\w+=[^=,]*)*)", word)
+        if not found:
+            raise SettingError(
+                f"--override {word!r} is not of the form REGEX=FIELD=VALUE,..., as 'down_proj=bits=8,sym=false'."
+            )
+        parts = [part.split("=") for part in found.group(2).split(",")]
+        given = dict(parts)
+        if len(given) < len(parts):
+            raise SettingError(f"--override {word!r} gives a field twice.")
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in OVERRIDDEN:
+                raise SettingError(f"--override {word!r}: an override knows {', '.join(OVERRIDDEN)}, not {name!r}.")
+            number = name != "fit" and re.fullmatch(r"-?\d+", value)
+            values[name] = int(value) if number else value
+            if name == "sym":
+                values[name] = {"true": True, "false": False}.get(value.lower(), value)
+        return cls(found.group(1), **values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings of one quantization.
+
+    Example:
+        >>> job = Job.of(bits=3, group_size=64, method="gptq", nsamples=32)
+        >>> job.grid.bits, job.calibration.nsamples
+        (3, 32)
+    """
+
+    method: Method = field(default_factory=NearPlane)
+    """How weights are solved: rtn, obq, gptq, gptaq, rescomp, nearplane, or package.module:Class for your own."""
+    grid: Grid = field(default_factory=Grid)
+    calibration: Calibration = field(default_factory=Calibration)
+    activations: TokenGrid | None = None
+    """How the input of every quantized linear is rounded while the model runs; None: not at all."""
+    override: tuple[Override, ...] = ()
+    """Another grid where REGEX is found in a linear's name: bits, group_size, sym or fit. Repeatable; the last one wins.
+    As 'down_proj=bits=8,group_size=64'."""
+    ignore: tuple[str, ...] = ()
+    """Leave dense the linears in whose names REGEX is found. Repeatable."""
+    towers: tuple[str, ...] = ()
+    """Quantize only these towers of a model that has several: text, vision, encoder, decoder, or as they are named in it."""
+    budget: float | None = None
+    """Choose the bits of every stage, from widths, so that quantized weights take so many bits on average, scales and zeros
+    counted, at the least sum of errors. The errors are measured first; bits is not used."""
+    widths: tuple[int, ...] = WIDTHS
+    """The bits that a budget chooses from."""
+    rotate: tuple[str, ...] = ()
+    """Rotations fused into the weights before they are quantized: r1 of the residual stream, r2 of every head's values. Applied
+    while the model runs, by nearplane alone: r4 of the down projection's input, r3 of keys where eval --kv-bits rounds them."""
+    rotate_seed: int = 0
+    """Seed of the rotations' random signs."""
+    format: str | Format = "compressed-tensors"
+    """Checkpoint format: compressed-tensors, gptq or gptq_v2."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "auto"
+    """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
+    offload: Path | None = None
+    """Keep hidden states in files below this folder, not in memory."""
+    resume: bool = False
+    """Go on after the last finished block in OUT; with the same settings, but for damp_percent and nsamples."""
+    force: bool = False
+    """Run even if the estimate of memory or disk says that the run cannot fit."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        for pattern in self.ignore:
+            compiled("ignore", pattern)
+        if not all(isinstance(word, str) and word for word in self.towers):
+            raise SettingError(f"towers are names, such as text or vision; got {list(self.towers)}.")
+        if self.budget is not None and not (isfinite(self.budget) and self.budget > 0):
+            raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
+        if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
+            raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
+        if self.dtype not in get_args(Dtype):
+            raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {self.dtype!r}.")
+        if isinstance(self.format, str) and self.format not in FORMATS:
+            raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}.")
+        make_rotate(self.rotate, self.rotate_seed)
+
+    @classmethod
+    def of(cls, job: "Job | None" = None, settings: Mapping[str, Any] | None = None, **more: Any) -> "Job":
+        """Make a job from another one and settings, by the names of its fields, of its parts' fields, or known aliases.
+
+        Args:
+            job: what the settings change; none: the defaults.
+            settings: values by name. ``method`` may be a name, ``override`` a dict ``{regex: {field: value}}`` or words.
+
+        Raises:
+            SettingError: an unknown name, with the nearest known one; or a value that has no meaning.
+        """
+        job = job or cls()
+        given = _canonical({**(settings or {}), **more})
+        method = _method(given.pop("method", None), job.method)
+        parts: dict[str, Any] = {"method": method, "grid": given.pop("grid", None) or job.grid}
+        parts["calibration"] = given.pop("calibration", None) or job.calibration
+        rounding = {name: given.pop(name) for name in ACTIVATIONS if name in given}
+        parts["activations"] = _activations(given.pop("activations", job.activations), rounding)
+        own = {name for name in (f.name for f in fields(cls))}
+        changes: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
+        for name, part in parts.items():
+            taken = {key: given.pop(key) for key in list(given) if is_dataclass(part) and key in _names(part)}
+            changes[name] = replace(part, **taken) if taken else part
+        if given:
+            raise SettingError(_unknown(next(iter(given)), own | _known(parts)))
+        return replace(job, **{name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()})
+
+
+def compiled(what: str, pattern: str) -> re.Pattern[str]:
+    """Compile a user's regular expression. SettingError, naming the setting ``what``, for anything else."""
+    if not isinstance(pattern, str) or not pattern:
+        raise SettingError(f"{what} takes a regular expression; got {pattern!r}.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SettingError(f"{what} {pattern!r} is no regular expression ({error}).") from error
+
+
+def method_class(name: str) -> type[Method]:
+    """Find the class of a method: by its short name, or as ``package.module:Class``. SettingError where there is none."""
+    if name in METHODS:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute or not module:
+        raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the working folder
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
+    if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
+        raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
+    try:
+        kind()
+    except TypeError as error:
+        raise SettingError(f"method {name!r} needs a default for every field ({error}).") from error
+    return kind
+
+
+def check_method(method: Method) -> None:
+    """SettingError for what is no method, or needs what calibration does not measure."""
+    if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
+        raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
+    if not set(method.needs) <= set(get_args(Need)):
+        known = ", ".join(get_args(Need))
+        raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")
+
+
+def _method(given: Any, current: Method) -> Method:
+    if given is None:
+        return current
+    return method_class(given)() if isinstance(given, str) else given
+
+
+def _activations(given: TokenGrid | None, rounding: dict[str, Any]) -> TokenGrid | None:
+    """The rounding of activations from ``act_bits`` (16: none), ``act_sym`` and ``act_clip``."""
+    if not rounding:
+        return given
+    bits = rounding.pop("act_bits", NO_ROUNDING if given is None else given.bits)
+    values = {ACTIVATIONS[name]: value for name, value in rounding.items()}
+    if bits == NO_ROUNDING:
+        if values != {name: value for name, value in (("sym", True), ("clip", 1.0)) if name in values}:
+            raise SettingError("--act-sym and --act-clip say how activations are rounded; give --act-bits, too.")
+        return None
+    return replace(given or TokenGrid(), bits=bits, **values)
+
+
+def _overrides(given: Any) -> tuple[Override, ...]:
+    """From a dict ``{regex: {field: value}}``, or Overrides and words ``REGEX=FIELD=VALUE``."""
+    found: list[Override] = []
+    for entry in given.items() if isinstance(given, Mapping) else given or ():
+        if isinstance(entry, Override | str):
+            found.append(Override.parse(entry) if isinstance(entry, str) else entry)
+            continue
+        pattern, values = entry
+        unknown = sorted(set(values) - set(OVERRIDDEN)) if isinstance(values, Mapping) else [repr(values)]
+        if unknown:
+            raise SettingError(f"override {pattern!r} knows {', '.join(OVERRIDDEN)}; got {', '.join(unknown)}.")
+        found.append(Override(pattern, **values))
+    return tuple(found)
+
+
+def _words(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Names separated by commas, or a sequence of them."""
+    return tuple(word.strip() for word in given.split(",")) if isinstance(given, str) and given else tuple(given)
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_CONVERTED: dict[str, Any] = {
+    "override": _overrides,
+    "ignore": _patterns,
+    "towers": _words,
+    "rotate": _words,
+    "widths": tuple,
+    "offload": lambda path: None if path is None else Path(path),
+}
+
+
+def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Known aliases under the one name used inside. SettingError where two names of one setting are given."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        key = ALIASES.get(name, name)
+        if key in found:
+            raise SettingError(f"{key} is given twice, once as {name}.")
+        found[key] = value
+    return found
+
+
+def _names(part: Any) -> set[str]:
+    """Fields of a part that a user sets."""
+    return {f.name for f in fields(part)} - {"scale_dtype"}
+
+
+def _known(parts: Mapping[str, Any]) -> set[str]:
+    """Names of all parts' fields."""
+    found = {name for part in parts.values() if is_dataclass(part) for name in _names(part)}
+    return found | set(ACTIVATIONS)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    near = get_close_matches(name, sorted(known), n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(sorted(known))}."
+    return f"unknown setting {name!r}{hint}"
