@@ -35,7 +35,7 @@ def child(words: list[str]) -> None:
 
     found: list[Ranks] = []
     plans: list[Any] = []
-    plan_of = nearplane.api.make_plan
+    plan_of = nearplane.api.complete
 
     @contextmanager
     def watched(device: str) -> Iterator[Ranks]:
@@ -43,14 +43,14 @@ def child(words: list[str]) -> None:
             found.append(ranks)
             yield ranks
 
-    def make_plan(*args: Any, **choices: Any) -> Any:
-        plans.append(plan_of(*args, **choices))
+    def complete(plan: Any) -> Any:
+        plans.append(plan_of(plan))
         return plans[-1]
 
-    nearplane.api.together, nearplane.api.make_plan = watched, make_plan
+    nearplane.api.together, nearplane.api.complete = watched, complete
     model, out, method, nsamples, clock = words
     if clock == "cpu":
-        nearplane.run.report.time = SimpleNamespace(perf_counter=time.process_time)
+        nearplane.run.measure.time = nearplane.run.report.time = SimpleNamespace(perf_counter=time.process_time)
     report = nearplane.quantize(
         model,
         out,

@@ -11,7 +11,7 @@ from nearplane import GPTQ, Calibration, Grid
 from nearplane.core.certificate import ratio
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 
 def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 128) -> list[tuple[str, float]]:
@@ -21,7 +21,7 @@ def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 1
     method, grid = GPTQ(), Grid(bits=4, group_size=32)
     results = []
     cpu = torch.device("cpu")
-    for block in stream(source, discover(source), tokens.ids, device=cpu, dtype=torch.float32, reference=False):
+    for block in stream(source, discover(source), tokens.ids, place=Place(cpu, torch.float32), reference=False):
         for stage in block.stages:
             moments = block.observe(stage, method.needs)  # one pass over the samples
             state = method.prepare(moments)  # factor once ...

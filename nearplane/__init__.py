@@ -13,7 +13,7 @@ from nearplane.evaluation.compare import compare
 from nearplane.evaluation.features import Features
 from nearplane.evaluation.perplexity import Evaluation
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
-from nearplane.run.mix import Override
+from nearplane.run.job import Job, Override
 from nearplane.run.report import Report
 
 __version__ = _version("nearplane")
@@ -28,6 +28,7 @@ __all__ = [
     "Evaluation",
     "Features",
     "Grid",
+    "Job",
     "Method",
     "Moments",
     "NearPlane",

@@ -1,98 +1,78 @@
-"""The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
+"""The surface: ``quantize``, ``load``, ``evaluate``."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from nearplane.checkpoint.load import load_model
-from nearplane.cli.terminal import announce, stage_line
-from nearplane.core.activations import TokenGrid
+from nearplane.cli.terminal import Terminal
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid
-from nearplane.data.text import Calibration
 from nearplane.evaluation.perplexity import Evaluation
 from nearplane.evaluation.perplexity import evaluate as evaluate_model
 from nearplane.formats.parts import Writer
 from nearplane.machine.devices import give_memory_back, pick_device, pick_dtype
-from nearplane.machine.progress import bar, waiting
+from nearplane.machine.progress import waiting
 from nearplane.machine.ranks import Ranks, together
-from nearplane.machine.signals import Stop, stoppable
-from nearplane.methods import Method
+from nearplane.machine.signals import stoppable
 from nearplane.models.locate import locate
-from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
 from nearplane.run.estimate import refuse
-from nearplane.run.mix import WIDTHS, Override
-from nearplane.run.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.run.events import BlockDone, Show, StageDone
+from nearplane.run.job import Job
+from nearplane.run.plan import Plan, complete, draft
 from nearplane.run.report import Report
 from nearplane.run.rest import write_the_rest
-from nearplane.run.resume import replay, restore, seal
-from nearplane.run.stage import is_expert, lines, solve_stage, told
+from nearplane.run.resume import Saver, restore
+from nearplane.run.walk import walk
 from nearplane.runtime.cpu import Arithmetic
 
 
 def quantize(
     model: str | Path,
     out: str | Path,
+    job: Job | None = None,
     *,
-    method: Method | None = None,
-    grid: Grid | None = None,
-    calibration: Calibration | None = None,
-    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
-    ignore: Sequence[str] = (),
-    budget: float | None = None,
-    widths: Sequence[int] = WIDTHS,
-    rotate: str | Sequence[str] = (),
-    rotate_seed: int = 0,
-    activations: TokenGrid | None = None,
-    towers: str | Sequence[str] = (),
-    format: FormatName = "compressed-tensors",
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    offload: str | Path | None = None,
-    resume: bool = False,
-    trust_remote_code: bool = False,
-    force: bool = False,
     progress: bool = True,
+    show: Show | None = None,
+    **settings: Any,
 ) -> Report:
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
-    ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
-    NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
-    {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
-    ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
-    ``rotate``: "r1,r2" turns the residual stream and every head's values first, fused into the weights; "r4" the down
-    projection's input as it runs (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the
-    model runs; calibration rounds it alike, except in the reference stream. ``towers``: quantize these only, ("vision",),
-    others stay dense (docs/other_models.md). ``dtype``: of stored dense tensors and scales ("auto": as in the source); on CPU the
-    computation is float32. ``offload``: keep the hidden states in this folder meanwhile. ``resume``: go on after the last
-    finished block that ``out`` holds, with the same settings. Raises NearplaneError for whatever cannot work, a run that does
-    not fit into memory or onto the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint,
-    or the finished blocks for a later ``resume``, or nothing.
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        out: a folder that does not exist or is empty; with ``resume``, what an ended run left.
+        job: every setting of the run; none: the defaults.
+        progress: tell on standard error what is done, unless ``show`` does.
+        show: what is told of every event (``run/events.py``).
+        settings: fields of ``Job``, or of its parts, that are others: ``bits=3, group_size=64, method="gptq"``.
 
-    Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
-    the solving, rank 0 writes, each is given the report. With glibc, large freed blocks of memory leave this process from now on.
+    Returns:
+        The report, as it is written to ``report.json``.
+
+    Raises:
+        SettingError: settings that cannot work, or a run that does not fit into memory or onto the disk.
+        NumericalError: numbers that cannot be solved.
+        NearplaneError: whatever else cannot work. However a run ends, ``out`` holds the finished checkpoint, or the
+            finished blocks for a later ``resume``, or nothing.
+
+    Under torchrun all ranks call this alike (``docs/large_models.md``): they share the samples and the solving, rank 0
+    writes, each is given the report. With glibc, large freed blocks of memory leave this process from now on.
     """
-    scratch = None if offload is None else Path(offload)
+    job, out = Job.of(job, settings), Path(out)
     give_memory_back()
-    with together(device) as ranks:
-        writer = ranks.first(lambda: Writer(Path(out), resume=resume))
-        settings = {
-            "method": method, "grid": grid, "calibration": calibration, "override": override, "ignore": ignore,
-            "budget": budget, "widths": widths, "format": format, "device": ranks.device, "dtype": dtype,
-            "trust_remote_code": trust_remote_code, "rotate": rotate, "rotate_seed": rotate_seed,
-            "activations": activations, "towers": towers,
-        }  # fmt: skip
-        with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
-            plan = _plan(model, settings, Path(out), scratch, ranks, force)
+    with together(job.device) as ranks:
+        job = replace(job, device=ranks.device)
+        writer = ranks.first(lambda: Writer(out, resume=job.resume))
+        told = show or (Terminal() if progress else None)
+        with waiting(f"opening {model}: its structure, and what is copied", told is not None and ranks.rank == 0):
+            plan = _plan(model, job, out, ranks)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
-        _walk(plan, writer, report, ranks, scratch, progress and ranks.rank == 0)
+        _run(plan, writer, report, ranks, told if ranks.rank == 0 else None)
         return ranks.tell(report)
 
 
@@ -157,75 +137,38 @@ def evaluate(
     )  # fmt: skip
 
 
-def _plan(
-    model: str | Path, settings: dict[str, Any], out: Path, offload: Path | None, ranks: Ranks, force: bool
-) -> Plan:
-    """What is to be done; where it cannot fit, that is said before a weight is read, or fetched from the hub."""
-    if not force:
-        try:
-            refuse(make_plan(model, **settings, sketch=True), out, offload, ranks)
-        except Unsketchable:  # such a model is opened first
-            plan = make_plan(model, **settings)
-            refuse(plan, out, offload, ranks)
-            return plan
-    return make_plan(model, **settings)
+def _plan(model: str | Path, job: Job, out: Path, ranks: Ranks) -> Plan:
+    """Open the model once; where the run cannot fit, that is said before a weight is read, or fetched from the hub."""
+    plan = draft(model, job, reads=True)
+    if not job.force:
+        refuse(plan, out, job.offload, ranks)
+    return complete(plan)
 
 
-def _walk(
-    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, progress: bool
-) -> None:
-    """The run: every block in turn, then what is not quantized. Only rank 0 has a writer, and its report is the run's."""
-    quiet = ranks.rank > 0
-    with writer or nullcontext(), stoppable(ranks.most, quiet=quiet) as stop, bar(progress) as display:
+def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show | None) -> None:
+    """Walk, and let the report, the parts and the terminal read what is done. Only rank 0 has a writer."""
+    with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
         if plan.undecided:
-            plan = _decide(plan, writer, report, ranks, offload, display, stop)
+            with report.timed("budget"):
+                plan = decide(plan, writer.records if writer else [], ranks, stop.check)
+            report.settings = plan.settings
         done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
-        task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
-        if progress:
-            announce(report, plan.blocks, len(done), resume=writer is not None and writer.resume)
-        walk = plan.stream(offload, ranks) if len(done) < len(plan.blocks) else iter(())
-        for number in count():
-            mark = report.mark()
-            with report.timed("forward"):  # opening a block, and running the one before it over every sample
-                block = next(walk, None)
-            stop.check()
-            if block is None:
-                break
-            if number < len(done):
-                replay(plan, done[number], block)
-                display.advance(task, len(block.stages))
-                continue
-            for stage in block.stages:
-                rows = solve_stage(plan, block, stage, writer, report, ranks)
-                display.advance(task)
-                if progress and not is_expert(stage):
-                    display.console.print(stage_line(block.block, stage, rows, plan.mixed))
-                if stage is not block.stages[-1]:
+        saver = Saver(plan, writer, report, ranks.world) if writer else None
+        if show:
+            show.begin(report, plan.blocks, len(done), resume=plan.job.resume, mixed=plan.mixed)
+        try:
+            for event in walk(plan, done, ranks):
+                report.take(event)
+                if saver:
+                    with report.timed("write"):
+                        saver.take(event)
+                if show:
+                    show.take(event)
+                if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
                     stop.check()
-            report.events += told(report.linears[mark.linears :])
-            for line in lines(report.linears[mark.linears :]) if progress else ():
-                display.console.print(line)
-            with report.timed("write"):
-                if writer:
-                    seal(plan, writer, report, block, mark)
-            stop.check()
-        with report.timed("write"):
             if writer:
-                write_the_rest(plan, writer, report)
-
-
-def _decide(
-    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, display: Any, stop: Stop
-) -> Plan:
-    """The plan with the bits that its budget buys."""
-    task = display.add_task("budget", total=sum(len(block.stages) for block in plan.blocks))
-
-    def tick() -> None:
-        display.advance(task)
-        stop.check()
-
-    with report.timed("budget"):
-        plan = decide(plan, writer.records if writer else [], ranks, offload, tick)
-    display.remove_task(task)
-    report.settings = plan.settings
-    return plan
+                with report.timed("write"):
+                    write_the_rest(plan, writer, report)
+        finally:
+            if show:
+                show.end()

@@ -20,7 +20,7 @@ from nearplane.core.target import pull
 from nearplane.methods.base import Need
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 VARIANTS: dict[str, tuple[Method, str]] = {
     "NearPlane": (NearPlane(), "hessian"),
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         source = open_source(args.model)
         draw = Calibration(dataset=args.text, nsamples=args.nsamples, seqlen=512, seed=seed).load(source.tokenizer)
         cpu = torch.device("cpu")
-        walks.append(stream(source, discover(source), draw.ids, device=cpu, dtype=torch.float32, reference=True))
+        walks.append(stream(source, discover(source), draw.ids, place=Place(cpu, torch.float32), reference=True))
     change: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in args.variants}
     plain = GPTQ()
     for number, (block, other) in enumerate(zip(*walks, strict=True)):

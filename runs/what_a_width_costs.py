@@ -2,7 +2,8 @@
 
     python runs/what_a_width_costs.py [--blocks 0 1 3 6 9 11 12 15 18 21 24 27 28 29] [--bits 3]
 
-Units are those of a budget (``nearplane/mix/``), solved by GPTQ, group 64 asymmetric, on 8 x 512 tokens of the embedded text.
+Units are those of a budget (``nearplane/run/budget.py``), solved by GPTQ, group 64 asymmetric, on 8 x 512 tokens of the
+embedded text.
 ``output`` is ‖(Q-W)X‖²/‖WX‖² summed over the unit's linears, ``stream`` what ``--budget`` measures, and KL that of the whole
 model's next tokens with the unit rounded, on 128 tokens of another draw. The last lines: how log KL correlates with the log
 of each. Some minutes of one core.
@@ -12,13 +13,13 @@ import argparse
 import json
 
 import torch
-from nearplane.mix import budget
 
 import nearplane
 from nearplane import GPTQ, Calibration, Grid
 from nearplane.machine.ranks import ALONE
+from nearplane.run import budget
+from nearplane.run.measure import energy
 from nearplane.run.plan import make_plan
-from nearplane.run.report import energy
 
 
 def kl(model: torch.nn.Module, ids: torch.Tensor, was: torch.Tensor) -> float:

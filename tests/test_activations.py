@@ -19,7 +19,7 @@ from nearplane.evaluation.cache import RoundedCache
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
 from nearplane.run.forward import Forward
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_what_the_solver_sees_is_rounded_and_the_reference_is_not(model, sym):
         with torch.no_grad():
             which(tokens)
     walk = stream(
-        source, blocks, tokens, device=torch.device("cpu"), dtype=torch.float32, reference=True, activations=grid
+        source, blocks, tokens, place=Place(torch.device("cpu"), torch.float32), reference=True, activations=grid
     )
     for block in walk:
         for stage in block.stages:

@@ -15,7 +15,7 @@ from nearplane.evaluation.features import final_states
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
 from nearplane.run.forecast import forecast
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 from nearplane.runtime.linear import quantized_linears
 
 GRID = Grid(bits=8, group_size=32)
@@ -104,7 +104,7 @@ def test_cross_attention_is_observed_on_the_encoder_as_it_is(tmp_path: Path) -> 
     source, batch = open_source(folder), tiny.batch("t5", 6)
     cpu, moments, grid = torch.device("cpu"), {}, Grid(bits=3, group_size=32)
     rounded = tiny.build("t5")
-    for opened in stream(source, discover(source), batch, device=cpu, dtype=torch.float32, reference=True):
+    for opened in stream(source, discover(source), batch, place=Place(cpu, torch.float32), reference=True):
         for stage in opened.stages:
             moments[stage[0].name] = opened.observe(stage, frozenset({"H", "D"}))
             for site in stage:
@@ -128,7 +128,7 @@ def solved(
     monkeypatch.setattr(nearplane.run.stream, "BATCH_TOKENS", 40)
     method, grid, codes, tokens = NearPlane(), Grid(bits=3, group_size=32, sym=False), {}, set()
     for opened in stream(
-        source, discover(source), batch, device=torch.device("cpu"), dtype=torch.float64, reference=True
+        source, discover(source), batch, place=Place(torch.device("cpu"), torch.float64), reference=True
     ):
         for stage in opened.stages:
             moments = opened.observe(stage, method.needs)
@@ -197,7 +197,7 @@ def test_cross_attention_reads_what_the_encoder_makes_of_each_sample_alone(tmp_p
     batch = tiny.batch("t5", 6, 12)
     batch["attention_mask"] = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
     measured, cpu = {}, torch.device("cpu")
-    for opened in stream(source, discover(source), batch, device=cpu, dtype=torch.float64, reference=False):
+    for opened in stream(source, discover(source), batch, place=Place(cpu, torch.float64), reference=False):
         for stage in opened.stages:
             measured[stage[0].name] = opened.observe(stage, frozenset({"H"}))
     with torch.no_grad():

@@ -17,7 +17,9 @@ import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
 from nearplane.cli.main import main
 from nearplane.run.estimate import CUDA_CONTEXT, estimate
+from nearplane.run.events import BlockDone
 from nearplane.run.plan import make_plan
+from nearplane.run.resume import Saver
 from nearplane.runtime.linear import TENSORS, quantized_linears
 from nearplane.runtime.triton import linear as triton_linear
 
@@ -53,9 +55,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in float64, so that devices differ in the last digits only."""
-    plan_of = nearplane.api.make_plan
-    made = lambda *args, **options: dataclasses.replace(plan_of(*args, **options), compute=torch.float64)  # noqa: E731
-    monkeypatch.setattr(nearplane.api, "make_plan", made)
+    plan_of = nearplane.api.complete
+    made = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)  # noqa: E731
+    monkeypatch.setattr(nearplane.api, "complete", made)
 
 
 @pytest.mark.parametrize(
@@ -107,17 +109,17 @@ def test_compiled_kernel_against_float64(bits, shuffled, rows):
 def test_a_resumed_run_ends_in_the_same_bytes(model, tmp_path):
     run(model, tmp_path / "whole", "cuda")
     calls = 0
-    seal = nearplane.api.seal
+    take = Saver.take
 
-    def once(*args: Any) -> None:
+    def once(saver: Saver, event: Any) -> None:
         nonlocal calls
-        seal(*args)
-        calls += 1
+        take(saver, event)
+        calls += isinstance(event, BlockDone)
         if calls == 1:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearplane.api, "seal", once)
+        patch.setattr(Saver, "take", once)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "parts", "cuda")
     run(model, tmp_path / "parts", "cuda", resume=True)

@@ -27,8 +27,8 @@ def test_methods_are_frozen_dataclasses_with_documented_fields() -> None:
 
 
 def test_files_and_functions_stay_readable() -> None:
-    """At most 300 lines a file; no catch-all except."""
+    """At most 450 lines a file; no catch-all except."""
     for path in (ROOT / "nearplane").rglob("*.py"):
         source = path.read_text()
-        assert source.count("\n") <= 300, path
+        assert source.count("\n") <= 450, path
         assert not re.search(r"except( BaseException| Exception)?:", source), path

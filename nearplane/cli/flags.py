@@ -8,8 +8,7 @@ import tyro
 
 from nearplane.core.grid import Grid
 from nearplane.methods import METHODS
-from nearplane.run.mix import WIDTHS
-from nearplane.run.plan import Dtype, FormatName
+from nearplane.run.job import WIDTHS, Dtype
 from nearplane.runtime.cpu import Arithmetic
 
 
@@ -44,7 +43,7 @@ class Job:
     """Activations on a symmetric grid; --no-act-sym (or --act-asym) gives every token a zero point."""
     act_clip: float = 1.0
     """Share of a token's range that is kept."""
-    format: FormatName = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "gptq_v2"] = "compressed-tensors"
     """Checkpoint format."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
@@ -209,7 +208,7 @@ class Convert:
     """The quantized checkpoint."""
     new: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="NEW")]]
     """Folder to write; must not exist, or be empty."""
-    format: FormatName
+    format: Literal["compressed-tensors", "gptq", "gptq_v2"]
     """The format to write."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""

@@ -24,9 +24,8 @@ from nearplane.checkpoint.convert import convert
 from nearplane.checkpoint.inspect import inspect
 from nearplane.checkpoint.verify import verify
 from nearplane.cli import flags
-from nearplane.cli.options import canonical, method_class, override, parse
+from nearplane.cli.options import canonical, method_name, parse
 from nearplane.cli.terminal import summary
-from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid
 from nearplane.data.text import Calibration
@@ -40,6 +39,7 @@ from nearplane.machine.signals import Interrupted
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer
 from nearplane.run.forecast import forecast
+from nearplane.run.job import method_class
 from nearplane.runtime.linear import quantized_linears
 
 USAGE = f"""nearplane {__version__}: quantize transformers by error compensation.
@@ -138,9 +138,9 @@ def _plan(argv: list[str]) -> int:
 
 def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:
     """The flags of ``quantize`` and ``plan``: the command's own, and those of method, grid and calibration."""
-    kind, default = method_class(argv)
-    options = [
-        ("method_options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=default)),
+    kind = method_class(method_name(argv))
+    options: list[Any] = [
+        ("method_options", tyro.conf.OmitArgPrefixes[kind], field(default_factory=kind)),
         ("grid", tyro.conf.OmitArgPrefixes[Grid], field(default_factory=Grid)),
         ("calibration", tyro.conf.OmitArgPrefixes[Calibration], field(default_factory=Calibration)),
     ]
@@ -152,26 +152,11 @@ def _job(base: type[flags.Job], name: str, argv: list[str]) -> Any:
 def _choices(args: Any) -> dict[str, Any]:
     """What ``quantize`` and ``forecast`` take alike."""
     names = (
-        "grid",
-        "calibration",
-        "format",
-        "device",
-        "dtype",
-        "offload",
-        "trust_remote_code",
-        "ignore",
-        "budget",
-        "widths",
-        "rotate",
-        "rotate_seed",
-        "towers",
+        "grid calibration format device dtype offload trust_remote_code ignore budget widths rotate rotate_seed towers"
     )
-    same = {name: getattr(args, name) for name in names}
-    activations = None if args.act_bits == 16 else TokenGrid(args.act_bits, args.act_sym, args.act_clip)
-    if activations is None and (not args.act_sym or args.act_clip != 1):
-        raise SettingError("--act-sym and --act-clip say how activations are rounded; give --act-bits, too.")
-    overrides = [override(word) for word in args.override]
-    return {"method": args.method_options, "override": overrides, "activations": activations, **same}
+    same = {name: getattr(args, name) for name in names.split()}
+    rounding = {name: getattr(args, name) for name in ("act_bits", "act_sym", "act_clip")}
+    return {"method": args.method_options, "override": args.override, **rounding, **same}
 
 
 def _eval(argv: list[str]) -> None:

@@ -1,19 +1,13 @@
 """From the words of a command line to the dataclass of its command: other toolkits' names, the method's own flags, complaints."""
 
 import contextlib
-import importlib
 import io
-import re
-import sys
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import tyro
 
 from nearplane.core.errors import SettingError
-from nearplane.methods import METHODS, Method
-from nearplane.run.mix import FIELDS, Override
 
 # Names that users of other toolkits type; one name inside.
 ALIASES = {
@@ -68,50 +62,10 @@ def canonical(argv: list[str]) -> list[str]:
     return result
 
 
-def override(word: str) -> Override:
-    """``REGEX=FIELD=VALUE,...``; the pattern may hold signs of equality itself."""
-    found = re.fullmatch(r"(.+?)=(\w+=[^=,]*(?:,\w+=[^=,]*)*)", word)
-    if not found:
-        raise SettingError(
-            f"--override {word!r} is not of the form REGEX=FIELD=VALUE,..., as 'down_proj=bits=8,sym=false'."
-        )
-    pattern, parts = found.group(1), [part.split("=") for part in found.group(2).split(",")]
-    fields = dict(parts)
-    if len(fields) < len(parts):
-        raise SettingError(f"--override {word!r} gives a field twice.")
-    values: dict[str, Any] = {}
-    for field, value in fields.items():
-        if field not in FIELDS:
-            raise SettingError(f"--override {word!r}: an override knows {', '.join(FIELDS)}, not {field!r}.")
-        values[field] = value
-        if field == "sym":
-            values[field] = {"true": True, "false": False}.get(value.lower(), value)
-        elif field != "fit" and re.fullmatch(r"-?\d+", value):
-            values[field] = int(value)
-    return Override(pattern, **values)
-
-
-def method_class(argv: list[str]) -> tuple[type[Method], Callable[[], Method]]:
-    """The class that --method names: its fields become flags."""
+def method_name(argv: list[str]) -> str:
+    """The method that --method names."""
     given = [b for a, b in pairwise(argv) if a == "--method"]
     given += [a.partition("=")[2] for a in argv if a.startswith("--method=")]
     if len(given) > 1:
         raise SettingError(f"--method is given {len(given)} times; give it once.")
-    name = given[0] if given else "nearplane"
-    if name in METHODS:
-        return METHODS[name], METHODS[name]
-    module, _, attribute = name.partition(":")
-    if not attribute or not module:
-        raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
-    sys.path.insert(0, "")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
-    if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
-        raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
-    try:
-        kind()
-    except TypeError as error:
-        raise SettingError(f"method {name!r} needs a default for every field ({error}).") from error
-    return kind, kind
+    return given[0] if given else "nearplane"

@@ -1,10 +1,14 @@
 """What a run says while it works: the head, one line per stage that a person can judge, the summary."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from nearplane.machine.progress import CONSOLE
+from nearplane.machine.progress import CONSOLE, bar
 from nearplane.models.discover import Block, Stage
-from nearplane.run.report import LinearRow, Report
+from nearplane.run.events import BlockDone, Event, StageDone
+from nearplane.run.measure import LinearRow
+from nearplane.run.report import Report
+from nearplane.run.stage import by_layer, is_expert
 
 # The middle 80% of linears of SmolLM2-135M under GPTQ, group 64, min-max (runs/usual_error.py): what "usual" means.
 USUAL: dict[int | str, tuple[float, float]] = {
@@ -109,3 +113,54 @@ def summary(report: Report) -> str:
     lines.append("time " + ", ".join(f"{phase} {seconds:.1f}s" for phase, seconds in report.seconds.items()))
     lines += [f"note: {event}" for event in report.events]
     return "\n".join(lines)
+
+
+def expert_lines(rows: Iterable[LinearRow]) -> list[str]:
+    """One line for the experts of a layer, in place of one for each stage."""
+    found = []
+    for layer, experts in by_layer(rows).items():
+        of = [row for expert in experts.values() for row in expert]
+        errors = [(row.error, row.rtn_error or 0.0, row.tokens) for row in of if row.error is not None]
+        line = f"{layer} {len(experts)} experts, "
+        if errors:
+            worst = max(errors)
+            line += f"the worst error {worst[0]:.4f} (rtn {worst[1]:.4f}) after {worst[2]} tokens, "
+            line += f"{min(row.tokens for row in of)} to {max(row.tokens for row in of)} tokens"
+        else:
+            line += f"weight error {max(row.weight_error for row in of):.4f}"
+        found.append(f"{line}  {sum(row.seconds for row in of):.1f}s")
+    return found
+
+
+class Terminal:
+    """Tells a person at a terminal what a run does."""
+
+    def __init__(self) -> None:
+        self.display = bar(True)
+        self.mixed = False
+        self.rows: list[LinearRow] = []
+
+    def begin(self, report: Report, blocks: list[Block], done: int, *, resume: bool, mixed: bool) -> None:
+        """Say what is about to happen."""
+        announce(report, blocks, done, resume=resume)
+        self.mixed = mixed
+        self.display.start()
+        self.task = self.display.add_task("quantize", total=sum(len(block.stages) for block in blocks))
+
+    def take(self, event: Event) -> None:
+        """Say what was done."""
+        if isinstance(event, StageDone):
+            self.display.advance(self.task)
+            if not is_expert(event.stage):
+                self.display.console.print(stage_line(event.block, event.stage, event.rows, self.mixed))
+            self.rows += event.rows
+        elif isinstance(event, BlockDone):
+            if event.replayed:
+                self.display.advance(self.task, len(event.block.stages))
+            for line in expert_lines(self.rows):
+                self.display.console.print(line)
+            self.rows = []
+
+    def end(self) -> None:
+        """Stop drawing."""
+        self.display.stop()

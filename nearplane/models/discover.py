@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.models import inputs
 from nearplane.models.experts import EXPERT, probing, routers
-from nearplane.models.inputs import is_causal, output_head
+from nearplane.models.inputs import ForwardFailed, is_causal, output_head
+from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear
 
@@ -153,7 +154,14 @@ class Stop(Exception):
 
 
 def discover(source: Source) -> list[Block]:
-    """Blocks of the model with their stages, in the order of their calls. Reads one block per kind of structure."""
+    """Find the blocks of the model with their stages, in the order of their calls.
+
+    Reads one block per kind of structure; of a source in sketch mode, nothing.
+
+    Raises:
+        NearplaneError: no list of blocks, or the model's forward fails on the probe.
+        Unsketchable: the forward fails because it reads a weight by itself, which is not there in sketch mode.
+    """
     refused: dict[str, str] = {}
     while True:
         towers = find_towers(source, refused)
@@ -162,6 +170,14 @@ def discover(source: Source) -> list[Block]:
         except NotBlocks as found:
             refused[found.tower] = found.reason
             continue
+        except ForwardFailed as error:
+            if not source.sketch:
+                raise
+            word = (str(error.__cause__).strip().splitlines() or ["no word"])[0][:100]
+            raise Unsketchable(
+                f"{source.folder}: a model of type {source.config.model_type} cannot be probed without its weights "
+                f"({word}); nearplane inspect reads one block of it."
+            ) from error
         if blocks:
             return blocks
         refused |= dict.fromkeys(towers, "the model's forward does not run it")

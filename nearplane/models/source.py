@@ -25,6 +25,7 @@ from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
 from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
+from nearplane.models.sketch import Promised, drawn, promised_dtype, stand_down, stand_in
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Source:
     settings: dict[str, Any] = field(default_factory=dict)  # of what was made of the stored weights, for the report
     notes: list[str] = field(default_factory=list)  # what a user should know of that
     sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as it is on disk
+    sketch: bool = False  # no weight is read: what is small is drawn, linears compute something cheap instead
+    promise_of: "Source | None" = None  # of a view whose sizes are known and whose tensors are not: what was opened
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -108,10 +111,11 @@ class Source:
 
         ``rows``: by name, the numbers of the rows that will be read; in a CPU's memory the others are not there.
         """
-        loaded: dict[str, Tensor] = {}
-        for name in self._below(prefix):
-            if any(name.startswith(s + ".") for s in skip):
-                continue
+        names = [name for name in self._below(prefix) if not any(name.startswith(s + ".") for s in skip)]
+        loaded: dict[str, Tensor] = drawn(self.model, names) if self.sketch else {}
+        for name, value in loaded.items():
+            self._set(name, value)
+        for name in () if self.sketch else names:
             value = self.tensor(name)
             if rows is not None and name in rows and device.type == "cpu":
                 value = only_rows(value, rows[name], dtype)
@@ -119,11 +123,28 @@ class Source:
             self._set(name, loaded[name])
             del value  # else it would be there while the next one is read
         self._tie(loaded, skip)
+        if self.sketch:
+            return
         module = self.model.get_submodule(prefix)
         for path, buffer in list(module.named_buffers()):
             if not buffer.is_meta:
                 owner, _, leaf = path.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    def read_weights(self) -> None:
+        """Leave sketch mode: from now on weights are read. Of a hub id they are fetched now.
+
+        Raises NearplaneError where they are missing or do not fit the configuration.
+        """
+        if not self.sketch:
+            return
+        stand_down(self.model)
+        self.sketch = False
+        if isinstance(self.store, Promised):
+            self.folder = locate(self.name, trust_remote_code=self.trust_remote_code)
+            self.store = split(self.model, Store(self.folder))
+            self.names = _disk_names(self.model, self.store, self.folder)
+        self.unload("")
 
     def unload(self, prefix: str) -> None:
         """Send the parameters below ``prefix`` back to the meta device."""
@@ -153,22 +174,39 @@ class Source:
             module._buffers[leaf] = value
 
 
-def open_source(model: str | Path, *, trust_remote_code: bool = False) -> Source:
+def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: bool = False) -> Source:
     """Open a local transformers folder, a hub id or ``demo``. No weight is read.
 
-    Raises NearplaneError with one sentence for a missing, unreadable, pickled, remote-code or unknown model.
+    Args:
+        model: the folder or id.
+        sketch: no weight will be read, until ``Source.read_weights``. Then the folder may hold nothing but config.json,
+            and of a hub id only the small files are fetched.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        NearplaneError: a missing, unreadable, pickled, remote-code or unknown model.
+        SettingError: a model that is quantized already.
     """
-    folder = locate(model, trust_remote_code=trust_remote_code)
-    store = Store(folder)
+    folder = locate(model, weights=not sketch, trust_remote_code=trust_remote_code)
+    bare = sketch and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    store = None if bare else Store(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
         raise SettingError(f"{model} is quantized already; give the original model.")
+    dtype = promised_dtype(folder) if store is None else None
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
     refuse_unread(skeleton, folder)
-    store = split(skeleton, store)
-    names = _disk_names(skeleton, store, folder)
+    if store is None:
+        assert dtype is not None
+        store = Promised(folder, skeleton, dtype)
+        names = {name: name for name in store.names}
+    else:
+        store = split(skeleton, store)
+        names = _disk_names(skeleton, store, folder)
     set_visit(skeleton, "each")
-    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code)
+    if sketch:
+        stand_in(skeleton)
+    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, sketch=sketch)
 
 
 def refuse_unread(model: nn.Module, folder: Path) -> None:

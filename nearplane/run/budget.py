@@ -11,7 +11,6 @@ nearest, and the error is ‖Q-W‖²/‖W‖².
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +27,7 @@ from nearplane.run.stage import damped, rounding, solve, unseen
 from nearplane.run.stream import OpenBlock, batch_rows
 
 
-def decide(
-    plan: Plan, records: Sequence[dict[str, Any]], ranks: Ranks, offload: Path | None, tick: Callable[[], None]
-) -> Plan:
+def decide(plan: Plan, records: Sequence[dict[str, Any]], ranks: Ranks, tick: Callable[[], None]) -> Plan:
     """The plan with its bits chosen: as the finished blocks of an earlier run have them, or measured now.
 
     ``records``: what rank 0 knows of that run. ``tick`` is called after every stage, by all ranks.
@@ -40,14 +37,14 @@ def decide(
     known = ranks.tell([record["run"].get("choices") for record in records[:1]])
     if known:  # of a run without a budget none: resuming refuses it
         return plan if known[0] is None else plan.decided(known[0])
-    costs = _measure(plan, ranks, offload, tick)
-    return plan.decided(ranks.tell(choose(plan.units, costs, plan.sites, plan.grids, plan.mix, plan.format)))
+    costs = _measure(plan, ranks, tick)
+    return plan.decided(ranks.tell(choose(plan.units, costs, plan.sites, plan.grids, plan.job, plan.format)))
 
 
 def measuring(plan: Plan) -> Plan:
     """The plan of the walk that measures."""
     damp = getattr(plan.method, "damp_percent", GPTQ().damp_percent)
-    return replace(plan, method=GPTQ(damp_percent=damp) if plan.method.needs else RTN())
+    return plan.changed(method=GPTQ(damp_percent=damp) if plan.method.needs else RTN())
 
 
 class Candidate(NamedTuple):
@@ -58,11 +55,11 @@ class Candidate(NamedTuple):
     quantized: Quantized
 
 
-def _measure(plan: Plan, ranks: Ranks, offload: Path | None, tick: Callable[[], None]) -> list[dict[int, float]]:
+def _measure(plan: Plan, ranks: Ranks, tick: Callable[[], None]) -> list[dict[int, float]]:
     """What every width would cost each unit."""
     walk, costs = measuring(plan), [dict[int, float]() for _ in plan.units]
     unit_of = {site.name: i for i, unit in enumerate(plan.units) for site in unit.sites}
-    for block in walk.stream(offload, ranks):
+    for block in walk.stream(ranks):
         before, found = outputs(block), dict[int, dict[int, list[Candidate]]]()
         for stage in block.stages:
             ranks.at(stage[0].name)

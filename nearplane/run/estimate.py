@@ -234,7 +234,7 @@ class _Walk:
         if self.needs:
             yield moments, 0, running + observing
             yield moments, 0, number * int(work.prepare)
-        codes = BYTE * weight * len(self.plan.mix.widths) if self.plan.undecided else 0  # of the widths solved before
+        codes = BYTE * weight * len(self.plan.job.widths) if self.plan.undecided else 0  # of the widths solved before
         yield moments, state, number * int(weight + work.solve + codes)
         yield moments, state, number * int(weight + work.result + work.measure)
 
@@ -310,7 +310,7 @@ def _short(found: Estimate) -> bool:
 
 def _with_samples(plan: Plan, nsamples: int) -> Plan:
     """The plan with another number of samples, those that may have been read left out."""
-    return replace(plan, calibration=replace(plan.calibration, nsamples=nsamples), samples=None)
+    return replace(plan.changed(calibration=replace(plan.calibration, nsamples=nsamples)), samples=None)
 
 
 def _smallest_change(plan: Plan, found: Estimate, world: int) -> str:
@@ -332,5 +332,5 @@ def _changes(plan: Plan, found: Estimate, world: int) -> Iterator[tuple[str, int
     for (word, method), count, (place, offload) in product(methods.items(), counts, places.items()):
         flags = " ".join(filter(None, [word, f"--nsamples {count}" * (count != data.nsamples), place]))
         if flags and found.streams:
-            then = shared(_with_samples(replace(plan, method=method), count), offload, world, found.ranks)
+            then = shared(_with_samples(plan.changed(method=method), count), offload, world, found.ranks)
             yield flags, max(memory.need for memory in then.memory), _short(then)

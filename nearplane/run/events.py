@@ -5,8 +5,9 @@ stage ``BlockDone``. Of a resumed run, finished blocks come first, as ``BlockDon
 """
 
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from nearplane.core.grid import Grid, Quantized
+from nearplane.core.grid import Course, Grid, Quantized
 from nearplane.models.discover import Block, Site, Stage
 from nearplane.run.measure import LinearRow
 
@@ -27,6 +28,8 @@ class Solved:
     grid: Grid
     row: LinearRow
     """Its errors, as the report lists them."""
+    nbytes: int
+    """Of the tensors that it is stored in."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class StageDone:
     block: Block
     stage: Stage
     rows: list[LinearRow]
+    courses: tuple[Course, ...]
+    """How a method that judges its steps went about it, once for each grid."""
     last: bool
     """Whether the stage is its block's last."""
 
@@ -54,3 +59,16 @@ class BlockDone:
 
 
 Event = Noted | Solved | StageDone | BlockDone
+
+
+class Show(Protocol):
+    """Tells a person what a run does."""
+
+    def begin(self, report: Any, blocks: list[Block], done: int, *, resume: bool, mixed: bool) -> None:
+        """Say what is about to happen; ``done``: blocks that an earlier session finished."""
+
+    def take(self, event: Event) -> None:
+        """Say what was done."""
+
+    def end(self) -> None:
+        """Stop, however the run ends."""

@@ -21,9 +21,10 @@ from nearplane.machine.memory import free_disk
 from nearplane.methods.base import rows_independent
 from nearplane.run.budget import measuring
 from nearplane.run.estimate import Estimate, Memory, estimate, gb, shared, suggestions
+from nearplane.run.job import Job
 from nearplane.run.mix import JUDGED
 from nearplane.run.pace import pace
-from nearplane.run.plan import Plan, make_plan
+from nearplane.run.plan import Plan, draft
 
 MOST_RANKS = 4096
 
@@ -80,7 +81,7 @@ class Forecast:
         windows, seqlen = found.windows
         data = f", {windows} x {seqlen} tokens" if windows else ", no data"
         sites = sum(len(block.sites) for block in plan.blocks)
-        bits = plan.grid.bits if plan.mix.budget is None else f"on average {plan.mix.budget:g}"
+        bits = plan.grid.bits if plan.job.budget is None else f"on average {plan.job.budget:g}"
         grid = f"{bits} bits, group {plan.grid.group_size}"
         lines = [
             f"{plan.source.name}: {sites} linears in {len(plan.blocks)} blocks; {type(plan.method).__name__}, {grid}{data}",
@@ -111,16 +112,18 @@ class Forecast:
         return "\n".join(lines)
 
 
-def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int = 1, **choices: Any) -> Forecast:
-    """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do.
+def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **settings: Any) -> Forecast:
+    """Say what ``quantize`` with these settings will need; no weight is read, and a folder with a config.json will do.
 
-    ``choices``: what ``make_plan`` takes. ``ranks``: processes of this machine that share the run; memory is each one's.
+    Args:
+        settings: as ``Job.of`` takes them.
+        ranks: processes of this machine that share the run; memory is each one's.
     """
     if not 1 <= ranks <= MOST_RANKS:
         raise SettingError(f"ranks must be from 1 to {MOST_RANKS}; got {ranks}.")
     start = time.perf_counter()
-    plan = make_plan(model, **choices, sketch=True)
-    scratch = None if offload is None else Path(offload)
+    plan = draft(model, Job.of(job, settings))
+    scratch = plan.job.offload
     found = shared(plan, scratch, ranks, ranks)
     spent = pace(plan, found, time.perf_counter() - start)
     if rows_independent(plan.method):

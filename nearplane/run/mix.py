@@ -8,135 +8,33 @@ match a linear the later one wins, field by field. What is left out is left out 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nearplane.core.errors import SettingError, some_of
-from nearplane.core.grid import Fit, Grid
+from nearplane.core.grid import Grid
 from nearplane.formats.base import Format, fused, grid_name
 from nearplane.models.discover import Block, Site
 from nearplane.models.towers import chosen_towers
-
-FIELDS = ("bits", "group_size", "sym", "fit")
-WIDTHS = (2, 3, 4, 8)
-
-
-@dataclass(frozen=True)
-class Override:
-    """Fields of the grid that are others for the linears whose names a pattern is found in."""
-
-    pattern: str
-    bits: int | Literal["ternary"] | None = None
-    group_size: int | None = None
-    sym: bool | None = None
-    fit: Fit | None = None
-
-    def __post_init__(self) -> None:
-        _compile("override", self.pattern)
-        if not self.fields:
-            raise SettingError(f"override {self.pattern!r} changes nothing; give it {', '.join(FIELDS)}.")
-        for field, right, what in (
-            ("bits", type(self.bits) is int or self.bits in (None, "ternary"), "2 to 8, or ternary"),
-            ("group_size", type(self.group_size) in (int, type(None)), "a whole number"),
-            ("sym", type(self.sym) in (bool, type(None)), "true or false"),
-            ("fit", self.fit in (None, *get_args(Fit)), f"one of {', '.join(get_args(Fit))}"),
-        ):
-            if not right:
-                raise SettingError(f"override {self.pattern!r}: {field} must be {what}; got {getattr(self, field)!r}.")
-        self.apply(Grid(group_size=1))
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What it changes."""
-        return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}
-
-    def apply(self, grid: Grid) -> Grid:
-        """The grid with its fields changed. SettingError where they do not go together."""
-        try:
-            return replace(grid, **self.fields)
-        except SettingError as error:
-            raise SettingError(f"override {self.pattern!r}: {error}") from error
-
-    def __str__(self) -> str:
-        return f"{self.pattern!r} {' '.join(f'{field}={value}' for field, value in self.fields.items())}"
-
-
-@dataclass(frozen=True)
-class Mix:
-    """In what linears differ from the one grid of a run."""
-
-    override: tuple[Override, ...] = ()
-    ignore: tuple[str, ...] = ()
-    budget: float | None = None
-    """Stored bits per quantized weight, scales and zeros counted; None: no bits are chosen."""
-    widths: tuple[int, ...] = WIDTHS
-    """The bits that a budget chooses from."""
-    towers: tuple[str, ...] = ()
-    """Towers that are quantized, others stay dense; none: all of them."""
-
-    def __post_init__(self) -> None:
-        for pattern in self.ignore:
-            _compile("ignore", pattern)
-        if not all(isinstance(word, str) and word for word in self.towers):
-            raise SettingError(f"towers are names, such as text or vision; got {list(self.towers)}.")
-        if self.budget is not None and not (isfinite(self.budget) and self.budget > 0):
-            raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
-        if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
-            raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """For the report, without what was not asked for."""
-        override = [{"pattern": some.pattern, **some.fields} for some in self.override]
-        found: dict[str, Any] = {"override": override, "ignore": list(self.ignore), "towers": list(self.towers)}
-        if self.budget is not None:
-            found |= {"budget": self.budget, "widths": sorted(set(self.widths))}
-        return {key: value for key, value in found.items() if value != []}
-
-
-ALIKE = Mix()
-
-
-def make_mix(
-    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None,
-    ignore: Sequence[str],
-    budget: float | None,
-    widths: Sequence[int],
-    towers: str | Sequence[str] = (),
-) -> Mix:
-    """From what a user gives. SettingError for what is no override."""
-    found: list[Override] = []
-    for entry in override.items() if isinstance(override, Mapping) else override or ():
-        if isinstance(entry, Override):
-            found.append(entry)
-            continue
-        pattern, fields = entry
-        unknown = sorted(set(fields) - set(FIELDS)) if isinstance(fields, Mapping) else [repr(fields)]
-        if unknown:
-            raise SettingError(f"override {pattern!r} knows {', '.join(FIELDS)}; got {', '.join(unknown)}.")
-        found.append(Override(pattern, **fields))
-    words = [word.strip() for word in towers.split(",")] if isinstance(towers, str) and towers else towers
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return Mix(tuple(found), ignore, budget, tuple(widths), tuple(words))
+from nearplane.run.job import Job
 
 
 def leave_out(
-    blocks: list[Block], mix: Mix, disk: Callable[[str], str], others: Iterable[str]
+    blocks: list[Block], job: Job, disk: Callable[[str], str], others: Iterable[str]
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks without the linears that are left dense, and those, by name on disk, with the reason.
 
     ``others``: linears that stay dense anyway; a pattern may name them. SettingError for one that is found nowhere.
     """
     ignored: dict[str, str] = {}
-    if mix.towers:
-        chosen = chosen_towers(mix.towers, list(dict.fromkeys(block.tower for block in blocks)), others)
+    if job.towers:
+        chosen = chosen_towers(job.towers, list(dict.fromkeys(block.tower for block in blocks)), others)
         rest = [site.name for block in blocks if block.tower not in chosen for site in block.sites]
-        ignored = {disk(name): f"towers {', '.join(mix.towers)}" for name in rest}
+        ignored = {disk(name): f"towers {', '.join(job.towers)}" for name in rest}
     sites = [site.name for block in blocks for site in block.sites]
-    for pattern in mix.ignore:
+    for pattern in job.ignore:
         matched = [name for name in sites if re.search(pattern, disk(name))]
         if not matched and not any(re.search(pattern, name) for name in others):
             raise SettingError(_nowhere("ignore", pattern, [disk(name) for name in sites]))
@@ -150,18 +48,18 @@ def leave_out(
         kept.append(replace(block, stages=[stage for stage in stages if stage]))
     if not any(block.stages for block in kept):
         raise SettingError(
-            f"{'ignore' if mix.ignore else 'towers'} leaves every linear out; there is nothing to quantize."
+            f"{'ignore' if job.ignore else 'towers'} leaves every linear out; there is nothing to quantize."
         )
     return kept, ignored
 
 
-def assign(names: Iterable[str], grid: Grid, mix: Mix) -> tuple[dict[str, Grid], frozenset[str]]:
+def assign(names: Iterable[str], grid: Grid, job: Job) -> tuple[dict[str, Grid], frozenset[str]]:
     """The grid of each linear by its name on disk, and those whose bits an override gives.
 
     SettingError for an override whose pattern is found in no name.
     """
     grids, fixed = dict.fromkeys(names, grid), set()
-    for override in mix.override:
+    for override in job.override:
         matched = [name for name in grids if re.search(override.pattern, name)]
         if not matched:
             raise SettingError(_nowhere("override", override.pattern, list(grids)))
@@ -172,20 +70,20 @@ def assign(names: Iterable[str], grid: Grid, mix: Mix) -> tuple[dict[str, Grid],
     return grids, frozenset(fixed)
 
 
-def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], mix: Mix, fixed: frozenset[str]) -> None:
+def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], job: Job, fixed: frozenset[str]) -> None:
     """SettingError where linears that engines fuse into one would differ, with the pattern to widen."""
 
     def kind(name: str) -> str:
         if name in ignored:
             return "stays dense"
         bits, _, rest = grid_name(grids[name]).partition(" in ")
-        if mix.budget is not None and name not in fixed:
+        if job.budget is not None and name not in fixed:
             bits = "bits by the budget"
         return f"gets {bits} in {rest}"
 
-    if not mix.override and not ignored:
+    if not job.override and not ignored:
         return
-    patterns = [("override", some.pattern) for some in mix.override] + [("ignore", some) for some in mix.ignore]
+    patterns = [("override", some.pattern) for some in job.override] + [("ignore", some) for some in job.ignore]
     for names in fused([*grids, *ignored]):
         kinds: dict[str, str] = {}
         for name in names:
@@ -200,15 +98,6 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], mix: Mix
             f"{a} {first} and {b} {second}, but engines fuse {some_of(names)}, which must be alike; "
             f"widen {next(partial, 'the patterns')} to match all of them."
         )
-
-
-def _compile(what: str, pattern: str) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise SettingError(f"{what} takes a regular expression; got {pattern!r}.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise SettingError(f"{what} {pattern!r} is no regular expression ({error}).") from error
 
 
 def _nowhere(what: str, pattern: str, names: list[str]) -> str:
@@ -236,7 +125,7 @@ def units(
     disk: Callable[[str], str],
     grids: Mapping[str, Grid],
     fixed: frozenset[str],
-    mix: Mix,
+    job: Job,
     format: Format,
 ) -> list[Unit]:
     """What is open, in order. SettingError for linears of which the format holds no width."""
@@ -251,24 +140,24 @@ def units(
                 first += other
                 joined.update((site.name, first) for site in other)
     found = {id(sites): sites for sites in joined.values()}
-    return [Unit(tuple(sites), _widths(sites, grids, mix, format)) for sites in found.values()]
+    return [Unit(tuple(sites), _widths(sites, grids, job, format)) for sites in found.values()]
 
 
-def check_budget(free: Sequence[Unit], sites: list[Site], grids: Mapping[str, Grid], mix: Mix, format: Format) -> None:
+def check_budget(free: Sequence[Unit], sites: list[Site], grids: Mapping[str, Grid], job: Job, format: Format) -> None:
     """SettingError for a budget that the fewest bits exceed."""
-    assert mix.budget is not None
+    assert job.budget is not None
     weights = sum(site.shape[0] * site.shape[1] for site in sites)
     least = sum(size(format, unit, grids, unit.widths[0]) for unit in free) + _rest(free, sites, grids, format)
-    if least > allowed(sites, mix):
+    if least > allowed(sites, job):
         raise SettingError(
-            f"budget {mix.budget:g} is less than the {8 * least / weights:.4g} bits per weight that the fewest bits take here, "
+            f"budget {job.budget:g} is less than the {8 * least / weights:.4g} bits per weight that the fewest bits take here, "
             "scales and zeros counted; raise it, or --group-size."
         )
 
 
-def allowed(sites: list[Site], mix: Mix) -> int:
+def allowed(sites: list[Site], job: Job) -> int:
     """Bytes that all quantized weights together may take."""
-    return int((mix.budget or 0.0) * sum(site.shape[0] * site.shape[1] for site in sites) / 8)
+    return int((job.budget or 0.0) * sum(site.shape[0] * site.shape[1] for site in sites) / 8)
 
 
 def size(format: Format, unit: Unit, grids: Mapping[str, Grid], bits: int) -> int:
@@ -281,13 +170,13 @@ def choose(
     errors: Sequence[Mapping[int, float]],
     sites: list[Site],
     grids: Mapping[str, Grid],
-    mix: Mix,
+    job: Job,
     format: Format,
 ) -> list[dict[str, Any]]:
     """The table: per unit its linears, the bits that make the sum of errors least within the budget, and all errors."""
     costs = [[size(format, unit, grids, bits) for bits in unit.widths] for unit in free]
     listed = [[error[bits] for bits in unit.widths] for unit, error in zip(free, errors, strict=True)]
-    picks = allocate(costs, listed, allowed(sites, mix) - _rest(free, sites, grids, format))
+    picks = allocate(costs, listed, allowed(sites, job) - _rest(free, sites, grids, format))
     return [
         {
             "linears": [site.name for site in unit.sites],
@@ -305,10 +194,10 @@ def _rest(free: Sequence[Unit], sites: list[Site], grids: Mapping[str, Grid], fo
     return sum(format.nbytes(site.shape, grids[site.name]) for site in sites if site.name not in open_sites)
 
 
-def _widths(sites: list[Site], grids: Mapping[str, Grid], mix: Mix, format: Format) -> tuple[int, ...]:
+def _widths(sites: list[Site], grids: Mapping[str, Grid], job: Job, format: Format) -> tuple[int, ...]:
     reasons = {
         bits: next(filter(None, (format.supports(replace(grids[s.name], bits=bits), s.shape) for s in sites)), None)
-        for bits in sorted(set(mix.widths))
+        for bits in sorted(set(job.widths))
     }
     held = tuple(bits for bits, reason in reasons.items() if reason is None)
     if not held:

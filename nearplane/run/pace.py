@@ -27,9 +27,9 @@ from nearplane.data.text import read_text, tokenize
 from nearplane.methods import OBQ, RTN, Method, NearPlane
 from nearplane.methods.nearplane import DAMPINGS, TRIAL_ROWS
 from nearplane.run.estimate import Estimate
+from nearplane.run.measure import Knowledge, measure, measured_rows
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan
-from nearplane.run.report import Report, measured_rows
 from nearplane.run.workspace import Shape, pushes, stage_shape
 
 # Small problems (out, in), the smallest first; no new one is begun after BUDGET seconds.
@@ -160,8 +160,8 @@ def rates(plan: Plan) -> Rates:
     stored = torch.zeros(1 << 22, dtype=plan.source.dtype)
     load = clock(lambda: all_finite(stored) and stored.to(device, plan.compute)) / stored.numel()
     found: list[tuple[int, int, float]] = []
-    gram = prepare = measure = pack = 0.0
-    method, grid, report = plan.method, plan.grid, Report("", plan.settings)
+    gram = prepare = pack = 0.0
+    method, grid = plan.method, plan.grid
     for m, n in TINY if isinstance(method, OBQ) else PROBLEMS:
         weight = draw(m, n)
         moments, state = None, None
@@ -175,12 +175,12 @@ def rates(plan: Plan) -> Rates:
         if time.perf_counter() - began > BUDGET:
             break
     solved = method.solve(weight, state, grid)
-    measure = clock(lambda: report.add("", weight, solved, grid, moments, None, 0.0))
-    measure -= solver_flop * 6 * len(range(m)[measured_rows(m)]) * n * n if method.needs else 0.0
+    taken = clock(lambda: measure("", weight, solved, grid, Knowledge(moments)))
+    taken -= solver_flop * 6 * len(range(m)[measured_rows(m)]) * n * n if method.needs else 0.0
     pack = clock(lambda: plan.format.tensors("x", solved, grid)) / (m * n)
     column, each, rest = _fit(found)
     return Rates(
-        flop, solver_flop, element, load, gram, prepare, column, each, rest, max(0.0, measure) / (m * n), pack, _disk()
+        flop, solver_flop, element, load, gram, prepare, column, each, rest, max(0.0, taken) / (m * n), pack, _disk()
     )
 
 

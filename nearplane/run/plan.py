@@ -1,68 +1,56 @@
-"""Everything decided before the first block is opened; whatever cannot work is refused here, in one sentence."""
+"""Everything decided before the first block is opened; whatever cannot work is refused here, in one sentence.
 
-from collections.abc import Mapping, Sequence
+``draft`` opens the model in sketch mode and settles every choice: no weight is read, and the memory that a run needs can be
+told from it. ``complete`` reads what must be read before the walk: the proof of a rotation, the calibration text, the
+tensors that are copied.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
+from torch import nn
 
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
-from nearplane.formats import FORMATS, running
+from nearplane.formats import running
 from nearplane.formats.base import Format, conv1d_reason
 from nearplane.machine.devices import pick_device, pick_dtype
-from nearplane.machine.ranks import Ranks
-from nearplane.methods import Method, NearPlane
-from nearplane.methods.base import Need
+from nearplane.machine.ranks import ALONE, Ranks
+from nearplane.methods import Method
 from nearplane.models.discover import Block, Site, Stage, discover
-from nearplane.models.experts import show_all
+from nearplane.models.experts import EXPERT, show_all
+from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.inputs import MEDIA, reads
-from nearplane.models.sketch import Sketch, discover_sketch, open_sketch
+from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
-from nearplane.run.mix import (
-    ALIKE,
-    WIDTHS,
-    Mix,
-    Override,
-    Unit,
-    allowed,
-    assign,
-    check_budget,
-    leave_out,
-    make_mix,
-    refuse_split,
-    units,
-)
-from nearplane.run.notes import about_loading, mostly_dense, no_stream
-from nearplane.run.stream import stream
+from nearplane.run.job import Job
+from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units
+from nearplane.run.stream import OpenBlock, Place, stream
 from nearplane.transforms.rotation import make_rotate, promised, rotated
-
-FormatName = Literal["compressed-tensors", "gptq", "gptq_v2"]
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before the first block is opened."""
+    """A model, opened, with every choice settled."""
 
     source: Source
     blocks: list[Block]
-    samples: Samples | None
-    method: Method
+    job: Job
     grid: Grid
-    calibration: Calibration
+    """The job's grid, with the dtype that scales are stored in."""
     format: Format
     stored: torch.dtype
+    """Of dense tensors, on disk."""
     compute: torch.dtype
     device: torch.device
-    mix: Mix = ALIKE
-    """In what linears differ from ``grid``."""
     grids: Mapping[str, Grid] = field(default_factory=dict)
     """The grid of each site by name, as far as it is settled."""
     ignored: Mapping[str, str] = field(default_factory=dict)
@@ -70,11 +58,29 @@ class Plan:
     units: Sequence[Unit] = ()
     """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
     choices: list[dict[str, Any]] | None = None
-    """What it has chosen."""
-    activations: TokenGrid | None = None
-    """How what goes into a quantized linear is rounded."""
+    """The bits that a budget has chosen."""
+    samples: Samples | None = None
     copied: str = ""
-    """Hashes of what the checkpoint takes over from the source as it is."""
+    """Hashes of the tensors that the checkpoint takes over from the source as they are."""
+
+    @property
+    def method(self) -> Method:
+        """How weights are solved."""
+        return self.job.method
+
+    @property
+    def calibration(self) -> Calibration:
+        """Which tokens the solver sees."""
+        return self.job.calibration
+
+    @property
+    def activations(self) -> TokenGrid | None:
+        """How the input of a quantized linear is rounded."""
+        return self.job.activations
+
+    def changed(self, **settings: Any) -> "Plan":
+        """Return the plan with other fields of its job, its samples as they are."""
+        return replace(self, job=replace(self.job, **settings))
 
     @property
     def sites(self) -> list[Site]:
@@ -84,7 +90,7 @@ class Plan:
     @property
     def undecided(self) -> bool:
         """Whether a budget has yet to choose bits."""
-        return self.mix.budget is not None and self.choices is None
+        return self.job.budget is not None and self.choices is None
 
     def decided(self, choices: list[dict[str, Any]]) -> "Plan":
         """With the bits that a budget has chosen."""
@@ -111,7 +117,7 @@ class Plan:
     def nbytes(self, sites: list[Site]) -> int:
         """Bytes that these sites take when they are written, at most where a budget is undecided."""
         total = sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
-        return min(total, allowed(self.sites, self.mix)) if self.undecided else total
+        return min(total, allowed(self.sites, self.job)) if self.undecided else total
 
     @property
     def mixed(self) -> bool:
@@ -123,19 +129,15 @@ class Plan:
         grids = {name: grid for site, grid in self.grids.items() for name in (self.disk_name(site), site)}
         return self.format.config(self.grid, ignore=ignore, settings=settings, grids=grids)
 
-    def stream(self, offload: Path | None = None, ranks: Ranks | None = None) -> Any:
-        """The walk over blocks; ``offload``: a folder for the hidden states; ``ranks``: who shares the samples."""
-        reference = bool(self.method.needs & {"D", "R"})
+    def stream(self, ranks: Ranks = ALONE) -> Iterator[OpenBlock]:
+        """Open the blocks in turn; ``ranks`` share the samples."""
         return stream(
             self.source,
             self.blocks,
             None if self.samples is None else self.samples.arguments,
-            device=self.device,
-            dtype=self.compute,
-            reference=reference,
-            offload=offload,
-            ranks=ranks,
+            reference=bool(self.method.needs & {"D", "R"}),
             activations=self.activations,
+            place=Place(self.device, self.compute, self.job.offload, ranks),
         )
 
     @property
@@ -170,9 +172,9 @@ class Plan:
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
         missed = "the probe forward did not reach it, stays dense"
         unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
-        notes += [*self.source.notes, *about_loading(self.source, self.sites, self.format, self.grid_of)]
-        notes += [self._shortened(), no_stream(self.method, self.sites), *(self.samples.notes if self.samples else [])]
-        notes += [] if self.ignored else [mostly_dense(self.source, self.blocks)]
+        notes += [*self.source.notes, *_about_loading(self)]
+        notes += [self._shortened(), _no_stream(self), *(self.samples.notes if self.samples else [])]
+        notes += [] if self.ignored else [_mostly_dense(self)]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _shortened(self) -> str | None:
@@ -196,10 +198,20 @@ class Plan:
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": self.device.type,  # which of the GPUs decides nothing
             **({} if self.activations is None else {"activations": asdict(self.activations)}),
-            **self.mix.settings,
+            **self._mixed,
             **self.source.settings,
             **({} if self.choices is None else {"choices": self.choices}),
         }
+
+    @property
+    def _mixed(self) -> dict[str, Any]:
+        """In what linears differ from one grid, without what was not asked for."""
+        job = self.job
+        override = [{"pattern": some.pattern, **some.fields} for some in job.override]
+        found: dict[str, Any] = {"override": override, "ignore": list(job.ignore), "towers": list(job.towers)}
+        if job.budget is not None:
+            found |= {"budget": job.budget, "widths": sorted(set(job.widths))}
+        return {key: value for key, value in found.items() if value != []}
 
     @property
     def data(self) -> dict[str, Any]:
@@ -207,105 +219,133 @@ class Plan:
         return {"origin": "none: this method reads no calibration data"} if self.samples is None else self.samples.data
 
 
-def make_plan(
-    model: str | Path,
-    *,
-    method: Method | None = None,
-    grid: Grid | None = None,
-    calibration: Calibration | None = None,
-    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
-    ignore: Sequence[str] = (),
-    budget: float | None = None,
-    widths: Sequence[int] = WIDTHS,
-    format: str = "compressed-tensors",
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    rotate: str | Sequence[str] = (),
-    rotate_seed: int = 0,
-    activations: TokenGrid | None = None,
-    towers: str | Sequence[str] = (),
-    sketch: bool = False,
-) -> Plan:
-    """Open the source and settle every choice, as ``quantize`` takes them; refuse, before any compute, what cannot work.
+def make_plan(model: str | Path, job: Job | None = None, *, sketch: bool = False, **settings: Any) -> Plan:
+    """Open a model and settle every choice of a job, ready to be walked.
 
-    With ``sketch`` no weight and no token is read, and MODEL may be a lone config.json: good for an estimate, not to be run.
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        sketch: read no weight; such a plan can be estimated, not walked.
+        settings: as ``Job.of`` takes them.
+
+    Raises:
+        NearplaneError: whatever cannot work; SettingError where a setting is the reason.
     """
-    method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
-    mix, turning = make_mix(override, ignore, budget, widths, towers), make_rotate(rotate, rotate_seed)
-    where = _choices(method, format, device)
-    running(format, activations, "r4" in turning.kinds)  # or refuse
-    source: Source = (open_sketch if sketch else open_source)(model, trust_remote_code=trust_remote_code)
-    if calibration.all_experts:
+    job = Job.of(job, settings)
+    return draft(model, job) if sketch else complete(draft(model, job, reads=True))
+
+
+def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
+    """Open a model in sketch mode and settle every choice; MODEL may be a folder with nothing but a config.json.
+
+    Args:
+        reads: whether weights may be read where the model cannot be probed without them.
+
+    Raises:
+        Unsketchable: the model cannot be probed without its weights, and ``reads`` is False.
+        NearplaneError: whatever else cannot work.
+    """
+    turning, device = make_rotate(job.rotate, job.rotate_seed), pick_device(job.device)
+    running(job.format, job.activations, "r4" in turning.kinds)  # or refuse
+    source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code)
+    if job.calibration.all_experts:
         show_all(source.model, source.folder)
-    if turning.kinds and not sketch:
-        source = rotated(source, turning, where)
-    if isinstance(source, Sketch):
-        found = discover_sketch(source)
-        promised(source, turning)
-    else:
-        found = discover(source)
-    plan = _settle(source, found, method, grid, calibration, format, where, dtype, mix, activations)
-    if sketch:
-        return plan
-    if method.needs:
-        plan = replace(plan, samples=gather(source, calibration))
+    try:
+        blocks = discover(source)
+    except Unsketchable:
+        if not reads:
+            raise
+        source.read_weights()
+        blocks = discover(source)
+    return _settle(promised(source, turning), blocks, job, device)
+
+
+def complete(plan: Plan) -> Plan:
+    """Read what must be known before the walk: whether the rotation is one, the samples, the tensors that are copied."""
+    source, job = plan.source.promise_of or plan.source, plan.job
+    source.read_weights()
+    turning = make_rotate(job.rotate, job.rotate_seed)
+    if turning.kinds:
+        source = rotated(source, turning, plan.device)
+        if job.calibration.all_experts:
+            show_all(source.model, source.folder)
+    plan = replace(plan, source=source)
+    if plan.method.needs:
+        plan = replace(plan, samples=gather(source, job.calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
 
 
-def _choices(method: Method, format: str, device: str) -> torch.device:
-    """What can be refused before the model is opened."""
-    where = pick_device(device)
-    if format not in FORMATS:
-        raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
-    if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
-        raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
-    if not set(method.needs) <= set(get_args(Need)):
-        known = ", ".join(get_args(Need))
-        raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")
-    return where
-
-
-def _settle(
-    source: Source,
-    blocks: list[Block],
-    method: Method,
-    grid: Grid,
-    calibration: Calibration,
-    format: str,
-    where: torch.device,
-    dtype: str,
-    mix: Mix,
-    activations: TokenGrid | None,
-) -> Plan:
-    """Dtypes and grids; refuse what the format or the method cannot hold."""
-    stored = pick_dtype(dtype) or source.dtype
-    compute = torch.float32 if where.type == "cpu" else source.dtype
-    grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
+def _settle(source: Source, blocks: list[Block], job: Job, device: torch.device) -> Plan:
+    """Settle dtypes and grids; refuse what the format or the method cannot hold."""
+    turned = "r4" in source.settings.get("rotate", {}).get("kinds", ())
+    format, stored = running(job.format, job.activations, turned), pick_dtype(job.dtype) or source.dtype
+    grid = replace(job.grid, scale_dtype=format.scale_dtype(stored))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
-    blocks, ignored = leave_out(blocks, mix, disk.__getitem__, linears_besides(source.model, set(disk)))
+    blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)))
     sites = [site for block in blocks for site in block.sites]
-    grids, fixed = assign([disk[site.name] for site in sites], grid, mix)
-    refuse_split(grids, ignored, mix, fixed)
+    grids, fixed = assign([disk[site.name] for site in sites], grid, job)
+    refuse_split(grids, ignored, job, fixed)
     for site in sites:
-        left = mix.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
-        reason = None if left else FORMATS[format].supports(grids[disk[site.name]], site.shape)
+        left = job.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
+        reason = None if left else format.supports(grids[disk[site.name]], site.shape)
         if site.transposed:
-            reason = conv1d_reason(FORMATS[format]) or reason
-        reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
+            reason = conv1d_reason(format) or reason
+        reason = reason or getattr(job.method, "refuses", lambda _shape: None)(site.shape)
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
+    compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
-    chosen = running(format, activations, "r4" in source.settings.get("rotate", {}).get("kinds", ()))
-    plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
-    plan = replace(plan, activations=activations)
-    return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
+    plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored)
+    return plan if job.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
 
 
 def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     """The plan with the bits of all linears but the ``fixed`` ones left to its budget."""
-    free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.mix, plan.format)
-    check_budget(free, plan.sites, plan.grids, plan.mix, plan.format)
+    free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.job, plan.format)
+    check_budget(free, plan.sites, plan.grids, plan.job, plan.format)
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)
+
+
+def _about_loading(plan: Plan) -> list[str]:
+    """Name who will not load the checkpoint, and what is stored beyond the model."""
+    source, sites = plan.source, plan.sites
+    found = []
+    if plan.format.name == "compressed-tensors":
+        kinds = {type(source.model.get_submodule(site.name)) for site in sites if not site.transposed}
+        own = ", ".join(sorted(kind.__name__ for kind in kinds if kind is not nn.Linear))
+        if own:
+            found.append(
+                f"this model computes with {own}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
+            )
+        if converts(source.model):
+            found.append(
+                "transformers merges or splits weights of this model while loading, not packed ones: only nearplane loads it"
+            )
+    unused = sorted(source.store.names - set(source.names.values()))
+    if unused:
+        found.append(f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}")
+    written = {site.name: source.names[f"{site.name}.weight"].removesuffix(".weight") for site in sites}
+    asymmetric = any(not plan.grid_of(site).sym for site in sites if EXPERT.fullmatch(site.name))
+    return found + loading_notes(source.model, source.store, written, asymmetric)
+
+
+def _mostly_dense(plan: Plan) -> str | None:
+    """What to know where most of the blocks' weights are in no linear that could be found."""
+    source, blocks = plan.source, plan.blocks
+    sites = {f"{site.name}.weight" for block in blocks for site in block.sites}
+    inside = [(f"{b.name}.{n}", p) for b in blocks for n, p in source.model.get_submodule(b.name).named_parameters()]
+    sizes = {name: value.numel() for name, value in inside if value.dim() > 1}
+    dense = {name: size for name, size in sizes.items() if name not in sites}
+    if 2 * sum(dense.values()) <= sum(sizes.values()):
+        return None
+    largest = max(dense, key=lambda name: dense[name])
+    share = 100 * sum(dense.values()) / sum(sizes.values())
+    return f"{share:.0f}% of the blocks' weights are in no linear that was found and stay dense, the largest {largest}"
+
+
+def _no_stream(plan: Plan) -> str | None:
+    """Why the residual stream's drift will not be repaired; None where it will, or was not meant to."""
+    if "R" not in plan.method.needs or any(site.adds_to for site in plan.sites):
+        return None
+    return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"

@@ -18,8 +18,9 @@ from nearplane.formats.parts import Writer
 from nearplane.formats.read import read_tensors
 from nearplane.formats.store import Store
 from nearplane.models.discover import Block
+from nearplane.run.events import BlockDone, Event, Solved
 from nearplane.run.plan import Plan
-from nearplane.run.report import Mark, Report
+from nearplane.run.report import Report
 from nearplane.run.stream import OpenBlock
 
 # What may be another for the blocks not yet done; the report says per linear what was used.
@@ -107,11 +108,33 @@ def _told(plan: Plan, writer: Writer, report: Report, world: int) -> list[str]:
     return events
 
 
-def seal(plan: Plan, writer: Writer, report: Report, block: OpenBlock, mark: Mark) -> None:
-    """Make a finished block durable."""
-    record = {"block": block.block.name, "run": _identity(plan), "versions": report.versions}
-    made_of = {"ranks": block.walk.ranks.world, "source": _read(plan, block.block), "copied": _copied(plan)}
-    writer.seal({**record, **made_of, "report": report.since(mark)})
+class Saver:
+    """Writes what a walk says into the parts of a checkpoint, and seals every finished block."""
+
+    def __init__(self, plan: Plan, writer: Writer, report: Report, world: int) -> None:
+        self.plan, self.writer, self.report, self.world = plan, writer, report, world
+        self.mark = report.mark()
+
+    def take(self, event: Event) -> None:
+        """Put a solved weight; make a finished block durable. The report has taken the event before."""
+        if isinstance(event, Solved):
+            name = self.plan.disk_name(event.site.name)
+            self.writer.put(self.plan.format.tensors(name, event.quantized, event.grid))
+        elif isinstance(event, BlockDone) and not event.replayed:
+            self.writer.seal(self._record(event.block))
+            self.mark = self.report.mark()
+
+    def _record(self, block: Block) -> dict[str, Any]:
+        """What a resumed run must know of a finished block."""
+        return {
+            "block": block.name,
+            "run": _identity(self.plan),
+            "versions": self.report.versions,
+            "ranks": self.world,
+            "source": _read(self.plan, block),
+            "copied": _copied(self.plan),
+            "report": self.report.since(self.mark),
+        }
 
 
 def replay(plan: Plan, done: Done, block: OpenBlock) -> None:

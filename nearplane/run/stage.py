@@ -1,99 +1,104 @@
-"""One stage: its input observed, the method prepared once, the rows of its weights solved, put in place, measured, written."""
+"""One stage: observe its input, prepare the method once, solve the rows of its weights, put them in place, measure them.
+
+Rows are split over the ranks where they are independent. An expert shown fewer tokens than it has inputs has a singular
+Hessian, whose directions are as uncertain as tokens are missing: its damping is ``damp_percent`` times inputs over tokens,
+at most 1. An expert that no token reached, or only zeros, is rounded to nearest. Both are named, in one line for each layer.
+"""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
-from nearplane.core.grid import Certificate, Grid, Quantized
+from nearplane.core.grid import Certificate, Course, Grid, Quantized
 from nearplane.core.moments import Moments
-from nearplane.formats.parts import Writer
 from nearplane.machine.ranks import Ranks
 from nearplane.methods import RTN
 from nearplane.methods.base import Method, rows_independent
 from nearplane.models.discover import Stage
 from nearplane.models.experts import EXPERT
+from nearplane.run.events import Event, Noted, Solved, StageDone
+from nearplane.run.measure import Clock, Knowledge, LinearRow, measure, observed
 from nearplane.run.plan import Plan
-from nearplane.run.report import LinearRow, Report, observed
 from nearplane.run.stream import OpenBlock
 
 
-def solve_stage(
-    plan: Plan, block: OpenBlock, stage: Stage, writer: Writer | None, report: Report, ranks: Ranks
-) -> list[LinearRow]:
+def solve_stage(plan: Plan, block: OpenBlock, stage: Stage, ranks: Ranks, clock: Clock) -> Iterator[Event]:
     """Observe one stage's input, prepare once on every rank, solve the rows of all its weights on one grid together.
 
-    Every rank puts the result in place and measures some of its rows; the one with the writer also writes it.
+    Every rank puts the result in place and measures some of its rows.
+
+    Args:
+        block: whose stage it is.
+        clock: what the time is added to.
+
+    Yields:
+        Noted and Solved, in order, and StageDone.
+
+    Raises:
+        NumericalError, SettingError: beginning with the name of the linear.
     """
-    moments, state, rows, method = None, None, list[LinearRow](), plan.method
-    where = stage[0].name
+    where, rows, courses = stage[0].name, list[LinearRow](), list[Course]()
     ranks.at(where)
+    number = block.k * len(block.stages) + block.stages.index(stage)
     try:
-        if plan.method.needs:
-            with report.timed("observe"):
-                moments = block.observe(stage, plan.method.needs)
-            if unseen(stage, moments):
-                moments = None
-            else:
-                power = moments.rescale()
-                moments.check()
-                report.events += observed(where, moments, power)
-                method = damped(method, stage, moments)
-                with report.timed("prepare"):
-                    state = method.prepare(moments)
-        number = block.k * len(block.stages) + block.stages.index(stage)
-        for grid, part in plan.parts(stage):
+        ready = _prepare(plan, block, stage, clock)
+        yield from map(Noted, ready.notes)
+        for own, part in plan.parts(stage):
             where = part[0].name
-            given = (method, grid) if moments or not plan.method.needs else rounding(grid)
-            rows += _solve(plan, block, part, *given, moments, state, number, writer, report, ranks)
+            method, grid = (ready.method, own) if not ready.known.rounded else rounding(own)
+            start = time.perf_counter()
+            with clock("solve"):
+                stacked = torch.cat([block.weight(site) for site in part])
+                solved = solve(ranks, method, stacked, ready.state, grid, number)
+            seconds, done = (time.perf_counter() - start) / len(stacked), 0
+            for site in part:
+                some = slice(done, done := done + site.shape[0])
+                weight, quantized = stacked[some], solved.rows(some)
+                block.replace(site, quantized, grid)
+                with clock("measure"):
+                    spent = seconds * len(weight)
+                    row, notes = measure(site.name, weight, quantized, grid, ready.known, seconds=spent, ranks=ranks)
+                rows.append(row)
+                yield from map(Noted, notes)
+                yield Solved(site, quantized, grid, row, plan.format.nbytes(site.shape, grid))
+            courses += [solved.course] if solved.course else []
+            first = rows[-len(part)]
+            if first.damp_raised:
+                yield Noted(f"{where}: damping raised {first.damp_raised} times, to {first.damp_percent:g}")
     except (NumericalError, SettingError) as error:
         raise type(error)(f"{where}: {error}") from error
-    return rows
+    yield StageDone(block.block, stage, rows, tuple(courses), last=stage is block.stages[-1])
 
 
-def _solve(
-    plan: Plan,
-    block: OpenBlock,
-    sites: Stage,
-    method: Method,
-    grid: Grid,
-    moments: Moments | None,
-    state: Any,
-    number: int,
-    writer: Writer | None,
-    report: Report,
-    ranks: Ranks,
-) -> list[LinearRow]:
-    """Solve the rows of weights that share an input and a grid as one weight; replace, measure and write each.
+class Ready(NamedTuple):
+    """A stage before its weights are solved."""
 
-    Only the rank with the writer writes.
-    """
-    start = time.perf_counter()
-    with report.timed("solve"):
-        stacked = torch.cat([block.weight(site) for site in sites])
-        solved = solve(ranks, method, stacked, state, grid, number)
-    seconds = (time.perf_counter() - start) / len(stacked)
-    rows, done = [], 0
-    for site in sites:
-        part = slice(done, done := done + site.shape[0])
-        weight, quantized = stacked[part], solved.rows(part)
-        block.replace(site, quantized, grid)
-        factor, spent = getattr(state, "factor", None), seconds * len(weight)
-        with report.timed("measure"):
-            rounded = bool(plan.method.needs) and moments is None
-            rows.append(report.add(site.name, weight, quantized, grid, moments, factor, spent, ranks, rounded))
-        if writer is None:
-            continue
-        with report.timed("write"):
-            tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
-            report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
-            writer.put(tensors)
-    report.settle(sites[0].name, solved.course, rows[0])
-    return rows
+    method: Method
+    state: Any
+    known: Knowledge
+    notes: list[str]
+
+
+def _prepare(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> Ready:
+    """Observe a stage's input and prepare the method; experts that no token reached are to be rounded."""
+    method = plan.method
+    if not method.needs:
+        return Ready(method, None, Knowledge(), [])
+    with clock("observe"):
+        moments = block.observe(stage, method.needs)
+    if unseen(stage, moments):
+        return Ready(method, None, Knowledge(rounded=True), [])
+    power = moments.rescale()
+    moments.check()
+    notes, method = observed(stage[0].name, moments, power), damped(method, stage, moments)
+    with clock("prepare"):
+        state = method.prepare(moments)
+    return Ready(method, state, Knowledge(moments, getattr(state, "factor", None)), notes)
 
 
 def solve(ranks: Ranks, method: Method, weight: Tensor, state: Any, grid: Grid, number: int) -> Quantized:
@@ -164,23 +169,6 @@ def by_layer(rows: Iterable[LinearRow]) -> dict[str, dict[str, list[LinearRow]]]
         if match is not None:
             layers.setdefault(match[1], {}).setdefault(match[2], []).append(row)
     return layers
-
-
-def lines(rows: Iterable[LinearRow]) -> list[str]:
-    """One line for the experts of a layer, in place of one for each stage."""
-    found = []
-    for layer, experts in by_layer(rows).items():
-        of = [row for expert in experts.values() for row in expert]
-        errors = [(row.error, row.rtn_error or 0.0, row.tokens) for row in of if row.error is not None]
-        line = f"{layer} {len(experts)} experts, "
-        if errors:
-            worst = max(errors)
-            line += f"the worst error {worst[0]:.4f} (rtn {worst[1]:.4f}) after {worst[2]} tokens, "
-            line += f"{min(row.tokens for row in of)} to {max(row.tokens for row in of)} tokens"
-        else:
-            line += f"weight error {max(row.weight_error for row in of):.4f}"
-        found.append(f"{line}  {sum(row.seconds for row in of):.1f}s")
-    return found
 
 
 def told(rows: Iterable[LinearRow]) -> list[str]:

@@ -15,6 +15,7 @@ than ``IN_FLIGHT_BYTES`` every stage is reached by a forward of its own instead,
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
 from nearplane.data.samples import Batch, as_batch, cut, positions, real
-from nearplane.machine.ranks import Ranks
+from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods.base import Need
 from nearplane.models import discover
 from nearplane.models.discover import Block, Site, Stage
@@ -51,6 +52,18 @@ def kept(blocks: list[Block], tokens: int, dtype: torch.dtype, streams: int) -> 
     """Whether all forwards of a block may wait at once, or each stage is reached anew."""
     width = max((site.shape[0] + site.shape[1] for block in blocks for site in block.sites), default=0)
     return tokens * width * 2 * dtype.itemsize * streams <= IN_FLIGHT_BYTES
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a walk computes and keeps its hidden states, and who shares the samples."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    offload: Path | None = None
+    """A folder in which the streams are kept on disk meanwhile, instead of in memory."""
+    ranks: Ranks = ALONE
+    """Of several, each runs some of the samples."""
 
 
 class OpenBlock:
@@ -197,14 +210,12 @@ class Walk:
         source: Source,
         blocks: list[Block],
         samples: Tensor | Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
+        place: Place,
         reference: bool,
-        offload: Path | None = None,
-        ranks: Ranks | None = None,
-        activations: TokenGrid | None = None,
+        activations: TokenGrid | None,
     ) -> None:
-        self.ranks, self.activations = ranks or Ranks(), activations
+        device, dtype, offload = place.device, place.dtype, place.offload
+        self.ranks, self.activations = place.ranks, activations
         self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.streams: list[Stream] = []
@@ -243,22 +254,28 @@ def stream(
     blocks: list[Block],
     samples: Tensor | Mapping[str, Tensor] | None,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
-    reference: bool,
-    offload: Path | None = None,
-    ranks: Ranks | None = None,
+    reference: bool = False,
     activations: TokenGrid | None = None,
+    place: Place = Place(),
 ) -> Iterator[OpenBlock]:
     """Open each block in turn, hand it out, advance both streams through it, free it.
 
-    ``samples``: arguments of the model's forward, or token ids (samples, seqlen) alone, or None when the method reads no data.
-    An argument called attention_mask says which positions are real: padding enters no moment. ``reference`` keeps the second
-    stream. ``offload``: a folder in which the streams are kept on disk meanwhile, instead of in memory. Of several ``ranks``
-    each runs some of the samples. ``activations``: how inputs of sites are rounded in the quantized stream.
+    Args:
+        source: the model.
+        blocks: its blocks, as ``discover`` finds them.
+        samples: arguments of the model's forward, or token ids (samples, seqlen) alone; None when the method reads no
+            data. An argument called attention_mask says which positions are real: padding enters no moment.
+        reference: keep the second stream, through the original weights.
+        activations: how inputs of sites are rounded in the quantized stream.
+        place: device, dtype, folder for the streams, ranks.
+
+    Raises:
+        NearplaneError: every activation is NaN or Inf, or ``place.offload`` cannot be written to.
+        NumericalError: a weight holds NaN or Inf.
     """
-    with torch.no_grad(), _scratch(offload) as folder:
-        walk = Walk(source, blocks, samples, device, dtype, reference, folder, ranks, activations)
+    place = place or Place()
+    with torch.no_grad(), _scratch(place.offload) as folder:
+        walk = Walk(source, blocks, samples, replace(place, offload=folder), reference, activations)
         for k, block in enumerate(blocks):
             opened = OpenBlock(walk, k)
             try:

@@ -15,7 +15,7 @@ from nearplane.methods.base import Need, Sweeping
 from nearplane.methods.nearplane import TRIAL_ROWS
 from nearplane.methods.obq import CHUNK_NUMBERS
 from nearplane.models.discover import Stage
-from nearplane.run.report import MEASURED_AT_ONCE, measured_rows
+from nearplane.run.measure import MEASURED_AT_ONCE, measured_rows
 
 BYTE = 0.25
 # What the search for scales holds of a chunk of rows: the error of an attempt, its codes, what is best so far.

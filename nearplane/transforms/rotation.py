@@ -6,7 +6,7 @@ came out right is measured here, before anything is made of it: the logits of bo
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,17 +46,22 @@ def make_rotate(words: str | Sequence[str], seed: int) -> Rotate:
     return Rotate(tuple(kind for kind in KINDS if kind in kinds), seed)
 
 
-def promised(sketch: Source, how: Rotate) -> None:
-    """Let a sketch, its blocks found, count as its rotated view will. Whether it can be rotated takes weights to tell."""
+def promised(source: Source, how: Rotate) -> Source:
+    """Return the source with the sizes that its rotated view will have; its blocks are known.
+
+    Whether the model can be rotated takes weights to tell. SettingError where its class cannot.
+    """
     if not how.kinds:
-        return
-    block_names(sketch)  # or refuse
-    sketch.settings = {"rotate": {"kinds": list(how.kinds), "seed": how.seed}}
-    sketch.notes.append("whether the model can be rotated is found out when its weights are read")
-    if "r1" in how.kinds and is_tied(sketch):
-        head, table = f"{head_name(sketch)}.weight", embedding_name(sketch)
-        sketch.store = RotatedStore(sketch.store, {head: Change(sketch.names[str(table)], torch.Tensor)})
-        sketch.names = {**sketch.names, head: head}
+        return source
+    block_names(source)  # or refuse
+    settings = {"rotate": {"kinds": list(how.kinds), "seed": how.seed}}
+    notes = [*source.notes, "whether the model can be rotated is found out when its weights are read"]
+    view = replace(source, settings=settings, notes=notes, promise_of=source)
+    if "r1" in how.kinds and is_tied(source):
+        head, table = f"{head_name(source)}.weight", embedding_name(source)
+        view.store = RotatedStore(source.store, {head: Change(source.names[str(table)], torch.Tensor)})
+        view.names = {**source.names, head: head}
+    return view
 
 
 def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:

@@ -397,7 +397,7 @@ def test_the_certificate_and_the_python_surface_refuse_nonsense(model: Path, tmp
         needs = frozenset({"X"})  # type: ignore[assignment]
 
     for method, says in (
-        ("gptq", "must be an object"),
+        ("gptx", "unknown method .gptx."),
         (RTN, "must be an object"),
         (Greedy(), "may need"),
         (Wrong(), "shape"),

@@ -14,7 +14,7 @@ import nearplane
 from nearplane.core.errors import NearplaneError
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def test_stages_and_replay(kind: str, tmp_path: Path) -> None:
         )
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    for k, opened in enumerate(stream(source, blocks, ids, device=CPU, dtype=torch.float32, reference=False)):
+    for k, opened in enumerate(stream(source, blocks, ids, place=Place(CPU, torch.float32), reference=False)):
         quantized = opened.walk.streams[0]
         if k > 0:
             before = torch.cat([hidden for hidden in quantized.hidden[blocks[k - 1].tower] if hidden is not None])
@@ -82,7 +82,7 @@ def test_stages_and_replay(kind: str, tmp_path: Path) -> None:
 def test_weights_outside_the_open_block_stay_on_disk(tmp_path: Path) -> None:
     source = open_source(tiny.save(tiny.build("llama"), tmp_path / "m"))
     blocks = discover(source)
-    for opened in stream(source, blocks, tiny.tokens(2, 8), device=CPU, dtype=torch.float32, reference=True):
+    for opened in stream(source, blocks, tiny.tokens(2, 8), place=Place(CPU, torch.float32), reference=True):
         live = {name for name, p in source.model.named_parameters() if ".layers." in name and not p.is_meta}
         assert live and all(name.startswith(opened.block.name + ".") for name in live)
 
@@ -92,7 +92,7 @@ def test_of_the_embedding_only_the_rows_that_run_are_there(tmp_path: Path) -> No
     model = tiny.build("gemma2").to(torch.bfloat16)
     source, ids = open_source(tiny.save(model, tmp_path / "m")), tiny.tokens(2, 8)
     blocks = discover(source)
-    next(stream(source, blocks, ids, device=CPU, dtype=torch.float32, reference=False))
+    next(stream(source, blocks, ids, place=Place(CPU, torch.float32), reference=False))
     table, stored = source.model.get_input_embeddings().weight, model.get_input_embeddings().weight  # type: ignore[operator]
     used = torch.zeros(len(table), dtype=torch.bool)
     used[ids.flatten()] = True

@@ -21,7 +21,7 @@ from nearplane.models.discover import discover
 from nearplane.models.experts import EXPERT, Experts, experts_of, routers, set_visit
 from nearplane.models.experts_disk import split
 from nearplane.models.source import open_source
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 CPU = torch.device("cpu")
 # Checkpoints that store fused tensors: quantized, transformers does not find their experts.
@@ -76,7 +76,7 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
     last = dense.get_submodule(blocks[-1].name)
     last.register_forward_hook(lambda _m, _a, y: hidden.__setitem__("y", y[0] if isinstance(y, tuple) else y))
     logits(dense)
-    for opened in stream(source, blocks, ids, device=CPU, dtype=torch.float32, reference=False):
+    for opened in stream(source, blocks, ids, place=Place(CPU, torch.float32), reference=False):
         for site in opened.block.sites:
             opened.replace(site, RTN().solve(opened.weight(site), None, GRID), GRID)
         output = opened._forward(0, 0).until(None)

@@ -12,7 +12,7 @@ from nearplane.core.errors import NearplaneError
 from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 ENCODER, DECODER = (
     [3, 1, 1, 1],
@@ -43,7 +43,7 @@ TOWERS: dict[str, list[tuple[str, list[int], tuple[int, int]]]] = {
 def walked(source: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
     """Each block's output by batch, as the walk has it."""
     found, blocks, cpu = {}, discover(source), torch.device("cpu")
-    for opened in stream(source, blocks, batch, device=cpu, dtype=torch.float32, reference=False):
+    for opened in stream(source, blocks, batch, place=Place(cpu, torch.float32), reference=False):
         batches = range(len(opened.walk.batches))
         found[opened.block.name] = [opened._forward(0, number).until(None) for number in batches]
     return found  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from nearplane.models.discover import discover
 from nearplane.models.source import open_source
 from nearplane.run import observe
 from nearplane.run.forward import Forward
-from nearplane.run.stream import stream
+from nearplane.run.stream import Place, stream
 
 KINDS = ["llama", "gpt2", "opt", "gemma2", "falcon"]
 GRID = Grid(bits=3, group_size=32, sym=False)
@@ -63,7 +63,7 @@ def ids_of(samples: int, length: int = 16) -> torch.Tensor:
 
 
 def opened_blocks(source: Any, ids: torch.Tensor, dtype: torch.dtype = torch.float64, reference: bool = True) -> Any:
-    return stream(source, discover(source), ids, device=torch.device("cpu"), dtype=dtype, reference=reference)
+    return stream(source, discover(source), ids, place=Place(torch.device("cpu"), dtype), reference=reference)
 
 
 def put(opened: Any, stage: Any, grid: Grid = GRID) -> dict[str, torch.Tensor]:
@@ -496,7 +496,7 @@ def test_a_batch_that_never_reaches_a_stage(skipped: int, models: Any, keep: boo
         seen: list[int] = []
         model.register_forward_pre_hook(lambda _m, _a, seen=seen: seen.append(1))
         skipping(model, lambda seen=seen: (len(seen) - 1) % 3)
-    for opened in stream(source, blocks, ids, device=torch.device("cpu"), dtype=torch.float64, reference=True):
+    for opened in stream(source, blocks, ids, place=Place(torch.device("cpu"), torch.float64), reference=True):
         for stage in opened.stages:
             found = opened.observe(stage, ALL)
             x, xhat = brute.inputs(stage[0].name)

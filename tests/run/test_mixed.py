@@ -203,16 +203,18 @@ def test_resume_keeps_the_grids(model: Path, tmp_path: Path, monkeypatch: pytest
 
 def stopped(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
     """A run that ended after its first block."""
-    from nearplane import api
+    from nearplane.run.events import BlockDone
+    from nearplane.run.resume import Saver
 
     with monkeypatch.context() as patch:
-        seal = api.seal
+        take = Saver.take
 
-        def once(*args: Any) -> None:
-            seal(*args)
-            raise KeyboardInterrupt
+        def once(saver: Saver, event: Any) -> None:
+            take(saver, event)
+            if isinstance(event, BlockDone):
+                raise KeyboardInterrupt
 
-        patch.setattr(api, "seal", once)
+        patch.setattr(Saver, "take", once)
         with pytest.raises(KeyboardInterrupt):
             run(model, out, **options)
     return out

@@ -13,6 +13,7 @@ from torch import Tensor
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, NearPlane
 from nearplane.checkpoint.inspect import inspect
+from nearplane.cli.terminal import expert_lines as lines
 from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import dequantize
@@ -20,9 +21,11 @@ from nearplane.models.discover import discover
 from nearplane.models.experts import EXPERT, set_visit
 from nearplane.models.source import open_source
 from nearplane.run.estimate import estimate
+from nearplane.run.events import BlockDone
 from nearplane.run.plan import make_plan
-from nearplane.run.stage import damped, lines, told, unseen
-from nearplane.run.stream import stream
+from nearplane.run.resume import Saver
+from nearplane.run.stage import damped, told, unseen
+from nearplane.run.stream import Place, stream
 
 CPU = torch.device("cpu")
 GRID = Grid(bits=3, group_size=16)
@@ -63,7 +66,7 @@ def rounded_walk(folder: Path, ids: Tensor, rounded: Any) -> Iterator[tuple[str,
     """Round every weight on the way, in ``rounded`` too; the moments of the second block's experts."""
     source = open_source(folder)
     needs: Any = frozenset({"H", "D"})
-    for opened in stream(source, discover(source), ids, device=CPU, dtype=torch.float32, reference=True):
+    for opened in stream(source, discover(source), ids, place=Place(CPU, torch.float32), reference=True):
         for stage in opened.stages:
             expert = EXPERT.fullmatch(stage[0].name)
             if expert and opened.k == 1:
@@ -112,7 +115,7 @@ def test_all_experts_are_shown_all_tokens_and_the_model_is_the_same(mixture: Pat
         source = open_source(mixture)
         set_visit(source.model, visit)  # type: ignore[arg-type]
         blocks = discover(source)
-        for opened in stream(source, blocks, ids, device=CPU, dtype=torch.float32, reference=False):
+        for opened in stream(source, blocks, ids, place=Place(CPU, torch.float32), reference=False):
             stages = [stage for stage in opened.stages if EXPERT.fullmatch(stage[0].name)]
             assert [len(stage) for stage in stages] == ([8, 1, 1, 1, 1] if visit == "all" else [2, 1] * 4)
             counts = [opened.observe(stage, frozenset({"H"})).tokens for stage in stages]
@@ -206,17 +209,18 @@ def test_resumed_and_planned(mixture: Path, tmp_path: Path, monkeypatch: pytest.
     """A run that stops after a block goes on to the same bytes; the estimate counts all experts of a block."""
     settings: dict[str, Any] = {"grid": GRID, "calibration": calibration(mixture, 4, 12), "progress": False}
     nearplane.quantize(mixture, tmp_path / "whole", **settings)
-    seal, calls = nearplane.api.seal, []
+    take, calls = Saver.take, []
 
-    def stop(*args: Any) -> None:
-        seal(*args)
-        calls.append(args)
-        raise KeyboardInterrupt
+    def stop(saver: Saver, event: Any) -> None:
+        take(saver, event)
+        if isinstance(event, BlockDone):
+            calls.append(event)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(nearplane.api, "seal", stop)
+    monkeypatch.setattr(Saver, "take", stop)
     with pytest.raises(KeyboardInterrupt):
         nearplane.quantize(mixture, tmp_path / "parts", **settings)
-    monkeypatch.setattr(nearplane.api, "seal", seal)
+    monkeypatch.setattr(Saver, "take", take)
     assert len(calls) == 1
     nearplane.quantize(mixture, tmp_path / "parts", resume=True, **settings)
     shards = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))

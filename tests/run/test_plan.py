@@ -22,16 +22,16 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats import FORMATS
 from nearplane.formats.store import Store
 from nearplane.machine.ranks import Ranks
-from nearplane.models.discover import discover
+from nearplane.models.discover import Block, discover
 from nearplane.models.inputs import PROBE_TOKENS
-from nearplane.models.sketch import Unsketchable, discover_sketch, open_sketch
-from nearplane.models.source import open_source
+from nearplane.models.sketch import Unsketchable
+from nearplane.models.source import Source, open_source
 from nearplane.run import estimate, forecast, pace, workspace
 from nearplane.run.estimate import Estimate
 from nearplane.run.forecast import Forecast
+from nearplane.run.measure import Knowledge, measure
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, make_plan
-from nearplane.run.report import Report
 from nearplane.run.stream import IN_FLIGHT_BYTES
 from nearplane.run.workspace import Shape, stage_shape
 
@@ -66,11 +66,11 @@ def parts(model: Path, method: Method) -> dict[str, int]:
 def test_stages_are_found_without_weights(kind: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.build(kind), tmp_path / "m")
     true = discover(open_source(folder))
-    assert discover_sketch(open_sketch(folder)) == true
+    assert discover(open_source(folder, sketch=True)) == true
     for path in folder.iterdir():
         if path.name != "config.json":
             path.unlink()
-    assert discover_sketch(open_sketch(folder)) == true
+    assert discover(open_source(folder, sketch=True)) == true
 
 
 @pytest.mark.parametrize(("format", "grid"), [
@@ -143,7 +143,7 @@ def test_work_arrays_are_those_that_live(method: Method, shape: tuple[int, int, 
         solved = method.solve(weight, state, grid)
     assert 0.75 * (expected.solve - fitting) < peak.most / 4 < 1.1 * expected.solve
     with _peak() as peak:
-        Report("", {}).add("", weight, solved, grid, moments, None, 0.0)
+        measure("", weight, solved, grid, Knowledge(moments))
     assert peak.most / 4 == pytest.approx(expected.measure, rel=0.1)
 
 
@@ -163,7 +163,7 @@ def test_memory_follows_its_formulas(model: Path) -> None:
         assert found["paused"] == 4 * tokens * (inner + 2 * hidden)
         assert found["moments"] == 4 * inner**2 and found["factor"] == 4 * inner**2
     assert {found["solver"] for found in down} >= {int(4 * hidden * inner * 7.25)}  # the weight, 6 of Report.add, codes
-    few = estimate._Walk(replace(plan, calibration=Calibration(nsamples=1, seqlen=32)))
+    few = estimate._Walk(plan.changed(calibration=Calibration(nsamples=1, seqlen=32)))
     assert few.outside == (32 + 1) * hidden and few.probed == (PROBE_TOKENS + 1) * hidden
 
 
@@ -233,10 +233,12 @@ def test_a_run_that_cannot_fit_is_refused(
 def test_a_model_that_reads_a_weight_itself_is_checked_once_its_weights_are_there(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_probe(_sketch: object) -> None:
-        raise Unsketchable("no")
+    def no_probe(source: Source) -> list[Block]:
+        if source.sketch:
+            raise Unsketchable("no")
+        return discover(source)
 
-    monkeypatch.setattr(nearplane.run.plan, "discover_sketch", no_probe)
+    monkeypatch.setattr(nearplane.run.plan, "discover", no_probe)
     monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
     with pytest.raises(SettingError, match="are available"):
         nearplane.quantize(model, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
@@ -330,7 +332,7 @@ def test_what_cannot_be_planned(config: Path, tmp_path: Path, capsys: pytest.Cap
     assert "merges weights" in says(config)
     (config / "config.json").write_text(json.dumps(raw))
     with pytest.raises(NearplaneError, match="no weights"):
-        open_sketch(config).store.get("lm_head.weight")
+        open_source(config, sketch=True).store.get("lm_head.weight")
 
 
 def test_a_lack_is_reported_by_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,8 +346,8 @@ def test_a_lack_is_reported_by_the_plan(model: Path, monkeypatch: pytest.MonkeyP
 def test_what_is_advised_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every set of flags is tried: with as much memory as the advised one takes, and no more, it runs."""
     data = Calibration(dataset=str(model.parent / "text.txt"), nsamples=64, seqlen=64)
-    plan = replace(planned(model, NearPlane()), calibration=data)
-    whole, small = (estimate.estimate(replace(plan, method=m, calibration=replace(data, nsamples=n))).memory[0]
+    plan = planned(model, NearPlane()).changed(calibration=data)
+    whole, small = (estimate.estimate(plan.changed(method=m, calibration=replace(data, nsamples=n))).memory[0]
                     for m, n in ((NearPlane(), 64), (NearPlane(), 32)))  # fmt: skip
     assert small.need < whole.need
     monkeypatch.setattr(estimate, "available_memory", lambda: small.need + (whole.need - small.need) // 4)
@@ -362,7 +364,7 @@ def test_advice_for_ranks_is_of_one_ranks_share(model: Path, monkeypatch: pytest
     share = estimate.shared(whole, None, 4, 4)
     assert whole.samples is not None and share.windows == (16, 64)
     assert share.memory[0].parts == estimate.shared(sketched, None, 4, 4).memory[0].parts
-    half = estimate.shared(replace(sketched, calibration=replace(data, nsamples=32)), None, 4, 4).memory[0].need
+    half = estimate.shared(sketched.changed(calibration=replace(data, nsamples=32)), None, 4, 4).memory[0].need
     monkeypatch.setattr(estimate, "available_memory", lambda: 4 * (half + (share.memory[0].need - half) // 4))
     with pytest.raises(SettingError, match=r"(--nsamples 32|--offload DIR) fits"):
         estimate.refuse(whole, Path.cwd(), ranks=Ranks(0, 4, 4))
@@ -371,7 +373,7 @@ def test_advice_for_ranks_is_of_one_ranks_share(model: Path, monkeypatch: pytest
 def test_rounded_inputs_wait_beside_what_was_rounded(model: Path) -> None:
     plan = planned(model, GPTQ())
     plain, rounded = (
-        estimate.estimate(p).memory[0].parts["paused"] for p in (plan, replace(plan, activations=TokenGrid(8)))
+        estimate.estimate(p).memory[0].parts["paused"] for p in (plan, plan.changed(activations=TokenGrid(8)))
     )
     assert rounded - plain == 4 * 32 * 4 * 64  # samples x tokens x bytes x inputs of the stage that holds most
 

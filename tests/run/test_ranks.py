@@ -49,10 +49,8 @@ def run(model: Path, out: Path, samples: int = 7, seqlen: int = 24, **options: A
 
 def exact(tokens: int = 48) -> None:
     """Compute in float64, in batches of so many tokens; for good, only in a child."""
-    plan_of = nearplane.api.make_plan
-    nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(
-        plan_of(*args, **choices), compute=torch.float64
-    )
+    plan_of = nearplane.api.complete
+    nearplane.api.complete = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)
     nearplane.run.stream.BATCH_TOKENS = tokens
 
 
@@ -142,7 +140,7 @@ def test_measuring_is_shared(model: Path, tmp_path: Path) -> None:
 
     def work(rank: int) -> tuple[int, int]:
         exact()
-        forwards, rows, output, energy = [0], [0], OpenBlock.output, nearplane.run.report.energy
+        forwards, rows, output, energy = [0], [0], OpenBlock.output, nearplane.run.measure.energy
 
         def counted_output(self: OpenBlock, batch: int) -> torch.Tensor:
             forwards[0] += 1
@@ -153,7 +151,7 @@ def test_measuring_is_shared(model: Path, tmp_path: Path) -> None:
             return energy(weight, H)
 
         OpenBlock.output = counted_output  # type: ignore[method-assign]
-        nearplane.run.report.energy = counted_energy
+        nearplane.run.measure.energy = counted_energy
         run(model, tmp_path / f"out-{os.environ['WORLD_SIZE']}", samples=16, budget=5.5)
         return forwards[0], rows[0]
 
@@ -341,8 +339,8 @@ DRIVER = """
 import dataclasses, os, signal, sys
 import torch, nearplane
 from nearplane.cli.main import main
-plan_of, observed, stages = nearplane.api.make_plan, nearplane.run.stage.observed, []
-nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
+plan_of, observed, stages = nearplane.api.complete, nearplane.run.stage.observed, []
+nearplane.api.complete = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)
 def count(*args):
     stages.append(1)
     if os.environ["RANK"] == "1" and len(stages) == 6:

@@ -14,7 +14,8 @@ from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, NearPla
 from nearplane.core.grid import dequantize
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.run.stream import stream
+from nearplane.run.measure import Knowledge, measure
+from nearplane.run.stream import Place, stream
 
 KINDS = ["llama", "qwen3", "gemma2", "gpt2", "opt", "bloom", "phi", "phi3", "gpt_neox", "cohere", "mpt", "falcon"]
 FEW = Calibration(nsamples=12, seqlen=24)
@@ -82,12 +83,12 @@ def test_what_is_written_is_what_was_solved(kind: str, format: Any, tmp_path: Pa
 
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs compute in float64, so that no code hangs on a GEMM's rounding."""
-    plan_of = nearplane.api.make_plan
+    plan_of = nearplane.api.complete
 
-    def make_plan(*args: Any, **choices: Any) -> Any:
-        return dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
+    def complete(plan: Any) -> Any:
+        return dataclasses.replace(plan_of(plan), compute=torch.float64)
 
-    monkeypatch.setattr(nearplane.api, "make_plan", make_plan)
+    monkeypatch.setattr(nearplane.api, "complete", complete)
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
@@ -141,7 +142,7 @@ def test_moments_are_those_of_the_partly_quantized_model(llama: Path) -> None:
     plain, rounded = nearplane.load(llama), nearplane.load(llama)
     site_name = "model.layers.1.mlp.down_proj"
     blocks = discover(source)
-    for opened in stream(source, blocks, ids, device=torch.device("cpu"), dtype=torch.float32, reference=True):
+    for opened in stream(source, blocks, ids, place=Place(torch.device("cpu"), torch.float32), reference=True):
         for stage in opened.stages:
             if stage[0].name == site_name:
                 measured = opened.observe(stage, frozenset({"H", "D"}))
@@ -207,7 +208,7 @@ def test_measuring_by_chunks_of_rows_changes_nothing(
 ) -> None:
     rows = {}
     for size in (1 << 22, 200):  # all rows at once, and three
-        monkeypatch.setattr(nearplane.run.report, "MEASURED_AT_ONCE", size)
+        monkeypatch.setattr(nearplane.run.measure, "MEASURED_AT_ONCE", size)
         rows[size] = nearplane.quantize(
             llama, tmp_path / str(size), calibration=calibration(llama), progress=False
         ).linears
@@ -317,7 +318,7 @@ def test_errors_of_a_tall_weight_are_those_of_every_third_row() -> None:
     moments, grid = Moments.zeros(16), Grid(3, 16, False)
     moments.add(x)
     quantized = RTN().solve(weight, None, grid)
-    row = nearplane.run.report.Report("m", {}).add("a", weight, quantized, grid, moments, None, 0.0)
+    row, _ = measure("a", weight, quantized, grid, Knowledge(moments))
     delta = dequantize(quantized, grid) - weight
     assert row.error == pytest.approx(float((x @ delta[::3].T).norm() / (x @ weight[::3].T).norm()) ** 2, rel=1e-4)
     assert row.weight_error == pytest.approx(float(delta.norm() / weight.norm()) ** 2, rel=1e-4)

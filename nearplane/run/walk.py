@@ -1,0 +1,49 @@
+"""The walk: open every block in turn, solve its stages, advance, say what was done. Writing and telling are others' work."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+from nearplane.machine.ranks import ALONE, Ranks
+from nearplane.run.events import BlockDone, Event, Noted, Solved
+from nearplane.run.measure import Clock, LinearRow
+from nearplane.run.plan import Plan
+from nearplane.run.resume import Done, replay
+from nearplane.run.stage import solve_stage, told
+
+
+def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterator[Event]:
+    """Solve every linear of a plan, block by block, and yield what was done.
+
+    Args:
+        plan: a model, opened, with every choice settled (``make_plan``).
+        done: blocks that an earlier session finished; their codes are put back, not solved again.
+        ranks: the processes that share the run; all of them walk alike.
+
+    Yields:
+        Noted, Solved, StageDone and BlockDone (``run/events.py``), in the order of the work. What is yielded is in place
+        already: later stages are observed behind it.
+
+    Raises:
+        NumericalError: numbers that cannot be solved, with the name of the linear.
+        SettingError: settings that cannot work, or weights that are not those which ``done`` was made of.
+    """
+    if len(done) == len(plan.blocks):  # nothing is left to solve: no block is opened
+        yield from (BlockDone(block, number, replayed=True) for number, block in enumerate(plan.blocks))
+        return
+    clock, blocks = Clock(), plan.stream(ranks)
+    for number in count():
+        with clock("forward"):  # opening a block, and running the one before it over every sample
+            block = next(blocks, None)
+        if block is None:
+            return
+        if number < len(done):
+            replay(plan, done[number], block)
+            yield BlockDone(block.block, number, clock.take(), replayed=True)
+            continue
+        rows: list[LinearRow] = []
+        for stage in block.stages:
+            for event in solve_stage(plan, block, stage, ranks, clock):
+                rows += [event.row] if isinstance(event, Solved) else []
+                yield event
+        yield from map(Noted, told(rows))
+        yield BlockDone(block.block, number, clock.take())
