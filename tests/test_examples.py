@@ -1,12 +1,15 @@
 """The examples run as their docstrings say."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import tiny
+import torch
 
 import nearplane
 from nearplane.cli.main import main
@@ -42,6 +45,26 @@ def test_own_method_from_the_command_line(model: Path, monkeypatch: pytest.Monke
     assert '"caution": 2.0' in report
     # 64 inputs, 64 tokens: 0.01 * (1 + 2 * 64 / 64)
     assert '"damp_percent": 0.03' in report
+
+
+def test_own_transform(model: Path, tmp_path: Path) -> None:
+    """The stored weights are the balanced ones, and the model they make computes what the original does, up to rounding."""
+    balanced = load("own_transform").BalancedMLP()
+    settings: dict[str, Any] = {"method": "rtn", "bits": 8, "group_size": 32, "progress": False}
+    report = nearplane.quantize(model, tmp_path / "out", transforms=[balanced], **settings)
+    assert report.settings["balanced_mlp"] == {"strength": 1.0}
+    assert any("MLPs balanced; logits agree" in event for event in report.events)
+    made, original = (nearplane.load(path, packed=False) for path in (tmp_path / "out", model))
+    for layer, old in zip(made.model.layers, original.model.layers, strict=True):
+        up, down = layer.mlp.up_proj.weight.norm(dim=1), layer.mlp.down_proj.weight.norm(dim=0)
+        torch.testing.assert_close(up, down, rtol=0.02, atol=0)
+        assert float((old.mlp.up_proj.weight.norm(dim=1) / old.mlp.down_proj.weight.norm(dim=0) - 1).abs().max()) > 0.05
+    logits = [m(input_ids=tiny.tokens(1, 16)).logits for m in (made, original)]
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.02
+    wrong = dataclasses.make_dataclass("Wrong", [], bases=(type(balanced),), frozen=True)
+    wrong._scaled = lambda self, source, up, down: (source.store.get(up) * 1.01, source.store.get(down))
+    with pytest.raises(nearplane.NearplaneError, match="it would be another model"):
+        nearplane.quantize(model, tmp_path / "wrong", transforms=[wrong()], **settings)
 
 
 def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

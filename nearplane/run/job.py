@@ -24,7 +24,8 @@ from nearplane.formats.base import Format
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.run.names import ALIASES
-from nearplane.transforms.rotation import make_rotate
+from nearplane.transforms.rotation import Rotate, make_rotate
+from nearplane.transforms.view import Transform
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 OVERRIDDEN = ("bits", "group_size", "sym", "fit")
@@ -129,6 +130,8 @@ class Job:
     while the model runs, by nearplane alone: r4 of the down projection's input, r3 of keys where eval --kv-bits rounds them."""
     rotate_seed: int = 0
     """Seed of the rotations' random signs."""
+    transforms: tuple[Transform, ...] = ()
+    """Equivalent models of your own that are quantized in place of the model, after the rotations (Python only)."""
     format: str | Format = "compressed-tensors"
     """Checkpoint format: compressed-tensors, gptq or gptq_v2."""
     device: str = "auto"
@@ -158,7 +161,19 @@ class Job:
             raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {self.dtype!r}.")
         if isinstance(self.format, str) and self.format not in FORMATS:
             raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}.")
-        make_rotate(self.rotate, self.rotate_seed)
+        for transform in (self.rotation, *self.transforms):
+            if isinstance(transform, type) or not (hasattr(transform, "promise") and hasattr(transform, "apply")):
+                raise SettingError(f"a transform is an object with promise and apply; got {transform!r}.")
+
+    @property
+    def rotation(self) -> Rotate:
+        """The rotations, with their seed."""
+        return make_rotate(self.rotate, self.rotate_seed)
+
+    @property
+    def equivalences(self) -> tuple[Transform, ...]:
+        """Every transform, in the order in which they are applied."""
+        return (self.rotation, *self.transforms) if self.rotation.kinds else self.transforms
 
     @classmethod
     def of(cls, job: "Job | None" = None, settings: Mapping[str, Any] | None = None, **more: Any) -> "Job":
@@ -282,6 +297,7 @@ _CONVERTED: dict[str, Any] = {
     "towers": _words,
     "rotate": _words,
     "widths": tuple,
+    "transforms": tuple,
     "offload": lambda path: None if path is None else Path(path),
 }
 

@@ -34,7 +34,6 @@ from nearplane.models.towers import linears_besides
 from nearplane.run.job import Job
 from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units
 from nearplane.run.stream import OpenBlock, Place, stream
-from nearplane.transforms.rotation import make_rotate, promised, rotated
 
 
 @dataclass(frozen=True)
@@ -244,8 +243,8 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
         Unsketchable: the model cannot be probed without its weights, and ``reads`` is False.
         NearplaneError: whatever else cannot work.
     """
-    turning, device = make_rotate(job.rotate, job.rotate_seed), pick_device(job.device)
-    running(job.format, job.activations, "r4" in turning.kinds)  # or refuse
+    device = pick_device(job.device)
+    running(job.format, job.activations, "r4" in job.rotation.kinds)  # or refuse
     source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code)
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
@@ -256,16 +255,17 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
             raise
         source.read_weights()
         blocks = discover(source)
-    return _settle(promised(source, turning), blocks, job, device)
+    for transform in job.equivalences:
+        source = replace(transform.promise(source), promise_of=source.promise_of or source)
+    return _settle(source, blocks, job, device)
 
 
 def complete(plan: Plan) -> Plan:
     """Read what must be known before the walk: whether the rotation is one, the samples, the tensors that are copied."""
     source, job = plan.source.promise_of or plan.source, plan.job
     source.read_weights()
-    turning = make_rotate(job.rotate, job.rotate_seed)
-    if turning.kinds:
-        source = rotated(source, turning, plan.device)
+    for transform in job.equivalences:
+        source = transform.apply(source, plan.device)
         if job.calibration.all_experts:
             show_all(source.model, source.folder)
     plan = replace(plan, source=source)

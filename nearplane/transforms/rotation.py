@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.base import ONLINE_ONLY_HERE
@@ -16,7 +17,7 @@ from nearplane.models.discover import embedding_name, head_name
 from nearplane.models.source import Source, build_skeleton
 from nearplane.transforms.hooks import turn_inputs
 from nearplane.transforms.roles import block_names, examine, is_tied, logits
-from nearplane.transforms.view import Change, Changes, RotatedSource, RotatedStore
+from nearplane.transforms.view import Change, ChangedStore, Changes, RotatedSource
 
 KINDS = ("r1", "r2", "r3", "r4")
 MOST_SEED = 1 << 32
@@ -30,6 +31,14 @@ class Rotate:
 
     kinds: tuple[str, ...] = ()
     seed: int = 0
+
+    def promise(self, source: Source) -> Source:
+        """Return the source with the sizes of its rotated view."""
+        return promised(source, self)
+
+    def apply(self, source: Source, device: torch.device) -> Source:
+        """Return the rotated view, proved."""
+        return rotated(source, self, device)
 
 
 def make_rotate(words: str | Sequence[str], seed: int) -> Rotate:
@@ -59,7 +68,7 @@ def promised(source: Source, how: Rotate) -> Source:
     view = replace(source, settings=settings, notes=notes, promise_of=source)
     if "r1" in how.kinds and is_tied(source):
         head, table = f"{head_name(source)}.weight", embedding_name(source)
-        view.store = RotatedStore(source.store, {head: Change(source.names[str(table)], torch.Tensor)})
+        view.store = ChangedStore(source.store, {head: Change(source.names[str(table)], torch.Tensor)})
         view.names = {**source.names, head: head}
     return view
 
@@ -75,7 +84,7 @@ def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:
     wants_stream, wants_heads = bool({"r1", "r4"} & set(kinds)), bool({"r2", "r4"} & set(kinds))
     anatomy, expected = examine(source, device, stream=wants_stream, heads=wants_heads)
     changes = Changes(source, anatomy, kinds, how.seed)
-    store = RotatedStore(source.store, changes.all())
+    store = ChangedStore(source.store, changes.all())
     untied = "r1" in kinds and is_tied(source)
     config = copy.deepcopy(source.config)
     names = dict(source.names)
@@ -93,16 +102,34 @@ def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:
         raise NearplaneError(
             f"{source.folder}: its output head cannot be untied from its embedding; rotate by r2 only."
         )
-    found = logits(view, device)
-    error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-    if not error <= TOLERANCE:
-        raise NumericalError(
-            f"{source.folder}: rotated by {', '.join(kinds)} the model's logits differ from the original's by {error:.2g}, "
-            f"relative, and not by {TOLERANCE:g} at most; it would be another model. Run without --rotate."
-        )
+    error = prove(view, expected, device, f"rotated by {', '.join(kinds)}", "Run without --rotate.")
     view.notes = [f"rotated by {changes.words()}; its logits and the original's agree to {error:.1e}"]
     if view.online:
         view.notes.append(
             f"inputs of {len(view.online)} linears are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}"
         )
     return view
+
+
+def prove(view: Source, expected: Tensor, device: torch.device, what: str, advice: str) -> float:
+    """Compare the logits of a view with those of the model that it is to equal, on the probe tokens, in float32.
+
+    Args:
+        expected: (tokens, vocabulary), the original's (``roles.logits``).
+        what: was done to the model, for the error.
+        advice: what to do about it.
+
+    Returns:
+        The largest difference of a token's logits, relative to their norm.
+
+    Raises:
+        NumericalError: the difference exceeds ``TOLERANCE``; it would be another model.
+    """
+    found = logits(view, device)
+    error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    if not error <= TOLERANCE:
+        raise NumericalError(
+            f"{view.folder}: {what} the model's logits differ from the original's by {error:.2g}, "
+            f"relative, and not by {TOLERANCE:g} at most; it would be another model. {advice}"
+        )
+    return error

@@ -2,7 +2,7 @@
 
 With x' = x R for every vector of the residual stream (R1), each tensor that touches the stream is replaced by one that
 makes the same of x' as its original made of x; the values that attention passes on are turned head by head (R2). The
-scales of norms move into the linears that read them first, because only a bare norm commutes with R. ``RotatedStore.get``
+scales of norms move into the linears that read them first, because only a bare norm commutes with R. ``ChangedStore.get``
 computes a tensor when it is asked for, in float64, a slice at a time: nothing is resident that was not before.
 The mathematics is in docs/rotation.md.
 """
@@ -10,7 +10,7 @@ The mathematics is in docs/rotation.md.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,20 @@ class Change(NamedTuple):
     make: Callable[[], Tensor]
 
 
-class RotatedStore(Store):
+class Transform(Protocol):
+    """An equivalent model: the same outputs, other weights. A user's own class needs no entry anywhere.
+
+    Fields of a frozen dataclass are its settings; the report and the identity of a resumed run hold them.
+    """
+
+    def promise(self, source: Source) -> Source:
+        """Return a view with the sizes that ``apply`` will give, before a weight is read. SettingError where it cannot be."""
+
+    def apply(self, source: Source, device: torch.device) -> Source:
+        """Return the view whose tensors are changed as they are read, once it is known to be the same model."""
+
+
+class ChangedStore(Store):
     """The tensors of a store, some of them changed, perhaps a few more."""
 
     def __init__(self, original: Store, changes: dict[str, Change]) -> None:
@@ -65,21 +78,28 @@ class RotatedStore(Store):
 
 
 @dataclass
-class RotatedSource(Source):
-    """A source whose store is a RotatedStore, and whose output head is its own."""
-
-    untied: bool = False
-    online: list[str] = field(default_factory=list)  # linears whose inputs are turned while the model runs
+class ChangedSource(Source):
+    """A source whose store is a ChangedStore."""
 
     @property
     def original(self) -> Store:
-        """What is on disk."""
-        assert isinstance(self.store, RotatedStore)
-        return self.store.original
+        """The tensors on disk."""
+        store = self.store
+        while isinstance(store, ChangedStore):
+            store = store.original
+        return store
 
     def digest(self, name: str, value: Tensor) -> str:
-        """Of what is on disk: the last digits of a rotation depend on the number of threads."""
+        """Hash of what is on disk: the last digits of a changed tensor depend on the number of threads."""
         return super().digest(name, self.original.get(name)) if name in self.original.names else ""
+
+
+@dataclass
+class RotatedSource(ChangedSource):
+    """A rotated source, whose output head may be its own."""
+
+    untied: bool = False
+    online: list[str] = field(default_factory=list)  # linears whose inputs are turned while the model runs
 
     def written_config(self) -> dict[str, Any]:
         """config.json for the rotated weights."""
@@ -90,6 +110,19 @@ class RotatedSource(Source):
         nested = raw.get("text_config")
         inner = {"text_config": {**nested, "tie_word_embeddings": False}} if isinstance(nested, dict) else {}
         return {**raw, **inner, "tie_word_embeddings": False}
+
+
+def changed(source: Source, name: str, changes: dict[str, Change], settings: dict[str, Any]) -> ChangedSource:
+    """Return a view of a source with some tensors changed, by their names on disk.
+
+    Args:
+        name: of the transform, for the report.
+        changes: what the tensors become; shapes and dtypes are those of ``Change.like``.
+        settings: of the transform, for JSON.
+    """
+    parts = (source.name, source.folder, source.config, ChangedStore(source.store, changes), source.model, source.names)
+    told = {**source.settings, name: settings}
+    return ChangedSource(*parts, source.trust_remote_code, told, list(source.notes), sketch=source.sketch)
 
 
 class Changes:

@@ -21,7 +21,7 @@ from nearplane.models.source import open_source
 from nearplane.transforms import view
 from nearplane.transforms.hadamard import rotation
 from nearplane.transforms.rotation import Rotate, make_rotate, rotated
-from nearplane.transforms.view import RotatedSource, RotatedStore
+from nearplane.transforms.view import ChangedStore, RotatedSource
 
 CPU = torch.device("cpu")
 BOTH = Rotate(("r1", "r2"), seed=3)
@@ -166,10 +166,10 @@ def test_tensors_are_made_when_asked_for_from_what_they_need(tmp_path: Path, mon
     get = type(source.original).get
     monkeypatch.setattr(type(source.original), "get", lambda self, name: read.append(name) or get(self, name))
     name = "model.layers.1.self_attn.v_proj.weight"
-    whole = RotatedStore.get(source.store, name)  # type: ignore[arg-type]
+    whole = ChangedStore.get(source.store, name)  # type: ignore[arg-type]
     assert read == [name, "model.layers.1.input_layernorm.weight"]
     monkeypatch.setattr(view, "AT_ONCE", 200)  # three rows at a time
-    torch.testing.assert_close(RotatedStore.get(source.store, name), whole, rtol=0, atol=1e-13)  # type: ignore[arg-type]
+    torch.testing.assert_close(ChangedStore.get(source.store, name), whole, rtol=0, atol=1e-13)  # type: ignore[arg-type]
 
 
 REFUSED = {
