@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from close import near
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nearplane
@@ -84,7 +85,7 @@ def test_what_is_read_back_is_what_was_solved(
     assert torch.equal(loaded.get_submodule(DENSE).weight, original.get_submodule(DENSE).weight)
     with torch.no_grad():
         found, expected = (some(input_ids=tiny.tokens(2, 20)).logits for some in (packed, loaded))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    near(found, expected, sums=96)
     assert nearplane.verify(out).ok
     (row,) = [row for row in report.dense if row["name"] == DENSE + ".weight"]
     assert row["reason"] == f"left out by ignore {DENSE!r}"
