@@ -1,4 +1,4 @@
-"""Bits by a budget: what every width would cost, measured on the original model before the run.
+"""Bits chosen by a budget: the cost of every width is measured on the original model before the run.
 
 One walk, one stream: every stage is observed once and solved by GPTQ at every width, with the damping of the run's
 method. Each answer is put in place by itself, some batches run through the block, and its error is what the residual stream
@@ -21,14 +21,15 @@ from nearplane.core.grid import Grid, Quantized
 from nearplane.machine.ranks import Ranks
 from nearplane.methods import GPTQ, RTN
 from nearplane.models.discover import Site, Stage
+from nearplane.run.measure import Clock
 from nearplane.run.mix import JUDGED, choose
 from nearplane.run.plan import Plan
-from nearplane.run.stage import damped, rounding, solve, unseen
+from nearplane.run.stage import prepare_stage, solve
 from nearplane.run.stream import OpenBlock, batch_rows
 
 
 def decide(plan: Plan, records: Sequence[dict[str, Any]], ranks: Ranks, tick: Callable[[], None]) -> Plan:
-    """The plan with its bits chosen: as the finished blocks of an earlier run have them, or measured now.
+    """Return the plan with its bits chosen: taken from the finished blocks of an earlier run, or measured now.
 
     ``records``: what rank 0 knows of that run. ``tick`` is called after every stage, by all ranks.
     """
@@ -42,13 +43,13 @@ def decide(plan: Plan, records: Sequence[dict[str, Any]], ranks: Ranks, tick: Ca
 
 
 def measuring(plan: Plan) -> Plan:
-    """The plan of the walk that measures."""
+    """Return the plan of the walk that measures: GPTQ, or RTN without data."""
     damp = getattr(plan.method, "damp_percent", GPTQ().damp_percent)
     return plan.changed(method=GPTQ(damp_percent=damp) if plan.method.needs else RTN())
 
 
 class Candidate(NamedTuple):
-    """What a linear would become."""
+    """A linear, solved on one grid."""
 
     site: Site
     grid: Grid
@@ -56,7 +57,7 @@ class Candidate(NamedTuple):
 
 
 def _measure(plan: Plan, ranks: Ranks, tick: Callable[[], None]) -> list[dict[int, float]]:
-    """What every width would cost each unit."""
+    """Measure the cost of every width for each unit."""
     walk, costs = measuring(plan), [dict[int, float]() for _ in plan.units]
     unit_of = {site.name: i for i, unit in enumerate(plan.units) for site in unit.sites}
     for block in walk.stream(ranks):
@@ -87,22 +88,13 @@ def solve_widths(
     ranks: Ranks,
 ) -> None:
     """Add the free linears of a stage, solved at each width, to the ``candidates``."""
-    state, moments, method = None, None, walk.method
-    if method.needs:
-        moments = block.observe(stage, method.needs)
-        if unseen(stage, moments):
-            moments = None
-        else:
-            moments.rescale()
-            moments.check()
-            method = damped(method, stage, moments)
-            state = method.prepare(moments)
+    ready = prepare_stage(walk, block, stage, Clock())
     for own, sites in walk.parts(free):
-        solver, grid = (method, own) if moments or not method.needs else rounding(own)
+        solver, grid = ready.on(own)
         stacked = torch.cat([block.weight(site) for site in sites])
         for bits in widths:
             chosen, done = replace(grid, bits=bits), 0
-            solved = solve(ranks, solver, stacked, state, chosen, number=0)
+            solved = solve(ranks, solver, stacked, ready.state, chosen, number=0)
             for site in sites:
                 part = solved.rows(slice(done, done := done + site.shape[0]))
                 candidates.setdefault(bits, []).append(Candidate(site, chosen, part))
@@ -111,7 +103,7 @@ def solve_widths(
 def _judge(
     block: OpenBlock, candidates: dict[int, list[Candidate]], before: dict[int, Tensor], ranks: Ranks
 ) -> dict[int, float]:
-    """What each width costs; the weights are left as they were."""
+    """Measure the cost of each width; the weights are left as they were."""
     originals = [(some.site, block.weight(some.site).clone()) for some in next(iter(candidates.values()))]
     costs = {}
     for bits, chosen in candidates.items():
@@ -124,14 +116,14 @@ def _judge(
 
 
 def outputs(block: OpenBlock) -> dict[int, Tensor]:
-    """What the block makes of every fourth batch."""
+    """Run every fourth batch through the block; return its hidden states by batch."""
     walk = block.walk
     step = batch_rows(walk.positions) if walk.batches else 1
     return {i: block.output(i) for i, first in enumerate(walk.firsts) if first // step % JUDGED == 0}
 
 
 def lost(block: OpenBlock, before: dict[int, Tensor], ranks: Ranks) -> float:
-    """``‖ĥ-h‖²/‖h‖²`` of the stream behind the block, the mean over tokens; those that are no numbers do not count."""
+    """Return ``‖ĥ-h‖²/‖h‖²`` of the stream behind the block, the mean over tokens whose share is finite."""
     total = torch.zeros(2, dtype=torch.float64)
     for batch, h in before.items():
         energy, moved = h.double().square().sum(-1), (block.output(batch) - h).double().square().sum(-1)
@@ -143,7 +135,7 @@ def lost(block: OpenBlock, before: dict[int, Tensor], ranks: Ranks) -> float:
 
 
 def _moved(block: OpenBlock, originals: list[tuple[Site, Tensor]]) -> float:
-    """``‖Q-W‖²/‖W‖²``, summed over the linears."""
+    """Return ``‖Q-W‖²/‖W‖²``, summed over the linears."""
     pairs = [(block.weight(site) - weight, weight) for site, weight in originals]
     energies = [(float(delta.square().sum()), float(weight.square().sum())) for delta, weight in pairs]
     return sum(delta / weight if weight > 0 else 0.0 for delta, weight in energies)

@@ -1,8 +1,8 @@
-"""A forward that pauses: the model's own code on one batch, held where a stage begins and let go when it is solved.
+"""Forwards that pause: the model's own code runs one batch, waits where a stage begins, and goes on when it is solved.
 
-Blocks before the open one are stubbed to return the stored hidden state of their tower, and the run ends behind the
-open one. Pausing in the middle of code that knows nothing of it is what greenlets are for: the forward lives on a stack
-of its own, and a hook on the stage's first linear switches back to whoever asked.
+Blocks before the open one are stubbed: each returns the stored hidden state of its tower. The forward ends behind the open
+block. A forward is a greenlet: it has a stack of its own. A hook on the stage's first linear switches back to the caller,
+so the model's code needs no change.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,8 +24,10 @@ from nearplane.models.experts import Experts
 
 
 class Stream:
-    """One hidden state per batch and tower, advanced block by block. A tower that is done keeps its last ones: the model
-    goes on from them to the next tower."""
+    """The hidden states of all batches, one per batch and tower, advanced block by block.
+
+    A finished tower keeps its last hidden states: the model goes on from them to the next tower.
+    """
 
     def __init__(
         self,
@@ -35,18 +37,22 @@ class Stream:
         keep: Callable[[str], Any] | None = None,
         activations: TokenGrid | None = None,
     ) -> None:
-        """``keep``: makes the list for a tower's states, if they are not kept in memory; ``activations``: how what goes into a
-        site is rounded."""
+        """Start before the first block.
+
+        Args:
+            keep: makes the list of a tower's hidden states where they are not kept in memory.
+            activations: how the inputs of sites are rounded.
+        """
         self.model, self.batches, self.activations = model, batches, activations
         self.names, self.towers = [block.name for block in blocks], [block.tower for block in blocks]
         self.options = inputs.options(model)
         self.hidden: dict[str, list[Tensor | None] | OnDisk] = {
             tower: [None] * len(batches) if keep is None else keep(tower) for tower in dict.fromkeys(self.towers)
         }
-        self.rests: list[list[Any]] = []  # by block and batch: what it returned besides its hidden state
+        self.rests: list[list[Any]] = []  # by block and batch: its outputs besides the hidden state
 
     def remember(self, k: int, batch: int, rest: Any) -> None:
-        """Keep what block ``k`` returned besides; once, where it is the same for every batch."""
+        """Store the other outputs of block ``k``, once where they are equal for every batch."""
         if k == len(self.rests):
             self.rests.append([None] * len(self.batches))
         first = self.rests[k][0]
@@ -54,34 +60,39 @@ class Stream:
 
 
 class Forward(greenlet):
-    """One batch of a stream on its way through block ``k``. Whatever it was shown at its last pause stays in ``input``,
-    ``leading`` and ``points``."""
+    """The forward of one batch of a stream through block ``k``.
+
+    The tensors seen at the last pause stay in ``input``, ``leading`` and ``points``.
+    """
 
     def __init__(
         self, stream: Stream, k: int, batch: int, leader: "Callable[[], Forward | None] | None" = None
     ) -> None:
-        """``leader``: the forward of the same batch in the other stream, whose routing says which tokens experts are shown."""
+        """Prepare the forward; nothing runs yet. ``leader``: the forward whose routing experts follow, in the other stream."""
         super().__init__(self._forward)
         self.leader = leader
         self.routes: dict[str, Tensor] = {}  # by the module of experts
         self.stream, self.k, self.batch = stream, k, batch
         self.wanted: str | None = None
-        self.input: Tensor | None = None  # (tokens, in), of the module it is paused at
-        self.leading = torch.Size()  # how these tokens lay: mostly (sequences, positions)
+        self.input: Tensor | None = None  # (tokens, in), input of the module where the forward is paused
+        self.leading = torch.Size()  # the input's leading dimensions: mostly (sequences, positions)
         self.shape = torch.Size()  # of the hidden state that goes into the block
         self.points: dict[str, Tensor] = {}  # (tokens, width), inputs of the modules that are watched
         self.output: Tensor | None = None  # of the block, once it is through
         self.caller = getcurrent()
 
     def until(self, module: str | None) -> Tensor | None:
-        """Go on to the input of ``module``, or to the end of the block; None when this batch never gets there."""
+        """Run on to ``module`` and return its input (tokens, in); None where this batch never reaches the module.
+
+        With ``module`` None, run to the end of the block and return its hidden state.
+        """
         self.wanted, self.input, self.caller = module, None, getcurrent()
         with discover.patched(self.stream.model, self.stream.names, _block):
             self.switch()
         return self.input if module is not None else self.output
 
     def close(self) -> None:
-        """Give up what is left of the run."""
+        """Abandon the forward."""
         if self:  # started and not finished
             with discover.patched(self.stream.model, self.stream.names, _block):
                 self.throw()
@@ -93,7 +104,7 @@ class Forward(greenlet):
             pass
 
     def block(self, i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """What stands in for block ``i``."""
+        """Run in place of block ``i``: replay a stored output, or run the open block and stop."""
         stream = self.stream
         if i < self.k:
             stored = stream.hidden[stream.towers[i]][self.batch]
@@ -108,13 +119,13 @@ class Forward(greenlet):
         raise Stop
 
     def route(self, experts: str, own: Tensor) -> Tensor:
-        """The routing by which ``experts`` are shown tokens: one's own, or the leader's."""
+        """Return the routing that ``experts`` use: the leader's where there is one, else their own."""
         self.routes[experts] = own
         leader = None if self.leader is None else self.leader()
         return own if leader is None else leader.routes.get(experts, own)
 
     def pause(self, module: str, x: Tensor) -> Tensor:
-        """Called by the hook on ``module`` with its input: what it is to be given instead."""
+        """Round the input of ``module``, pause there if the caller asked for it, and return the input to use."""
         if self.stream.activations is not None:
             x = round_tokens(x, self.stream.activations)
         if module == self.wanted:
@@ -124,7 +135,7 @@ class Forward(greenlet):
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values, tensors in tuples among them, are equal."""
+    """Tell whether two values are equal; tuples are compared element by element, tensors by their numbers."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -142,8 +153,13 @@ def _block(i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
 def hooked(
     model: nn.Module, pauses: Iterable[str], points: Iterable[str], experts: Mapping[str, Experts]
 ) -> Iterator[None]:
-    """Forwards may pause at the modules ``pauses``, whose inputs they round if they round any, keep what goes into the
-    modules ``points``, and say which tokens ``experts`` are shown."""
+    """Hook a model for the time inside, so that forwards can pause.
+
+    Args:
+        pauses: names of modules where a forward may pause, and whose inputs it rounds.
+        points: names of modules whose inputs a forward keeps.
+        experts: modules that take their routing from the forward, by name.
+    """
 
     def pause(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -184,7 +200,7 @@ def hooked(
 
 
 class OnDisk:
-    """Stands in for a list of tensors, of which one is in memory at a time. NearplaneError where the disk refuses."""
+    """A list of tensors in files, of which one is in memory at a time. NearplaneError where the disk refuses."""
 
     def __init__(self, folder: Path, name: str, count: int) -> None:
         self.paths = [folder / f"{name}-{number:05}.bin" for number in range(count)]

@@ -1,4 +1,4 @@
-"""How good one solved weight is: its errors on the calibration tokens, beside those of rounding to nearest."""
+"""Errors of one solved weight on the calibration tokens, beside those of rounding to nearest; the clock of a run's phases."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MEASURED_ROWS = 1024
 
 @dataclass(frozen=True)
 class LinearRow:
-    """One solved weight."""
+    """One solved weight, as the report lists it."""
 
     name: str
     shape: tuple[int, int]
@@ -68,19 +68,19 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """Return what was counted since the last call."""
+        """Return the seconds counted since the last call."""
         taken, self.seconds = self.seconds, {}
         return taken
 
 
 class Knowledge(NamedTuple):
-    """What the solving of a stage knew of its input."""
+    """The input of a stage, as its solving knew it."""
 
     moments: Moments | None = None
-    """None: no data was read, or none arrived."""
+    """None: the method reads no data, or no token arrived."""
     factor: Factor | None = None
     rounded: bool = False
-    """Whether weights were rounded to nearest for want of tokens."""
+    """True where weights were rounded to nearest for want of tokens."""
 
 
 def measure(
@@ -146,7 +146,7 @@ def measure(
 
 
 class _Measured(NamedTuple):
-    """Sums over the rows of a weight W and its solution Q: the norms over all, the rest over those measured.
+    """Sums over the rows of a weight W and its solution Q: norms over all rows, the rest over the measured rows.
 
     Energies are ‖· X̂‖² per token.
     """
@@ -161,12 +161,12 @@ class _Measured(NamedTuple):
 
 
 def measured_rows(rows: int) -> slice:
-    """Which of a weight's rows its errors are taken from: at most ``MEASURED_ROWS``, evenly spaced."""
+    """Slice at most ``MEASURED_ROWS`` rows of a weight, evenly spaced: errors are measured on them."""
     return slice(None, None, -(-rows // MEASURED_ROWS))
 
 
 def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments | None, ranks: Ranks) -> _Measured:
-    """By chunks of this rank's rows: a copy of the weight for each of these would be the largest thing a run holds."""
+    """Measure by chunks of this rank's rows: whole copies of the weight would be the largest arrays of a run."""
     step = max(1, MEASURED_AT_ONCE // weight.shape[1])
 
     def chunks(rows: int) -> list[slice]:
@@ -192,7 +192,7 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
 
 
 def observed(name: str, moments: Moments, power: int) -> list[str]:
-    """Events about the tokens that a stage was shown; ``power``: of 2, by which their moments were scaled.
+    """List sentences about the tokens of a stage; ``power``: of 2, by which the moments were scaled.
 
     An expert of few tokens is told of with its layer's others (``scarce.py``).
     """
@@ -207,7 +207,7 @@ def observed(name: str, moments: Moments, power: int) -> list[str]:
 
 
 def energy(weight: Tensor, H: Tensor) -> float:
-    """``tr(W H Wᵀ)``: mean squared output over the calibration tokens. By halves of the columns, H being symmetric."""
+    """Return ``tr(W H Wᵀ)``, the mean squared output over the calibration tokens, by halves of the symmetric H."""
     half = len(H) // 2
     if half < LEAF:
         return float((weight @ H).mul_(weight).sum())
@@ -217,7 +217,7 @@ def energy(weight: Tensor, H: Tensor) -> float:
 
 
 def _rounded(weight: Tensor, quantized: Quantized, grid: Grid) -> Tensor:
-    """The weight rounded to nearest on the scales of the solution."""
+    """Round the weight to nearest on the scales of the solution."""
     parts = (part.to(weight.dtype) for part in (quantized.scale, quantized.zero))
     scale, zero = (by_column(part, grid, weight.shape[1]) for part in parts)
     return decode(encode(weight, scale, zero, grid), scale, zero)

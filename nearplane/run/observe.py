@@ -1,4 +1,4 @@
-"""What calibration measures at one stage: rows are tokens, in the order the model shows them."""
+"""The moments of one stage's input. Rows are tokens, in the order in which the model shows them."""
 
 import torch
 from torch import Tensor
@@ -6,16 +6,16 @@ from torch import Tensor
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 
-# One in so many tokens is held out, where a method asks for that.
+# One token of HELD_OUT is held out where a method needs held-out tokens.
 HELD_OUT = 4
 # With fewer sequences than HELD_OUT, whole sequences cannot be set apart: runs of this many tokens are.
 RUN = 32
-# A token whose stream has more than this many times the median energy is a sink: it tells of itself, not of the text.
+# A token with more than SINK times the median energy of the stream is an attention sink.
 SINK = 100.0
 
 
 class Measuring:
-    """Moments in the making; ``held_out`` tokens are kept apart as well."""
+    """Sums up the moments of one stage, those of held-out tokens apart."""
 
     def __init__(
         self,
@@ -26,8 +26,16 @@ class Measuring:
         sequences: int,
         seen: int = 0,
     ) -> None:
-        """``residual``: width of the stream whose drift is measured, in place of D; ``like`` gives dtype and device;
-        ``seen``: rows that were cut into runs before the first one here, by other ranks."""
+        """Start with no token.
+
+        Args:
+            needs: what the method needs measured.
+            width: inputs of the stage.
+            residual: width of the stream whose drift R is measured in place of D; None: D.
+            like: gives dtype and device.
+            sequences: of the whole calibration, over all ranks.
+            seen: rows that other ranks cut into runs before the first row here.
+        """
         drift = "D" in needs and residual is None
 
         def empty() -> Moments:
@@ -47,7 +55,15 @@ class Measuring:
         residual: Tensor | None,
         real: Tensor | None = None,
     ) -> None:
-        """Take in a batch of (sequences, tokens) that begins with sequence ``first``; ``real``: which rows are no padding."""
+        """Add the tokens of a batch.
+
+        Args:
+            batch: (sequences, positions).
+            first: number of the batch's first sequence.
+            xhat, x: (tokens, in), inputs in the quantized and in the reference stream.
+            residual: (tokens, out), the drift of the residual stream.
+            real: (tokens,), false at padding; None: no padding.
+        """
         if self.held is None and real is None:
             self.fit.add(xhat, x, residual)
             return
@@ -63,15 +79,15 @@ class Measuring:
                 part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
 
     def misses(self, seen: int) -> bool:
-        """Whether other tokens would have been held out if ``seen`` rows had come before."""
+        """Tell whether other tokens would be held out if ``seen`` rows came before."""
         return self.period is not None and (seen - self.before) % self.period != 0
 
     def result(self) -> Moments:
-        """Moments of all tokens, with those of the held-out ones beside them."""
+        """Return the moments of all tokens, with those of the held-out tokens beside them."""
         return self.fit if self.held is None else self.fit.join(self.held)
 
     def _apart(self, batch: torch.Size, first: int, rows: int, real: Tensor | None = None) -> Tensor:
-        """Which rows are held out: every fourth sequence, or every fourth run of tokens where sequences are few."""
+        """Mask the held-out rows: every fourth sequence, or every fourth run of tokens where sequences are few."""
         if rows == batch.numel() and self.sequences >= HELD_OUT:
             token, run = first * batch[1] + torch.arange(rows), batch[1]
         else:
@@ -84,9 +100,10 @@ class Measuring:
 
 
 def residual_drift(r: Tensor, rhat: Tensor, real: Tensor | None = None) -> Tensor:
-    """``r - r̂`` of a stream (tokens, width), zero for attention sinks; what is usual is asked of ``real`` rows.
+    """Return ``r - r̂`` of a stream (tokens, width), zero at attention sinks.
 
-    A window's first token can carry hundreds of times the energy of any other; it would own the moment.
+    A window's first token can carry hundreds of times the energy of any other, and would own the moment. The median energy
+    is that of the ``real`` rows, padding left out.
     """
     energy = rhat.float().square().sum(1)
     sink = energy > SINK * (energy if real is None else energy[real]).nanmedian()

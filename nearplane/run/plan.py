@@ -47,15 +47,15 @@ class Plan:
     """The job's grid, with the dtype that scales are stored in."""
     format: Format
     stored: torch.dtype
-    """Of dense tensors, on disk."""
+    """The dtype of dense tensors on disk."""
     compute: torch.dtype
     device: torch.device
     grids: Mapping[str, Grid] = field(default_factory=dict)
-    """The grid of each site by name, as far as it is settled."""
+    """The grid of each site by name."""
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Linears left dense, by name on disk, with what left them out."""
+    """Linears left dense, by name on disk, with the setting that left them out."""
     units: Sequence[Unit] = ()
-    """With a budget, the linears whose bits it chooses; until it has, ``grids`` has the widest of each."""
+    """With a budget, the linears whose bits it chooses; until then ``grids`` holds the widest grid of each."""
     choices: list[dict[str, Any]] | None = None
     """The bits that a budget has chosen."""
     samples: Samples | None = None
@@ -64,67 +64,67 @@ class Plan:
 
     @property
     def method(self) -> Method:
-        """How weights are solved."""
+        """The method that solves weights."""
         return self.job.method
 
     @property
     def calibration(self) -> Calibration:
-        """Which tokens the solver sees."""
+        """The calibration data's settings."""
         return self.job.calibration
 
     @property
     def activations(self) -> TokenGrid | None:
-        """How the input of a quantized linear is rounded."""
+        """The rounding of a quantized linear's input."""
         return self.job.activations
 
     def changed(self, **settings: Any) -> "Plan":
-        """Return the plan with other fields of its job, its samples as they are."""
+        """Return the plan with some fields of its job changed; nothing is read again."""
         return replace(self, job=replace(self.job, **settings))
 
     @property
     def sites(self) -> list[Site]:
-        """All sites, in order."""
+        """All sites, in the order in which they are solved."""
         return [site for block in self.blocks for site in block.sites]
 
     @property
     def undecided(self) -> bool:
-        """Whether a budget has yet to choose bits."""
+        """True while a budget has yet to choose bits."""
         return self.job.budget is not None and self.choices is None
 
     def decided(self, choices: list[dict[str, Any]]) -> "Plan":
-        """With the bits that a budget has chosen."""
+        """Return the plan with the bits that a budget has chosen."""
         bits = {name: row["bits"] for row in choices for name in row["linears"]}
         grids = {n: replace(grid, bits=bits[n]) if n in bits else grid for n, grid in self.grids.items()}
         return replace(self, grids=grids, choices=choices)
 
     def grid_of(self, site: Site) -> Grid:
-        """The grid of one site."""
+        """Return the grid of one site."""
         return self.grids.get(site.name, self.grid)
 
     def possible(self, site: Site) -> list[Grid]:
-        """The grids that a site may get: one, unless a budget is undecided."""
+        """List the grids that a site may get: one, unless a budget is undecided."""
         widths = next((unit.widths for unit in self.units if site in unit.sites), ()) if self.undecided else ()
         return [replace(self.grid_of(site), bits=bits) for bits in widths] or [self.grid_of(site)]
 
     def parts(self, stage: Stage) -> list[tuple[Grid, Stage]]:
-        """A stage by grids: what can be solved as one weight."""
+        """Split a stage by grids into sites that are solved as one weight."""
         found: dict[Grid, Stage] = {}
         for site in stage:
             found.setdefault(self.grid_of(site), []).append(site)
         return list(found.items())
 
     def nbytes(self, sites: list[Site]) -> int:
-        """Bytes that these sites take when they are written, at most where a budget is undecided."""
+        """Count the bytes that sites take on disk; an upper bound where a budget is undecided."""
         total = sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
         return min(total, allowed(self.sites, self.job)) if self.undecided else total
 
     @property
     def mixed(self) -> bool:
-        """Whether linears differ in what is stored of their grids."""
+        """True where the stored grids of linears differ."""
         return len({replace(grid, fit=self.grid.fit) for grid in self.grids.values()}) > 1
 
     def quantization(self, *, ignore: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        """The ``quantization_config``. Loaders look for a linear by its name in the model or on disk: both are named."""
+        """Return the ``quantization_config``; it names linears as in the model and as on disk, for loaders use either."""
         grids = {name: grid for site, grid in self.grids.items() for name in (self.disk_name(site), site)}
         return self.format.config(self.grid, ignore=ignore, settings=settings, grids=grids)
 
@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def windows(self) -> tuple[int, int]:
-        """Samples of calibration data and positions of each, known before any is read; (0, 0) where none is."""
+        """(samples, positions of a sample) of the calibration data, known before it is read; (0, 0) without data."""
         if not self.method.needs:
             return 0, 0
         if self.samples is not None:
@@ -151,7 +151,7 @@ class Plan:
 
     @property
     def hidden(self) -> int:
-        """Numbers of the hidden state for each of these positions."""
+        """Width of the hidden state: numbers for each position."""
         if self._text_only:
             return max(block.shape[-1] for block in self.blocks)
         most = max(prod(block.shape[1:]) for block in self.blocks)
@@ -162,11 +162,11 @@ class Plan:
         return not MEDIA & set(reads(self.source.model))
 
     def disk_name(self, site: str) -> str:
-        """A site's name in the checkpoint."""
+        """Return a site's name on disk."""
         return self.source.names[site + ".weight"].removesuffix(".weight")
 
     def warnings(self) -> list[str]:
-        """What this run can do but a user should know before it starts."""
+        """List sentences that a user should read before the run starts."""
         weights = sorted({(site.shape, self.grid_of(site)) for site in self.sites}, key=lambda pair: pair[0])
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
         missed = "the probe forward did not reach it, stays dense"
@@ -184,7 +184,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Every setting that decides the result, for the report and the identity of a resumed run."""
         options: dict[str, Any] = (
             asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
         )
@@ -204,7 +204,7 @@ class Plan:
 
     @property
     def _mixed(self) -> dict[str, Any]:
-        """In what linears differ from one grid, without what was not asked for."""
+        """Settings by which linears differ from one grid, as far as given."""
         job = self.job
         override = [{"pattern": some.pattern, **some.fields} for some in job.override]
         found: dict[str, Any] = {"override": override, "ignore": list(job.ignore), "towers": list(job.towers)}
@@ -214,7 +214,7 @@ class Plan:
 
     @property
     def data(self) -> dict[str, Any]:
-        """For the report."""
+        """Origin, size and hash of the calibration data, for the report."""
         return {"origin": "none: this method reads no calibration data"} if self.samples is None else self.samples.data
 
 
@@ -261,7 +261,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
 
 
 def complete(plan: Plan) -> Plan:
-    """Read what must be known before the walk: whether the rotation is one, the samples, the tensors that are copied."""
+    """Read weights and data: prove the transforms, gather the samples, check the tensors that are copied."""
     source, job = plan.source.promise_of or plan.source, plan.job
     source.read_weights()
     for transform in job.equivalences:
@@ -299,7 +299,7 @@ def _settle(source: Source, blocks: list[Block], job: Job, device: torch.device)
 
 
 def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
-    """The plan with the bits of all linears but the ``fixed`` ones left to its budget."""
+    """Leave the bits of all linears but the ``fixed`` ones to the budget."""
     free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.job, plan.format)
     check_budget(free, plan.sites, plan.grids, plan.job, plan.format)
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
@@ -331,7 +331,7 @@ def _about_loading(plan: Plan) -> list[str]:
 
 
 def _mostly_dense(plan: Plan) -> str | None:
-    """What to know where most of the blocks' weights are in no linear that could be found."""
+    """Return a sentence where most of the blocks' weights are outside the linears that were found, else None."""
     source, blocks = plan.source, plan.blocks
     sites = {f"{site.name}.weight" for block in blocks for site in block.sites}
     inside = [(f"{b.name}.{n}", p) for b in blocks for n, p in source.model.get_submodule(b.name).named_parameters()]
@@ -345,7 +345,7 @@ def _mostly_dense(plan: Plan) -> str | None:
 
 
 def _no_stream(plan: Plan) -> str | None:
-    """Why the residual stream's drift will not be repaired; None where it will, or was not meant to."""
+    """Return the reason why no linear can repair the residual stream's drift, else None."""
     if "R" not in plan.method.needs or any(site.adds_to for site in plan.sites):
         return None
     return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"

@@ -1,4 +1,4 @@
-"""What a run did: settings, versions, hashes, and per linear what a person needs to judge the result."""
+"""The record of a run: settings, versions, hashes, and the errors of every linear."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from nearplane.run.measure import LinearRow
 
 
 class Mark(NamedTuple):
-    """How far a report had come."""
+    """The lengths of a report's lists at one moment."""
 
     linears: int
     events: int
@@ -41,11 +41,11 @@ class Report:
     resumed: int = 0  # times the run went on after it was ended
 
     def mark(self) -> "Mark":
-        """Where the record stands."""
+        """Return where the record stands."""
         return Mark(len(self.linears), len(self.events), dict(self.rounds), self.bytes["quantized"], dict(self.seconds))
 
     def since(self, mark: "Mark") -> dict[str, Any]:
-        """What was added after a mark, for JSON."""
+        """Return the entries added after a mark, for JSON."""
         return {
             "linears": [asdict(row) for row in self.linears[mark.linears :]],
             "events": self.events[mark.events :],
@@ -56,7 +56,7 @@ class Report:
         }
 
     def extend(self, part: dict[str, Any]) -> None:
-        """Add what ``since`` gave."""
+        """Add entries that ``since`` returned."""
         self.linears += [LinearRow(**{**row, "shape": tuple(row["shape"])}) for row in part["linears"]]
         self.events += part["events"]
         for key, count in part["rounds"].items():
@@ -67,7 +67,7 @@ class Report:
         self.resumed = part["resumed"]
 
     def take(self, event: Event) -> None:
-        """Add what a walk says."""
+        """Add an event of the walk."""
         match event:
             case Noted():
                 self.events.append(event.text)
@@ -92,7 +92,7 @@ class Report:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """The figures a person asks for first."""
+        """The figures a person asks for first: errors, bits per weight, fallbacks, seconds."""
         errors = [row.error for row in self.linears if row.error is not None]
         weights = sum(row.shape[0] * row.shape[1] for row in self.linears)
         return {
@@ -112,5 +112,5 @@ class Report:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the record and its totals, for JSON."""
         return {**asdict(self), "totals": self.totals}

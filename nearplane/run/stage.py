@@ -46,11 +46,11 @@ def solve_stage(plan: Plan, block: OpenBlock, stage: Stage, ranks: Ranks, clock:
     ranks.at(where)
     number = block.k * len(block.stages) + block.stages.index(stage)
     try:
-        ready = _prepare(plan, block, stage, clock)
+        ready = prepare_stage(plan, block, stage, clock)
         yield from map(Noted, ready.notes)
         for own, part in plan.parts(stage):
             where = part[0].name
-            method, grid = (ready.method, own) if not ready.known.rounded else rounding(own)
+            method, grid = ready.on(own)
             start = time.perf_counter()
             with clock("solve"):
                 stacked = torch.cat([block.weight(site) for site in part])
@@ -83,9 +83,15 @@ class Ready(NamedTuple):
     known: Knowledge
     notes: list[str]
 
+    def on(self, grid: Grid) -> tuple[Method, Grid]:
+        """Return the method and the grid to solve with: RTN, its ranges fitted without a Hessian, where no token arrived."""
+        if not self.known.rounded:
+            return self.method, grid
+        return RTN(), replace(grid, fit="mse") if grid.fit == "hessian" else grid
 
-def _prepare(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> Ready:
-    """Observe a stage's input and prepare the method; experts that no token reached are to be rounded."""
+
+def prepare_stage(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> Ready:
+    """Observe a stage's input and prepare the method; experts that no token reached are to be rounded to nearest."""
     method = plan.method
     if not method.needs:
         return Ready(method, None, Knowledge(), [])
@@ -102,7 +108,7 @@ def _prepare(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> Ready:
 
 
 def solve(ranks: Ranks, method: Method, weight: Tensor, state: Any, grid: Grid, number: int) -> Quantized:
-    """Stage ``number`` of a run: its rows split over the ranks where they are independent, else all by one rank, in turn."""
+    """Solve stage ``number`` of a run: split its rows over the ranks where they are independent, else let one rank solve it."""
     if rows_independent(method):
         parts = {r: ranks.part(len(weight), r) for r in range(ranks.world)}
     else:
@@ -137,18 +143,18 @@ MOST_DAMPING = 1.0
 
 
 def is_expert(stage: Stage) -> bool:
-    """Whether a stage is of experts only, which may see few tokens or none."""
+    """Tell whether a stage holds experts only, which may see few tokens or none."""
     return all(EXPERT.fullmatch(site.name) for site in stage)
 
 
 def unseen(stage: Stage, moments: Moments) -> bool:
-    """Whether nothing is known of an expert's input."""
+    """Tell whether no token, or only zeros, reached an expert."""
     shown = moments.tokens + moments.dropped
     return is_expert(stage) and (shown == 0 or (moments.dropped == 0 and not bool(moments.H.diagonal().any())))
 
 
 def damped(method: Method, stage: Stage, moments: Moments) -> Method:
-    """The method for a stage, damped by the count of its tokens where an expert was shown fewer than it has inputs."""
+    """Return the method for a stage, damped by count where an expert was shown fewer tokens than it has inputs."""
     inputs, damp = stage[0].shape[1], getattr(method, "damp_percent", None)
     if not is_expert(stage) or not 0 < moments.tokens < inputs or damp is None or not is_dataclass(method):
         return method
@@ -156,13 +162,8 @@ def damped(method: Method, stage: Stage, moments: Moments) -> Method:
     return replace(method, **options)
 
 
-def rounding(grid: Grid) -> tuple[Method, Grid]:
-    """What an unseen expert is solved by: RTN, its ranges fitted without a Hessian."""
-    return RTN(), replace(grid, fit="mse") if grid.fit == "hessian" else grid
-
-
 def by_layer(rows: Iterable[LinearRow]) -> dict[str, dict[str, list[LinearRow]]]:
-    """The rows of experts, by layer and expert."""
+    """Group the rows of experts by layer and expert."""
     layers: dict[str, dict[str, list[LinearRow]]] = {}
     for row in rows:
         match = EXPERT.fullmatch(row.name)
@@ -172,7 +173,7 @@ def by_layer(rows: Iterable[LinearRow]) -> dict[str, dict[str, list[LinearRow]]]
 
 
 def told(rows: Iterable[LinearRow]) -> list[str]:
-    """Events about the experts among the rows of one block."""
+    """List sentences about the experts among the rows of one block."""
     events = []
     for layer, experts in by_layer(rows).items():
         rounded = {e: e for e, of in experts.items() if any(row.rounded for row in of)}

@@ -1,15 +1,15 @@
-"""The walk over blocks: open, observe, hand out, advance, free. The only loop over blocks there is.
+"""The stream of blocks: open each block, observe its stages, advance the hidden states, free it.
 
 Blocks come in the order in which the model runs them, tower by tower: a decoder's after all of its encoder's.
 
-Two hidden-state streams start equal at the first block: the quantized stream runs through current weights, the
-reference stream through the original ones. Each block is run by the model's *own* forward with the other blocks stubbed
-out, so masks, positions and whatever a model does between blocks are its own; no call is imitated. What a block returns
-beside its hidden state is kept from its first run.
+Two hidden states per batch start equal at the first block: the quantized stream runs through current weights, the
+reference stream through the original weights. The model's *own* forward runs each block with the other blocks stubbed.
+So masks, positions and the code between blocks are the model's own. The other outputs of a block are kept from its first
+run.
 
-A forward pauses where a stage begins and goes on when the stage is solved (``calibrate/forward.py``), so that a block
-costs each stream one forward, not one per stage. All batches are then on their way at once; where that would hold more
-than ``IN_FLIGHT_BYTES`` every stage is reached by a forward of its own instead, with the same result.
+A forward pauses where a stage begins and goes on when the stage is solved (``forward.py``), so that a block
+costs each stream one forward, not one per stage. All batches are then on their way at once. Where they would hold more
+than ``IN_FLIGHT_BYTES``, new forwards reach every stage instead, with the same result.
 """
 
 import tempfile
@@ -44,12 +44,12 @@ IN_FLIGHT_BYTES = 4 << 30
 
 
 def batch_rows(seqlen: int) -> int:
-    """Sequences in one forward."""
+    """Return how many sequences run in one forward."""
     return max(1, BATCH_TOKENS // seqlen)
 
 
 def kept(blocks: list[Block], tokens: int, dtype: torch.dtype, streams: int) -> bool:
-    """Whether all forwards of a block may wait at once, or each stage is reached anew."""
+    """Tell whether all forwards of a block may wait in memory at once; else each stage is reached by new forwards."""
     width = max((site.shape[0] + site.shape[1] for block in blocks for site in block.sites), default=0)
     return tokens * width * 2 * dtype.itemsize * streams <= IN_FLIGHT_BYTES
 
@@ -67,7 +67,7 @@ class Place:
 
 
 class OpenBlock:
-    """A block while its weights are in memory: what the walk hands out."""
+    """A block while its weights are in memory, as ``stream`` yields it."""
 
     def __init__(self, walk: "Walk", k: int) -> None:
         self.walk, self.k = walk, k
@@ -87,15 +87,18 @@ class OpenBlock:
         self.hooks.enter_context(hooked(model, pauses, sorted(points), inside))
 
     def weight(self, site: Site) -> Tensor:
-        """The weight as it stands, original until ``replace``: (out, in), float32 (float64 in a float64 walk)."""
+        """Return the live weight (out, in), original until ``replace``; float32, or float64 in a float64 walk."""
         return site.weight(self.walk.source.model).to(self.walk.solve_dtype).contiguous()
 
     def observe(self, stage: Stage, needs: frozenset[Need]) -> Moments:
-        """Moments of the stage's common input over all samples, both streams in lockstep.
+        """Measure the moments of the stage's common input over all samples, both streams in lockstep.
 
-        With "R" in ``needs``, where the stage is one site that adds to the residual stream, R stands in for D: the drift
-        of the stream behind it holds the site's own. With "held_out" also the moments of every fourth sequence by
-        themselves. Of several ranks, each measures its own samples; the moments are those of all.
+        With "R" in ``needs``, R stands in for D where the stage is one site that adds to the residual stream: the drift of
+        the stream behind the site holds the site's own. With "held_out", the moments of every fourth sequence come apart.
+        Every rank measures its own samples; the moments are those of all ranks.
+
+        Raises:
+            NumericalError: more than 5% of the tokens are NaN or Inf.
         """
         ranks, sequences = self.walk.ranks, self.walk.sequences
         # Where sequences are few, runs of tokens are held out: their place in the whole text follows from the sequence.
@@ -109,7 +112,7 @@ class OpenBlock:
         return ranks.reduce(measuring.result())
 
     def _measure(self, stage: Stage, needs: frozenset[Need], seen: int) -> Measuring:
-        """Run this rank's batches up to a stage. ``seen``: as Measuring has it."""
+        """Run this rank's batches up to a stage; ``seen`` as in ``Measuring``."""
         walk, number, site = self.walk, self.stages.index(stage), stage[0]
         if number <= self.reached:
             self._drop()
@@ -152,7 +155,7 @@ class OpenBlock:
             self._drop()  # the paused forwards have passed it with its former weight
 
     def output(self, batch: int) -> Tensor:
-        """What the block makes of one of this rank's batches, its weights as they are now."""
+        """Run one of this rank's batches through the block, with its weights as they are now, and return the hidden state."""
         output = Forward(self.walk.streams[0], self.k, batch).until(None)
         assert output is not None
         return output
@@ -166,7 +169,7 @@ class OpenBlock:
                     self.paused.pop((i, batch))
 
     def close(self) -> None:
-        """Forget the block."""
+        """Free the block."""
         self._drop()
         self.hooks.close()
         self.walk.source.unload(self.block.name)
@@ -188,7 +191,7 @@ class OpenBlock:
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
-        """Original weights in place while the reference stream runs."""
+        """Put the original weights in place while the reference stream runs."""
         sites, model = self.block.sites, self.walk.source.model
         parameters = [model.get_submodule(site.name).weight for site in sites]
         current = [parameter.data for parameter in parameters]
@@ -203,7 +206,7 @@ class OpenBlock:
 
 
 class Walk:
-    """State of one walk; ``stream`` drives it."""
+    """The state of one walk over the blocks; ``stream`` drives it."""
 
     def __init__(
         self,
@@ -238,14 +241,14 @@ class Walk:
         discover.load_outside(source, [block.name for block in blocks], device, dtype, whole)
 
     def layout(self, batch: int, forward: Forward) -> torch.Size:
-        """(sequences, positions) of what a forward is paused at, as it will be where a module is shown all of them."""
+        """Return (sequences, positions) of the input where a forward is paused, as a module that sees all tokens has it."""
         values = self.batches[batch].values()
         rows, found = len(next(iter(values))), len(forward.input if forward.input is not None else ())
         known = {value.shape[1] for value in values if value.dim() == 2} | {hidden := forward.shape[1:-1].numel()}
         return torch.Size((rows, found // rows if found % rows == 0 and found // rows in known else hidden))
 
     def _keeper(self, offload: Path | None, name: str) -> Callable[[str], OnDisk] | None:
-        """Makes what keeps a tower's states on disk."""
+        """Return the maker of lists that keep a tower's hidden states on disk."""
         return None if offload is None else lambda tower: OnDisk(offload, f"{name}-{tower}", len(self.batches))
 
 
@@ -289,7 +292,7 @@ def stream(
 
 @contextmanager
 def _scratch(offload: Path | None) -> Iterator[Path | None]:
-    """A folder of this run's own below ``offload``, gone afterwards."""
+    """Make a folder of this run's own below ``offload``, removed afterwards."""
     if offload is None:
         yield None
         return
@@ -304,7 +307,7 @@ def _scratch(offload: Path | None) -> Iterator[Path | None]:
 
 
 def _check_finite(walk: Walk, block: Block) -> None:
-    """A stream that is non-finite everywhere can calibrate nothing any more."""
+    """Raise NearplaneError where no activation behind a block is finite: nothing can be calibrated on them."""
     if not walk.streams:
         return
     hidden = (walk.streams[0].hidden[block.tower][batch] for batch in range(len(walk.batches)))
