@@ -16,6 +16,7 @@ from nearplane.core.grid import Grid
 from nearplane.data.text import Calibration
 from nearplane.evaluation.perplexity import Evaluation
 from nearplane.evaluation.perplexity import evaluate as evaluate_model
+from nearplane.formats import Format
 from nearplane.formats.parts import Writer
 from nearplane.machine.devices import give_memory_back, pick_device, pick_dtype
 from nearplane.machine.progress import bar, waiting
@@ -51,7 +52,7 @@ def quantize(
     rotate_seed: int = 0,
     activations: TokenGrid | None = None,
     towers: str | Sequence[str] = (),
-    format: FormatName = "compressed-tensors",
+    format: FormatName | Format = "compressed-tensors",
     device: str = "auto",
     dtype: Dtype = "auto",
     offload: str | Path | None = None,

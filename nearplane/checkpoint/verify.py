@@ -27,7 +27,6 @@ from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sum
 from nearplane.checkpoint.load import misfit
 from nearplane.core.errors import NearplaneError, SettingError, some_of
 from nearplane.core.grid import Grid
-from nearplane.formats import FORMATS
 from nearplane.formats.base import conv1d_reason, fused, grid_name
 from nearplane.formats.journal import unfinished
 from nearplane.formats.read import Checkpoint, open_checkpoint
@@ -161,9 +160,9 @@ def _check_finite(checkpoint: Checkpoint, name: str, found: Findings) -> None:
 
 def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
     """quantize_config.json against config.json, and scales against the dtype that loaders cast them to."""
-    folder, stated = checkpoint.store.folder, checkpoint.config.get("quantization_config")
-    beside = folder / "quantize_config.json"
-    if beside.exists() and isinstance(stated, dict):
+    folder, stated, reader = checkpoint.store.folder, checkpoint.config.get("quantization_config"), checkpoint.reader
+    beside = None if reader is None or reader.beside is None else folder / reader.beside
+    if beside is not None and beside.exists() and isinstance(stated, dict):
         with found.listing():
             legacy = read_json(beside)
             differing = sorted(key for key in stated.keys() & legacy.keys() if stated[key] != legacy[key])
@@ -174,7 +173,7 @@ def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
                 found.note(f"{beside} and config.json: only one of them states {', '.join(alone)}.")
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     scales = {layer.grid.scale_dtype for layer in checkpoint.layers.values()} - {dtype}
-    if checkpoint.format == "compressed-tensors" and scales and dtype in ("float16", "bfloat16"):
+    if reader is not None and reader.casts_scales and scales and dtype in ("float16", "bfloat16"):
         found.note(
             f"Scales are stored in {', '.join(sorted(scales))}; engines round them to {dtype}, the model's dtype."
         )
@@ -267,8 +266,8 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
         reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
         if reason is not None:
             found.problem(reason)
-        elif isinstance(module, Conv1D) and conv1d_reason(FORMATS[checkpoint.format or ""]) is not None:
-            found.problem(f"{layer}: {conv1d_reason(FORMATS[checkpoint.format or ''])}.")
+        elif isinstance(module, Conv1D) and checkpoint.reader is not None and conv1d_reason(checkpoint.reader):
+            found.problem(f"{layer}: {conv1d_reason(checkpoint.reader)}.")
     _check_ignored(checkpoint, modules, on_disk, set(quantized), found)
 
 

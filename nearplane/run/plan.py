@@ -13,8 +13,8 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
-from nearplane.formats import FORMATS, running
-from nearplane.formats.base import Format, conv1d_reason
+from nearplane.formats import Format, pick_format
+from nearplane.formats.base import conv1d_reason
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import Ranks
 from nearplane.methods import Method, NearPlane
@@ -217,7 +217,7 @@ def make_plan(
     ignore: Sequence[str] = (),
     budget: float | None = None,
     widths: Sequence[int] = WIDTHS,
-    format: str = "compressed-tensors",
+    format: str | Format = "compressed-tensors",
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -233,8 +233,8 @@ def make_plan(
     """
     method, grid, calibration = method or NearPlane(), grid or Grid(), calibration or Calibration()
     mix, turning = make_mix(override, ignore, budget, widths, towers), make_rotate(rotate, rotate_seed)
-    where = _choices(method, format, device)
-    running(format, activations, "r4" in turning.kinds)  # or refuse
+    where = _choices(method, device)
+    chosen = pick_format(format).running(activations, "r4" in turning.kinds)
     source: Source = (open_sketch if sketch else open_source)(model, trust_remote_code=trust_remote_code)
     if calibration.all_experts:
         show_all(source.model, source.folder)
@@ -245,7 +245,7 @@ def make_plan(
         promised(source, turning)
     else:
         found = discover(source)
-    plan = _settle(source, found, method, grid, calibration, format, where, dtype, mix, activations)
+    plan = _settle(source, found, method, grid, calibration, chosen, where, dtype, mix, activations)
     if sketch:
         return plan
     if method.needs:
@@ -253,11 +253,9 @@ def make_plan(
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
 
 
-def _choices(method: Method, format: str, device: str) -> torch.device:
+def _choices(method: Method, device: str) -> torch.device:
     """What can be refused before the model is opened."""
     where = pick_device(device)
-    if format not in FORMATS:
-        raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
     if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
         raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
     if not set(method.needs) <= set(get_args(Need)):
@@ -272,7 +270,7 @@ def _settle(
     method: Method,
     grid: Grid,
     calibration: Calibration,
-    format: str,
+    format: Format,
     where: torch.device,
     dtype: str,
     mix: Mix,
@@ -281,7 +279,7 @@ def _settle(
     """Dtypes and grids; refuse what the format or the method cannot hold."""
     stored = pick_dtype(dtype) or source.dtype
     compute = torch.float32 if where.type == "cpu" else source.dtype
-    grid = replace(grid, scale_dtype=FORMATS[format].scale_dtype(stored))
+    grid = replace(grid, scale_dtype=format.scale_dtype(stored))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
     blocks, ignored = leave_out(blocks, mix, disk.__getitem__, linears_besides(source.model, set(disk)))
     sites = [site for block in blocks for site in block.sites]
@@ -289,15 +287,14 @@ def _settle(
     refuse_split(grids, ignored, mix, fixed)
     for site in sites:
         left = mix.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
-        reason = None if left else FORMATS[format].supports(grids[disk[site.name]], site.shape)
+        reason = None if left else format.supports(grids[disk[site.name]], site.shape)
         if site.transposed:
-            reason = conv1d_reason(FORMATS[format]) or reason
+            reason = conv1d_reason(format) or reason
         reason = reason or getattr(method, "refuses", lambda _shape: None)(site.shape)
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
     by_site = {site.name: grids[disk[site.name]] for site in sites}
-    chosen = running(format, activations, "r4" in source.settings.get("rotate", {}).get("kinds", ()))
-    plan = Plan(source, blocks, None, method, grid, calibration, chosen, stored, compute, where, mix, by_site, ignored)
+    plan = Plan(source, blocks, None, method, grid, calibration, format, stored, compute, where, mix, by_site, ignored)
     plan = replace(plan, activations=activations)
     return plan if mix.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
 

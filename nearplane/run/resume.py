@@ -123,7 +123,7 @@ def replay(plan: Plan, done: Done, block: OpenBlock) -> None:
     if not block.block.sites:
         return
     store = Store.of(done.shards)
-    checkpoint = read_tensors(store, {}, plan.quantization(ignore=[], settings={}))
+    checkpoint = read_tensors(store, {}, plan.quantization(ignore=[], settings={}), plan.format)
     for site in block.block.sites:
         codes, scale, zero = checkpoint.quantized(plan.disk_name(site.name))[:3]
         scale = scale.to(plan.device, block.walk.solve_dtype)

@@ -89,7 +89,7 @@ def _solve(
         if writer is None:
             continue
         with report.timed("write"):
-            tensors = plan.format.tensors(plan.disk_name(site.name), quantized, grid)
+            tensors = plan.format.pack(plan.disk_name(site.name), quantized, grid)
             report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
             writer.put(tensors)
     report.settle(sites[0].name, solved.course, rows[0])
