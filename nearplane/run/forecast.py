@@ -5,18 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nearplane.checkpoint.engines import (
-    ENGINES,
-    caveat,
-    mixed_caveat,
-    model_caveat,
-    model_refusal,
-    online_refusal,
-    refusal,
-    rounding_refusal,
-)
+from nearplane.checkpoint.engines import Described, Weight, model_facts, verdicts
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid
 from nearplane.machine.memory import free_disk
 from nearplane.methods.base import rows_independent
 from nearplane.run.budget import measuring
@@ -39,22 +29,10 @@ class Forecast:
 
     def engines(self) -> list[tuple[str, str | None, str | None]]:
         """Each engine, why it does not load such a checkpoint, and on what condition it does."""
-        plan, shapes = self.plan, dict[Grid, set[tuple[int, int]]]()
-        for site in plan.sites:
-            for grid in plan.possible(site):
-                shapes.setdefault(replace(grid, fit=plan.grid.fit), set()).add(site.shape)
-        found, model = [], plan.source.model
-        grids = {site.name: plan.grid_of(site) for site in plan.sites}
-        for engine in ENGINES:
-            each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
-            reasons = [refusal(*what) or rounding_refusal(engine, what[2], plan.activations) for what in each]
-            online = online_refusal(engine, getattr(plan.format, "online", False))
-            no = online or next((reason for reason in reasons if reason), None)
-            no = no or model_refusal(engine, model, grids, plan.format.name)
-            conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
-            conditions += [model_caveat(engine, model, grids)] if plan.format.name == "compressed-tensors" else []
-            but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
-            found.append((engine, no, None if no else but or None))
+        found = []
+        for engine, judged in verdicts(described(self.plan)).items():
+            no, but = ("; ".join(part) or None for part in (judged.refusals, judged.caveats))
+            found.append((engine, no, None if no else but))
         return found
 
     def lacking(self) -> list[str]:
@@ -109,6 +87,17 @@ class Forecast:
         lines += [f"try: {tip}" for tip in suggestions(plan, found, Path.cwd(), self.ranks)]
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join(lines)
+
+
+def described(plan: Plan) -> Described:
+    """Describe the checkpoint that a plan leads to, for the engines' verdicts."""
+    weights = [
+        Weight(replace(grid, fit=plan.grid.fit), site.shape, plan.activations)
+        for site in plan.sites
+        for grid in plan.possible(site)
+    ]
+    facts = model_facts(plan.source.model, {site.name: plan.grid_of(site) for site in plan.sites})
+    return Described(plan.format.name, tuple(dict.fromkeys(weights)), facts, getattr(plan.format, "online", False))
 
 
 def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int = 1, **choices: Any) -> Forecast:
