@@ -1,4 +1,4 @@
-"""What ``convert`` does: write a checkpoint again in another format. Nothing is quantized again.
+"""Write a checkpoint again in another format. Nothing is quantized again.
 
 Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. Scales keep their dtype in
 compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. Layers
@@ -8,6 +8,7 @@ copied as it is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nearplane.checkpoint.export import Rest, Solved, export
 from nearplane.checkpoint.load import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
@@ -22,6 +24,7 @@ from nearplane.formats import Format, pick_format
 from nearplane.formats.base import ONLINE_ONLY_HERE, SCALE_NAMES, check, conv1d_reason
 from nearplane.formats.parts import Writer
 from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.locate import locate
@@ -34,7 +37,7 @@ QUANTIZATION = ("quantization_config", "compression_config")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """A checkpoint in another format than before."""
 
     path: str
     out: str
@@ -86,27 +89,20 @@ def convert(
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
+    ignore = linears_besides(model, set(modules.values()))
+    # Loaders look for a linear by its name in the model or on disk: both are named.
+    named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
+    settings = _settings(checkpoint, modules)
+    quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
+    config = {**_plain(checkpoint.config), "quantization_config": quantization}
+    rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder, trust_remote_code)
+    weights = (
+        Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
+    )
+    report = folder / REPORT  # of the run that chose the codes
     with writer, bar(progress) as display:
         task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
-        for name in checkpoint.layers:
-            grid = grids[name]
-            writer.put(target.pack(name, _exact(name, checkpoint.quantized(name), grid, target), grid))
-            display.advance(task)
-        for name in checkpoint.dense:
-            writer.put({name: checkpoint.store.get(name)})
-            display.advance(task)
-        ignore = linears_besides(model, set(modules.values()))
-        # Loaders look for a linear by its name in the model or on disk: both are named.
-        named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
-        settings = _settings(checkpoint, modules)
-        quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
-        writer.json("config.json", {**_plain(checkpoint.config), "quantization_config": quantization})
-        for file, content in target.extra_files(quantization).items():
-            writer.json(file, content)
-        writer.companions(folder, code=trust_remote_code)
-        if (folder / "report.json").is_file():  # of the run that chose the codes
-            writer.copy(folder / "report.json")
-        writer.finish()
+        export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
     now = {grids[name].scale_dtype for name, layer in checkpoint.layers.items() if layer.grid != grids[name]}
     count = len(checkpoint.layers), len(checkpoint.dense)
     return Conversion(str(path), str(out), checkpoint.format, target.name, *count, ", ".join(sorted(now)) or None)
@@ -127,7 +123,7 @@ def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
 
 
 def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:
-    """The grid of each layer, its scales in the new format's dtype. NearplaneError where a layer does not fit there."""
+    """Give each layer's grid, scales in the new format's dtype. Raises NearplaneError where a layer does not fit."""
     grids = {}
     for name, layer in checkpoint.layers.items():
         grids[name] = replace(layer.grid, scale_dtype=_scale_dtype(target, layer.grid))
@@ -141,12 +137,12 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
 
 
 def _scale_dtype(target: Format, stored: Grid) -> ScaleDtype:
-    """The dtype scales have in the new format, which is theirs wherever the format leaves a choice."""
+    """Give the dtype of scales in the new format, which is the present one wherever the format leaves a choice."""
     return target.scale_dtype(getattr(torch, stored.scale_dtype))
 
 
 def _exact(name: str, quantized: Quantized, grid: Grid, target: Format) -> Quantized:
-    """The layer with its scales in the new dtype. NearplaneError if one would change by that."""
+    """Cast a layer's scales to the new dtype. Raises NearplaneError if one would change by that."""
     scale = quantized.scale.to(getattr(torch, grid.scale_dtype))
     changed = scale.to(quantized.scale.dtype) != quantized.scale
     if bool(changed.any()):
@@ -167,7 +163,7 @@ def _settings(checkpoint: Checkpoint, modules: dict[str, str]) -> dict[str, Any]
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json without its quantization, wherever a tool put that."""
+    """Take the quantization out of a config.json, wherever a tool put it."""
     config = {key: value for key, value in config.items() if key not in QUANTIZATION}
     text = config.get("text_config")
     if isinstance(text, dict):

@@ -1,11 +1,11 @@
 """What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nearplane.checkpoint.engines import Described, Weight, model_facts, verdicts
+from nearplane.checkpoint.engines import verdicts
 from nearplane.core.errors import SettingError
 from nearplane.machine.memory import free_disk
 from nearplane.methods.base import rows_independent
@@ -14,6 +14,7 @@ from nearplane.run.estimate import Estimate, Memory, estimate, gb, shared, sugge
 from nearplane.run.mix import JUDGED
 from nearplane.run.pace import pace
 from nearplane.run.plan import Plan, make_plan
+from nearplane.run.rest import described
 
 MOST_RANKS = 4096
 
@@ -87,17 +88,6 @@ class Forecast:
         lines += [f"try: {tip}" for tip in suggestions(plan, found, Path.cwd(), self.ranks)]
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join(lines)
-
-
-def described(plan: Plan) -> Described:
-    """Describe the checkpoint that a plan leads to, for the engines' verdicts."""
-    weights = [
-        Weight(replace(grid, fit=plan.grid.fit), site.shape, plan.activations)
-        for site in plan.sites
-        for grid in plan.possible(site)
-    ]
-    facts = model_facts(plan.source.model, {site.name: plan.grid_of(site) for site in plan.sites})
-    return Described(plan.format.name, tuple(dict.fromkeys(weights)), facts, getattr(plan.format, "online", False))
 
 
 def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int = 1, **choices: Any) -> Forecast:

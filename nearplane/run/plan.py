@@ -118,11 +118,6 @@ class Plan:
         """Whether linears differ in what is stored of their grids."""
         return len({replace(grid, fit=self.grid.fit) for grid in self.grids.values()}) > 1
 
-    def quantization(self, *, ignore: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        """The ``quantization_config``. Loaders look for a linear by its name in the model or on disk: both are named."""
-        grids = {name: grid for site, grid in self.grids.items() for name in (self.disk_name(site), site)}
-        return self.format.config(self.grid, ignore=ignore, settings=settings, grids=grids)
-
     def stream(self, offload: Path | None = None, ranks: Ranks | None = None) -> Any:
         """The walk over blocks; ``offload``: a folder for the hidden states; ``ranks``: who shares the samples."""
         reference = bool(self.method.needs & {"D", "R"})

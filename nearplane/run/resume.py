@@ -7,16 +7,13 @@ shards, so that a resumed run sees what an uninterrupted one sees, bit for bit.
 import hashlib
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
-from nearplane.formats.parts import Writer
-from nearplane.formats.read import read_tensors
-from nearplane.formats.store import Store
+from nearplane.formats.parts import Part, Writer
 from nearplane.models.discover import Block
 from nearplane.run.plan import Plan
 from nearplane.run.report import Mark, Report
@@ -31,7 +28,7 @@ END = "the end"
 class Done(NamedTuple):
     """A finished block."""
 
-    shards: list[Path]
+    part: Part
     sums: dict[str, str] | None
     """Hashes of the source's parameters that it was made of; None: an earlier version made it."""
 
@@ -62,7 +59,7 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
                 f"what is copied from {plan.source.name} (embeddings, norms and the like) differs from what {writer.out} was "
                 "begun with; resume with that model, or begin in another folder."
             )
-    done = [Done([writer.out / n for n in record["shards"]], record.get("source")) for record in writer.records]
+    done = [Done(writer.part(record), record.get("source")) for record in writer.records]
     if len(done) == len(plan.blocks):  # no block will be opened again: a tensor of each has to do
         for block, each in zip(plan.blocks, done, strict=True):
             for site in sorted(block.sites, key=lambda site: prod(site.shape))[:1]:
@@ -120,10 +117,9 @@ def replay(plan: Plan, done: Done, block: OpenBlock) -> None:
     SettingError where the source's weights are not those that it was made of.
     """
     _same_source(plan, block.block, done)
-    if not block.block.sites:
+    checkpoint = done.part.open()
+    if checkpoint is None:
         return
-    store = Store.of(done.shards)
-    checkpoint = read_tensors(store, {}, plan.quantization(ignore=[], settings={}), plan.format)
     for site in block.block.sites:
         codes, scale, zero = checkpoint.quantized(plan.disk_name(site.name))[:3]
         scale = scale.to(plan.device, block.walk.solve_dtype)

@@ -89,9 +89,8 @@ def _solve(
         if writer is None:
             continue
         with report.timed("write"):
-            tensors = plan.format.pack(plan.disk_name(site.name), quantized, grid)
-            report.bytes["quantized"] += sum(tensor.nbytes for tensor in tensors.values())
-            writer.put(tensors)
+            report.bytes["quantized"] += plan.format.nbytes(site.shape, grid)
+            writer.put_quantized(plan.disk_name(site.name), quantized, grid)
     report.settle(sites[0].name, solved.course, rows[0])
     return rows
 
