@@ -7,9 +7,11 @@ from types import ModuleType
 
 import pytest
 import tiny
+import torch
 
 import nearplane
 from nearplane.cli.main import main
+from nearplane.formats.read import open_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -42,6 +44,28 @@ def test_own_method_from_the_command_line(model: Path, monkeypatch: pytest.Monke
     assert '"caution": 2.0' in report
     # 64 inputs, 64 tokens: 0.01 * (1 + 2 * 64 / 64)
     assert '"damp_percent": 0.03' in report
+
+
+def test_own_format(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quantized into it, read back, and converted into another format: the same codes, and the same weights."""
+    own, out = load("own_format"), model.parent / "out"
+    weight = own.main(str(model), str(out))
+    assert "14 layers in plain-codes" in capsys.readouterr().out
+    other, format = open_checkpoint(Path(f"{out}-ct")), own.PlainCodes()
+    stored = open_checkpoint(out, formats=[format])
+    name = next(iter(stored.layers))
+    assert stored.store.dtype(f"{name}.codes") == torch.uint8 and torch.equal(weight, other.weight(name))
+    for name in stored.layers:
+        pairs = zip(stored.quantized(name)[:3], other.quantized(name)[:3], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    nearplane.convert(f"{out}-ct", f"{out}-back", format)
+    back = open_checkpoint(Path(f"{out}-back"), formats=[format])
+    assert back.store.names == stored.store.names
+    assert all(torch.equal(back.store.get(name), stored.store.get(name)) for name in stored.store.names)
+    with pytest.raises(
+        nearplane.NearplaneError, match=r"quantized with plain-codes; nearplane reads compressed-tensors"
+    ):
+        nearplane.load(out)
 
 
 def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
