@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are whole: the index against its shards, leftovers of a write, JSON that parses.
+"""Checks that files and layers of a checkpoint are whole: the index against its shards, leftovers, JSON that parses.
 
 Decides what of a folder is a problem (a reader would fail, or read something else than was written) and what only a note.
 Everything is listed; nothing here stops at the first thing that is wrong.

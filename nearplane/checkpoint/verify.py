@@ -1,4 +1,4 @@
-"""What ``verify`` does: re-read a whole checkpoint and list what is wrong with it.
+"""Read a whole checkpoint again and list what is wrong with it.
 
 Decides what a checkpoint owes its readers: whole files, layers that hold what their format says, a configuration that
 speaks of every linear, siblings that an engine can fuse, every weight that the model asks for. A damaged file is a line

@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
 
 class Writer:
-    """Writes into a new or empty folder, and leaves it as it was unless something was sealed or ``finish()`` reached.
+    """Writes into a new or empty folder, which stays as it was unless a part was sealed or ``finish()`` reached.
 
     Attributes:
         records: what an earlier writer sealed, in order, as far as it can be trusted, with ``resume``.
@@ -265,7 +265,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _atomic(self, target: Path, need: int) -> Iterator[Path]:
-        """A temporary path to fill; afterwards it is on disk under the name ``target``."""
+        """Give a temporary path to fill, and put the file on disk under the name ``target`` afterwards."""
         temporary = target.with_name(f".{target.name}.tmp")
         self._written.update((temporary, target))
         try:
@@ -358,7 +358,7 @@ class Writer:
         return all((self.out / name).exists() for name in set(read_index(self.out / INDEX).values()))
 
     def _unfinish(self) -> None:
-        """Undo as much of ``finish`` as was done: shards become parts again, or go where their parts are still there."""
+        """Undo what was done of ``finish``: shards become parts again, or go where their parts are still there."""
         (self.out / INDEX).unlink(missing_ok=True)
         for path in self.out.glob("model-*-of-*.safetensors"):
             part = self._part(int(path.name.split("-")[1]) - 1, copied=False)
