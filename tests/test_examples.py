@@ -13,6 +13,7 @@ import torch
 
 import nearplane
 from nearplane.cli.main import main
+from nearplane.formats.read import open_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -65,6 +66,28 @@ def test_own_transform(model: Path, tmp_path: Path) -> None:
     wrong._scaled = lambda self, source, up, down: (source.store.get(up) * 1.01, source.store.get(down))
     with pytest.raises(nearplane.NearplaneError, match="it would be another model"):
         nearplane.quantize(model, tmp_path / "wrong", transforms=[wrong()], **settings)
+
+
+def test_own_format(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quantized into it, read back, and converted into another format: the same codes, and the same weights."""
+    own, out = load("own_format"), model.parent / "out"
+    weight = own.main(str(model), str(out))
+    assert "14 layers in plain-codes" in capsys.readouterr().out
+    other, format = open_checkpoint(Path(f"{out}-ct")), own.PlainCodes()
+    stored = open_checkpoint(out, formats=[format])
+    name = next(iter(stored.layers))
+    assert stored.store.dtype(f"{name}.codes") == torch.uint8 and torch.equal(weight, other.weight(name))
+    for name in stored.layers:
+        pairs = zip(stored.quantized(name)[:3], other.quantized(name)[:3], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    nearplane.convert(f"{out}-ct", f"{out}-back", format)
+    back = open_checkpoint(Path(f"{out}-back"), formats=[format])
+    assert back.store.names == stored.store.names
+    assert all(torch.equal(back.store.get(name), stored.store.get(name)) for name in stored.store.names)
+    with pytest.raises(
+        nearplane.NearplaneError, match=r"quantized with plain-codes; nearplane reads compressed-tensors"
+    ):
+        nearplane.load(out)
 
 
 def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

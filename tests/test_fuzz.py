@@ -216,7 +216,7 @@ def quantized(place: Path, format: str) -> Path:
     tensors: dict[str, torch.Tensor] = {"norm.weight": torch.ones(32)}
     for name, shape in (("m", (32, 64)), ("n", (8, 32))):
         weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-        tensors |= FORMATS[format].tensors(name, RTN().solve(weight, None, grid), grid)
+        tensors |= FORMATS[format].pack(name, RTN().solve(weight, None, grid), grid)
     save_file(tensors, place / "model.safetensors")
     config = FORMATS[format].config(grid, ignore=["lm_head"], settings={"damp_percent": 0.01})
     (place / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))

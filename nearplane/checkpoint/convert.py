@@ -1,4 +1,4 @@
-"""What ``convert`` does: write a checkpoint again in another format. Nothing is quantized again.
+"""Write a checkpoint again in another format. Nothing is quantized again.
 
 Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. Scales keep their dtype in
 compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. Layers
@@ -6,7 +6,9 @@ of several grids keep them. What the new format cannot hold is refused before an
 copied as it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nearplane.checkpoint.export import Rest, Solved, export
 from nearplane.checkpoint.load import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
-from nearplane.formats import FORMATS
-from nearplane.formats.base import ONLINE_ONLY_HERE, SCALE_NAMES, Format, check, conv1d_reason
+from nearplane.formats import Format, pick_format
+from nearplane.formats.base import ONLINE_ONLY_HERE, SCALE_NAMES, check, conv1d_reason
 from nearplane.formats.parts import Writer
 from nearplane.formats.read import Checkpoint, open_checkpoint
+from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.locate import locate
@@ -29,13 +33,11 @@ from nearplane.models.towers import linears_besides
 from nearplane.transforms.hooks import turned_linears
 
 QUANTIZATION = ("quantization_config", "compression_config")
-# Of the record of a run, what GPTQ's configuration has fields for.
-KEPT = ("damp_percent", "true_sequential", "static_groups")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """A checkpoint in another format than before."""
 
     path: str
     out: str
@@ -54,69 +56,74 @@ class Conversion:
 
 
 def convert(
-    path: str | Path, out: str | Path, format: str, *, trust_remote_code: bool = False, progress: bool = False
+    path: str | Path,
+    out: str | Path,
+    format: str | Format,
+    *,
+    formats: Sequence[Format] = (),
+    trust_remote_code: bool = False,
+    progress: bool = False,
 ) -> Conversion:
-    """Write the quantized checkpoint ``path`` into the new folder ``out`` in another format, its weights the same bits.
+    """Write a quantized checkpoint in another format, its weights the same bits.
 
-    ``format``: "compressed-tensors", "gptq" or "gptq_v2". Raises NearplaneError, before anything is written, for what the
-    format cannot hold exactly, with the layer's name and the reason.
+    Args:
+        path: folder or hub id of the checkpoint, ours or another tool's.
+        out: a folder that does not exist or is empty; it appears whole or not at all.
+        format: "compressed-tensors", "gptq", "gptq_v2" or a format of the caller's own.
+        formats: formats of the caller's own that ``path`` may be in.
+        trust_remote_code: whether the model's own Python may run.
+        progress: whether to draw a bar.
+
+    Raises:
+        NearplaneError: before anything is written, for what the format cannot hold exactly, with the layer's name and
+            the reason.
     """
-    if format not in FORMATS:
-        raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
-    writer, target = Writer(Path(out)), FORMATS[format]
+    target, writer = pick_format(format), Writer(Path(out))
     folder = locate(path, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.quantization is None or checkpoint.format is None:
+    checkpoint = open_checkpoint(folder, formats=formats)
+    if checkpoint.format is None:
         raise SettingError(f"{path} is not quantized; use nearplane quantize.")
-    if checkpoint.format == format:
-        raise SettingError(f"{path} is {format} already; copy the folder.")
-    _refuse_activations(checkpoint, checkpoint.quantization)
+    if checkpoint.format == target.name:
+        raise SettingError(f"{path} is {target.name} already; copy the folder.")
+    _refuse_more(checkpoint, target)
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
+    ignore = linears_besides(model, set(modules.values()))
+    # Loaders look for a linear by its name in the model or on disk: both are named.
+    named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
+    settings = _settings(checkpoint, modules)
+    quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
+    config = {**_plain(checkpoint.config), "quantization_config": quantization}
+    rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder, trust_remote_code)
+    weights = (
+        Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
+    )
+    report = folder / REPORT  # of the run that chose the codes
     with writer, bar(progress) as display:
         task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
-        for name in checkpoint.layers:
-            grid = grids[name]
-            writer.put(target.tensors(name, _exact(name, checkpoint.quantized(name), grid, target), grid))
-            display.advance(task)
-        for name in checkpoint.dense:
-            writer.put({name: checkpoint.store.get(name)})
-            display.advance(task)
-        ignore = linears_besides(model, set(modules.values()))
-        # Loaders look for a linear by its name in the model or on disk: both are named.
-        named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
-        settings = _settings(checkpoint, modules)
-        quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
-        writer.json("config.json", {**_plain(checkpoint.config), "quantization_config": quantization})
-        for file, content in target.extra_files(quantization).items():
-            writer.json(file, content)
-        writer.companions(folder, code=trust_remote_code)
-        if (folder / "report.json").is_file():  # of the run that chose the codes
-            writer.copy(folder / "report.json")
-        writer.finish()
+        export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
     now = {grids[name].scale_dtype for name, layer in checkpoint.layers.items() if layer.grid != grids[name]}
     count = len(checkpoint.layers), len(checkpoint.dense)
-    return Conversion(str(path), str(out), checkpoint.format, format, *count, ", ".join(sorted(now)) or None)
+    return Conversion(str(path), str(out), checkpoint.format, target.name, *count, ", ".join(sorted(now)) or None)
 
 
-def _refuse_activations(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-    """Of compressed-tensors, what is more than weights: dropping it would make another model."""
-    groups = config.get("config_groups") or {}
-    parts = {key for group in groups.values() for key in ("input_activations", "output_activations") if group.get(key)}
-    parts |= {key for key in ("kv_cache_scheme",) if config.get(key)}
-    if turned_linears(checkpoint.config, checkpoint.store.folder)[0]:
+def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
+    """Refuse a checkpoint that quantizes more than weights: dropping that would make another model."""
+    folder = checkpoint.store.folder
+    if turned_linears(checkpoint.config, folder)[0]:
         raise NearplaneError(
-            f"inputs of linears of {checkpoint.store.folder} are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}."
+            f"inputs of linears of {folder} are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}."
         )
+    parts = checkpoint.reader.besides_weights(checkpoint.quantization or {}) if checkpoint.reader else []
     if parts:
         raise NearplaneError(
-            f"{checkpoint.store.folder} quantizes more than weights ({', '.join(sorted(parts))}), which GPTQ has no place for."
+            f"{folder} quantizes more than weights ({', '.join(parts)}), which {target.name} has no place for."
         )
 
 
 def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:
-    """The grid of each layer, its scales in the new format's dtype. NearplaneError where a layer does not fit there."""
+    """Give each layer's grid, scales in the new format's dtype. Raises NearplaneError where a layer does not fit."""
     grids = {}
     for name, layer in checkpoint.layers.items():
         grids[name] = replace(layer.grid, scale_dtype=_scale_dtype(target, layer.grid))
@@ -130,12 +137,12 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
 
 
 def _scale_dtype(target: Format, stored: Grid) -> ScaleDtype:
-    """The dtype scales have in the new format, which is theirs wherever the format leaves a choice."""
+    """Give the dtype of scales in the new format, which is the present one wherever the format leaves a choice."""
     return target.scale_dtype(getattr(torch, stored.scale_dtype))
 
 
 def _exact(name: str, quantized: Quantized, grid: Grid, target: Format) -> Quantized:
-    """The layer with its scales in the new dtype. NearplaneError if one would change by that."""
+    """Cast a layer's scales to the new dtype. Raises NearplaneError if one would change by that."""
     scale = quantized.scale.to(getattr(torch, grid.scale_dtype))
     changed = scale.to(quantized.scale.dtype) != quantized.scale
     if bool(changed.any()):
@@ -149,14 +156,14 @@ def _exact(name: str, quantized: Quantized, grid: Grid, target: Format) -> Quant
 
 
 def _settings(checkpoint: Checkpoint, modules: dict[str, str]) -> dict[str, Any]:
-    """For GPTQ's configuration: who wrote it, from what, and what the old one knew of the run."""
-    known = {key: value for key, value in (checkpoint.quantization or {}).items() if key in KEPT}
+    """Give settings for the new configuration: who wrote it, from what, and what the old one records of the run."""
+    known = checkpoint.reader.run_settings(checkpoint.quantization or {}) if checkpoint.reader else {}
     head = {"lm_head": True} if "lm_head" in modules.values() else {}
     return {"version": environment()["nearplane"], "converted_from": checkpoint.format, **known, **head}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json without its quantization, wherever a tool put that."""
+    """Take the quantization out of a config.json, wherever a tool put it."""
     config = {key: value for key, value in config.items() if key not in QUANTIZATION}
     text = config.get("text_config")
     if isinstance(text, dict):

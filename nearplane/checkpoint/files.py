@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are whole: the index against its shards, leftovers of a write, JSON that parses.
+"""Checks that files and layers of a checkpoint are whole: the index against its shards, leftovers, JSON that parses.
 
 Decides what of a folder is a problem (a reader would fail, or read something else than was written) and what only a note.
 Everything is listed; nothing here stops at the first thing that is wrong.
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError
-from nearplane.formats.base import Decoded, StoredLayer
-from nearplane.formats.bits import pack
+from nearplane.formats.base import StoredLayer
 from nearplane.formats.read import Checkpoint
 from nearplane.formats.store import (
     INDEX,
@@ -24,36 +23,35 @@ from nearplane.formats.store import (
     SUMS,
     UNFINISHED,
     Shard,
-    Store,
     lacking,
     parse_json,
     read_index,
     read_json,
 )
 
-LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``write.py`` calls a file that is not done
+LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``formats/parts.py`` calls a file that is not done
 
 
 @dataclass
 class Findings:
-    """What was found, in sentences: problems, and what a person may want to know besides. Each only once."""
+    """Sentences about a checkpoint: problems, and notes that a person may want to read. Each only once."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
-        """Something is wrong."""
+        """Add a sentence about something wrong."""
         if text not in self.problems:
             self.problems.append(text)
 
     def note(self, text: str) -> None:
-        """Something is unusual, or could not be looked at."""
+        """Add a sentence about something unusual, or not looked at."""
         if text not in self.notes:
             self.notes.append(text)
 
     @contextmanager
     def listing(self) -> Iterator[None]:
-        """A NearplaneError inside becomes a problem."""
+        """Make a problem of a NearplaneError inside."""
         try:
             yield
         except NearplaneError as error:
@@ -70,7 +68,7 @@ class FileSum:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether anything in the folder says that it is, or was to be, a checkpoint in safetensors."""
+    """Tell whether anything in the folder says that it is, or was to be, a checkpoint in safetensors."""
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", INDEX, f"*{UNFINISHED}"))
 
 
@@ -86,7 +84,7 @@ def sums(folder: Path, found: Findings) -> Iterator[FileSum]:
 
 
 def check_sums(folder: Path, hashed: list[FileSum], found: Findings) -> None:
-    """Compare what was hashed with the sums that were written beside it, where they were."""
+    """Compare the hashes with the sums that lie beside the files, where there are any."""
     path = folder / SUMS
     if not path.is_file():
         return
@@ -112,12 +110,12 @@ def check_sums(folder: Path, hashed: list[FileSum], found: Findings) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of the folder itself, by name; links that lead nowhere among them."""
+    """List the files of the folder itself, by name, links that lead nowhere among them."""
     return sorted(path for path in folder.iterdir() if path.is_file() or not path.exists())
 
 
 def check_files(folder: Path, found: Findings) -> None:
-    """Everything that can be told from names, headers and JSON, without reading a tensor."""
+    """Check names, headers and JSON; reads no tensor."""
     for pattern in LEFTOVERS:
         for path in sorted(folder.glob(pattern)):
             found.problem(
@@ -171,6 +169,7 @@ def _check_index(folder: Path, found: Findings) -> set[str]:
 
 
 def _check_total(index: Path, total: int, found: Findings) -> None:
+    """Compare the index's ``total_size`` with the bytes of its tensors."""
     metadata = read_json(index).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated is None:
@@ -180,59 +179,32 @@ def _check_total(index: Path, total: int, found: Findings) -> None:
 
 
 def examine(checkpoint: Checkpoint, name: str, found: Findings) -> None:
-    """Read a layer and list what is wrong with it; a tensor that cannot be read, a code off the grid, a NaN included."""
+    """Read a layer and list what is wrong with it, a tensor that cannot be read, a code off the grid, a NaN included."""
+    reader = checkpoint.reader
+    if reader is None:
+        return
     try:
         layer, decoded = checkpoint.decode(name)
-        _unused_bits(checkpoint.store, layer, decoded, found)
+        flaws = list(reader.flaws(checkpoint.store, layer, decoded))
     except NearplaneError as error:
         found.problem(str(error))
         return
     if f"{name}.weight" in checkpoint.dense:
         found.problem(f"{name} is stored twice, quantized and as {name}.weight.")
-    _zeros(layer, decoded, found)
-    _scales(layer, decoded.scale, (checkpoint.store.folder / REPORT).exists(), found)
-    _order(checkpoint, layer, decoded.group, found)
-
-
-def _unused_bits(store: Store, layer: StoredLayer, decoded: Decoded, found: Findings) -> None:
-    """Pack again what was read: only bits that belong to no code can differ."""
-    bits, stored = layer.grid.storage_bits, layer.tensors
-    if layer.layout == "int":
-        return
-    if layer.layout == "packed":
-        parts = (("weight_packed", decoded.codes, False), ("weight_zero_point", decoded.zero.T, True))
-    else:  # version 1 stores zero - 1, wrapped inside its bits
-        zero = decoded.zero if layer.layout == "gptq_v2" else (decoded.zero - 1) & ((1 << bits) - 1)
-        parts = (("qweight", decoded.codes, True), ("qzeros", zero.T, False))
-    for suffix, value, transposed in parts:
-        length = value.shape[1]
-        if suffix not in stored or length * bits % 32 == 0:  # the last word is full
-            continue
-        words, wanted = store.get(stored[suffix]), pack(value.contiguous(), bits)
-        wanted = wanted.T if transposed else wanted
-        # Zeros may be plain int8: then there are no words.
-        if words.dtype == wanted.dtype and words.shape == wanted.shape and not torch.equal(words, wanted):
-            found.problem(
-                f"{stored[suffix]} has bits set behind the last of {length} codes of {bits} bits; it is damaged."
-            )
-
-
-def _zeros(layer: StoredLayer, decoded: Decoded, found: Findings) -> None:
+    for flaw in flaws:
+        found.problem(flaw)
     half = 1 << (layer.grid.storage_bits - 1)
-    if layer.grid.sym:
-        if "weight_zero_point" in layer.tensors:
-            found.problem(f"{layer.name} is symmetric and stores zero points; vLLM refuses such a checkpoint.")
-        wrong = int((decoded.zero != half).sum())
-        if wrong:
-            found.problem(f"{layer.name} is symmetric, and {wrong} of its zero points are not {half}.")
-    elif layer.layout == "gptq" and bool((decoded.zero == 0).any()):
-        found.problem(
-            f"{layer.name} has zero points of 0, which version 1 of GPTQ stores as -1; readers disagree on them."
-        )
+    wrong = int((decoded.zero != half).sum()) if layer.grid.sym else 0
+    if wrong:
+        found.problem(f"{layer.name} is symmetric, and {wrong} of its zero points are not {half}.")
+    _scales(layer, decoded.scale, (checkpoint.store.folder / REPORT).exists(), found)
+    for remark in reader.remarks(layer):
+        found.note(remark)
+    _order(checkpoint, layer, decoded.group, reader.order_key, found)
 
 
 def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> None:
-    """They are finite, or the layer would not have been read. ``ours``: whether nearplane wrote them."""
+    """Look for scales that are 0, negative or subnormal; all are finite. ``ours``: whether nearplane wrote them."""
     least = torch.finfo(scale.dtype).smallest_normal
     kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
     # AutoRound's symmetric scales have the sign of the group's largest weight.
@@ -246,21 +218,19 @@ def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> N
                 f"{layer.name}: {count} of {scale.numel()} scales {'are' if count > 1 else 'is'} {kind}, the first in "
                 f"row {row}, group {group}."
             )
-    if layer.layout in ("gptq", "gptq_v2") and scale.dtype != torch.float16:
-        found.note(f"{layer.name}: scales are {layer.grid.scale_dtype}; GPTQ's are float16.")
 
 
-def _order(checkpoint: Checkpoint, layer: StoredLayer, group: Tensor, found: Findings) -> None:
-    suffix = "weight_g_idx" if layer.layout in ("packed", "int") else "g_idx"
-    if suffix not in layer.tensors:
+def _order(checkpoint: Checkpoint, layer: StoredLayer, group: Tensor, key: str, found: Findings) -> None:
+    """Compare the groups of a layer's columns with what the configuration says under ``key``."""
+    if layer.order is None:
         return
-    dtype = checkpoint.store.dtype(layer.tensors[suffix])
+    dtype = checkpoint.store.dtype(layer.order)
     if dtype.is_floating_point:
-        found.problem(f"{layer.tensors[suffix]} is {dtype}; groups are counted in integers.")
+        found.problem(f"{layer.order} is {dtype}; groups are counted in integers.")
     trivial = torch.arange(layer.shape[1]) // layer.grid.group_width(layer.shape[1])
     if not checkpoint.ordered and not torch.equal(group, trivial):
-        what = "actorder" if suffix == "weight_g_idx" else "desc_act"
+        suffix = layer.order.removeprefix(f"{layer.name}.")
         found.problem(
-            f"{layer.name} has groups in an order of its own ({suffix}), and the configuration does not say so ({what}); "
+            f"{layer.name} has groups in an order of its own ({suffix}), and the configuration does not say so ({key}); "
             "engines would read other weights."
         )

@@ -1,4 +1,4 @@
-"""What ``inspect`` prints: the anatomy of a model, or the grids of a quantized checkpoint."""
+"""The anatomy of a model, or the grids of a quantized checkpoint, in a text for people."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from nearplane.transforms.hooks import KEY
 
 
 def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -> str:
-    """A text for people: blocks, stages, shapes, what is quantized and what is not, bytes before and after."""
+    """Describe blocks, stages, shapes, which linears are quantized and which are not, bytes before and after."""
     folder = locate(model)
     checkpoint = open_checkpoint(folder)
     if checkpoint.quantization is not None:
@@ -63,7 +63,7 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
 
 
 def _runs(blocks: list[Block]) -> list[tuple[int, int, Block]]:
-    """Consecutive blocks with equal stages, as (first, last, the first block)."""
+    """Group consecutive blocks with equal stages, as (first, last, the first block)."""
     runs: list[tuple[int, int, Block]] = []
     for number, block in enumerate(blocks):
         if runs and runs[-1][2].tower == block.tower and _anatomy(runs[-1][2]) == _anatomy(block):
@@ -81,7 +81,7 @@ def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int], bool]]]:
 
 
 def _repairs(site: Site, stage: Stage) -> bool:
-    """Whether NearPlane's target of this linear answers the residual stream's drift: it adds to it, alone."""
+    """Tell whether NearPlane's target of this linear answers the residual stream's drift: it adds to it, alone."""
     return site.adds_to is not None and len(stage) == 1
 
 

@@ -32,7 +32,7 @@ from nearplane.transforms.hooks import turn_inputs, turned_linears
 
 
 class Members:
-    """Where the weights and biases of all experts lie in a checkpoint; empty where no expert is quantized."""
+    """The places of all experts' weights and biases in a checkpoint; empty where no expert is quantized."""
 
     def __init__(self, skeleton: nn.Module, checkpoint: Checkpoint, modules: dict[str, str]) -> None:
         """``modules``: of the model, by name of the quantized layer."""
@@ -57,7 +57,7 @@ class Members:
         }
 
     def fused(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The fused parameters, made dense."""
+        """Make the fused parameters dense."""
         state: dict[str, Tensor] = {}
         for path, module in self.experts.items():
             state |= {f"{path}.{name}": torch.empty(shape, dtype=dtype) for name, shape in module.shapes.items()}
@@ -111,11 +111,19 @@ def load_model(
     head_bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model. Its quantized linears are ``QuantizedLinear``, or with ``packed=False`` dense ones of ``dtype``.
+    """Load a model; no other quantization package is needed.
 
-    Everything else has ``dtype``; None: the one it is stored in. ``head_bits`` rounds the output head to so many bits in memory
-    (``runtime/head.py``). No other quantization package is needed. Raises NearplaneError with one sentence for
-    anything that cannot be read.
+    Args:
+        model: folder or hub id.
+        device: where the model goes.
+        dtype: of everything that is not quantized; None: as stored.
+        packed: whether quantized linears stay packed (``QuantizedLinear``); else they are dense, of ``dtype``.
+        arithmetic: of the CPU kernel.
+        head_bits: bits to which the output head is rounded in memory; None: it is not.
+        trust_remote_code: whether the model's own Python may run.
+
+    Raises:
+        NearplaneError: with one sentence for anything that cannot be read.
     """
     cpu.check(arithmetic)
     folder = locate(model, trust_remote_code=trust_remote_code)
@@ -161,7 +169,7 @@ def _state(
     dtype: torch.dtype,
     packed: bool,
 ) -> dict[str, Tensor]:
-    """The tensors that transformers is to place, all finite: what is dense, or is to be."""
+    """Gather the tensors that transformers is to place: the dense ones, and those to be made dense. All are finite."""
     state: dict[str, Tensor] = {}
     for name in (name for name in checkpoint.dense if name not in members.taken):
         value = checkpoint.store.get(name)
@@ -193,14 +201,14 @@ def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _stored(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json names; float32 where it names none."""
+    """Read the dtype that config.json names; float32 where it names none."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     found = getattr(torch, str(named), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
 
 
 def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Module of the model by name of the quantized layer. NearplaneError where shapes disagree or there is none."""
+    """Map quantized layers to modules of the model. Raises NearplaneError where shapes disagree or there is none."""
     found = names_in_model(skeleton, [name + ".weight" for name in checkpoint.layers])
     modules = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in found.items()}
     known = dict(skeleton.named_modules())
@@ -212,7 +220,7 @@ def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str | None:
-    """Why a quantized layer is not the weight of this module of its model; None if it is."""
+    """Tell why a quantized layer is not the weight of this module of its model; None if it is."""
     shape, weight = checkpoint.layers[disk].shape, getattr(module, "weight", None)
     if not isinstance(module, nn.Linear | Conv1D) or weight is None:
         return f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
@@ -223,7 +231,7 @@ def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str |
 
 
 class _Hole(nn.Module):
-    """Where a packed linear will be. Its bias is loaded as ever; its weight has no rows, for code that initialises it."""
+    """The place of a packed linear. Its bias is loaded as ever; its weight has no rows, for code that initialises it."""
 
     weight: Tensor
 
@@ -234,7 +242,7 @@ class _Hole(nn.Module):
 
 
 def _packed(checkpoint: Checkpoint, name: str, bias: Any) -> QuantizedLinear:
-    """A quantized layer as a module."""
+    """Make a module of a quantized layer."""
     layer, decoded = checkpoint.decode(name)
     columns, grid = layer.shape[1], layer.grid
     width = grid.group_width(columns)
@@ -246,7 +254,7 @@ def _packed(checkpoint: Checkpoint, name: str, bias: Any) -> QuantizedLinear:
 
 
 def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
-    """Let a dense linear round what goes into it. NearplaneError for one that is part of a fused module."""
+    """Let a dense linear round its input. Raises NearplaneError for one that is part of a fused module."""
     if EXPERT.fullmatch(path):
         raise NearplaneError(
             f"what goes into {path} is to be rounded, which only packed experts do; load with packed=True."
@@ -256,7 +264,7 @@ def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
 
 
 def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Let linears be given their inputs rotated, if the checkpoint says so."""
+    """Rotate the inputs of linears, if the checkpoint says so."""
     names, seed = turned_linears(checkpoint.config, checkpoint.store.folder)
     strange = sorted(set(names) - {name for name, _ in model.named_modules()})
     if strange:
@@ -313,7 +321,7 @@ def _assemble(
 
 
 def _with_holes(kind: Any, holes: set[str], apart: set[str]) -> Any:
-    """The model's class, whose quantized linears are left out while it is built: their memory never exists.
+    """Derive from the model's class one whose quantized linears are left out while it is built: they take no memory.
 
     ``apart``: all linears of experts that were taken apart; their biases are left out, too.
     """

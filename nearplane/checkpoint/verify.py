@@ -1,4 +1,4 @@
-"""What ``verify`` does: re-read a whole checkpoint and list what is wrong with it.
+"""Read a whole checkpoint again and list what is wrong with it.
 
 Decides what a checkpoint owes its readers: whole files, layers that hold what their format says, a configuration that
 speaks of every linear, siblings that an engine can fuse, every weight that the model asks for. A damaged file is a line
@@ -12,22 +12,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.checkpoint.engines import (
-    ENGINES,
-    caveat,
-    mixed_caveat,
-    model_caveat,
-    model_refusal,
-    online_refusal,
-    order_refusal,
-    refusal,
-    rounding_refusal,
-)
+from nearplane.checkpoint.engines import check_engine, described, verdict
 from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
 from nearplane.checkpoint.load import misfit
-from nearplane.core.errors import NearplaneError, SettingError, some_of
-from nearplane.core.grid import Grid
-from nearplane.formats import FORMATS
+from nearplane.core.errors import NearplaneError, some_of
 from nearplane.formats.base import conv1d_reason, fused, grid_name
 from nearplane.formats.journal import unfinished
 from nearplane.formats.read import Checkpoint, open_checkpoint
@@ -37,12 +25,11 @@ from nearplane.models.experts_disk import names_in_model, split
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.towers import is_linear
-from nearplane.transforms.hooks import turned_linears
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read, and what was found. A checkpoint is fine where ``problems`` is empty."""
+    """Files and tensors read, and findings. A checkpoint is fine where ``problems`` is empty."""
 
     path: str
     format: str | None
@@ -63,7 +50,7 @@ class Verification:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Give all of it for JSON."""
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
@@ -84,13 +71,20 @@ class Verification:
 def verify(
     path: str | Path, engine: str | None = None, *, trust_remote_code: bool = False, progress: bool = False
 ) -> Verification:
-    """Re-read every file and tensor of a checkpoint, quantized or not, ours or another tool's, and list what is wrong.
+    """Read every file and tensor of a checkpoint again, and list what is wrong.
 
-    ``engine``: also what that engine ("vllm", "sglang", "transformers") would refuse. NearplaneError only for a folder that
-    is no checkpoint at all, and for settings; everything else is in ``problems``.
+    Args:
+        path: folder or hub id, quantized or not, ours or another tool's.
+        engine: "vllm", "sglang" or "transformers", to list also what that engine would refuse.
+        trust_remote_code: whether the model's own Python may run.
+        progress: whether to draw a bar.
+
+    Raises:
+        NearplaneError: only for a folder that is no checkpoint at all, and for settings; everything else is in
+            ``problems``.
     """
-    if engine is not None and engine not in ENGINES:
-        raise SettingError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
+    if engine is not None:
+        check_engine(engine)
     folder = locate(path, trust_remote_code=trust_remote_code)
     reason = unfinished(folder)
     if reason is not None:
@@ -119,11 +113,13 @@ def verify(
     if checkpoint is not None:
         _check_configuration(checkpoint, found)
         _check_siblings(checkpoint, broken, found)
-        _check_engine(checkpoint, engine, found)
+        model = None
         with found.listing():
             _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
             _check_model(checkpoint, broken, model, found)
-            _check_loader(checkpoint, engine, model, found)
+        if engine is not None and checkpoint.format is not None:
+            with found.listing():
+                _check_engine(checkpoint, engine, model, found)
     format = checkpoint.format if checkpoint else None
     return Verification(
         str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes)
@@ -131,7 +127,7 @@ def verify(
 
 
 def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint | None:
-    """The checkpoint, its unreadable layers among the problems; None where nothing can be read at all."""
+    """Open the checkpoint, unreadable layers among the problems; None where nothing can be read at all."""
     try:
         checkpoint = open_checkpoint(folder, broken)
     except NearplaneError as error:
@@ -150,6 +146,7 @@ def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint |
 
 
 def _check_finite(checkpoint: Checkpoint, name: str, found: Findings) -> None:
+    """Look for NaN and Inf in a dense tensor."""
     with found.listing():
         value = checkpoint.store.get(name)
         if not value.is_floating_point():
@@ -160,10 +157,10 @@ def _check_finite(checkpoint: Checkpoint, name: str, found: Findings) -> None:
 
 
 def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
-    """quantize_config.json against config.json, and scales against the dtype that loaders cast them to."""
-    folder, stated = checkpoint.store.folder, checkpoint.config.get("quantization_config")
-    beside = folder / "quantize_config.json"
-    if beside.exists() and isinstance(stated, dict):
+    """Compare the format's file beside config.json with it, and scales with the dtype that loaders cast them to."""
+    folder, stated, reader = checkpoint.store.folder, checkpoint.config.get("quantization_config"), checkpoint.reader
+    beside = None if reader is None or reader.beside is None else folder / reader.beside
+    if beside is not None and beside.exists() and isinstance(stated, dict):
         with found.listing():
             legacy = read_json(beside)
             differing = sorted(key for key in stated.keys() & legacy.keys() if stated[key] != legacy[key])
@@ -174,20 +171,21 @@ def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
                 found.note(f"{beside} and config.json: only one of them states {', '.join(alone)}.")
     dtype = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
     scales = {layer.grid.scale_dtype for layer in checkpoint.layers.values()} - {dtype}
-    if checkpoint.format == "compressed-tensors" and scales and dtype in ("float16", "bfloat16"):
+    if reader is not None and reader.casts_scales and scales and dtype in ("float16", "bfloat16"):
         found.note(
             f"Scales are stored in {', '.join(sorted(scales))}; engines round them to {dtype}, the model's dtype."
         )
 
 
 def _check_siblings(checkpoint: Checkpoint, broken: dict[str, str], found: Findings) -> None:
-    """Linears that engines fuse: all quantized or none, and alike."""
+    """Check that linears which engines fuse are all quantized or none, and alike."""
     dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")} - broken.keys()
     for names in fused(checkpoint.layers.keys() | dense):
         _check_alike(names, checkpoint, found)
 
 
 def _check_alike(names: list[str], checkpoint: Checkpoint, found: Findings) -> None:
+    """Check that these linears have one grid, or none."""
     kinds: dict[str, str] = {}
     for name in names:
         layer = checkpoint.layers.get(name)
@@ -197,47 +195,17 @@ def _check_alike(names: list[str], checkpoint: Checkpoint, found: Findings) -> N
         found.problem(f"Engines fuse these, and they differ: {told}.")
 
 
-def _check_engine(checkpoint: Checkpoint, engine: str | None, found: Findings) -> None:
-    if engine is None or checkpoint.format is None:
-        return
-    shapes: dict[Grid, set[tuple[int, int]]] = {}
-    for layer in checkpoint.layers.values():
-        shapes.setdefault(layer.grid, set()).add(layer.shape)
-    online = online_refusal(engine, bool(turned_linears(checkpoint.config, checkpoint.store.folder)[0]))
-    if online is not None:
-        found.problem(f"engine {engine}: {online}.")
-    rounded = {(layer.grid, layer.activations) for layer in checkpoint.layers.values() if layer.activations is not None}
-    for why in sorted({why for grid, rounding in rounded if (why := rounding_refusal(engine, grid, rounding))}):
-        found.problem(f"engine {engine}: {why}.")
-    for grid, some in shapes.items():
-        reason = refusal(engine, checkpoint.format, grid, some)
-        if reason is None and checkpoint.format != "compressed-tensors" and checkpoint.ordered:
-            reason = order_refusal(engine, grid)
-        condition = caveat(engine, checkpoint.format, grid, some)
-        if reason is not None:
-            found.problem(f"engine {engine}: {reason}.")
-        elif condition is not None:
-            found.note(f"engine {engine}: {condition}.")
-    condition = mixed_caveat(engine, checkpoint.format) if len(shapes) > 1 else None
-    if condition is not None:
-        found.note(f"engine {engine}: {condition}.")
-
-
-def _check_loader(checkpoint: Checkpoint, engine: str | None, model: nn.Module, found: Findings) -> None:
-    if engine is None or checkpoint.format is None:
-        return
-    names = names_in_model(model, [f"{name}.weight" for name in checkpoint.layers])
-    grids = {n.removesuffix(".weight"): checkpoint.layers[d.removesuffix(".weight")].grid for n, d in names.items()}
-    reason = model_refusal(engine, model, grids, checkpoint.format)
-    condition = model_caveat(engine, model, grids) if checkpoint.format == "compressed-tensors" else None
-    if reason is not None:
-        found.problem(f"engine {engine}: {reason}.")
-    elif condition is not None:
-        found.note(f"engine {engine}: {condition}.")
+def _check_engine(checkpoint: Checkpoint, engine: str, model: nn.Module | None, found: Findings) -> None:
+    """List why an engine would not load the checkpoint, and on what condition it would."""
+    judged = verdict(engine, described(checkpoint, model))
+    for refusal in judged.refusals:
+        found.problem(f"engine {engine}: {refusal}.")
+    for caveat in judged.caveats:
+        found.note(f"engine {engine}: {caveat}.")
 
 
 def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Module, found: Findings) -> None:
-    """Everything that the model's class asks for is there, in its shape, and the configuration knows every linear."""
+    """Check that all the model's class asks for is there, in its shape, and that the configuration knows every linear."""
     folder, modules, state = checkpoint.store.folder, dict(model.named_modules()), model.state_dict()
     quantized = {f"{name}.weight": name for name in (*checkpoint.layers, *broken)}
     known = checkpoint.store.lost.union(quantized)  # whose shapes are no matter here
@@ -267,15 +235,15 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
         reason = misfit(checkpoint, layer, module) if layer in checkpoint.layers else None
         if reason is not None:
             found.problem(reason)
-        elif isinstance(module, Conv1D) and conv1d_reason(FORMATS[checkpoint.format or ""]) is not None:
-            found.problem(f"{layer}: {conv1d_reason(FORMATS[checkpoint.format or ''])}.")
+        elif isinstance(module, Conv1D) and checkpoint.reader is not None and conv1d_reason(checkpoint.reader):
+            found.problem(f"{layer}: {conv1d_reason(checkpoint.reader)}.")
     _check_ignored(checkpoint, modules, on_disk, set(quantized), found)
 
 
 def _check_ignored(
     checkpoint: Checkpoint, modules: dict[str, nn.Module], on_disk: dict[str, str], quantized: set[str], found: Findings
 ) -> None:
-    """A linear that is not stored quantized must be left out by the configuration, or engines look for its codes."""
+    """Check that linears not stored quantized are left out by the configuration, or engines look for their codes."""
     expected = []
     for name, module in modules.items():
         disk = on_disk.get(f"{name}.weight", f"{name}.weight")

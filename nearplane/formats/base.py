@@ -1,21 +1,23 @@
-"""The contract of an on-disk format, and the checks that every format makes before it packs.
+"""The contract of an on-disk format in both directions, and the checks and readers' helpers that formats share.
 
-A format decides the names, dtypes and shapes of the tensors of one weight and the ``quantization_config`` that says
-so. It says *why* it cannot hold a weight (``supports``) and why engines will not load one that it can (``warn``).
+One file per format holds all that is known of it: how a weight is packed, found and unpacked, what the configuration
+says, *why* a weight cannot be stored (``supports``) or loads nowhere else (``warn``), what is wrong with a stored one.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.errors import NearplaneError
+from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
+from nearplane.formats.bits import pack
 from nearplane.formats.store import Store
 
 # Group sizes worth suggesting: kernels read at least 8 columns at a time, and beyond 256 one scale per row is near.
@@ -34,46 +36,191 @@ FUSED_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_pro
 EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 
 
-class Format(Protocol):
-    """How one quantized weight and its description lie on disk."""
+SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One quantized weight on disk."""
+
+    name: str
+    """Module prefix of its tensors."""
+    grid: Grid
+    """As far as the checkpoint tells: a ternary weight is a 2-bit one, and ``fit`` is not stored."""
+    shape: tuple[int, int]
+    """(out, in)."""
+    tensors: dict[str, str] = field(hash=False)
+    """Name on disk by suffix."""
+    layout: str = ""
+    """How the tensors hold the codes, where the format has several ways."""
+    order: str | None = None
+    """Tensor with the group of each input column; None: groups are contiguous."""
+    activations: TokenGrid | None = None
+    """How the input of the linear is rounded."""
+
+
+class Decoded(NamedTuple):
+    """A weight as read: ``scale[:, group] * (codes - zero[:, group])``."""
+
+    codes: UInt8[Tensor, "out in"]
+    scale: Float[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"]
+    group: Int[Tensor, "in"]
+
+
+class Format(ABC):
+    """How quantized weights and their description lie on disk, written and read.
+
+    Abstract members are what every format must say; the others have the answer of a plain format.
+    """
+
+    container: ClassVar[Literal["safetensors"]] = "safetensors"
+    """What holds the tensors: a folder of safetensors shards with an index."""
+    reads: ClassVar[str] = ""
+    """What ``find`` reads, in words; empty: ``name``."""
+    holds_conv1d: ClassVar[bool] = False
+    """Whether loaders look for this format in GPT-2's transposed Conv1D, too."""
+    casts_scales: ClassVar[bool] = False
+    """Whether loaders cast scales to the dtype of the model."""
+    order_key: ClassVar[str] = ""
+    """Key of the configuration that announces groups in activation order."""
+    beside: ClassVar[str | None] = None
+    """JSON file beside config.json in which older tools describe this format alone."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """What the user calls it, and the key in ``FORMATS``."""
+        """Name that users give, and the key in ``FORMATS``."""
 
     @property
-    def holds_conv1d(self) -> bool:
-        """Whether loaders look for this format in GPT-2's transposed Conv1D, too."""
+    def neutral(self) -> bool:
+        """Whether ``pack`` gives the tensors of the neutral layout, so that a run's parts are final shards already."""
+        return False
+
+    def running(self, activations: TokenGrid | None, online: bool) -> "Format":
+        """Give the variant for inputs that are rounded, or rotated (``online``), while the model runs.
+
+        Raises:
+            SettingError: where the format cannot state that.
+        """
+        if online:
+            raise SettingError(
+                f"r4 rotates inputs while the model runs, and whatever loads {self.name} would not; use --format "
+                "compressed-tensors, which is marked as nearplane's own then, or rotate by r1,r2."
+            )
+        if activations is not None:
+            raise SettingError(f"{self.name} cannot say that activations are rounded; use --format compressed-tensors.")
+        return self
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
-        """Why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
+        """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
+        return None
 
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
-        """Why engines will refuse a weight that can be stored; None if none is known to."""
+        """Tell why engines will refuse a weight that can be stored; None if none is known to."""
+        return None
 
     def scale_dtype(self, model_dtype: torch.dtype) -> ScaleDtype:
-        """The dtype scales are stored in, which a grid needs to know before codes are chosen."""
+        """Name the dtype of stored scales, which a grid must know before codes are chosen."""
+        return SCALE_NAMES.get(model_dtype, "float32")
 
-    def tensors(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
-        """The tensors of the module ``name``, on the CPU and contiguous. NearplaneError names the module."""
+    @abstractmethod
+    def pack(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
+        """Pack a solved weight.
 
+        Args:
+            name: of the module on disk, the prefix of its tensors.
+            quantized: codes (out, in), scales and zeros (out, groups).
+            grid: with ``scale_dtype`` as the scales are to be stored.
+
+        Returns:
+            The tensors of the module by name, on the CPU and contiguous.
+
+        Raises:
+            NearplaneError: names the module whose values the format cannot hold exactly.
+        """
+
+    @abstractmethod
     def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
-        """Bytes of the tensors of a weight of this (out, in) shape; ``grid.scale_dtype`` counts."""
+        """Count the bytes of the tensors of a weight of this (out, in) shape; ``grid.scale_dtype`` counts."""
 
+    @abstractmethod
     def config(
         self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any], grids: Mapping[str, Grid] | None = None
     ) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json; ``ignore``: module names left as they were.
+        """Describe the checkpoint in the ``quantization_config`` of config.json.
 
-        ``grids``: the grid of each quantized module by name, where they are not all ``grid``.
+        Args:
+            grid: of all modules, unless ``grids`` says otherwise.
+            ignore: modules left dense.
+            settings: of the run, for formats that have fields for them.
+            grids: grid of each quantized module by name, where they differ.
         """
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Further JSON files the format wants beside config.json, by name."""
+        """Give further JSON files that loaders want beside config.json, by name."""
+        return {}
+
+    @abstractmethod
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether a ``quantization_config`` is of this format; ``find`` then says what is wrong with it."""
+
+    @abstractmethod
+    def find(
+        self, store: Store, config: dict[str, Any], broken: dict[str, str] | None = None
+    ) -> dict[str, "StoredLayer"]:
+        """Find every quantized weight of a folder, by module, and check shapes and dtypes.
+
+        Args:
+            store: the folder's tensors; no weight is read.
+            config: a ``quantization_config`` that this format claims.
+            broken: where layers that do not fit are listed, with the reason; None: the first of them raises.
+
+        Raises:
+            NearplaneError: names what is not supported or contradicts the configuration.
+        """
+
+    @abstractmethod
+    def unpack(self, store: Store, layer: "StoredLayer") -> "Decoded":
+        """Read a layer. Raises NearplaneError where its values contradict the configuration."""
+
+    def expects(self, config: dict[str, Any], names: set[str], kind: str) -> bool:
+        """Tell whether the configuration says that a module is quantized.
+
+        Args:
+            config: the ``quantization_config``.
+            names: of the module, in the model and on disk.
+            kind: its class, "Linear" or another.
+        """
+        return not names & set(setting(config, "ignore", list, [], "quantization_config"))
+
+    def ordered(self, config: Mapping[str, Any]) -> bool:
+        """Tell whether the configuration announces groups in activation order."""
+        return bool(config.get(self.order_key))
+
+    def besides_weights(self, config: Mapping[str, Any]) -> list[str]:
+        """Name the keys by which the configuration quantizes more than weights."""
+        return []
+
+    def run_settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Give what the configuration records of the run, as ``settings`` for another format's ``config``."""
+        return {}
+
+    def flaws(self, store: Store, layer: "StoredLayer", decoded: "Decoded") -> Iterator[str]:
+        """List what is wrong with a layer that could be read, in sentences."""
+        yield from ()
+
+    def remarks(self, layer: "StoredLayer") -> Iterator[str]:
+        """List what is unusual about a layer and not wrong, in sentences."""
+        yield from ()
 
 
 def by_grid(grid: Grid, grids: Mapping[str, Grid] | None) -> dict[Grid, list[str]]:
-    """Names of modules by what disk tells of their grids, the grid of most first; of one grid alone no names."""
+    """Group modules by what disk tells of their grids, the grid of most first; of one grid alone no names."""
     found: dict[Grid, list[str]] = {}
     for name, some in (grids or {}).items():
         found.setdefault(Grid(some.storage_bits, some.group_size, some.sym), []).append(name)
@@ -83,7 +230,7 @@ def by_grid(grid: Grid, grids: Mapping[str, Grid] | None) -> dict[Grid, list[str
 
 
 def tail_reason(grid: Grid, in_features: int) -> str | None:
-    """A sentence about a smaller last group (or a group larger than the row); None if the groups divide the row."""
+    """Tell that the last group is smaller, or a group larger than the row; None if groups divide the row."""
     if grid.group_size == -1 or in_features % grid.group_size == 0:
         return None
     fitting = [str(size) for size in SUGGESTED if in_features % size == 0]
@@ -92,17 +239,21 @@ def tail_reason(grid: Grid, in_features: int) -> str | None:
 
 
 def conv1d_reason(format: Format) -> str | None:
-    """Why a Conv1D cannot be stored; None if it can."""
+    """Tell why a Conv1D cannot be stored; None if it can."""
     if format.holds_conv1d:
         return None
     return f"{format.name} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
 
 
 def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
-    """The same weight on the CPU with scales in ``grid.scale_dtype``, once it is known that disk can hold it exactly.
+    """Check that disk can hold a weight exactly.
 
-    Raises NearplaneError for codes or zeros off the grid, shapes that do not fit together, and scales that are not
-    finite or that storing would round: the codes were chosen for other values then.
+    Returns:
+        The weight on the CPU, its scales in ``grid.scale_dtype``.
+
+    Raises:
+        NearplaneError: for codes or zeros off the grid, shapes that do not fit together, and scales that are not
+            finite or that storing would round: the codes were chosen for other values then.
     """
     codes, scale, zero = (tensor.detach().cpu() for tensor in quantized[:3])
     groups = (codes.shape[0], grid.group_count(codes.shape[1]))
@@ -131,49 +282,15 @@ def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
     return Quantized(codes, stored.contiguous(), zero)
 
 
-SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """One quantized weight on disk."""
-
-    name: str
-    """Module prefix of its tensors."""
-    grid: Grid
-    """As far as the checkpoint tells: a ternary weight is a 2-bit one, and ``fit`` is not stored."""
-    shape: tuple[int, int]
-    """(out, in)."""
-    tensors: dict[str, str] = field(hash=False)
-    """Suffix -> name on disk."""
-    layout: Literal["packed", "int", "gptq", "gptq_v2"]
-    """How the tensors hold the codes."""
-    activations: TokenGrid | None = None
-    """How what goes into the linear is rounded."""
-
-
-class Decoded(NamedTuple):
-    """A weight as read: ``scale[:, group] * (codes - zero[:, group])``."""
-
-    codes: UInt8[Tensor, "out in"]
-    scale: Float[Tensor, "out groups"]
-    zero: UInt8[Tensor, "out groups"]
-    group: Int[Tensor, "in"]
-
-
 def tensors_of(store: Store, name: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Those tensors of a module that exist, by suffix."""
+    """Find those tensors of a module that exist, by suffix."""
     return {suffix: f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in store.names}
 
 
 def collect(
     names: Iterable[str], find: Callable[[str], StoredLayer], broken: dict[str, str] | None
 ) -> dict[str, StoredLayer]:
-    """The layers of these names, sorted. One that cannot be read raises, or with ``broken`` is listed there instead."""
+    """Find the layers of these names, sorted. One that does not fit raises, or is listed in ``broken``."""
     layers = {}
     for name in sorted(names):
         try:
@@ -186,21 +303,21 @@ def collect(
 
 
 def require(store: Store, layer: dict[str, str], name: str, suffixes: tuple[str, ...]) -> None:
-    """NearplaneError unless the module has all of these tensors."""
+    """Raise NearplaneError unless the module has all of these tensors."""
     for suffix in suffixes:
         if suffix not in layer:
             raise NearplaneError(f"{store.folder} holds part of quantized layer {name} but no {name}.{suffix}.")
 
 
 def expect(store: Store, name: str, wanted: tuple[int, ...], why: str) -> None:
-    """NearplaneError unless tensor ``name`` has the wanted shape; ``why``: what the configuration says."""
+    """Raise NearplaneError unless a tensor has the wanted shape; ``why``: what the configuration says."""
     shape = store.shape(name)
     if shape != wanted:
         raise NearplaneError(f"tensor {name} in {store.folder} has shape {shape}, but {why} takes {wanted}.")
 
 
 def scale_dtype_of(store: Store, name: str) -> ScaleDtype:
-    """Name of the dtype of stored scales."""
+    """Name the dtype of stored scales."""
     dtype = store.dtype(name)
     if dtype not in SCALE_NAMES:
         raise NearplaneError(f"scales {name} in {store.folder} are {dtype}, not float32, float16 or bfloat16.")
@@ -208,7 +325,7 @@ def scale_dtype_of(store: Store, name: str) -> ScaleDtype:
 
 
 def setting(config: dict[str, Any], key: str, kind: type, default: object, where: str) -> Any:
-    """A value of a configuration with its type checked; ``null`` counts as absent."""
+    """Get a value of a configuration and check its type; ``null`` counts as absent."""
     value = config.get(key)
     if value is None:
         return default
@@ -218,7 +335,7 @@ def setting(config: dict[str, Any], key: str, kind: type, default: object, where
 
 
 def group_of_columns(store: Store, name: str | None, grid: Grid, in_features: int) -> Int[Tensor, "in"]:
-    """Group of each input column: the tensor ``name`` of an activation-ordered checkpoint, else contiguous groups."""
+    """Give the group of each input column: as tensor ``name`` orders them, else contiguous."""
     contiguous = torch.arange(in_features) // grid.group_width(in_features)
     if name is None:
         return contiguous
@@ -234,7 +351,7 @@ def group_of_columns(store: Store, name: str | None, grid: Grid, in_features: in
 
 
 def fused(names: Iterable[str]) -> list[list[str]]:
-    """Of these linears, those that engines fuse: siblings, and all experts of a layer."""
+    """List those of the linears that engines fuse: siblings, and all experts of a layer."""
     present = set(names)
     groups = [[f"{parent}{leaf}" for leaf in leaves] for parent in sorted(map(_parent, present)) for leaves in SIBLINGS]
     experts: dict[str, list[str]] = {}
@@ -247,7 +364,7 @@ def fused(names: Iterable[str]) -> list[list[str]]:
 
 
 def fused_names(names: Iterable[str]) -> list[str]:
-    """What engines call the modules into which they fuse some of these linears."""
+    """Name the modules into which engines fuse some of these linears."""
     present, found = set(names), dict[str, None]()
     for parent in sorted(map(_parent, present)):
         for leaves, name in FUSED_NAMES.items():
@@ -257,11 +374,32 @@ def fused_names(names: Iterable[str]) -> list[str]:
 
 
 def _parent(name: str) -> str:
-    """A module's name up to its last part, the dot included."""
+    """Give a module's name up to its last part, the dot included."""
     return name[: len(name) - len(name.rpartition(".")[2])]
 
 
 def grid_name(grid: Grid) -> str:
-    """A grid as it is stored, in words."""
+    """Describe a grid as it is stored, in words."""
     groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     return f"{grid.storage_bits} bits in {groups}{'' if grid.sym else ', asymmetric'}"
+
+
+def unused_bits(store: Store, tensor: str, value: UInt8[Tensor, "rows n"], bits: int, turned: bool) -> str | None:
+    """Tell whether bits behind the last code of a packed row are set, by packing the codes again.
+
+    Args:
+        store: holds ``tensor``, the words of the codes.
+        tensor: name on disk.
+        value: the codes as read.
+        bits: of a code.
+        turned: whether the words are stored transposed.
+    """
+    length = value.shape[1]
+    if length * bits % 32 == 0:  # the last word is full
+        return None
+    words, wanted = store.get(tensor), pack(value.contiguous(), bits)
+    wanted = wanted.T if turned else wanted
+    # Zeros may be plain int8: then there are no words.
+    if words.dtype != wanted.dtype or words.shape != wanted.shape or torch.equal(words, wanted):
+        return None
+    return f"{tensor} has bits set behind the last of {length} codes of {bits} bits; it is damaged."

@@ -19,7 +19,7 @@ _HALVES = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))
 
 
 def words_of(n: int, bits: int) -> int:
-    """32-bit words that ``n`` codes take."""
+    """Count the 32-bit words that ``n`` codes take."""
     return -(-n * bits // 32)
 
 
@@ -38,7 +38,7 @@ def pack(codes: UInt8[Tensor, "*rows n"], bits: int) -> Int32[Tensor, "*rows wor
 
 
 def unpack(words: Int32[Tensor, "*rows words"], bits: int, n: int) -> UInt8[Tensor, "*rows n"]:
-    """The ``n`` codes of every row; ``words`` must be ``words_of(n, bits)``. Inverse of ``pack``."""
+    """Unpack the ``n`` codes of every row; ``words`` must be ``words_of(n, bits)``. Inverse of ``pack``."""
     rows, tiles = words.shape[:-1], -(-n // TILE)
     x = _padded(words, tiles * bits - words.shape[-1]).view(torch.uint8)
     if bits < 8:
@@ -55,6 +55,6 @@ def unpack(words: Int32[Tensor, "*rows words"], bits: int, n: int) -> UInt8[Tens
 
 
 def _padded(x: Tensor, missing: int) -> Tensor:
-    """Rows lengthened by ``missing`` zeros, all in one dimension: torch views wider dtypes of nothing less plain."""
+    """Lengthen rows by ``missing`` zeros, and flatten: torch views wider dtypes of nothing less plain."""
     padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
     return padded.contiguous().view(-1)

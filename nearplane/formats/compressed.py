@@ -1,25 +1,26 @@
-"""compressed-tensors, the default output: what vLLM, SGLang and transformers load.
+"""compressed-tensors, the default output, both ways: what vLLM, SGLang and transformers load.
 
 With activations rounded too it is ``int-quantized``: an int8 for every code, whatever its bits. Else ``pack-quantized``:
 codes are packed along the input columns of each row, zeros (asymmetric only) along the output rows. The library
 shifts codes and zeros to signed before it subtracts them, so unsigned ones are stored as they are.
-Ternary weights are 2-bit symmetric ones that never use code 0.
+Ternary weights are 2-bit symmetric ones that never use code 0. ``NEUTRAL`` is the layout of a run's parts.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError
-from nearplane.core.grid import Grid, Quantized, ScaleDtype
+from nearplane.core.grid import Grid, Quantized
 from nearplane.formats.base import (
     ONLY_HERE,
     Decoded,
+    Format,
     StoredLayer,
     by_grid,
     check,
@@ -31,6 +32,7 @@ from nearplane.formats.base import (
     setting,
     tail_reason,
     tensors_of,
+    unused_bits,
 )
 from nearplane.formats.bits import pack, unpack, words_of
 from nearplane.formats.store import Store
@@ -40,27 +42,30 @@ LAYOUT_VERSION = "0.17.0"
 CLIP = "nearplane_clip"
 # Before the names of formats where inputs are rotated while the model runs: no other reader is to take such weights.
 ONLINE = "nearplane-online-"
-SCALE_DTYPES: dict[torch.dtype, ScaleDtype] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Format):
     """``weight_packed``, ``weight_scale``, ``weight_shape`` and, asymmetric, ``weight_zero_point``."""
 
     name: str = "compressed-tensors"
     activations: TokenGrid | None = None
-    """How engines round what goes into a linear."""
+    """How engines round the input of a linear."""
     online: bool = False
-    """Whether some linears are given rotated inputs while the model runs: only nearplane does that."""
+    """Whether inputs of some linears are rotated while the model runs: only nearplane does that."""
+
+    reads: ClassVar[str] = "compressed-tensors (pack-quantized, int-quantized)"
+    casts_scales: ClassVar[bool] = True
+    order_key: ClassVar[str] = "actorder"
 
     @property
-    def holds_conv1d(self) -> bool:
-        """Its targets are nn.Linear: transformers leaves a Conv1D without weights, and does not say so."""
-        return False
+    def neutral(self) -> bool:
+        """Without rounded activations the tensors are those of ``NEUTRAL``."""
+        return self.activations is None
 
-    def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
-        """Holds every grid."""
-        return None
+    def running(self, activations: TokenGrid | None, online: bool) -> "CompressedTensors":
+        """Both can be stated, online rotations by a name of the format that no other reader knows."""
+        return replace(self, activations=activations, online=online)
 
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """A tail group has its own scale on disk, but the library refuses to multiply it out; nor does it know of a clip."""
@@ -71,11 +76,7 @@ class CompressedTensors:
         reason = tail_reason(grid, shape[1])
         return reason and f"{reason}; {ONLY_HERE}, vLLM, SGLang and transformers refuse it."
 
-    def scale_dtype(self, model_dtype: torch.dtype) -> ScaleDtype:
-        """The model's own: loaders cast scales to it."""
-        return SCALE_DTYPES.get(model_dtype, "float32")
-
-    def tensors(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
+    def pack(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
         """int32 (out, words), scale (out, groups), int64 (2,), and int32 (words, groups) of zeros if asymmetric."""
         codes, scale, zero = check(name, quantized, grid)[:3]
         if self.activations is not None:
@@ -93,7 +94,7 @@ class CompressedTensors:
         return tensors
 
     def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
-        """Of ``tensors``, exactly."""
+        """Count exactly."""
         (out, columns), groups = shape, grid.group_count(shape[1])
         scale: torch.dtype = getattr(torch, grid.scale_dtype)
         if self.activations is not None:
@@ -104,7 +105,7 @@ class CompressedTensors:
     def config(
         self, grid: Grid, *, ignore: Sequence[str], settings: Mapping[str, Any], grids: Mapping[str, Grid] | None = None
     ) -> dict[str, Any]:
-        """One group for all linear layers, or of several grids one group each, which names its modules.
+        """Write one group for all linears, or for several grids one group each, which names its modules.
 
         None of several may target the class: vLLM asks for a fused module's class before it asks for the names of its
         parts. The library refuses keys it does not know, so ``settings`` stay out.
@@ -123,13 +124,81 @@ class CompressedTensors:
             "transform_config": {},
         }
 
-    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """None."""
-        return {}
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Its name, or config groups without one."""
+        return bool(config.get("quant_method", self.name if "config_groups" in config else "") == self.name)
+
+    def find(
+        self, store: Store, config: dict[str, Any], broken: dict[str, str] | None = None
+    ) -> dict[str, StoredLayer]:
+        """Packed and plain integer weights, each by the config group that targets it."""
+        where = f"quantization_config of {store.folder}"
+        for key, meaning in (("transform_config", "online transforms"), ("sparsity_config", "sparse weights")):
+            part = config.get(key)
+            if part and not (isinstance(part, dict) and part.get("format") == "dense"):
+                raise NearplaneError(f"{where} asks for {meaning} ({key}), which nearplane does not read.")
+        schemes = _schemes(config, where)
+        ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
+
+        def find(name: str) -> StoredLayer:
+            if any(_matches(name, entry) for entry in ignore):
+                raise NearplaneError(f"{where} lists {name} under ignore, yet the layer is stored quantized.")
+            return _layer(store, name, _scheme_of(name, schemes, where))
+
+        return collect(_prefixes(store), find, broken)
+
+    def expects(self, config: dict[str, Any], names: set[str], kind: str) -> bool:
+        """By ``ignore``, then by the targets of the groups."""
+        where = "quantization_config"
+        ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
+        if any(_matches(name, entry) for name in names for entry in ignore):
+            return False
+        targets = [target for scheme in _schemes(config, where) for target in scheme.targets]
+        return kind in targets or any(_matches(name, target) for name in names for target in targets)
+
+    def unpack(self, store: Store, layer: StoredLayer) -> Decoded:
+        """Read a layer. Raises NearplaneError if plain int8 codes leave the grid."""
+        (out, columns), bits = layer.shape, layer.grid.storage_bits
+        half = 1 << (bits - 1)
+        if layer.layout == "packed":
+            codes = unpack(store.get(layer.tensors["weight_packed"]), bits, columns)
+        else:
+            codes = _unsigned(store, layer.tensors["weight"], half)
+        scale = store.get(layer.tensors["weight_scale"])
+        scale = scale.expand(out, 1) if scale.numel() == 1 else scale.reshape(out, -1)
+        zero = torch.full(scale.shape, half, dtype=torch.uint8)
+        if "weight_zero_point" in layer.tensors:
+            zero = _zeros(store, layer, tuple(scale.shape))
+        return Decoded(codes, scale, zero, group_of_columns(store, layer.order, layer.grid, columns))
+
+    def ordered(self, config: Mapping[str, Any]) -> bool:
+        """Any group may say so."""
+        groups = [group.get("weights") for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
+        return any(weights.get(self.order_key) for weights in groups if isinstance(weights, dict))
+
+    def besides_weights(self, config: Mapping[str, Any]) -> list[str]:
+        """Activations in any group, and the cache."""
+        groups = (config.get("config_groups") or {}).values()
+        parts = {key for group in groups for key in ("input_activations", "output_activations") if group.get(key)}
+        return sorted(parts | {key for key in ("kv_cache_scheme",) if config.get(key)})
+
+    def flaws(self, store: Store, layer: StoredLayer, decoded: Decoded) -> Iterator[str]:
+        """Bits of no code, and zero points that a symmetric layer must not have."""
+        parts = (("weight_packed", decoded.codes, False), ("weight_zero_point", decoded.zero.T, True))
+        for suffix, value, turned in parts if layer.layout == "packed" else ():
+            if suffix in layer.tensors:
+                damage = unused_bits(store, layer.tensors[suffix], value, layer.grid.storage_bits, turned)
+                yield from [] if damage is None else [damage]
+        if layer.grid.sym and "weight_zero_point" in layer.tensors:
+            yield f"{layer.name} is symmetric and stores zero points; vLLM refuses such a checkpoint."
+
+
+NEUTRAL = CompressedTensors()
+"""The layout in which a run keeps what it has solved, whatever the format of the checkpoint."""
 
 
 def _group(grid: Grid, targets: list[str], activations: TokenGrid | None, online: bool) -> dict[str, Any]:
-    """One config group."""
+    """Describe one config group."""
     channel = grid.group_size == -1
     weights = {
         "num_bits": grid.storage_bits,
@@ -153,7 +222,7 @@ def _group(grid: Grid, targets: list[str], activations: TokenGrid | None, online
 
 
 def _tokens(grid: TokenGrid) -> dict[str, Any]:
-    """The library knows no clip; it keeps what is meant for an observer, and a dynamic scale has none."""
+    """Describe rounded activations. The library knows no clip: it goes where an observer's settings are kept."""
     return {
         "num_bits": grid.bits,
         "type": "int",
@@ -173,7 +242,7 @@ LAYOUTS: dict[str, Literal["packed", "int"]] = {
     "int-quantized": "int",
     "naive-quantized": "int",
 }
-SUPPORTED = "nearplane reads the integer formats pack-quantized and int-quantized"
+INTEGERS = "nearplane reads the integer formats pack-quantized and int-quantized"
 WEIGHT_SUFFIXES = ("weight_scale", "weight_zero_point", "weight_g_idx")
 # Scales of activations belong to the layer too, though nothing here needs them.
 OTHER_SUFFIXES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
@@ -197,55 +266,8 @@ class Scheme:
         return f"config group {self.label} ({self.bits} bits, {groups})"
 
 
-def find_layers(store: Store, config: dict[str, Any], broken: dict[str, str] | None = None) -> dict[str, StoredLayer]:
-    """Every quantized weight of the folder. NearplaneError names what is unsupported or does not fit together.
-
-    ``broken``: where layers that do not fit are listed instead.
-    """
-    where = f"quantization_config of {store.folder}"
-    for key, meaning in (("transform_config", "online transforms"), ("sparsity_config", "sparse weights")):
-        part = config.get(key)
-        if part and not (isinstance(part, dict) and part.get("format") == "dense"):
-            raise NearplaneError(f"{where} asks for {meaning} ({key}), which nearplane does not read.")
-    schemes = _schemes(config, where)
-    ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
-
-    def find(name: str) -> StoredLayer:
-        if any(_matches(name, entry) for entry in ignore):
-            raise NearplaneError(f"{where} lists {name} under ignore, yet the layer is stored quantized.")
-        return _layer(store, name, _scheme_of(name, schemes, where))
-
-    return collect(_prefixes(store), find, broken)
-
-
-def expects(config: dict[str, Any], names: set[str], kind: str) -> bool:
-    """Whether the configuration says that a module is quantized: ``names``, what it is called in model and file."""
-    where = "quantization_config"
-    ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
-    if any(_matches(name, entry) for name in names for entry in ignore):
-        return False
-    targets = [target for scheme in _schemes(config, where) for target in scheme.targets]
-    return kind in targets or any(_matches(name, target) for name in names for target in targets)
-
-
-def decode(store: Store, layer: StoredLayer) -> Decoded:
-    """Read a layer. NearplaneError if plain int8 codes leave the grid."""
-    (out, columns), bits = layer.shape, layer.grid.storage_bits
-    half = 1 << (bits - 1)
-    if layer.layout == "packed":
-        codes = unpack(store.get(layer.tensors["weight_packed"]), bits, columns)
-    else:
-        codes = _unsigned(store, layer.tensors["weight"], half)
-    scale = store.get(layer.tensors["weight_scale"])
-    scale = scale.expand(out, 1) if scale.numel() == 1 else scale.reshape(out, -1)
-    zero = torch.full(scale.shape, half, dtype=torch.uint8)
-    if "weight_zero_point" in layer.tensors:
-        zero = _zeros(store, layer, tuple(scale.shape))
-    return Decoded(codes, scale, zero, group_of_columns(store, layer.tensors.get("weight_g_idx"), layer.grid, columns))
-
-
 def _zeros(store: Store, layer: StoredLayer, shape: tuple[int, ...]) -> Tensor:
-    """Unsigned zeros (out, groups): packed along the rows, or plain and signed."""
+    """Read unsigned zeros (out, groups): packed along the rows, or plain and signed."""
     name, bits = layer.tensors["weight_zero_point"], layer.grid.storage_bits
     words = (words_of(shape[0], bits), shape[1])
     if layer.layout == "packed" and store.dtype(name) == torch.int32 and store.shape(name) == words:
@@ -257,7 +279,7 @@ def _zeros(store: Store, layer: StoredLayer, shape: tuple[int, ...]) -> Tensor:
 
 
 def _unsigned(store: Store, name: str, half: int) -> Tensor:
-    """A plain signed tensor shifted to unsigned codes."""
+    """Read a plain signed tensor and shift it to unsigned codes."""
     value = store.get(name).to(torch.int16) + half
     if int(value.min()) < 0 or int(value.max()) >= 2 * half:
         raise NearplaneError(f"tensor {name} in {store.folder} leaves the range {-half} to {half - 1} of its bits.")
@@ -265,14 +287,14 @@ def _unsigned(store: Store, name: str, half: int) -> Tensor:
 
 
 def _prefixes(store: Store) -> set[str]:
-    """Modules whose weight is packed, or is stored beside a scale."""
+    """List the modules whose weight is packed, or is stored beside a scale."""
     packed = {name.removesuffix(".weight_packed") for name in store.names if name.endswith(".weight_packed")}
     scaled = {name.removesuffix(".weight_scale") for name in store.names if name.endswith(".weight_scale")}
     return packed | {name for name in scaled if f"{name}.weight" in store.names}
 
 
 def _layer(store: Store, name: str, scheme: Scheme) -> StoredLayer:
-    """Where a layer lies, its shapes checked against its scheme."""
+    """Locate a layer, and check its shapes against its scheme."""
     codes = "weight_packed" if scheme.layout == "packed" else "weight"
     sources = (codes, "weight_shape") if scheme.layout == "packed" else (codes,)
     tensors = tensors_of(store, name, (*sources, *WEIGHT_SUFFIXES, *OTHER_SUFFIXES))
@@ -281,7 +303,7 @@ def _layer(store: Store, name: str, scheme: Scheme) -> StoredLayer:
     if store.dtype(tensors[codes]) != wanted:
         raise NearplaneError(
             f"tensor {tensors[codes]} in {store.folder} is {store.dtype(tensors[codes])}, "
-            f"but {scheme} takes {wanted}; {SUPPORTED}."
+            f"but {scheme} takes {wanted}; {INTEGERS}."
         )
     shape = _shape(store, tensors, scheme)
     size = scheme.group_size if scheme.strategy == "group" else -1
@@ -292,11 +314,11 @@ def _layer(store: Store, name: str, scheme: Scheme) -> StoredLayer:
         expect(store, tensors["weight_scale"], (shape[0], 1), f"a {shape} weight by {scheme}")
     if "weight_g_idx" in tensors:
         expect(store, tensors["weight_g_idx"], (shape[1],), f"a {shape} weight")
-    return StoredLayer(name, grid, shape, tensors, scheme.layout, scheme.activations)
+    return StoredLayer(name, grid, shape, tensors, scheme.layout, tensors.get("weight_g_idx"), scheme.activations)
 
 
 def _shape(store: Store, tensors: dict[str, str], scheme: Scheme) -> tuple[int, int]:
-    """(out, in), with the tensor of codes checked against it."""
+    """Read (out, in), and check the tensor of codes against it."""
     if scheme.layout == "packed":
         sizes = [int(size) for size in store.get(tensors["weight_shape"]).flatten()]
     else:
@@ -313,7 +335,7 @@ def _shape(store: Store, tensors: dict[str, str], scheme: Scheme) -> tuple[int, 
 
 
 def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
-    """The config groups that quantize weights. NearplaneError if any is not a plain integer one."""
+    """Parse the config groups that quantize weights. Raises NearplaneError if any is not a plain integer one."""
     schemes = []
     for label, group in setting(config, "config_groups", dict, {}, where).items():
         if not isinstance(group, dict):
@@ -324,7 +346,7 @@ def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
         layout, kind = str(group.get("format") or config.get("format")), weights.get("type", "int")
         layout = layout.removeprefix(ONLINE)
         if layout not in LAYOUTS or kind != "int":
-            raise NearplaneError(f"{where}: config group {label} has format {layout} ({kind}); {SUPPORTED}.")
+            raise NearplaneError(f"{where}: config group {label} has format {layout} ({kind}); {INTEGERS}.")
         bits = setting(weights, "num_bits", int, 8, where)
         size = setting(weights, "group_size", int, None, where)
         strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
@@ -339,12 +361,12 @@ def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
         rounded = _activations(setting(group, "input_activations", dict, {}, where), label, where)
         schemes.append(Scheme(label, targets, LAYOUTS[layout], bits, symmetric, strategy, size or -1, rounded))
     if not schemes:
-        raise NearplaneError(f"{where} has no config group with weights; {SUPPORTED}.")
+        raise NearplaneError(f"{where} has no config group with weights; {INTEGERS}.")
     return schemes
 
 
 def _activations(given: dict[str, Any], label: str, where: str) -> TokenGrid | None:
-    """How a group rounds activations. NearplaneError for any way but integers by a dynamic scale per token."""
+    """Parse how a group rounds activations; only integers by a dynamic scale per token are known."""
     if not given:
         return None
     kind, strategy, dynamic = given.get("type", "int"), given.get("strategy"), given.get("dynamic")
@@ -358,7 +380,7 @@ def _activations(given: dict[str, Any], label: str, where: str) -> TokenGrid | N
 
 
 def _scheme_of(name: str, schemes: list[Scheme], where: str) -> Scheme:
-    """The group for a module: by its exact name, by regular expression, by class, in the library's order.
+    """Pick the group of a module: by its exact name, by regular expression, by class, in the library's order.
 
     A checkpoint knows no classes. Of the class targets "Linear" is the likeliest; a lone group needs no target.
     """
@@ -377,7 +399,7 @@ def _scheme_of(name: str, schemes: list[Scheme], where: str) -> Scheme:
 
 
 def _matches(name: str, entry: str) -> bool:
-    """Whether an entry of ``targets`` or ``ignore`` names the module: exactly, or from its start by "re:"."""
+    """Tell whether an entry of ``targets`` or ``ignore`` names a module: exactly, or from its start by "re:"."""
     if not entry.startswith("re:"):
         return entry == name
     try:

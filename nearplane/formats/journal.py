@@ -1,11 +1,10 @@
-"""What makes a run resumable: beside each block's shard a record of the block, and a lock on the folder.
+"""Records that make a run resumable, one beside each block's part, and a lock on the folder.
 
-Decides what of an unfinished folder can be trusted. A record is written when its shard is safe on disk, carries the
-shard's hash and its own, and is never changed afterwards; the first one that is missing or damaged ends the list.
+Decides what of an unfinished folder can be trusted. A record is written when its part is safe on disk, carries the
+part's hash and its own, and is never changed afterwards; the first one that is missing or damaged ends the list.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from nearplane.core.errors import NearplaneError
 
 # Holds the records and the lock while a run is not finished.
 STATE = ".nearplane"
-LOCK = "lock"
+LOCK, HOLDER = "lock", "holder"
+# Name of the layout of parts, in every record; records of earlier versions have none.
+LAYOUT = "neutral-1"
 
 
 class Journal:
@@ -26,35 +29,27 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.out, self.state = out, out / STATE
-        self._lock: int | None = None
+        self._lock = _lock(out)
 
     def lock(self) -> None:
         """Claim the folder until ``release`` or the end of this process, however it ends."""
-        path = self.state / LOCK
         try:
             self.state.mkdir(exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise NearplaneError(f"folder {self.out} cannot be written to: {error}.") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
+            self._lock.acquire()
             now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            os.write(handle, f"process {os.getpid()} on {platform.node()}, since {now}".encode())
-        except BlockingIOError as error:
-            os.close(handle)
+            (self.state / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}, since {now}", "utf-8")
+        except Timeout as error:
             raise NearplaneError(
                 f"{self.out} is being written by {holder(self.out)}; wait for it or stop it."
             ) from error
-        except OSError as error:
-            os.close(handle)
-            raise NearplaneError(f"{path} cannot be locked: {error}.") from error
-        self._lock = handle
+        except (OSError, NotImplementedError) as error:
+            self.release()
+            raise NearplaneError(f"folder {self.out} cannot be written to: {error}.") from error
 
     @property
     def held(self) -> bool:
         """Whether this process has claimed the folder."""
-        return self._lock is not None
+        return self._lock.is_locked
 
     @property
     def empty(self) -> bool:
@@ -63,28 +58,37 @@ class Journal:
 
     def release(self) -> None:
         """Give the folder free."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self.held:
+            with contextlib.suppress(OSError):  # who held it is no matter any more
+                (self.state / HOLDER).unlink(missing_ok=True)
+        self._lock.release()
 
-    def records(self) -> tuple[list[dict[str, Any]], str | None]:
-        """The records in order, up to the first that cannot be trusted, and why that one cannot."""
+    def records(self, *, check: bool = True) -> tuple[list[dict[str, Any]], str | None]:
+        """Read the records in order, up to the first that cannot be trusted, and tell why that one cannot.
+
+        ``check``: also that parts are what the records say.
+        """
         found: list[dict[str, Any]] = []
         while (path := self._path(len(found))).exists():
             try:
-                digest, _, content = path.read_bytes().partition(b"\n")
-                if hashlib.sha256(content).hexdigest().encode() != digest:
+                record = _record(path)
+                if record is None:
                     return found, f"{path.name} is damaged"
-                record = json.loads(content)
-                for shard, wanted in record["shards"].items():
-                    if not (self.out / shard).exists():
-                        return found, f"{shard} is missing"
-                    if file_hash(self.out / shard) != wanted:
-                        return found, f"{shard} is damaged"
+                for part, wanted in record["shards"].items() if check else ():
+                    if not (self.out / part).exists():
+                        return found, f"{part} is missing"
+                    if file_hash(self.out / part) != wanted:
+                        return found, f"{part} is damaged"
             except OSError as error:
                 raise NearplaneError(f"{path} cannot be read: {error}.") from error
             found.append(record)
         return found, None
+
+    @property
+    def earlier(self) -> bool:
+        """Whether an earlier version wrote a record: its parts have no layout that is known here."""
+        records = self.records(check=False)[0]
+        return any(record.get("layout") != LAYOUT for record in records)
 
     def cut(self, count: int) -> None:
         """Forget the records from number ``count`` on, the last first."""
@@ -94,7 +98,7 @@ class Journal:
                     path.unlink()
 
     def add(self, number: int, record: dict[str, Any]) -> None:
-        """Write a record, all of it or nothing. OSError where the disk refuses."""
+        """Write a record, all of it or nothing. Raises OSError where the disk refuses."""
         content = json.dumps(record).encode()
         path = self._path(number)
         temporary = path.with_suffix(".tmp")
@@ -107,7 +111,8 @@ class Journal:
 
     def clear(self) -> None:
         """Remove records and lock."""
-        for path in sorted(self.state.glob("*"), reverse=True):
+        self.cut(0)
+        for path in sorted(self.state.glob("*")):
             path.unlink(missing_ok=True)
         self.state.rmdir()
         self.release()
@@ -116,23 +121,37 @@ class Journal:
         return self.state / f"block-{number:05}.json"
 
 
+def _lock(out: Path) -> FileLock:
+    """Make the lock of a folder: no waiting, and the lock of a process rather than of a thread."""
+    return FileLock(out / STATE / LOCK, timeout=0, thread_local=False)
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """Read a record; None if it is damaged."""
+    digest, _, content = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        return None
+    record: dict[str, Any] = json.loads(content)
+    return record
+
+
 def holder(out: Path) -> str | None:
-    """Who holds the lock of a folder; None if nobody does."""
-    try:
-        handle = os.open(out / STATE / LOCK, os.O_RDWR)
-    except OSError:
+    """Name the process that holds the lock of a folder; None if none does."""
+    if not (out / STATE / LOCK).exists():
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.read(handle, 200).decode(errors="replace") or "another process"
-    finally:
-        os.close(handle)
-    return None
+        with _lock(out):
+            return None
+    except Timeout:
+        with contextlib.suppress(OSError):
+            return (out / STATE / HOLDER).read_text("utf-8", errors="replace") or "another process"
+        return "another process"
+    except (OSError, NotImplementedError):
+        return None
 
 
 def unfinished(out: Path) -> str | None:
-    """Of a folder that holds the state of a run, that it is not finished and how it will be; None of any other."""
+    """Tell of a folder with the state of a run that it is not finished, and how to go on; None of any other."""
     if not (out / STATE).is_dir():
         return None
     at_work = holder(out)
@@ -149,7 +168,7 @@ def unfinished(out: Path) -> str | None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in bounded memory."""
+    """Hash a file with SHA-256, in bounded memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

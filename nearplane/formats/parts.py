@@ -1,9 +1,10 @@
-"""Writing a transformers folder: shard by shard in bounded memory, whole or resumable.
+"""Writing a transformers folder: a run's parts, then the shards of the checkpoint, whole or resumable.
 
-Decides the names of the shards and the order in which files appear. Every file is written under a temporary name,
-forced to disk and renamed; the index comes last, so a folder without it was not finished. What was sealed survives
-whatever ends the process, and a writer that resumes the folder goes on after it; without a seal nothing stays. A finished
-folder has the sums of its files beside them.
+Decides the names of the files and the order in which they appear. Solved weights lie in *parts*, in one neutral layout
+whatever the format (``compressed.NEUTRAL``); ``checkpoint/export.py`` makes shards of them. Every file is written under
+a temporary name, forced to disk and renamed. The index comes last, so a folder without it was not finished. A sealed
+part survives whatever ends the process, and a writer that resumes the folder goes on after it; without a seal nothing
+stays. A finished folder has the sums of its files beside them.
 """
 
 import contextlib
@@ -14,15 +15,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.formats.journal import STATE, Journal, file_hash, holder, sync
-from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, Shard
+from nearplane.core.grid import Grid, Quantized
+from nearplane.formats.compressed import NEUTRAL
+from nearplane.formats.journal import LAYOUT, STATE, Journal, file_hash, holder, sync
+from nearplane.formats.read import Checkpoint, read_tensors
+from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, Shard, Store, read_index
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
 # Holds times, and so has other bytes each run: two runs that did the same have the same sums.
@@ -34,25 +38,55 @@ COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 
 # Tensors wait in memory until so many bytes of them make a file.
 SHARD_BYTES = 4 << 30
+# Of unfinished files: parts, which become shards where the format is the neutral layout, else shards made of them.
+STEMS = ("part", "shard")
+
+
+class Part(NamedTuple):
+    """The solved weights of one block."""
+
+    files: list[Path]
+    quantization: dict[str, Any] | None
+    """Their description in the neutral layout; None: the block has no linear."""
+
+    def open(self) -> Checkpoint | None:
+        """Open the weights, to be read by name on disk; None where there is none."""
+        if self.quantization is None or not self.files:
+            return None
+        return read_tensors(Store.of(self.files), {}, self.quantization, NEUTRAL)
 
 
 class Writer:
-    """Writes into a new or empty folder, and leaves it as it was unless something was sealed or ``finish()`` reached.
+    """Writes into a new or empty folder, which stays as it was unless a part was sealed or ``finish()`` reached.
 
-    With ``resume`` the folder may hold what an earlier writer left: ``records`` are what it sealed, in order, as far as
-    it can be trusted, ``lost`` says why there are no more if a record or its shard is damaged. Raises SettingError before
-    anything is touched if ``out`` is a file or holds something else; NearplaneError when the disk refuses, or when
-    another process writes there.
+    Attributes:
+        records: what an earlier writer sealed, in order, as far as it can be trusted, with ``resume``.
+        lost: why there are no more records, if one or its part is damaged.
+        complete: whether an earlier writer finished all but the tidying up: nothing is written then.
     """
 
     def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES, resume: bool = False) -> None:
+        """Check the folder; ``__enter__`` claims it.
+
+        Args:
+            out: a folder that does not exist or is empty.
+            shard_bytes: tensors wait in memory until so many bytes make a file.
+            resume: whether ``out`` may hold what an earlier writer left.
+
+        Raises:
+            SettingError: before anything is touched, if ``out`` is a file or holds something else.
+            NearplaneError: when the disk refuses, or another process writes there; so does every method.
+        """
         self.out = Path(out)
         self.shard_bytes, self.resume = shard_bytes, resume
         self.records: list[dict[str, Any]] = []
         self.lost: str | None = None
+        self.complete = False
         self._journal = Journal(self.out)
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
+        self._grids: dict[str, Grid] = {}  # of the weights since the last seal
+        self._copying = False  # shards are written beside the parts
         self._shard_of: dict[str, int] = {}  # tensor name -> shard, counted from 0
         self._hashes: list[str] = []  # of each shard
         self._sums: dict[str, str] = {}  # of each other file, by name
@@ -89,36 +123,81 @@ class Writer:
         if not self._finished:
             self._give_up()
 
-    def seal(self, record: dict[str, Any]) -> None:
-        """Make everything since the last seal durable, with a record (for JSON) that ``records`` will give back."""
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add copies of tensors; they stay in memory until their shard is full. A name comes only once."""
         self._refuse_finished()
+        if self.complete:
+            return
+        for name, tensor in tensors.items():
+            if name in self._shard_of:
+                raise NearplaneError(f"tensor {name} is written twice into {self.out}.")
+            if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+                self.flush()
+            self._shard_of[name] = len(self._hashes)
+            self._pending[name] = _own(tensor)
+            self._pending_bytes += tensor.nbytes
+        if self._pending_bytes >= self.shard_bytes:
+            self.flush()
+
+    def put_quantized(self, name: str, quantized: Quantized, grid: Grid) -> None:
+        """Add a solved weight to the current part.
+
+        Args:
+            name: of the module on disk.
+            quantized: codes (out, in), scales and zeros (out, groups).
+            grid: with ``scale_dtype`` of the format that will be exported.
+        """
+        self._grids[name] = grid
+        self.put(NEUTRAL.pack(name, quantized, grid))
+
+    def seal(self, record: dict[str, Any]) -> None:
+        """Make the current part durable, with a record (for JSON) that ``records`` will give back."""
+        self._refuse_finished()
+        if self.complete:
+            return
         first = sum(len(earlier["shards"]) for earlier in self.records)
-        if self._pending:
-            self._flush()
-        record = {**record, "shards": {self._part(i).name: self._hashes[i] for i in range(first, len(self._hashes))}}
+        self.flush()
+        grids = self._grids
+        described = NEUTRAL.config(next(iter(grids.values())), ignore=[], settings={}, grids=grids) if grids else None
+        parts = {self._part(i).name: self._hashes[i] for i in range(first, len(self._hashes))}
+        record = {**record, "layout": LAYOUT, "quantization": described, "shards": parts}
         try:
             self._journal.add(len(self.records), record)
         except OSError as error:
             raise NearplaneError(f"the state of {self.out} cannot be written: {error}.") from error
         self.records.append(record)
+        self._grids = {}
 
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add copies of tensors; they stay in memory until their shard is full. A name comes only once."""
-        self._refuse_finished()
-        for name, tensor in tensors.items():
-            if name in self._shard_of:
-                raise NearplaneError(f"tensor {name} is written twice into {self.out}.")
-            if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
-                self._flush()
-            self._shard_of[name] = len(self._hashes)
-            self._pending[name] = _own(tensor)
-            self._pending_bytes += tensor.nbytes
-        if self._pending_bytes >= self.shard_bytes:
-            self._flush()
+    def part(self, record: dict[str, Any]) -> Part:
+        """Locate the part of a sealed record, also where it has become a shard of the finished checkpoint."""
+        files = []
+        for name in record["shards"]:
+            shards = sorted(self.out.glob(f"model-{name.split('-')[1].split('.')[0]}-of-*.safetensors"))
+            files.append(self.out / name if (self.out / name).exists() or not shards else shards[0])
+        return Part(files, record["quantization"])
+
+    def repack(self) -> None:
+        """Begin the checkpoint's shards anew beside the parts, which stay until all of the shards are safe."""
+        self._copying = True
+        self._shard_of, self._hashes, self._total = {}, [], 0
+
+    def flush(self) -> None:
+        """End the current shard: write the pending tensors, under a name that no reader takes for a weight."""
+        if not self._pending:
+            return
+        target = self._part(len(self._hashes))
+        with self._atomic(target, self._pending_bytes) as temporary:
+            save_file(self._pending, temporary, metadata={"format": "pt"})
+            digest = file_hash(temporary)
+        self._hashes.append(digest)
+        self._total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
 
     def text(self, name: str, content: str) -> None:
         """Write a text file of this name, all of it or nothing; a second one replaces the first."""
         target, data = self._target(name), content.encode("utf-8")
+        if self.complete:
+            return
         with self._atomic(target, len(data)) as temporary:
             temporary.write_bytes(data)
         self._sums[name] = hashlib.sha256(data).hexdigest()
@@ -132,22 +211,37 @@ class Writer:
         target = self._target(path.name)
         if not path.is_file():
             raise NearplaneError(f"{path} is not a file and cannot be copied to {self.out}.")
+        if self.complete:
+            return
         with self._atomic(target, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
             self._sums[path.name] = file_hash(temporary)
 
     def companions(self, folder: Path, *, code: bool) -> None:
-        """Copy what makes another folder a usable model besides weights and configuration; ``code``: its Python, too."""
+        """Copy the files that make a folder a usable model besides weights and configuration; ``code``: its Python, too."""
         for pattern in (*COMPANIONS, *(["*.py"] if code else [])):
             for path in sorted(folder.glob(pattern)):
                 if path.is_file():
                     self.copy(path)
 
     def finish(self) -> None:
-        """Give the shards their final names and write the index: from here on the folder is complete."""
+        """Give the shards their final names and write the index: from here on the folder is complete. Then tidy up."""
         self._refuse_finished()
-        if self._pending:
-            self._flush()
+        if not self.complete:
+            self._name_shards()
+        self._finished = True
+        try:
+            self._journal.cut(0)  # before the parts that the records describe
+            for path in self._leftovers():
+                path.unlink(missing_ok=True)
+            self._journal.clear()
+        except OSError as error:
+            self._journal.release()
+            raise NearplaneError(f"{self.out} is complete, but {STATE} in it cannot be removed: {error}.") from error
+
+    def _name_shards(self) -> None:
+        """Rename the shards, and write sums and index."""
+        self.flush()
         if not self._hashes:
             raise NearplaneError(f"no tensor was written to {self.out}; there is no model to finish.")
         names = [FINAL.format(i + 1, len(self._hashes)) for i in range(len(self._hashes))]
@@ -168,25 +262,10 @@ class Writer:
         for name, content in ((SUMS, "".join(lines).encode("utf-8")), (INDEX, data)):
             with self._atomic(self.out / name, len(content)) as temporary:
                 temporary.write_bytes(content)
-        self._finished = True
-        try:
-            self._journal.clear()
-        except OSError as error:
-            raise NearplaneError(f"{self.out} is complete, but {STATE} in it cannot be removed: {error}.") from error
-
-    def _flush(self) -> None:
-        """Write the pending tensors as the next shard, under a name that no reader takes for a weight."""
-        target = self._part(len(self._hashes))
-        with self._atomic(target, self._pending_bytes) as temporary:
-            save_file(self._pending, temporary, metadata={"format": "pt"})
-            digest = file_hash(temporary)
-        self._hashes.append(digest)
-        self._total += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
 
     @contextlib.contextmanager
     def _atomic(self, target: Path, need: int) -> Iterator[Path]:
-        """A temporary path to fill; afterwards it is on disk under the name ``target``."""
+        """Give a temporary path to fill, and put the file on disk under the name ``target`` afterwards."""
         temporary = target.with_name(f".{target.name}.tmp")
         self._written.update((temporary, target))
         try:
@@ -202,8 +281,18 @@ class Writer:
                 f"{target} cannot be written ({error}): it needs {need / 1e9:.3g} GB and {_free(self.out)}."
             ) from error
 
-    def _part(self, shard: int) -> Path:
-        return self.out / f"part-{shard + 1:05}{UNFINISHED}"
+    def _part(self, shard: int, *, copied: bool | None = None) -> Path:
+        """Name a part, or a shard that is made of parts (``copied``)."""
+        stem = "shard" if (self._copying if copied is None else copied) else "part"
+        return self.out / f"{stem}-{shard + 1:05}{UNFINISHED}"
+
+    def _leftovers(self) -> list[Path]:
+        """List files of the folder that are not done."""
+        return [
+            path
+            for pattern in (*(f"{stem}-*{UNFINISHED}" for stem in STEMS), ".*.tmp")
+            for path in self.out.glob(pattern)
+        ]
 
     def _target(self, name: str) -> Path:
         self._refuse_finished()
@@ -240,11 +329,20 @@ class Writer:
         """Bring a resumed folder into the state after its last good seal, and count that as written here."""
         if not self.resume:
             return
+        if self._journal.earlier:
+            raise SettingError(
+                f"{self.out} holds a run that an earlier version of nearplane began, and its finished blocks lie in another "
+                "layout; finish it with that version, or begin in another folder."
+            )
+        self.complete = self._is_complete()
+        if self.complete:
+            self.records, self.lost = self._journal.records(check=False)
+            return
         self._unfinish()
         self.records, self.lost = self._journal.records()
         self._journal.cut(len(self.records))
         sealed = {name: digest for record in self.records for name, digest in record["shards"].items()}
-        for path in [*self.out.glob(f"part-*{UNFINISHED}"), *self.out.glob(".*.tmp")]:
+        for path in self._leftovers():
             if path.name not in sealed:
                 path.unlink()
         for name, digest in sealed.items():
@@ -253,14 +351,27 @@ class Writer:
             self._total += sum(tensor.end - tensor.start for tensor in tensors.values())
             self._hashes.append(digest)
 
+    def _is_complete(self) -> bool:
+        """Tell whether the index, which is written last, is there with every shard that it names."""
+        if not (self.out / INDEX).exists():
+            return False
+        return all((self.out / name).exists() for name in set(read_index(self.out / INDEX).values()))
+
     def _unfinish(self) -> None:
-        """Undo as much of ``finish`` as was done."""
+        """Undo what was done of ``finish``: shards become parts again, or go where their parts are still there."""
         (self.out / INDEX).unlink(missing_ok=True)
         for path in self.out.glob("model-*-of-*.safetensors"):
-            path.rename(self._part(int(path.name.split("-")[1]) - 1))
+            part = self._part(int(path.name.split("-")[1]) - 1, copied=False)
+            if self._copying or part.exists():
+                path.unlink()
+            else:
+                path.rename(part)
 
     def _give_up(self) -> None:
         """Take back every file and folder made here and not sealed, and nothing else."""
+        if self.complete:
+            self._journal.release()
+            return
         with contextlib.suppress(OSError):  # the error that led here matters more; what stays has no index
             if self.records:
                 self._unfinish()
@@ -283,13 +394,13 @@ class Writer:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, contiguous and alone in its storage: safetensors refuses shared memory."""
+    """Copy to the CPU, contiguous and alone in its storage: safetensors refuses shared memory."""
     own = tensor.detach().to("cpu").contiguous()
     return own.clone() if own.data_ptr() == tensor.data_ptr() else own
 
 
 def _free(folder: Path) -> str:
-    """How much the disk has left, in words."""
+    """Tell how much the disk has left, in words."""
     try:
         return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free"
     except OSError:

@@ -1,4 +1,4 @@
-"""What is on disk: the tensors of a transformers folder, each read when asked for and not before.
+"""The tensors of a transformers folder on disk, each read when asked for and not before.
 
 Decides which files of a folder are its weights (``model.safetensors``, else the index, else the only safetensors
 file), and refuses at open what would otherwise fail hours later: a missing, truncated or misnamed shard. Tensors are read,
@@ -24,7 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"
 # What a run leaves beside its checkpoint, and no download of another tool's has.
 REPORT = "report.json"
-# A shard that a writer has not finished (``write.py``) carries this ending, so that no reader takes it for a weight.
+# A shard that a writer has not finished (``parts.py``) carries this ending, so that no reader takes it for a weight.
 UNFINISHED = ".unfinished"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {
@@ -37,7 +37,7 @@ DTYPES = {
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies in its file."""
+    """The place of a tensor in its file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Shard:
     """One open safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        """Check the header (safetensors does, against the file's length) and read it. NearplaneError names the file."""
+        """Check the header (safetensors does, against the file's length) and read it. Raises NearplaneError."""
         self.path = path
         try:
             with safe_open(path, framework="pt", device="cpu"):
@@ -70,7 +70,7 @@ class Shard:
         }
 
     def get(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read a tensor into memory of its own."""
         return self._get(name, self.tensors[name])
 
     def _get(self, name: str, part: Stored) -> Tensor:
@@ -85,21 +85,21 @@ class Shard:
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Some of a tensor's first dimension, in memory of their own."""
+        """Read some rows of a tensor's first dimension into memory of their own."""
         dtype, shape, start, end = self.tensors[name]
         size = (end - start) // shape[0]
         part = Stored(dtype, (count, *shape[1:]), start + first * size, start + (first + count) * size)
         return self._get(name, part)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
+        """Look up the dtype of a tensor."""
         stored = self.tensors[name].dtype
         if stored not in DTYPES:
             raise NearplaneError(f"tensor {name} in {self.path} has dtype {stored}, which is not supported.")
         return DTYPES[stored]
 
     def _read(self, start: int, size: int) -> bytearray:
-        """Bytes from a place in the file; OSError where it ends before."""
+        """Read bytes from a place in the file. Raises OSError where the file ends before."""
         data = bytearray(size)
         view, done = memoryview(data), 0
         while done < size:
@@ -120,7 +120,7 @@ class Store:
     folder: Path
     names: frozenset[str]
     lost: frozenset[str] = frozenset()
-    """With ``partial``, what the index promises and no shard gives."""
+    """With ``partial``, tensors that the index promises and no shard gives."""
 
     def __init__(self, folder: Path, *, partial: bool = False) -> None:
         self.folder = Path(folder)
@@ -150,7 +150,7 @@ class Store:
 
     @classmethod
     def of(cls, files: list[Path]) -> "Store":
-        """The tensors of certain files of one folder, whatever they are called."""
+        """Open certain files of one folder, whatever they are called."""
         store = cls.__new__(cls)
         store.folder = files[0].parent
         store._shards = {file.name: Shard(file) for file in files}
@@ -159,23 +159,23 @@ class Store:
         return store
 
     def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in memory of its own."""
+        """Read a tensor to the CPU, into memory of its own."""
         return self._where(name).get(name)
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """``count`` of a tensor's first dimension; reads no others."""
+        """Read ``count`` rows of a tensor's first dimension, and no others."""
         return self._where(name).rows(name, first, count)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; reads no data."""
+        """Look up the shape of a tensor; reads no data."""
         return self._where(name).tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor; reads no data."""
+        """Look up the dtype of a tensor; reads no data."""
         return self._where(name).dtype(name)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor; reads no data."""
+        """Count the bytes of a tensor; reads no data."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def _where(self, name: str) -> Shard:
@@ -185,7 +185,7 @@ class Store:
 
 
 def parse_json(path: Path) -> Any:
-    """Whatever a JSON file holds; NearplaneError names the file when it is missing, unreadable or something else."""
+    """Parse a JSON file. Raises NearplaneError, naming the file, when it is missing or unreadable."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -197,12 +197,12 @@ def parse_json(path: Path) -> Any:
 
 
 def again(folder: Path) -> str:
-    """What to do about a file of a folder that is damaged: whether it was downloaded or written here, its report tells."""
+    """Advise what to do about a damaged file; a report beside it tells that it was written here."""
     return "write it again or restore it from a copy" if (folder / REPORT).exists() else "download it again"
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object; NearplaneError names the file when it is missing, unreadable or something else."""
+    """Parse a JSON object. Raises NearplaneError, naming the file, when it is missing, unreadable or something else."""
     content = parse_json(path)
     if not isinstance(content, dict):
         raise NearplaneError(f"{path} must hold a JSON object, and holds a {type(content).__name__}.")
@@ -210,12 +210,12 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def lacking(folder: Path, name: str, file: str) -> str:
-    """The sentence about a tensor that the index names and its shard does not hold."""
+    """Write the sentence about a tensor that the index names and its shard does not hold."""
     return f"{folder / INDEX} promises tensor {name} in {file}, which lacks it; {again(folder)}."
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """File of each tensor, as promised by the index; of a single file, one entry under the file's own name.
+    """Map each tensor to its file, as the index promises; a single file has one entry under its own name.
 
     A lone ``model.safetensors`` is preferred to an index, as transformers does.
     """
@@ -248,7 +248,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index, with every file name checked to stay inside the folder."""
+    """Read the ``weight_map`` of an index, and check that every file name stays inside the folder."""
     promised = read_json(path).get("weight_map")
     if not isinstance(promised, dict) or not promised:
         raise NearplaneError(f"{path} has no weight_map; {again(path.parent)}.")
@@ -259,7 +259,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _stays_inside(file: str) -> bool:
-    """Whether a relative path has no way up. Symbolic links may leave: the Hugging Face cache is made of them."""
+    """Tell whether a relative path has no way up. Symbolic links may leave: the Hugging Face cache is made of them."""
     return bool(file) and all(
         not path.anchor and ".." not in path.parts for path in (PurePosixPath(file), PureWindowsPath(file))
     )

@@ -1,22 +1,12 @@
 """What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nearplane.checkpoint.engines import (
-    ENGINES,
-    caveat,
-    mixed_caveat,
-    model_caveat,
-    model_refusal,
-    online_refusal,
-    refusal,
-    rounding_refusal,
-)
+from nearplane.checkpoint.engines import verdicts
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid
 from nearplane.machine.memory import free_disk
 from nearplane.methods.base import rows_independent
 from nearplane.run.budget import measuring
@@ -25,6 +15,7 @@ from nearplane.run.job import Job
 from nearplane.run.mix import JUDGED
 from nearplane.run.pace import pace
 from nearplane.run.plan import Plan, draft
+from nearplane.run.rest import described
 
 MOST_RANKS = 4096
 
@@ -40,22 +31,10 @@ class Forecast:
 
     def engines(self) -> list[tuple[str, str | None, str | None]]:
         """Each engine, why it does not load such a checkpoint, and on what condition it does."""
-        plan, shapes = self.plan, dict[Grid, set[tuple[int, int]]]()
-        for site in plan.sites:
-            for grid in plan.possible(site):
-                shapes.setdefault(replace(grid, fit=plan.grid.fit), set()).add(site.shape)
-        found, model = [], plan.source.model
-        grids = {site.name: plan.grid_of(site) for site in plan.sites}
-        for engine in ENGINES:
-            each = [(engine, plan.format.name, grid, sorted(some)) for grid, some in shapes.items()]
-            reasons = [refusal(*what) or rounding_refusal(engine, what[2], plan.activations) for what in each]
-            online = online_refusal(engine, getattr(plan.format, "online", False))
-            no = online or next((reason for reason in reasons if reason), None)
-            no = no or model_refusal(engine, model, grids, plan.format.name)
-            conditions = [caveat(*what) for what in each] + [mixed_caveat(*each[0][:2]) if len(each) > 1 else None]
-            conditions += [model_caveat(engine, model, grids)] if plan.format.name == "compressed-tensors" else []
-            but = "; ".join(dict.fromkeys(condition for condition in conditions if condition))
-            found.append((engine, no, None if no else but or None))
+        found = []
+        for engine, judged in verdicts(described(self.plan)).items():
+            no, but = ("; ".join(part) or None for part in (judged.refusals, judged.caveats))
+            found.append((engine, no, None if no else but))
         return found
 
     def lacking(self) -> list[str]:

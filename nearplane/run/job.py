@@ -19,8 +19,7 @@ from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
-from nearplane.formats import FORMATS
-from nearplane.formats.base import Format
+from nearplane.formats import Format, pick_format
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.run.names import ALIASES
@@ -159,8 +158,7 @@ class Job:
             raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
         if self.dtype not in get_args(Dtype):
             raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {self.dtype!r}.")
-        if isinstance(self.format, str) and self.format not in FORMATS:
-            raise SettingError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}.")
+        pick_format(self.format)
         for transform in (self.rotation, *self.transforms):
             if isinstance(transform, type) or not (hasattr(transform, "promise") and hasattr(transform, "apply")):
                 raise SettingError(f"a transform is an object with promise and apply; got {transform!r}.")

@@ -177,7 +177,7 @@ def rates(plan: Plan) -> Rates:
     solved = method.solve(weight, state, grid)
     taken = clock(lambda: measure("", weight, solved, grid, Knowledge(moments)))
     taken -= solver_flop * 6 * len(range(m)[measured_rows(m)]) * n * n if method.needs else 0.0
-    pack = clock(lambda: plan.format.tensors("x", solved, grid)) / (m * n)
+    pack = clock(lambda: plan.format.pack("x", solved, grid)) / (m * n)
     column, each, rest = _fit(found)
     return Rates(
         flop, solver_flop, element, load, gram, prepare, column, each, rest, max(0.0, taken) / (m * n), pack, _disk()

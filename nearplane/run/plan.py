@@ -19,8 +19,8 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
-from nearplane.formats import running
-from nearplane.formats.base import Format, conv1d_reason
+from nearplane.formats import Format, pick_format
+from nearplane.formats.base import conv1d_reason
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
@@ -122,11 +122,6 @@ class Plan:
     def mixed(self) -> bool:
         """True where the stored grids of linears differ."""
         return len({replace(grid, fit=self.grid.fit) for grid in self.grids.values()}) > 1
-
-    def quantization(self, *, ignore: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-        """Return the ``quantization_config``; it names linears as in the model and as on disk, for loaders use either."""
-        grids = {name: grid for site, grid in self.grids.items() for name in (self.disk_name(site), site)}
-        return self.format.config(self.grid, ignore=ignore, settings=settings, grids=grids)
 
     def stream(self, ranks: Ranks = ALONE) -> Iterator[OpenBlock]:
         """Open the blocks in turn; ``ranks`` share the samples."""
@@ -244,7 +239,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
         NearplaneError: whatever else cannot work.
     """
     device = pick_device(job.device)
-    running(job.format, job.activations, "r4" in job.rotation.kinds)  # or refuse
+    format = pick_format(job.format).running(job.activations, "r4" in job.rotation.kinds)
     source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code)
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
@@ -257,7 +252,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
         blocks = discover(source)
     for transform in job.equivalences:
         source = replace(transform.promise(source), promise_of=source.promise_of or source)
-    return _settle(source, blocks, job, device)
+    return _settle(source, blocks, job, format, device)
 
 
 def complete(plan: Plan) -> Plan:
@@ -274,10 +269,9 @@ def complete(plan: Plan) -> Plan:
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
 
 
-def _settle(source: Source, blocks: list[Block], job: Job, device: torch.device) -> Plan:
+def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
     """Settle dtypes and grids; refuse what the format or the method cannot hold."""
-    turned = "r4" in source.settings.get("rotate", {}).get("kinds", ())
-    format, stored = running(job.format, job.activations, turned), pick_dtype(job.dtype) or source.dtype
+    stored = pick_dtype(job.dtype) or source.dtype
     grid = replace(job.grid, scale_dtype=format.scale_dtype(stored))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
     blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)))

@@ -7,16 +7,13 @@ shards, so that a resumed run sees what an uninterrupted one sees, bit for bit.
 import hashlib
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
-from nearplane.formats.parts import Writer
-from nearplane.formats.read import read_tensors
-from nearplane.formats.store import Store
+from nearplane.formats.parts import Part, Writer
 from nearplane.models.discover import Block
 from nearplane.run.events import BlockDone, Event, Solved
 from nearplane.run.plan import Plan
@@ -32,7 +29,7 @@ END = "the end"
 class Done(NamedTuple):
     """A finished block."""
 
-    shards: list[Path]
+    part: Part
     sums: dict[str, str] | None
     """Hashes of the source's parameters that it was made of; None: an earlier version made it."""
 
@@ -63,7 +60,7 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
                 f"what is copied from {plan.source.name} (embeddings, norms and the like) differs from what {writer.out} was "
                 "begun with; resume with that model, or begin in another folder."
             )
-    done = [Done([writer.out / n for n in record["shards"]], record.get("source")) for record in writer.records]
+    done = [Done(writer.part(record), record.get("source")) for record in writer.records]
     if len(done) == len(plan.blocks):  # no block will be opened again: a tensor of each has to do
         for block, each in zip(plan.blocks, done, strict=True):
             for site in sorted(block.sites, key=lambda site: prod(site.shape))[:1]:
@@ -118,8 +115,7 @@ class Saver:
     def take(self, event: Event) -> None:
         """Put a solved weight; make a finished block durable. The report has taken the event before."""
         if isinstance(event, Solved):
-            name = self.plan.disk_name(event.site.name)
-            self.writer.put(self.plan.format.tensors(name, event.quantized, event.grid))
+            self.writer.put_quantized(self.plan.disk_name(event.site.name), event.quantized, event.grid)
         elif isinstance(event, BlockDone) and not event.replayed:
             self.writer.seal(self._record(event.block))
             self.mark = self.report.mark()
@@ -143,10 +139,9 @@ def replay(plan: Plan, done: Done, block: OpenBlock) -> None:
     SettingError where the source's weights are not those that it was made of.
     """
     _same_source(plan, block.block, done)
-    if not block.block.sites:
+    checkpoint = done.part.open()
+    if checkpoint is None:
         return
-    store = Store.of(done.shards)
-    checkpoint = read_tensors(store, {}, plan.quantization(ignore=[], settings={}))
     for site in block.block.sites:
         codes, scale, zero = checkpoint.quantized(plan.disk_name(site.name))[:3]
         scale = scale.to(plan.device, block.walk.solve_dtype)

@@ -1,23 +1,58 @@
-"""The table of engines, row by row as docs/formats.md prints it."""
+"""The verdicts of engines, row by row as docs/formats.md prints them."""
+
+from pathlib import Path
 
 import pytest
 
-from nearplane.checkpoint.engines import ENGINES, caveat, order_refusal, refusal
-from nearplane.checkpoint.engines import FORMATS as NAMES
+from nearplane.checkpoint.engines import (
+    COMPRESSED,
+    ENGINES,
+    GPTQS,
+    Described,
+    Model,
+    Verdict,
+    Weight,
+    rows,
+    table,
+    verdict,
+    verdicts,
+)
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
 
+DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 SHAPES = [(64, 128), (256, 128)]
 CT = "compressed-tensors"
 
 
+def judged(engine: str, format: str, grid: Grid, shapes=SHAPES, **more) -> Verdict:
+    return verdict(engine, Described(format, tuple(Weight(grid, shape) for shape in shapes), **more))
+
+
+def refusal(engine: str, format: str, grid: Grid, shapes=SHAPES) -> str | None:
+    return "; ".join(judged(engine, format, grid, shapes).refusals) or None
+
+
 def loads(engine: str, format: str, bits: int, sym: bool = True) -> bool:
-    return refusal(engine, format, Grid(bits, 64, sym), SHAPES) is None
+    return refusal(engine, format, Grid(bits, 64, sym)) is None
 
 
 def test_the_formats_are_those_that_can_be_written() -> None:
-    assert set(NAMES) == set(FORMATS)
+    assert {COMPRESSED, *GPTQS} == set(FORMATS)
+
+
+def test_the_table_of_the_docs_is_fresh() -> None:
+    """Write it again: python -c "from nearplane.checkpoint.engines import table; print(table(), end='')"."""
+    text = DOCS.read_text("utf-8")
+    assert text.count("<!-- engines -->") == 2 and text.split("<!-- engines -->")[1].strip() == table().strip()
+
+
+@pytest.mark.parametrize("kind", rows())
+def test_of_a_row_of_the_table_all_have_the_same_answers(kind: str) -> None:
+    found = [[(bool(v.refusals), len(v.caveats)) for v in verdicts(made).values()] for made in rows()[kind]]
+    assert all(each == found[0] for each in found)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -38,7 +73,7 @@ def test_gptq(format: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("format", NAMES)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_tail_group_loads_nowhere(engine: str, format: str) -> None:
     """Whichever of the shapes has it."""
     grid = Grid(4, 64)
@@ -46,19 +81,24 @@ def test_a_tail_group_loads_nowhere(engine: str, format: str) -> None:
     reason = refusal(engine, format, grid, [(64, 128), (64, 96)]) or ""
     assert reason.startswith("group_size 64 does not divide the 96 input columns")
     assert "only nearplane" in reason and not reason.endswith(".")
-    assert caveat(engine, format, grid, [(64, 96)]) is None
+    assert judged(engine, format, grid, [(64, 96)]).caveats == ()
     assert refusal(engine, format, Grid(4, -1), [(64, 96)]) is None
 
 
 def test_groups_in_activation_order() -> None:
-    assert "desc_act" in (order_refusal("vllm", Grid(4, 64)) or "")
-    assert order_refusal("vllm", Grid(4, -1)) is None
-    assert order_refusal("sglang", Grid(4, 64)) is None and order_refusal("transformers", Grid(4, 64)) is None
+    def ordered(engine: str, grid: Grid, format: str = "gptq") -> str:
+        return str(judged(engine, format, grid, ordered=True))
+
+    assert "desc_act" in ordered("vllm", Grid(4, 64)) and "does not load" in ordered("vllm", Grid(4, 64))
+    assert (
+        ordered("vllm", Grid(4, -1)) == ordered("sglang", Grid(4, 64)) == ordered("vllm", Grid(4, 64), CT) == "loads it"
+    )
+    assert "desc_act" not in ordered("transformers", Grid(4, 64))
 
 
 def test_caveats() -> None:
     def said(engine: str, format: str, grid: Grid) -> str:
-        return caveat(engine, format, grid, SHAPES) or ""
+        return "; ".join(judged(engine, format, grid).caveats)
 
     assert said("vllm", CT, Grid(4, 64)) == said("vllm", CT, Grid(4, 64, sym=False)) == ""
     assert said("sglang", CT, Grid(8, -1)) == said("vllm", "gptq", Grid(4, 128)) == ""
@@ -75,8 +115,61 @@ def test_caveats() -> None:
     assert "plain torch kernel" in said("transformers", "gptq", Grid(3, 64))
 
 
+@pytest.mark.parametrize("size", [16, 96, 192])
+def test_gptq_in_other_groups_than_marlins(size: int) -> None:
+    """vLLM, run, refuses GPTQ where it has no Marlin kernel, and loads the same groups as compressed-tensors."""
+    shapes = [(64, 1536)]
+    for format in GPTQS:
+        told = refusal("vllm", format, Grid(4, size), shapes) or ""
+        assert f"groups of 32, 64, 128 and -1 only, not {size}; as compressed-tensors it loads {size}" in told
+        assert refusal("sglang", format, Grid(4, size), shapes) is None
+        assert all(refusal("vllm", format, Grid(4, known), shapes) is None for known in (32, 64, 128, -1))
+    assert refusal("vllm", CT, Grid(4, size), shapes) is None
+
+
+def test_activations_and_rotations() -> None:
+    def rounded(engine: str, grid: Grid, tokens: TokenGrid) -> str:
+        return str(verdict(engine, Described(CT, (Weight(grid, SHAPES[0], tokens),))))
+
+    for engine in ENGINES:
+        assert "does not" not in rounded(engine, Grid(8, -1), TokenGrid(8))
+        assert "knows no clip of activations (0.9)" in rounded(engine, Grid(8, -1), TokenGrid(8, clip=0.9))
+        w4a8 = rounded(engine, Grid(4, 64), TokenGrid(8))
+        assert ("leave activations as they are" in w4a8) == (engine != "transformers")
+        turned = judged(engine, CT, Grid(4, 64), online=True)
+        assert "rotated while the model runs (r4), which only nearplane does" in turned.refusals[0]
+
+
+def test_of_several_grids_each_is_judged() -> None:
+    two = tuple(Weight(Grid(bits, 64), SHAPES[0]) for bits in (4, 3))
+    assert str(verdict("vllm", Described("gptq", two))) == (
+        "does not load it: vLLM 0.33 loads GPTQ of 4 or 8 bits, not 3; compressed-tensors of 3 bits it loads"
+    )
+    assert "dynamic rules" in str(verdict("sglang", Described("gptq", two)))
+    assert "gptqmodel itself" in str(verdict("transformers", Described("gptq", two)))
+
+
+def test_models() -> None:
+    def told(engine: str, format: str = CT, **facts) -> str:
+        return str(judged(engine, format, Grid(4, 64), model=Model("MixtralForCausalLM", **facts)))
+
+    for engine in ("vllm", "sglang"):
+        assert told(engine, experts=True, merges=True) == told(engine) == told(engine, converts=True) == "loads it"
+        assert "no loader of experts one by one was found" in told(engine, experts=True)
+        assert "was not looked up" in told(engine, causal=False) and told(engine, "gptq", causal=False) == "loads it"
+    assert "merges or splits weights of Mixtral" in told("transformers", converts=True)
+    assert "fills them at random" in told("transformers", experts=True)
+    assert "without their zero points" in told("transformers", experts=True, merges=True, zeros=True)
+    assert "dequantize=True" in told("transformers", experts=True, merges=True)
+    assert "dequantize=True" not in told("transformers", experts=True, scaled=True)
+    oss = judged("vllm", CT, Grid(4, 64), model=Model("GptOssForCausalLM", experts=True)).refusals
+    assert len(oss) == 1 and oss[0].endswith("it loads the checkpoint all the same, and generates garbage")
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SettingError, match="engine must be one of vllm, sglang, transformers; got 'tgi'"):
-        refusal("tgi", CT, Grid(), SHAPES)
-    with pytest.raises(SettingError, match=r"format must be one of .*; got 'awq'"):
-        caveat("vllm", "awq", Grid(), SHAPES)
+        judged("tgi", CT, Grid())
+    for engine in ENGINES:
+        found = judged(engine, "awq", Grid())
+        assert "does not know the format awq; only nearplane" in str(found) and found.caveats == ()
+        assert found.as_dict()["refusals"] == list(found.refusals)

@@ -73,7 +73,7 @@ def write_llama(tmp_path: Path) -> Callable[..., Written]:
                 if isinstance(module, torch.nn.Linear) and name != "lm_head":
                     solved[name] = RTN().solve(module.weight.data, None, grid)
                     assert chosen.supports(grid, tuple(module.weight.shape)) is None
-                    writer.put(chosen.tensors(name, solved[name], grid))
+                    writer.put(chosen.pack(name, solved[name], grid))
                     module.weight.data = values(solved[name], grid)
                 elif isinstance(getattr(module, "weight", None), torch.Tensor):
                     writer.put({f"{name}.weight": module.weight})

@@ -37,7 +37,7 @@ GRIDS = [
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.bits}-{g.group_size}-{g.sym}-{g.scale_dtype}")
 def test_the_package_reads_our_codes(rtn: Callable[..., Quantized], values, grid: Grid) -> None:
     quantized = rtn(37, 48, grid)
-    tensors = CT.tensors("m", quantized, grid)
+    tensors = CT.pack("m", quantized, grid)
     width, half = grid.storage_bits, 1 << (grid.storage_bits - 1)
     codes = unpack_from_int32(tensors["m.weight_packed"], width, torch.Size((37, 48)))
     assert torch.equal(codes.to(torch.int16) + half, quantized.codes.to(torch.int16))
@@ -104,7 +104,7 @@ def test_a_tail_group_is_stored_and_read_here_and_refused_there(write_llama, sym
     name = "model.layers.0.mlp.down_proj"
     with pytest.raises(ValueError, match="divisble"):
         decompress(
-            {k.replace(name, "m"): v for k, v in CT.tensors(name, written.solved[name], grid).items()},
+            {k.replace(name, "m"): v for k, v in CT.pack(name, written.solved[name], grid).items()},
             grid,
         )
 
@@ -130,12 +130,12 @@ def test_what_disk_cannot_hold_exactly_is_refused(rtn: Callable[..., Quantized])
     }
     for sentence, quantized in bad.items():
         with pytest.raises(NearplaneError, match=f"^m: .*{sentence}"):
-            CT.tensors("m", quantized, grid)
+            CT.pack("m", quantized, grid)
     with pytest.raises(NearplaneError, match="would round them after the codes were chosen"):
-        CT.tensors("m", good, Grid(4, 16, fit="minmax", scale_dtype="float16"))
+        CT.pack("m", good, Grid(4, 16, fit="minmax", scale_dtype="float16"))
     asymmetric = Grid(3, 16, sym=False, fit="minmax")
     solved = rtn(8, 32, asymmetric)
     with pytest.raises(NearplaneError, match="a zero point leaves"):
-        CT.tensors("m", solved._replace(zero=solved.zero + 8), asymmetric)
+        CT.pack("m", solved._replace(zero=solved.zero + 8), asymmetric)
     with pytest.raises(NearplaneError, match="codes leave the grid's range 1 to 3"):
-        CT.tensors("m", rtn(8, 32, Grid(2, 16, fit="minmax")), Grid("ternary", 16))
+        CT.pack("m", rtn(8, 32, Grid(2, 16, fit="minmax")), Grid("ternary", 16))

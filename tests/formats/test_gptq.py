@@ -27,7 +27,7 @@ def test_tensors(rtn: Callable[..., Quantized], format: str, sym: bool, bits, si
     grid = Grid(bits, size, sym, fit="minmax", scale_dtype="float16")
     out, columns, groups = 32, 96, 1 if size == -1 else 3
     quantized = rtn(out, columns, grid)
-    tensors = FORMATS[format].tensors("m", quantized, grid)
+    tensors = FORMATS[format].pack("m", quantized, grid)
     width = grid.storage_bits
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         "m.qweight": ((columns * width // 32, out), torch.int32),

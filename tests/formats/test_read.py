@@ -93,7 +93,7 @@ def permuted(rtn: Callable[..., Quantized], format: str, grid: Grid) -> tuple[Te
     for k in range(IN):  # column k has the scale and zero of group[k]
         scale, zero = solved.scale[:, group[k]], solved.zero[:, group[k]].float()
         weight[:, k] = (solved.codes[:, k].float() - zero) * scale
-    return FORMATS[format].tensors("m", solved, grid), group, weight
+    return FORMATS[format].pack("m", solved, grid), group, weight
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -128,7 +128,7 @@ def test_zeros_of_version_1_wrap(tmp_path: Path, rtn: Callable[..., Quantized], 
     solved = rtn(OUT, IN, grid)
     solved.zero[:4] = torch.tensor([0, 2**bits - 1, 1, 0], dtype=torch.uint8)[:, None]
     stored = solved._replace(zero=(solved.zero - 1) & (2**bits - 1))
-    tensors = FORMATS["gptq_v2"].tensors("m", stored, grid)
+    tensors = FORMATS["gptq_v2"].pack("m", stored, grid)
     config = FORMATS["gptq_v2"].config(grid, ignore=[], settings={}) | {"checkpoint_format": "gptq"}
     assert torch.equal(save(tmp_path, tensors, config).quantized("m").zero, solved.zero)
 
@@ -137,7 +137,7 @@ def test_old_autogptq(tmp_path: Path, rtn: Callable[..., Quantized], values) -> 
     """The configuration in a file of its own, which names neither method nor version; and no g_idx."""
     grid = Grid(3, 32, fit="minmax", scale_dtype="float16")
     solved = rtn(OUT, IN, grid)
-    tensors = FORMATS["gptq"].tensors("m", solved, grid) | {"m.bias": torch.zeros(OUT)}
+    tensors = FORMATS["gptq"].pack("m", solved, grid) | {"m.bias": torch.zeros(OUT)}
     del tensors["m.g_idx"]
     beside = {"bits": 3, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
     checkpoint = save(tmp_path, tensors, None, beside)
@@ -150,7 +150,7 @@ def test_layers_that_dynamic_rules_vary(tmp_path: Path, rtn: Callable[..., Quant
     tensors, solved = {}, {}
     for name, grid in grids.items():
         solved[name] = rtn(OUT, IN, Grid(grid.bits, grid.group_size, fit="minmax", scale_dtype="float16"))
-        tensors |= FORMATS["gptq"].tensors(name, solved[name], Grid(grid.bits, grid.group_size, scale_dtype="float16"))
+        tensors |= FORMATS["gptq"].pack(name, solved[name], Grid(grid.bits, grid.group_size, scale_dtype="float16"))
     config = FORMATS["gptq"].config(Grid(4, 32), ignore=["lm_head"], settings={})
     with pytest.raises(NearplaneError, match=r"tensor b\.q.* has shape"):
         save(tmp_path, tensors, config)
@@ -164,7 +164,7 @@ def test_layers_that_dynamic_rules_vary(tmp_path: Path, rtn: Callable[..., Quant
 def test_a_mislabelled_version_is_recognised(tmp_path: Path, rtn: Callable[..., Quantized]) -> None:
     grid = Grid(4, 32, fit="minmax", scale_dtype="float16")
     for written, claimed in (("gptq", "gptq_v2"), ("gptq_v2", "gptq")):
-        tensors = FORMATS[written].tensors("m", rtn(OUT, IN, grid), grid)
+        tensors = FORMATS[written].pack("m", rtn(OUT, IN, grid), grid)
         checkpoint = save(tmp_path, tensors, FORMATS[claimed].config(grid, ignore=[], settings={}))
         with pytest.raises(NearplaneError, match=f"checkpoint_format must be {written}, not {claimed}"):
             checkpoint.weight("m")
@@ -188,7 +188,7 @@ def test_dense(tmp_path: Path) -> None:
 def test_where_the_configuration_may_be(tmp_path: Path, rtn: Callable[..., Quantized], place: str) -> None:
     grid = Grid(4, 16, fit="minmax")
     config = FORMATS["compressed-tensors"].config(grid, ignore=[], settings={})
-    save(tmp_path, FORMATS["compressed-tensors"].tensors("m", rtn(OUT, IN, grid), grid), config)
+    save(tmp_path, FORMATS["compressed-tensors"].pack("m", rtn(OUT, IN, grid), grid), config)
     part = {"quantization_config": config} if place == "text_config" else config
     (tmp_path / "config.json").write_text(json.dumps({place: part}))
     assert open_checkpoint(tmp_path).layers.keys() == {"m"}

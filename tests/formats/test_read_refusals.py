@@ -64,7 +64,7 @@ BAD_COMPRESSED: list[tuple[str, Change]] = [
 @pytest.mark.parametrize(("sentence", "change"), BAD_COMPRESSED)
 def test_bad_compressed_tensors(tmp_path: Path, rtn: Callable[..., Quantized], sentence: str, change: Change) -> None:
     grid = Grid(4, 16, fit="minmax")
-    tensors = FORMATS["compressed-tensors"].tensors("m", rtn(OUT, IN, grid), grid)
+    tensors = FORMATS["compressed-tensors"].pack("m", rtn(OUT, IN, grid), grid)
     config = FORMATS["compressed-tensors"].config(grid, ignore=[], settings={})
     change(tensors, config)
     with pytest.raises(NearplaneError, match=sentence) as caught:
@@ -96,7 +96,7 @@ BAD_GPTQ: list[tuple[str, Change]] = [
 @pytest.mark.parametrize(("sentence", "change"), BAD_GPTQ)
 def test_bad_gptq(tmp_path: Path, rtn: Callable[..., Quantized], sentence: str, change: Change) -> None:
     grid = Grid(4, 16, fit="minmax", scale_dtype="float16")
-    tensors = FORMATS["gptq"].tensors("m", rtn(OUT, IN, grid), grid)
+    tensors = FORMATS["gptq"].pack("m", rtn(OUT, IN, grid), grid)
     config = FORMATS["gptq"].config(grid, ignore=[], settings={})
     change(tensors, config)
     with pytest.raises(NearplaneError, match=sentence) as caught:
@@ -107,7 +107,7 @@ def test_bad_gptq(tmp_path: Path, rtn: Callable[..., Quantized], sentence: str, 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 def test_damaged_scales(tmp_path: Path, rtn: Callable[..., Quantized], format: str) -> None:
     grid = Grid(4, 16, fit="minmax", scale_dtype="float16")
-    tensors = FORMATS[format].tensors("m", rtn(OUT, IN, grid), grid)
+    tensors = FORMATS[format].pack("m", rtn(OUT, IN, grid), grid)
     tensors["m.scales" if format == "gptq" else "m.weight_scale"][1, 1] = torch.nan
     checkpoint = save(tmp_path, tensors, FORMATS[format].config(grid, ignore=[], settings={}))
     with pytest.raises(NearplaneError, match=r"^m in .* has scales that are not finite"):

@@ -282,7 +282,7 @@ def test_odd_shapes_through_disk(method: Any, shape: tuple[int, int], grid: Grid
     m = layer(*shape, 60).to(torch.float32)
     solved = method.solve(m.W, method.prepare(m.moments) if method.needs else None, grid)
     chosen = FORMATS["compressed-tensors"]
-    save_file(chosen.tensors("m", solved, grid), tmp_path / "model.safetensors")
+    save_file(chosen.pack("m", solved, grid), tmp_path / "model.safetensors")
     config = {"model_type": "x", "quantization_config": chosen.config(grid, ignore=[], settings={})}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = open_checkpoint(tmp_path)

@@ -95,7 +95,7 @@ def test_a_format_knows_its_bytes(name: str, shape: tuple[int, int]) -> None:
         grid = Grid(bits=3, group_size=16, sym=sym, scale_dtype=FORMATS[name].scale_dtype(torch.bfloat16))
         if FORMATS[name].supports(grid, shape) is None:
             solved = RTN().solve(torch.randn(shape), None, grid)
-            tensors = FORMATS[name].tensors("x", solved, grid)
+            tensors = FORMATS[name].pack("x", solved, grid)
             assert FORMATS[name].nbytes(shape, grid) == sum(tensor.nbytes for tensor in tensors.values())
 
 

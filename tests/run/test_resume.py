@@ -142,6 +142,120 @@ def test_killed_while_a_shard_is_written(block: int, model: Path, whole: dict[st
     assert contents(out) == whole and report.resumed == 1
 
 
+# An export that copies, of a run that is soon planned.
+EXPORTED: dict[str, Any] = {"format": "gptq_v2", "method": RTN()}
+
+
+@pytest.fixture(scope="module")
+def solved(model: Path) -> tuple[Path, dict[str, Any]]:
+    """A folder whose blocks are all done, to be exported as gptq_v2, and what an uninterrupted run leaves."""
+    out = model.parent / "solved"
+    run(model, model.parent / "whole-gptq", **EXPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nearplane.api.write_the_rest", failing)
+        with pytest.raises(OSError):
+            run(model, out, **EXPORTED)
+    return out, contents(model.parent / "whole-gptq")
+
+
+def test_an_export_killed_anywhere_ends_in_the_same_bytes(
+    model: Path, solved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """SIGKILL at every single change of the folder, from the first block's part that is packed to the last one removed."""
+    deaths = 0
+    for step in range(1, 200):
+        out = shutil.copytree(solved[0], tmp_path / str(step))
+
+        def work(step: int = step, out: Path = out) -> None:
+            at_event(step, kill, out)
+            run(model, out, resume=True, **EXPORTED)
+
+        if in_a_child(work) == 0:
+            assert contents(out) == solved[1]
+            break
+        deaths += 1
+        if (out / INDEX).exists():  # from here on a checkpoint that can be read, whatever else is there
+            assert len(list(out.glob("model-*"))) == 4 and (out / "config.json").exists()
+        else:
+            assert len(list(out.glob("part-*"))) == 3
+        if (out / STATE).exists():
+            run(model, out, resume=True, **EXPORTED)
+        assert contents(out) == solved[1]
+        shutil.rmtree(out)
+    assert deaths > 40
+
+
+def test_an_export_onto_a_full_disk(model: Path, solved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """One sentence; the parts stay, what was begun of the shards does not, and the next run ends in the same bytes."""
+    for step in range(1, 60, 3):
+        out, told = shutil.copytree(solved[0], tmp_path / str(step)), tmp_path / f"told-{step}.txt"
+
+        def work(step: int = step, out: Path = out, told: Path = told) -> None:
+            def full() -> None:
+                raise OSError(28, "No space left on device")
+
+            at_event(step, full, out)
+            try:
+                run(model, out, resume=True, **EXPORTED)
+            except NearplaneError as error:
+                told.write_text(str(error))
+                return
+            told.write_text("done")
+
+        assert in_a_child(work) == 0
+        if told.read_text() != "done":
+            assert "No space left" in told.read_text()
+            if "is complete, but" not in told.read_text():
+                assert len(list(out.glob("part-*"))) == 3 and not list(out.glob("shard-*"))
+                assert not list(out.glob("*.safetensors")) and not (out / INDEX).exists()
+            run(model, out, resume=True, **EXPORTED)
+        assert contents(out) == solved[1]
+
+
+def test_what_is_complete_is_not_written_again(
+    model: Path, solved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Killed while tidying up: the checkpoint stays as it is, whatever of the records is gone."""
+    whole = model.parent / "whole-gptq"
+    for removed in (0, 1, 3):
+        out = shutil.copytree(solved[0], tmp_path / str(removed))
+        for path in whole.iterdir():
+            shutil.copy(path, out)
+        for number in range(3, 3 - removed, -1):
+            (out / STATE / f"block-{number - 1:05}.json").unlink()
+        files = [path for path in out.glob("*") if path.is_file() and "part-" not in path.name]
+        before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in files]
+        with pytest.raises(SettingError) if removed < 3 else pytest.raises(NearplaneError):
+            run(model, out, resume=True, **{**EXPORTED, "method": GPTQ() if removed < 3 else Refusing()})
+        report = run(model, out, resume=True, **EXPORTED)
+        assert len(report.linears) == 21 and report.bytes["after"] > report.bytes["dense"] > 0
+        assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in files] == before
+        assert contents(out) == solved[1]
+
+
+class Refusing(NearPlane):
+    """A method that can solve nothing."""
+
+    def solve(self, *_: Any) -> Any:
+        raise NumericalError("nothing can be solved.")
+
+
+def test_a_run_of_an_earlier_version_is_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2; nothing is changed."""
+    out = tmp_path / "out"
+    interrupted(model, out, 9)
+    for number in range(2):
+        rewrite(out, number, lambda record: record.pop("layout"))
+    before = contents_of_state(out)
+    told = "holds a run that an earlier version of nearplane began"
+    with pytest.raises(SettingError, match=told):
+        run(model, out, resume=True)
+    assert main(["quantize", str(model), str(out), "--resume", "--method", "rtn"]) == 2
+    assert capsys.readouterr().err.count(told) == 1 and contents_of_state(out) == before
+
+
 def test_killed_at_random_times(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     """By the clock, from outside, wherever that falls."""
     dice = random.Random(7)

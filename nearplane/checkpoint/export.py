@@ -1,0 +1,182 @@
+"""The last step of ``quantize`` and ``convert``: a format is applied, and a folder becomes a checkpoint.
+
+``quantize`` leaves its solved weights as parts in the neutral layout, ``convert`` reads them from another checkpoint.
+Where the format stores just the neutral tensors, parts become shards by their names and no byte is copied. Otherwise
+each part is read, packed and written as a shard; parts go once all shards and the index are safe.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearplane.core.grid import Grid, Quantized
+from nearplane.formats.base import Format
+from nearplane.formats.compressed import NEUTRAL
+from nearplane.formats.parts import Writer
+from nearplane.formats.store import REPORT
+from nearplane.models.experts import routers
+from nearplane.models.experts_disk import copied
+from nearplane.models.inputs import bare_linears, is_causal
+from nearplane.models.source import Source
+from nearplane.models.towers import linears_besides
+
+
+class Solved(NamedTuple):
+    """A weight to be packed."""
+
+    name: str
+    """Of the module on disk."""
+    quantized: Quantized
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Everything in a checkpoint besides its quantized weights."""
+
+    dense: list[str]
+    """Names of the tensors that are not quantized, in the order of writing."""
+    get: Callable[[str], Tensor]
+    """Reads one of them, in the dtype it is to be stored in."""
+    config: dict[str, Any]
+    """config.json, ``quantization_config`` included."""
+    folder: Path
+    """Where tokenizer and other companions are copied from."""
+    code: bool
+    """Whether the model's own Python is among them."""
+
+
+def export(
+    writer: Writer,
+    format: Format,
+    rest: Rest,
+    report: Mapping[str, Any] | Path | None,
+    weights: Iterable[Solved] | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the checkpoint and finish the folder; the index comes last.
+
+    Args:
+        writer: with its parts sealed, or empty.
+        format: that of the checkpoint.
+        rest: what is not quantized.
+        report: content of report.json, or a file of that name to copy; None: there is none.
+        weights: what to pack in place of the writer's parts.
+        tick: called after each weight and each dense tensor.
+
+    Raises:
+        NearplaneError: when the disk refuses; sealed parts stay, and a resumed writer exports again to the same bytes.
+    """
+    if not writer.complete:
+        if weights is None:
+            _pack_parts(writer, format, tick)
+        for name, quantized, grid in weights or ():
+            writer.put(format.pack(name, quantized, grid))
+            tick()
+        for name in rest.dense:
+            writer.put({name: rest.get(name)})
+            tick()
+        writer.json("config.json", rest.config)
+        for file, content in format.extra_files(rest.config["quantization_config"]).items():
+            writer.json(file, content)
+        writer.companions(rest.folder, code=rest.code)
+        if isinstance(report, Path):
+            writer.copy(report)
+        elif report is not None:
+            writer.json(REPORT, report)
+    writer.finish()
+
+
+def needs_copy(format: Format) -> bool:
+    """Tell whether export writes the quantized weights a second time, beside the parts."""
+    return not format.neutral
+
+
+def copied_bytes(format: Format, weights: Iterable[tuple[tuple[int, int], Grid]]) -> int:
+    """Count the bytes of the parts, which lie on disk beside the shards until export ends; 0 where they become shards.
+
+    Args:
+        format: that of the checkpoint.
+        weights: (out, in) and grid of every quantized weight.
+    """
+    return sum(NEUTRAL.nbytes(shape, grid) for shape, grid in weights) if needs_copy(format) else 0
+
+
+def rest_of(
+    source: Source,
+    grid: Grid,
+    grids: Mapping[str, Grid],
+    format: Format,
+    stored: torch.dtype,
+    settings: Mapping[str, Any],
+) -> Rest:
+    """Gather what a quantized model holds besides its quantized weights.
+
+    Args:
+        source: the model.
+        grid: of all linears, unless ``grids`` says otherwise.
+        grids: grid of each quantized linear, by its name in the model.
+        format: that of the checkpoint.
+        stored: dtype of dense floating tensors.
+        settings: of the run, for formats with fields for them.
+    """
+    disk = {site: source.names[f"{site}.weight"].removesuffix(".weight") for site in grids}
+    # Loaders look for a linear by its name in the model or on disk: both are named.
+    named = {name: grids[site] for site in grids for name in (disk[site], site)}
+    quantization = format.config(grid, ignore=left_out(source, set(grids)), settings=settings, grids=named)
+    config = {key: value for key, value in source.written_config().items() if key != "torch_dtype"}
+    config |= {"dtype": str(stored).removeprefix("torch."), "quantization_config": quantization}
+
+    def get(name: str) -> Tensor:
+        value = source.store.get(name)
+        return value.to(stored) if value.is_floating_point() else value
+
+    dense = sorted(copied(source.store, {f"{name}.weight" for name in disk.values()}))
+    return Rest(dense, get, config, source.folder, source.trust_remote_code)
+
+
+def left_out(source: Source, quantized: set[str]) -> list[str]:
+    """Name every linear that is not quantized, by all names under which loaders may look for it.
+
+    Args:
+        source: the model.
+        quantized: names in the model of the linears that are.
+    """
+    ignore = linears_besides(source.model, quantized)
+    if not is_causal(source.model):  # the part below the head is often loaded by itself, under shorter names
+        prefix = f"{getattr(source.model, 'base_model_prefix', '')}."
+        ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
+        ignore += [name for name in bare_linears(source.config) if not {name, prefix + name} & {*quantized, *ignore}]
+    # Routers that are no linears here are linears in engines, by their names on disk.
+    return ignore + sorted({name.removesuffix(".weight") for name in routing(source)} - set(ignore))
+
+
+def routing(source: Source) -> set[str]:
+    """Name the weights on disk that route tokens to experts."""
+    found = (source.names.get(f"{name}.weight") for name in routers(source.model))
+    return {name for name in found if name is not None}
+
+
+def _pack_parts(writer: Writer, format: Format, tick: Callable[[], None]) -> None:
+    """Make shards of the parts: one for one, so that memory holds one at a time."""
+    if not needs_copy(format):
+        return
+    writer.repack()
+    for record in writer.records:
+        for solved in _read(writer, record):
+            writer.put(format.pack(*solved))
+            tick()
+        writer.flush()
+
+
+def _read(writer: Writer, record: dict[str, Any]) -> Iterator[Solved]:
+    """Read the weights of a part back."""
+    part = writer.part(record).open()
+    if part is None:
+        return
+    for name, layer in part.layers.items():
+        yield Solved(name, part.quantized(name), layer.grid)
