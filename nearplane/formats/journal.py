@@ -118,6 +118,7 @@ class Journal:
         self.release()
 
     def _path(self, number: int) -> Path:
+        """Name the file of a record."""
         return self.state / f"block-{number:05}.json"
 
 

@@ -295,16 +295,19 @@ class Writer:
         ]
 
     def _target(self, name: str) -> Path:
+        """Give the path of a file to be written. Raises SettingError for a name that is none, or one of the writer's own."""
         self._refuse_finished()
         if not name or Path(name).name != name or name in (INDEX, SUMS):
             raise SettingError(f"{name!r} is not a file name that can be written into {self.out}.")
         return self.out / name
 
     def _refuse_finished(self) -> None:
+        """Raise NearplaneError where the folder is finished."""
         if self._finished:
             raise NearplaneError(f"{self.out} is finished; nothing can be added.")
 
     def _refuse_occupied(self) -> None:
+        """Raise SettingError where the folder holds something else, NearplaneError where another process writes there."""
         try:
             if self.out.is_symlink() and not self.out.exists():
                 raise SettingError(f"{self.out} is a link that leads nowhere; choose another output folder.")

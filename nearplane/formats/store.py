@@ -74,6 +74,7 @@ class Shard:
         return self._get(name, self.tensors[name])
 
     def _get(self, name: str, part: Stored) -> Tensor:
+        """Read a place in the file as a tensor; ``name`` is for errors."""
         _, shape, start, end = part
         dtype = self.dtype(name)
         try:
@@ -179,6 +180,7 @@ class Store:
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def _where(self, name: str) -> Shard:
+        """Find the shard of a tensor. Raises NearplaneError where there is none."""
         if name not in self._file:
             raise NearplaneError(f"{self.folder} holds no tensor named {name}.")
         return self._shards[self._file[name]]
