@@ -25,7 +25,6 @@ from nearplane.run.events import BlockDone, Show, StageDone
 from nearplane.run.job import Job
 from nearplane.run.plan import Plan, complete, draft
 from nearplane.run.report import Report
-from nearplane.run.rest import write_the_rest
 from nearplane.run.resume import Saver, restore
 from nearplane.run.walk import walk
 from nearplane.runtime.cpu import Arithmetic
@@ -166,9 +165,9 @@ def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: 
                     show.take(event)
                 if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
                     stop.check()
-            if writer:
+            if saver:
                 with report.timed("write"):
-                    write_the_rest(plan, writer, report)
+                    saver.finish()
         finally:
             if show:
                 show.end()

@@ -15,7 +15,6 @@ from nearplane.run.job import Job
 from nearplane.run.mix import JUDGED
 from nearplane.run.pace import pace
 from nearplane.run.plan import Plan, draft
-from nearplane.run.rest import described
 
 MOST_RANKS = 4096
 
@@ -32,7 +31,7 @@ class Forecast:
     def engines(self) -> list[tuple[str, str | None, str | None]]:
         """Each engine, why it does not load such a checkpoint, and on what condition it does."""
         found = []
-        for engine, judged in verdicts(described(self.plan)).items():
+        for engine, judged in verdicts(self.plan.described()).items():
             no, but = ("; ".join(part) or None for part in (judged.refusals, judged.caveats))
             found.append((engine, no, None if no else but))
         return found

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nearplane.checkpoint.engines import Described, Weight, model_facts
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
@@ -196,6 +197,16 @@ class Plan:
             **self.source.settings,
             **({} if self.choices is None else {"choices": self.choices}),
         }
+
+    def described(self) -> Described:
+        """Describe the checkpoint that the plan leads to, for the engines' verdicts."""
+        weights = [
+            Weight(replace(grid, fit=self.grid.fit), site.shape, self.activations)
+            for site in self.sites
+            for grid in self.possible(site)
+        ]
+        facts = model_facts(self.source.model, {site.name: self.grid_of(site) for site in self.sites})
+        return Described(self.format.name, tuple(dict.fromkeys(weights)), facts, getattr(self.format, "online", False))
 
     @property
     def _mixed(self) -> dict[str, Any]:

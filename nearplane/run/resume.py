@@ -1,7 +1,8 @@
-"""Going on with an unfinished run: what must be as it was, what may change, and how finished blocks are put back.
+"""Saving a run and resuming it: finished blocks are sealed, checked against the settings, and put back.
 
-Hidden states are not stored: the streams run once more through the finished blocks, with the codes read back from their
-shards, so that a resumed run sees what an uninterrupted one sees, bit for bit.
+A resumed run must have the settings of the run that it goes on with; damp_percent and nsamples may change. Hidden states
+are not stored. The streams run again through the finished blocks, with codes read back from the parts. So a resumed run
+sees the same numbers as an uninterrupted run, bit for bit.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nearplane.checkpoint.engines import verdicts
+from nearplane.checkpoint.export import export, rest_of, routing
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.formats.parts import Part, Writer
@@ -27,17 +30,26 @@ END = "the end"
 
 
 class Done(NamedTuple):
-    """A finished block."""
+    """A block that an earlier session finished."""
 
     part: Part
-    sums: dict[str, str] | None
-    """Hashes of the source's parameters that it was made of; None: an earlier version made it."""
+    sums: dict[str, str]
+    """Hashes of the source's parameters that the block was made of."""
 
 
 def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done]:
-    """Take over what ``writer`` found, and return each block that is done. SettingError for a changed setting, by name.
+    """Take over the sealed blocks and the record of an earlier session.
 
-    ``world``: how many ranks go on.
+    Args:
+        writer: holds the sealed records.
+        report: takes over the earlier session's entries.
+        world: how many ranks go on.
+
+    Returns:
+        The finished blocks, in order.
+
+    Raises:
+        SettingError: a setting, the data or the source differs, by name.
     """
     now = _identity(plan)
     for record, block in zip(writer.records, plan.blocks, strict=False):
@@ -55,12 +67,12 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
                 f"the calibration text is not the one that {writer.out} was begun with; resume with that one, or begin "
                 "in another folder."
             )
-        if record.get("copied", _copied(plan)) != _copied(plan):
+        if record["copied"] != _copied(plan):
             raise SettingError(
                 f"what is copied from {plan.source.name} (embeddings, norms and the like) differs from what {writer.out} was "
                 "begun with; resume with that model, or begin in another folder."
             )
-    done = [Done(writer.part(record), record.get("source")) for record in writer.records]
+    done = [Done(writer.part(record), record["source"]) for record in writer.records]
     if len(done) == len(plan.blocks):  # no block will be opened again: a tensor of each has to do
         for block, each in zip(plan.blocks, done, strict=True):
             for site in sorted(block.sites, key=lambda site: prod(site.shape))[:1]:
@@ -74,8 +86,7 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
 
 
 def _told(plan: Plan, writer: Writer, report: Report, world: int) -> list[str]:
-    """Events: what is lost of the earlier run, and in what its sessions differ. Also an earlier resume's changes are
-    among them: the report is that of all sessions."""
+    """List sentences on lost blocks and on settings that differ between sessions, those of earlier resumes included."""
     events = []
     if writer.lost:
         events.append(f"resumed after block {len(writer.records)}: of what comes next {writer.lost}")
@@ -97,11 +108,6 @@ def _told(plan: Plan, writer: Writer, report: Report, world: int) -> list[str]:
                     f"the number of ranks was {before} in the blocks before {name} and is {after} from there on: sums differ "
                     "in their last digits, so that codes may be others than an uninterrupted run's"
                 )
-    if any("source" not in record for record in writer.records):
-        events.append(
-            f"an earlier version began this run and noted no hash of its weights: whether {plan.source.name} still holds the "
-            "same was not checked"
-        )
     return events
 
 
@@ -120,8 +126,36 @@ class Saver:
             self.writer.seal(self._record(event.block))
             self.mark = self.report.mark()
 
+    def finish(self) -> None:
+        """Write everything that was not quantized, the configuration, the tokenizer and the report; the index comes last."""
+        plan, report, source = self.plan, self.report, self.plan.source
+        settings = {
+            "static_groups": getattr(plan.method, "static_groups", True),
+            "true_sequential": True,
+            "version": report.versions["nearplane"],
+        }
+        if hasattr(plan.method, "damp_percent"):
+            settings["damp_percent"] = plan.method.damp_percent
+        grids = {site.name: plan.grid_of(site) for site in plan.sites}
+        rest = rest_of(source, plan.grid, grids, plan.format, plan.stored, settings)
+        report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
+        routes, unreached = routing(source), {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
+        for name in rest.dense:
+            shape, dtype = source.store.shape(name), source.store.dtype(name)
+            size = prod(shape) * (plan.stored if dtype.is_floating_point else dtype).itemsize
+            report.bytes["dense"] += size
+            if len(shape) >= 2:
+                reason = "the probe forward did not reach it" if name in unreached else "not a linear of a block"
+                left = plan.ignored.get(name.removesuffix(".weight"))
+                reason = "routes tokens to experts" if name in routes else reason
+                reason = reason if left is None else f"left out by {left}"
+                report.dense.append({"name": name, "bytes": size, "reason": reason})
+        report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
+        engines = {engine: judged.as_dict() for engine, judged in verdicts(plan.described()).items()}
+        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines})
+
     def _record(self, block: Block) -> dict[str, Any]:
-        """What a resumed run must know of a finished block."""
+        """Return what a resumed run must know of a finished block, for JSON."""
         return {
             "block": block.name,
             "run": _identity(self.plan),
@@ -134,9 +168,9 @@ class Saver:
 
 
 def replay(plan: Plan, done: Done, block: OpenBlock) -> None:
-    """Put the codes of a finished block, from its shards, back into the model, so that the streams can run through it.
+    """Put the codes of a finished block back into the model, so that the streams can run through it.
 
-    SettingError where the source's weights are not those that it was made of.
+    SettingError where the source's weights are not those that the block was made of.
     """
     _same_source(plan, block.block, done)
     checkpoint = done.part.open()
@@ -149,7 +183,7 @@ def replay(plan: Plan, done: Done, block: OpenBlock) -> None:
 
 
 def _read(plan: Plan, block: Block) -> dict[str, str]:
-    """Hashes of those of a block's parameters that were read."""
+    """Return the hashes of a block's parameters that were read."""
     return {name: digest for name, digest in plan.source.sums.items() if name.startswith(block.name + ".")}
 
 
@@ -158,9 +192,8 @@ def _copied(plan: Plan) -> str:
 
 
 def _same_source(plan: Plan, block: Block, done: Done) -> None:
-    """SettingError where what was read of a block is not what was noted."""
-    found = {} if done.sums is None else _read(plan, block)
-    changed = [name for name, digest in found.items() if done.sums and done.sums.get(name) != digest]
+    """Raise SettingError where parameters of a block differ from those that it was made of."""
+    changed = [name for name, digest in _read(plan, block).items() if done.sums.get(name) != digest]
     if changed:
         raise SettingError(
             f"weights of {block.name} in {plan.source.name} differ from those the finished block was made of "
@@ -174,14 +207,14 @@ def _next(plan: Plan, writer: Writer) -> str:
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
-    """Everything that decides the result, by dotted name."""
+    """Return every setting that decides the result, by dotted name."""
     source = {"config": plan.source.raw_config(), "tensors": _tensors(plan)}
     found = _flat({"source": source, **plan.settings, "data": plan.data})
     return {key: value for key, value in found.items() if key != "grid.scale_dtype"}  # follows from format and dtype
 
 
 def _tensors(plan: Plan) -> str:
-    """A hash of the names, shapes and dtypes in the source. Their values are hashed where they are read."""
+    """Hash the names, shapes and dtypes of the source's tensors; values are hashed where they are read."""
     store = plan.source.original
     described = [(name, store.shape(name), str(store.dtype(name))) for name in sorted(store.names)]
     return hashlib.sha256(repr(described).encode()).hexdigest()
@@ -194,11 +227,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _changed(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs, old and new."""
+    """Return the settings that differ, with the old and the new value."""
     keys = list(dict.fromkeys([*was, *now]))
     return {key: (was.get(key), now.get(key)) for key in keys if _plain(was.get(key)) != _plain(now.get(key))}
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """Return a value as it comes back from JSON."""
     return list(value) if isinstance(value, tuple) else value

@@ -166,7 +166,7 @@ def test_a_run_that_goes_on_later_is_one_line(
     def fail(*_: Any) -> None:
         raise NearplaneError("stop.")
 
-    monkeypatch.setattr("nearplane.api.write_the_rest", fail)
+    monkeypatch.setattr("nearplane.run.resume.Saver.finish", fail)
     with pytest.raises(NearplaneError):
         nearplane.quantize(made / "dense", out, method=RTN(), grid=Grid(4, 32), progress=False)
     assert len(list(out.glob("*.unfinished"))) == 2

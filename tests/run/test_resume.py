@@ -152,7 +152,7 @@ def solved(model: Path) -> tuple[Path, dict[str, Any]]:
     out = model.parent / "solved"
     run(model, model.parent / "whole-gptq", **EXPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nearplane.api.write_the_rest", failing)
+        patch.setattr("nearplane.run.resume.Saver.finish", failing)
         with pytest.raises(OSError):
             run(model, out, **EXPORTED)
     return out, contents(model.parent / "whole-gptq")
@@ -432,7 +432,7 @@ def test_other_weights_of_the_same_shapes_are_refused(done: str, model: Path, tm
         interrupted(source, out, 5)
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nearplane.api.write_the_rest", failing)
+            patch.setattr("nearplane.run.resume.Saver.finish", failing)
             with pytest.raises(OSError):
                 run(source, out)
     first, last = "model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.k_proj.weight"
@@ -464,7 +464,7 @@ def test_another_number_of_ranks_is_told(model: Path, tmp_path: Path, capsys: py
     for method, count in ((NearPlane(), 1), (RTN(), 0)):
         out = tmp_path / str(count)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nearplane.api.write_the_rest", failing)
+            patch.setattr("nearplane.run.resume.Saver.finish", failing)
             with pytest.raises(OSError):
                 run(model, out, method=method, resume=True, progress=True)
         assert f"{out} holds no finished block to go on after: a new run begins" in capsys.readouterr().err
