@@ -27,7 +27,7 @@ class Stop:
     signal: int | None = None
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
-        """``agree``: combines the signal numbers of all ranks (0: none), so that all stop at the same place."""
+        """Take ``agree``, which combines the signals of all ranks (0: none), so that all stop at the same place."""
         self.agree = agree or (lambda number: number)
 
     def check(self) -> None:

@@ -31,7 +31,7 @@ class NotBlocks(Exception):
     """The finding that a list of modules is no tower: no hidden state passes through them in turn."""
 
     def __init__(self, tower: str, reason: str) -> None:
-        """``tower``: name of the list; ``reason``: why the list is no tower."""
+        """Refuse the list ``tower`` for ``reason``."""
         super().__init__(reason)
         self.tower, self.reason = tower, reason
 

@@ -132,9 +132,9 @@ def butterflies(x: Float[Tensor, "*rows p m"]) -> Float[Tensor, "*rows p m"]:
 
 
 def _hadamard_core(n: int) -> tuple[int, Float[Tensor, "m m"] | None]:
-    """Return the largest power of two p in n beside which there is a Hadamard matrix C of order n / p, and C / √(n / p).
+    """Find a Hadamard matrix C of order n / p, for the largest power of two p in n that allows one.
 
-    C is Paley's, or 1 for a power of two. If there is none, return (1, None).
+    Returns p, and C over the root of its order. C is Paley's, or 1 for a power of two. If there is no C, returns (1, None).
     """
     power = n & -n
     if power == n:
