@@ -1,7 +1,7 @@
-"""Images and audio -> what a model's forward reads, through the model's own processor.
+"""Read images and audio from files, and convert both to a model's inputs by the model's own processor.
 
-Decides which files of a folder are taken and what happens to those that cannot be read: they are counted and named, and
-more than one in twenty is an error.
+Files are found by their endings and drawn with a seed. Files that cannot be read are left out, counted and named; more
+than one in twenty is an error. Nothing is padded: a long sound wave is cut to its middle, a short one is repeated.
 """
 
 import textwrap
@@ -22,75 +22,130 @@ from nearplane.models import inputs
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 AUDIO_FILES = (".wav", ".npy")
 WAVE_FILES = (".wav",)
-# The share of files that may be unreadable.
+# Share of the files that may be unreadable.
 UNREADABLE = 0.05
 RECORDINGS = "recordings (.wav) or mel spectrograms (.npy)"
 Media = tuple[Tensor, str, list[str]]
-"""Values (samples, ...), where they came from, and what a user should know."""
+"""Values of shape (samples, ...), their origin, and remarks for the user."""
 
 
 class Owner(Protocol):
-    """Whose processor is asked: a model folder."""
+    """A model folder whose processor is used."""
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """The folder."""
 
     @property
     def config(self) -> Any:
-        """Its configuration."""
+        """The model's configuration."""
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether it may run code of its own."""
+        """Whether Python code that comes with the model may run."""
 
 
 def images(source: Owner, calibration: Calibration) -> Media:
-    """``nsamples`` images of a folder, at seeded random, as pixel values."""
+    """Read ``nsamples`` seeded images of a folder as pixel values (samples, channels, height, width)."""
     pixels, _, bad = pixel_values(source, some_files(calibration, IMAGE_FILES, "images"))
     return pixels, f"{calibration.dataset}: {len(pixels)} images", bad
 
 
 def mels(source: Owner, calibration: Calibration) -> Media:
-    """``nsamples`` recordings (.wav) or mel spectrograms (.npy) of a folder, at seeded random, as input features."""
+    """Read ``nsamples`` seeded recordings (.wav) or mel spectrograms (.npy) as (samples, channels, frames)."""
     paths = some_files(calibration, AUDIO_FILES, RECORDINGS)
-    found, bad = features(source, paths)
-    return found, f"{calibration.dataset}: {len(found)} recordings", bad
+    spectrograms, bad = features(source, paths)
+    return spectrograms, f"{calibration.dataset}: {len(spectrograms)} recordings", bad
 
 
 def waves(source: Owner, calibration: Calibration) -> Media:
-    """``nsamples`` recordings (.wav) of a folder, at seeded random, as input values."""
-    found, bad = waveforms(source, some_files(calibration, WAVE_FILES, "recordings (.wav)"))
-    return found, f"{calibration.dataset}: {len(found)} recordings", bad
+    """Read ``nsamples`` seeded recordings (.wav) of a folder as sound waves (samples, length)."""
+    values, bad = waveforms(source, some_files(calibration, WAVE_FILES, "recordings (.wav)"))
+    return values, f"{calibration.dataset}: {len(values)} recordings", bad
+
+
+def pixel_values(source: Owner, paths: list[Path]) -> tuple[Tensor, list[Path], list[str]]:
+    """Read image files.
+
+    Args:
+        source: the model folder, whose image processor is used.
+        paths: the files.
+
+    Returns:
+        Pixel values (images, channels, height, width), the files that could be read, and a remark on the others.
+
+    Raises:
+        NearplaneError: Pillow or the processor is missing, more than one file in twenty is no image, or sizes differ.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise NearplaneError("reading images needs Pillow: pip install 'nearplane[vision]'.") from error
+    processor = image_processor(source)
+    pixels, kept, bad = [], [], []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                pixels.append(_pixels(processor, image.convert("RGB")))
+            kept.append(path)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            bad.append(f"{path.parent.name}/{path.name} ({type(error).__name__})")
+    pixels = _enough(pixels, bad, paths)
+    if len({value.shape for value in pixels}) > 1:
+        raise NearplaneError(
+            f"{source.folder}: its image processor makes images of several sizes; they must be of one."
+        )
+    return torch.stack(pixels), kept, _notes(bad)
 
 
 def features(source: Owner, paths: list[Path]) -> tuple[Tensor, list[str]]:
-    """Mel spectrograms of these files, and a note on those that are none. NearplaneError past one in twenty."""
+    """Read recordings or stored mel spectrograms.
+
+    Args:
+        source: the model folder, whose feature extractor is used.
+        paths: the files.
+
+    Returns:
+        Mel spectrograms (files, channels, frames), and a remark on files that could not be read.
+
+    Raises:
+        NearplaneError: more than one file in twenty cannot be read, or the feature extractor makes another shape.
+    """
     shape = inputs.mel_shape(source.config)
     return _heard(paths, lambda path: _mel(source, path, shape))
 
 
 def waveforms(source: Owner, paths: list[Path]) -> tuple[Tensor, list[str]]:
-    """Sound waves of these files: of a long one its middle, a short one again and again, so that nothing is padded."""
+    """Read recordings as sound waves of one length: the middle of a longer one, a shorter one repeated.
+
+    Args:
+        source: the model folder, whose feature extractor is used.
+        paths: the files.
+
+    Returns:
+        Sound waves (files, length), and a remark on files that could not be read.
+
+    Raises:
+        NearplaneError: more than one file in twenty cannot be read.
+    """
     (length,) = inputs.wave_shape(source.config)
     return _heard(paths, lambda path: _wave(source, path, length))
 
 
-def _heard(paths: list[Path], read: Callable[[Path], Tensor]) -> tuple[Tensor, list[str]]:
-    """What can be read of these files, and a note on what cannot."""
-    found, bad = [], []
-    for path in paths:
-        try:
-            found.append(read(path))
-        except (OSError, ValueError, EOFError, wave.Error) as error:
-            bad.append(f"{path.name} ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})")
-    return torch.stack(_enough(found, bad, paths)), _notes(bad)
-
-
 def labelled(source: Owner, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str], list[str]]:
-    """Images and labels to train a probe on, the same to test on, the classes' names, and notes.
+    """Read labelled images to train and test a probe on. A class is a folder of images.
 
-    A class is a folder; folders of classes called train and test are taken so, else every second image of a class trains.
+    Folders of classes called train and test are used as such. Otherwise every second image of a class trains, the rest tests.
+
+    Args:
+        source: the model folder, whose image processor is used.
+        folder: the folder of classes, or of train and test.
+
+    Returns:
+        Pixel values and labels to train on, the same to test on, names of the classes, and remarks.
+
+    Raises:
+        NearplaneError: fewer than two classes, other classes in train than in test, no test image, or unreadable files.
     """
     if not folder.is_dir():
         raise NearplaneError(f"labels {folder} is no folder.")
@@ -104,7 +159,7 @@ def labelled(source: Owner, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[
         raise NearplaneError(
             f"labels {folder}: train and test hold different classes, {', '.join(names)} and {', '.join(tested)}."
         )
-    found: list[tuple[Tensor, Tensor]] = []
+    parted: list[tuple[Tensor, Tensor]] = []
     notes: list[str] = []
     for k in (0, 1):
         paths = []
@@ -115,36 +170,13 @@ def labelled(source: Owner, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[
             raise NearplaneError(f"labels {folder}: a class of one image leaves none to test on.")
         pixels, kept, bad = pixel_values(source, [path for path, _ in paths])
         label_of = {path: names.index(name) for path, name in paths}
-        found.append((pixels, torch.tensor([label_of[path] for path in kept])))
+        parted.append((pixels, torch.tensor([label_of[path] for path in kept])))
         notes += bad
-    return found[0], found[1], names, notes
-
-
-def pixel_values(source: Owner, paths: list[Path]) -> tuple[Tensor, list[Path], list[str]]:
-    """Pixel values of these files, those that are images, a note on those that are none. NearplaneError past one in twenty."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise NearplaneError("reading images needs Pillow: pip install 'nearplane[vision]'.") from error
-    processor = image_processor(source)
-    found, kept, bad = [], [], []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                found.append(_pixels(processor, image.convert("RGB")))
-            kept.append(path)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            bad.append(f"{path.parent.name}/{path.name} ({type(error).__name__})")
-    found = _enough(found, bad, paths)
-    if len({value.shape for value in found}) > 1:
-        raise NearplaneError(
-            f"{source.folder}: its image processor makes images of several sizes; they must be of one."
-        )
-    return torch.stack(found), kept, _notes(bad)
+    return parted[0], parted[1], names, notes
 
 
 def image_processor(source: Owner) -> Any:
-    """The image processor in a model folder."""
+    """Load the image processor in a model folder. NearplaneError if there is none that transformers can load."""
     try:
         return transformers.AutoImageProcessor.from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, use_fast=False
@@ -156,26 +188,44 @@ def image_processor(source: Owner) -> Any:
 
 
 def some_files(calibration: Calibration, endings: tuple[str, ...], what: str) -> list[Path]:
-    """``nsamples`` files below the dataset's folder, seeded; all, where there are fewer."""
+    """Draw ``nsamples`` files below the dataset's folder, seeded; all files if there are fewer.
+
+    Args:
+        calibration: folder, number and seed.
+        endings: endings of file names, in lower case.
+        what: word for such files, for errors.
+    """
     if calibration.dataset is None:
         raise SettingError(f"this model reads {what}, of which none come with nearplane; give --dataset FOLDER.")
-    found = files_below(Path(calibration.dataset).expanduser(), endings, what)
+    files = files_below(Path(calibration.dataset).expanduser(), endings, what)
     generator = torch.Generator().manual_seed(calibration.seed)
-    order = torch.randperm(len(found), generator=generator)[: calibration.nsamples]
-    return [found[i] for i in sorted(order.tolist())]
+    order = torch.randperm(len(files), generator=generator)[: calibration.nsamples]
+    return [files[i] for i in sorted(order.tolist())]
 
 
 def files_below(folder: Path, endings: tuple[str, ...], what: str) -> list[Path]:
-    """Files with these endings, sorted. NearplaneError where there is none."""
+    """List the files with these endings below a folder, sorted. NearplaneError if there is none."""
     if not folder.is_dir():
         raise NearplaneError(f"{folder} is no folder of {what}, which this model reads.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    if not found:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    if not files:
         raise NearplaneError(f"folder {folder} holds no {what}.")
-    return found
+    return files
+
+
+def _heard(paths: list[Path], read: Callable[[Path], Tensor]) -> tuple[Tensor, list[str]]:
+    """Read every file; return the stacked values and a remark on files that could not be read."""
+    values, bad = [], []
+    for path in paths:
+        try:
+            values.append(read(path))
+        except (OSError, ValueError, EOFError, wave.Error) as error:
+            bad.append(f"{path.name} ({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})")
+    return torch.stack(_enough(values, bad, paths)), _notes(bad)
 
 
 def _pixels(processor: Any, image: Any) -> Tensor:
+    """Process one image to pixel values (channels, height, width)."""
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     if not isinstance(pixels, Tensor) or pixels.dim() != 4:
         raise NearplaneError("this model's image processor cuts an image into several inputs, which is not supported.")
@@ -183,22 +233,24 @@ def _pixels(processor: Any, image: Any) -> Tensor:
 
 
 def _mel(source: Owner, path: Path, shape: tuple[int, int]) -> Tensor:
+    """Read one file as a mel spectrogram (channels, frames)."""
     if path.suffix.lower() == ".npy":
         mel = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
         if tuple(mel.shape) != shape:
             raise ValueError(f"shape {list(mel.shape)}, not {list(shape)}")
         return mel
     samples, rate = _sound(path)
-    features = torch.as_tensor(_extractor(source)(samples, sampling_rate=rate, return_tensors="pt")["input_features"])[
-        0
-    ]
-    if tuple(features.shape) != shape:
-        found = f"{list(features.shape)} (channels, frames), the model reads {list(shape)}"
-        raise NearplaneError(f"{source.folder}: its feature extractor makes spectrograms of {found}.")
-    return features.float()
+    mel = torch.as_tensor(_extractor(source)(samples, sampling_rate=rate, return_tensors="pt")["input_features"])[0]
+    if tuple(mel.shape) != shape:
+        raise NearplaneError(
+            f"{source.folder}: its feature extractor makes spectrograms of {list(mel.shape)} (channels, frames), "
+            f"the model reads {list(shape)}."
+        )
+    return mel.float()
 
 
 def _wave(source: Owner, path: Path, length: int) -> Tensor:
+    """Read one file as a sound wave of ``length`` samples."""
     samples, rate = _sound(path)
     first = max(0, (len(samples) - length) // 2)
     piece = np.resize(samples[first : first + length], length)
@@ -207,7 +259,7 @@ def _wave(source: Owner, path: Path, length: int) -> Tensor:
 
 
 def _sound(path: Path) -> tuple[np.ndarray[Any, Any], int]:
-    """Samples of a 16-bit recording, its channels averaged, and their rate."""
+    """Read a 16-bit recording: samples averaged over channels, between -1 and 1, and the sampling rate."""
     with wave.open(str(path)) as sound:
         rate, channels, width = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
         raw = sound.readframes(sound.getnframes())
@@ -217,7 +269,7 @@ def _sound(path: Path) -> tuple[np.ndarray[Any, Any], int]:
 
 
 def _extractor(source: Owner) -> Any:
-    """The feature extractor in a model folder."""
+    """Load the feature extractor in a model folder."""
     try:
         return transformers.AutoFeatureExtractor.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -227,16 +279,18 @@ def _extractor(source: Owner) -> Any:
         ) from error
 
 
-def _enough(found: list[Tensor], bad: list[str], paths: list[Path]) -> list[Tensor]:
-    """``found``, unless too many files were unreadable."""
-    if not found or len(bad) > UNREADABLE * len(paths):
+def _enough(values: list[Tensor], bad: list[str], paths: list[Path]) -> list[Tensor]:
+    """Return ``values``. NearplaneError if too many files were unreadable."""
+    if not values or len(bad) > UNREADABLE * len(paths):
         raise NearplaneError(f"{len(bad)} of {len(paths)} files cannot be read: {some_of(bad)}.")
-    return found
+    return values
 
 
 def _notes(bad: list[str]) -> list[str]:
+    """Write the remark on unreadable files, if any."""
     return [f"{len(bad)} files could not be read and are left out: {some_of(bad)}"] if bad else []
 
 
 def _first(error: BaseException) -> str:
+    """Shorten an error's message to its first line."""
     return textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 120, placeholder=" ...")

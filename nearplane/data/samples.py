@@ -1,8 +1,9 @@
-"""What a model calibrates on, by what it reads: text, images, sound; the decoder behind an encoder also text.
+"""Prepare the samples that a model reads, and split samples into batches.
 
-Decides which files those are and what becomes of them: text is cut into full windows, or into padded sentences; images
-and audio go through the model's own processor; a decoder reads the text of the same windows, behind its start token. It
-gets half of a window, so that its positions and its encoder's can be told apart.
+A model's forward decides the inputs (``models/inputs.py``): text, images, sound, or several of these. Text is cut into full
+windows, or into padded sentences. Images and audio go through the model's own processor. A decoder behind an encoder reads
+its start token and the first half of a window. Half a window keeps its positions apart from the encoder's. With
+padding, masks decide which positions are calibrated on.
 """
 
 import hashlib
@@ -35,133 +36,127 @@ from nearplane.models.inputs import AUDIO, DECODER, IMAGES, MEDIA, TEXT, WAVES
 from nearplane.models.source import Source, load_tokenizer
 
 Batch = dict[str, Tensor]
-"""Keyword arguments of the model's forward; the rows of each are samples."""
+"""Keyword arguments of a model's forward; the first dimension of each counts samples."""
 
 
 class Samples(NamedTuple):
-    """Arguments of the model's forward, and what identifies them."""
+    """Arguments of a model's forward, and the record that identifies them."""
 
     arguments: Batch
     data: dict[str, Any]  # for the report
-    notes: tuple[str, ...] = ()  # what a user should know of them
+    notes: tuple[str, ...] = ()  # remarks for the user
 
     @property
     def number(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(next(iter(self.arguments.values())))
 
     @property
     def length(self) -> int | None:
-        """Tokens of a text window; None where no text is read."""
+        """Tokens of a text window; None if the model reads no text."""
         ids = self.arguments.get(TEXT, self.arguments.get(DECODER))
         return None if ids is None else ids.shape[1]
 
 
 def gather(source: Source, calibration: Calibration) -> Samples:
-    """The samples that a model calibrates on. NearplaneError where they cannot be had, in one sentence."""
+    """Gather the samples that a model is calibrated on.
+
+    Args:
+        source: the model.
+        calibration: dataset, number, length and seed.
+
+    Returns:
+        Arguments of the forward on the CPU, their record for the report, and remarks for the user.
+
+    Raises:
+        SettingError: a setting does not apply to such a model.
+        NearplaneError: the dataset cannot be read or is too short.
+    """
     model, wanted = source.model, inputs.reads(source.model)
     if calibration.sentences and wanted != (TEXT,):
         raise SettingError(f"sentences are for models that read text only; this one reads {', '.join(wanted)}.")
-    found: Batch = {}
+    batch: Batch = {}
     data: dict[str, Any] = {}
     notes: list[str] = []
     media = {IMAGES: images, AUDIO: mels, WAVES: waves}
     for name in (name for name in wanted if name in media):
-        found[name], origin, said = media[name](source, calibration)
-        data |= {
-            "windows": len(found[name]),
-            "origin": origin,
-            name: list(found[name].shape),
-            "media_sha256": _hash(found[name]),
-        }
-        notes += said
+        values, origin, remarks = media[name](source, calibration)
+        batch[name] = values
+        data |= {"windows": len(values), "origin": origin, name: list(values.shape), "media_sha256": _hash(values)}
+        notes += remarks
     if TEXT in wanted or DECODER in wanted:
-        samples = len(next(iter(found.values()))) if found else calibration.nsamples
-        text = _text(source, calibration, samples, bool(found))
-        found = text.arguments | found
-        data = text.data | data if not found.keys() & media.keys() else {**data, "text": text.data}
+        count = len(next(iter(batch.values()))) if batch else calibration.nsamples
+        text = _text(source, calibration, count, bool(batch))
+        data = {**data, "text": text.data} if batch else text.data
+        batch = text.arguments | batch
         if DECODER in wanted:
-            found = _decoded(model, found, keep=TEXT in wanted)
-    return Samples(found, data, tuple(notes))
+            batch = _decoded(model, batch, keep=TEXT in wanted)
+    return Samples(batch, data, tuple(notes))
 
 
 def held_out(
     owner: Owner, model: nn.Module, dataset: str | None, seqlen: int, windows: int | None
 ) -> tuple[Batch, str]:
-    """What an encoder or a vision model is measured on: windows of held-out text, or all files of a folder, in order."""
+    """Gather the samples that an encoder or a vision model is measured on.
+
+    Args:
+        owner: the model folder, whose tokenizer or processor is used.
+        model: the model, whose forward decides the inputs.
+        dataset: a folder of images or recordings, all of which are used in order; or a text. None: the embedded text.
+        seqlen: tokens per window of text, at most the model's positions.
+        windows: the most windows of text, or files; None: all.
+
+    Returns:
+        Arguments of the forward on the CPU, and their origin in words.
+
+    Raises:
+        SettingError: the model reads files, and no folder is given.
+        NearplaneError: the dataset cannot be read or is too short.
+    """
     wanted = inputs.reads(model)
-    found: Batch = {}
+    batch: Batch = {}
     origin = ""
     if MEDIA & set(wanted):
         if dataset is None:
             raise SettingError("this model reads images or recordings; give --dataset FOLDER to measure it on.")
         if IMAGES in wanted:
-            found[IMAGES] = pixel_values(owner, files_below(Path(dataset), IMAGE_FILES, "images")[:windows])[0]
+            batch[IMAGES] = pixel_values(owner, files_below(Path(dataset), IMAGE_FILES, "images")[:windows])[0]
         if AUDIO in wanted:
-            found[AUDIO] = features(owner, files_below(Path(dataset), AUDIO_FILES, RECORDINGS)[:windows])[0]
+            batch[AUDIO] = features(owner, files_below(Path(dataset), AUDIO_FILES, RECORDINGS)[:windows])[0]
         if WAVES in wanted:
-            found[WAVES] = waveforms(owner, files_below(Path(dataset), WAVE_FILES, "recordings")[:windows])[0]
-        origin, windows = dataset, len(next(iter(found.values())))
+            batch[WAVES] = waveforms(owner, files_below(Path(dataset), WAVE_FILES, "recordings")[:windows])[0]
+        origin, windows = dataset, len(next(iter(batch.values())))
     if {TEXT, DECODER} & set(wanted):
-        text = read_text(None if found else dataset, "evaluation")
+        text = read_text(None if batch else dataset, "evaluation")
         tokenizer = load_tokenizer(owner.folder, trust_remote_code=owner.trust_remote_code)
         ids, seqlen = tokenize(tokenizer, text), min(seqlen, longest_input(model) or seqlen)
         count = min(len(ids) // seqlen, windows or len(ids))
         if count == 0:
             raise NearplaneError(f"text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}.")
         check_vocabulary(ids, model)
-        found = {name: value[:count] for name, value in found.items()}
-        found[TEXT] = ids[: count * seqlen].view(count, seqlen)
+        batch = {name: value[:count] for name, value in batch.items()}
+        batch[TEXT] = ids[: count * seqlen].view(count, seqlen)
         origin = f"{origin} and {text.origin}".removeprefix(" and ")
         if DECODER in wanted:
-            found = _decoded(model, found, keep=TEXT in wanted)
-    return found, origin
-
-
-def _text(source: Source, calibration: Calibration, count: int, embedded: bool) -> Samples:
-    """Windows of text, or sentences; the embedded one where the dataset is another medium's."""
-    longest = longest_input(source.model)
-    if calibration.sentences:
-        ids, mask, origin = sentences(calibration, source.tokenizer, longest)
-        check_vocabulary(ids, source.model)
-        size = {"windows": len(ids), "seqlen": ids.shape[1], "tokens": int(mask.sum())}
-        what = {"origin": origin, "sha256": digest(ids * mask)}
-        return Samples({TEXT: ids, "attention_mask": mask}, size | what)
-    asked = replace(calibration, nsamples=count, dataset=None if embedded else calibration.dataset)
-    tokens = asked.load(source.tokenizer, longest)
-    check_vocabulary(tokens.ids, source.model)
-    windows, seqlen = tokens.ids.shape
-    size = {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen}
-    return Samples({TEXT: tokens.ids}, size | {k: v for k, v in tokens._asdict().items() if k != "ids"})
-
-
-def _decoded(model: nn.Module, found: Batch, *, keep: bool) -> Batch:
-    """With what the decoder reads: its start token and the first half of the window."""
-    config: Any = model.config
-    ids = found[TEXT]
-    start = next((s for s in (getattr(config, key, None) for key in
-                  ("decoder_start_token_id", "bos_token_id", "pad_token_id")) if isinstance(s, int)), 0)  # fmt: skip
-    half = max(1, ids.shape[1] // 2)
-    decoder = torch.cat([torch.full((len(ids), 1), start), ids[:, : half - 1]], 1)
-    rest = found if keep else {name: value for name, value in found.items() if name != TEXT}
-    return rest | {DECODER: decoder}
+            batch = _decoded(model, batch, keep=TEXT in wanted)
+    return batch, origin
 
 
 def longest_input(model: nn.Module) -> int | None:
-    """Positions of text the model was made for, where its configuration says."""
+    """Return the number of text positions that a model has; None if the configuration names none."""
     config: Any = inputs.text_config(model.config)
     limits = (getattr(config, key, None) for key in ("max_position_embeddings", "max_target_positions"))
     limit = next((n for n in limits if isinstance(n, int) and n > 1), None)
     if limit is None:
         return None
-    for module in model.modules():  # some encoders begin to count behind the padding token
+    for module in model.modules():  # RoBERTa counts positions from behind the padding token's
         if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
             return limit - module.padding_idx - 1
     return limit
 
 
 def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
-    """Raise NearplaneError when the tokenizer makes ids that the model has no embedding for."""
+    """Raise NearplaneError if token ids exceed the model's vocabulary."""
     size = inputs.text_config(model.config).vocab_size
     if int(ids.max()) >= size:
         raise NearplaneError(
@@ -169,22 +164,25 @@ def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
         )
 
 
-def _hash(values: Tensor) -> str:
-    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
-
-
 def as_batch(samples: Tensor | Mapping[str, Tensor]) -> Batch:
-    """Arguments by name; token ids alone are ``input_ids``."""
+    """Name the arguments of a forward: a bare tensor of token ids becomes ``input_ids``."""
     return {"input_ids": samples} if isinstance(samples, Tensor) else dict(samples)
 
 
 def masks(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The arguments that say which positions are real: (sequences, positions)."""
+    """Return the attention masks in a batch, (samples, positions), 1 for real positions and 0 for padding."""
     return [value for name, value in batch.items() if name.endswith("attention_mask") and value.dim() == 2]
 
 
 def cut(samples: Mapping[str, Tensor], first: int, last: int, device: torch.device) -> Batch:
-    """Samples ``first`` to ``last``, without the columns in which all of them are padded, at the end."""
+    """Slice samples into a batch, and trim columns at the end that are padding in the whole batch.
+
+    Args:
+        samples: arguments of the forward for all samples.
+        first: number of the first sample.
+        last: number behind the last sample.
+        device: device of the batch.
+    """
     batch = {name: value[first:last].to(device) for name, value in samples.items()}
     for name, mask in list(batch.items()):
         if not name.endswith("attention_mask") or mask.dim() != 2:
@@ -198,9 +196,18 @@ def cut(samples: Mapping[str, Tensor], first: int, last: int, device: torch.devi
 
 
 def real(batch: Mapping[str, Tensor], leading: torch.Size, where: str) -> Tensor | None:
-    """Which rows of an input, that lay as ``leading`` says, are no padding; None where all are real.
+    """Find the rows of a linear's input that are no padding.
 
-    NearplaneError where the model has laid them out so that padding cannot be told.
+    Args:
+        batch: arguments of the forward.
+        leading: shape of the input without its last dimension, (samples, positions) or (tokens,).
+        where: name of the input, for errors.
+
+    Returns:
+        A mask (tokens,), or None if all rows are real.
+
+    Raises:
+        NearplaneError: no attention mask matches the input's shape, or several do.
     """
     if all(bool(mask.all()) for mask in masks(batch)):
         return None
@@ -208,20 +215,56 @@ def real(batch: Mapping[str, Tensor], leading: torch.Size, where: str) -> Tensor
     read = [(batch.get(f"{p}input_ids"), batch.get(f"{p}attention_mask")) for p in prefixes]
     known = [mask if mask is not None else torch.ones_like(ids) for ids, mask in read if ids is not None]
     known += [mask for ids, mask in read if ids is None and mask is not None]
-    fitting = [m for m in known if m.shape == leading or (len(leading) == 1 and m.numel() == leading[0])]
-    if len(fitting) != 1:
+    matching = [m for m in known if m.shape == leading or (len(leading) == 1 and m.numel() == leading[0])]
+    if len(matching) != 1:
         raise NearplaneError(
             f"{where}: its input of shape {list(leading)} does not show which of its tokens are padding; calibrate on full "
             "windows of text."
         )
-    return None if bool(fitting[0].all()) else fitting[0].bool().flatten()
+    return None if bool(matching[0].all()) else matching[0].bool().flatten()
 
 
 def positions(shapes: list[tuple[int, ...]], samples: Mapping[str, Tensor]) -> int:
-    """Positions of one sample where a model holds most: of a text its tokens, of an image its patches.
+    """Return the most positions that one sample has: tokens of a text, patches of an image.
 
-    ``shapes``: of the hidden state of each block.
+    Args:
+        shapes: shape of each block's hidden state, for inputs that are no text.
+        samples: arguments of the forward.
     """
     texts = [value.shape[1] for value in samples.values() if value.dim() == 2 and not value.is_floating_point()]
     others = [] if len(texts) == len(samples) else [torch.Size(shape[1:-1]).numel() for shape in shapes]
     return max([*texts, *others], default=1)
+
+
+def _text(source: Source, calibration: Calibration, count: int, embedded: bool) -> Samples:
+    """Gather ``count`` windows of text, or sentences. ``embedded``: read the embedded text, not the dataset."""
+    longest = longest_input(source.model)
+    if calibration.sentences:
+        ids, mask, origin = sentences(calibration, source.tokenizer, longest)
+        check_vocabulary(ids, source.model)
+        size = {"windows": len(ids), "seqlen": ids.shape[1], "tokens": int(mask.sum())}
+        data = {**size, "origin": origin, "sha256": digest(ids * mask)}
+        return Samples({TEXT: ids, "attention_mask": mask}, data)
+    adapted = replace(calibration, nsamples=count, dataset=None if embedded else calibration.dataset)
+    tokens = adapted.load(source.tokenizer, longest)
+    check_vocabulary(tokens.ids, source.model)
+    windows, seqlen = tokens.ids.shape
+    size = {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen}
+    return Samples({TEXT: tokens.ids}, size | {k: v for k, v in tokens._asdict().items() if k != "ids"})
+
+
+def _decoded(model: nn.Module, batch: Batch, *, keep: bool) -> Batch:
+    """Add the decoder's input: its start token and the first half of the window. ``keep``: keep the window too."""
+    config: Any = model.config
+    ids = batch[TEXT]
+    start = next((s for s in (getattr(config, key, None) for key in
+                  ("decoder_start_token_id", "bos_token_id", "pad_token_id")) if isinstance(s, int)), 0)  # fmt: skip
+    half = max(1, ids.shape[1] // 2)
+    decoder = torch.cat([torch.full((len(ids), 1), start), ids[:, : half - 1]], 1)
+    rest = batch if keep else {name: value for name, value in batch.items() if name != TEXT}
+    return rest | {DECODER: decoder}
+
+
+def _hash(values: Tensor) -> str:
+    """Return SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()

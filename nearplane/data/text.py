@@ -1,8 +1,9 @@
-"""Text -> token windows, seeded and hashed.
+"""Turn text into token windows, seeded and hashed.
 
-The text is tokenized once, as a whole, without padding; calibration takes ``nsamples`` windows of ``seqlen`` tokens at
-seeded random places (the GPTQ convention), evaluation takes consecutive windows. Without a dataset the text is CPython's
-own language reference (``pydoc_data.topics``, in every interpreter): two topics of three calibrate, the third is held out.
+The text is tokenized once, as a whole, without padding. Calibration takes ``nsamples`` windows of ``seqlen`` tokens at seeded
+random places (as GPTQ does, arXiv 2210.17323); evaluation takes consecutive windows. Without a dataset the text is
+CPython's own language reference (``pydoc_data.topics``), which every interpreter has. Two topics of three are for
+calibration, the third is held out.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 
-# Names that users of other toolkits type -> (hub id, configuration, text column); splits by part.
+# Names of datasets in other toolkits -> hub id, configuration, text column.
 NAMED = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
@@ -26,14 +27,14 @@ Part = Literal["calibration", "evaluation"]
 
 
 class Text(NamedTuple):
-    """A text and where it came from."""
+    """A text and its origin."""
 
     content: str
     origin: str
 
 
 class Tokens(NamedTuple):
-    """Windows of token ids and what identifies them."""
+    """Windows of token ids, and the record that identifies them."""
 
     ids: Tensor  # (windows, seqlen), int64
     origin: str
@@ -43,33 +44,40 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which tokens the solver sees."""
+    """Calibration data: dataset, number and length of samples, seed."""
 
     dataset: str | None = None
     """Text file (.txt, or .jsonl with a "text" field) or dataset name (wikitext2, c4, ptb, or a hub id); none: embedded text.
-    For a model of images or audio: a folder of them."""
+    For a model of images or audio: a folder of files."""
     nsamples: int = 128
-    """Windows of text, images or recordings to calibrate on."""
+    """Number of samples: windows of text, images or recordings."""
     seqlen: int = 512
     """Tokens per window; GPU users often take 2048."""
     seed: int = 0
-    """Seed of the windows' places."""
+    """Seed of the drawn samples."""
     sentences: bool = False
-    """Every sample a paragraph by itself (a line, where no line is empty), padded, not a window of the whole text."""
+    """Take padded paragraphs as samples (lines, if no line is empty), not windows of the whole text."""
     all_experts: bool = False
-    """Mixtures of experts: show every expert every token, and combine what the router chose."""
+    """Mixtures of experts: calibrate every expert on every token; the router's choice still makes the output."""
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:
             raise SettingError(
                 f"nsamples must be at least 1 and seqlen at least 2; got {self.nsamples} and {self.seqlen}."
             )
-
         if not 0 <= self.seed < 2**63:
             raise SettingError(f"seed must be 0 to 2**63 - 1; got {self.seed}.")
 
     def load(self, tokenizer: Any, longest: int | None = None) -> Tokens:
-        """``nsamples`` seeded windows; ``longest`` is the model's own limit of positions."""
+        """Tokenize the dataset and draw ``nsamples`` seeded windows.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            longest: the model's number of positions, the most tokens of a window.
+
+        Raises:
+            NearplaneError: the dataset cannot be read, or is shorter than one window.
+        """
         text = read_text(self.dataset, "calibration")
         ids = tokenize(tokenizer, text)
         seqlen = min(self.seqlen, longest or self.seqlen)
@@ -85,7 +93,19 @@ class Calibration:
 
 
 def sentences(calibration: Calibration, tokenizer: Any, longest: int | None) -> tuple[Tensor, Tensor, str]:
-    """``nsamples`` paragraphs of the text at seeded random, cut to a window: ids, which of them are no padding, and origin."""
+    """Draw ``nsamples`` seeded paragraphs of a text and pad them to one length.
+
+    Args:
+        calibration: dataset, number, seed, and the most tokens of a paragraph.
+        tokenizer: the model's tokenizer.
+        longest: the model's number of positions, the most tokens as well.
+
+    Returns:
+        Token ids (paragraphs, length), a mask of that shape that is 1 for real tokens, and the text's origin.
+
+    Raises:
+        NearplaneError: the dataset cannot be read, or has no token.
+    """
     text = read_text(calibration.dataset, "calibration")
     parts = [part for part in text.content.split("\n\n" if "\n\n" in text.content else "\n") if part.strip()]
     if not parts:
@@ -104,7 +124,15 @@ def sentences(calibration: Calibration, tokenizer: Any, longest: int | None) -> 
 
 
 def read_text(dataset: str | None, part: Part) -> Text:
-    """The text of a file, a named dataset, or the embedded text (None or "embedded")."""
+    """Read a text.
+
+    Args:
+        dataset: a file, a named dataset or hub id; None or "embedded" for the embedded text.
+        part: "calibration" or "evaluation", where a dataset has both. A file has one part.
+
+    Raises:
+        NearplaneError: the text cannot be read.
+    """
     if dataset is None or dataset == "embedded":
         return _embedded(part)
     path = Path(dataset).expanduser()
@@ -118,7 +146,7 @@ def read_text(dataset: str | None, part: Part) -> Text:
 
 
 def tokenize(tokenizer: Any, text: Text) -> Tensor:
-    """Token ids of the whole text, with whatever special tokens the tokenizer itself adds at its ends."""
+    """Return the token ids (tokens,), int64, of a whole text, with the tokenizer's own special tokens at the ends."""
     if not text.content.strip():
         raise NearplaneError(f"text {text.origin} is empty.")
     ids: list[int] = tokenizer(text.content, verbose=False)["input_ids"]
@@ -126,25 +154,27 @@ def tokenize(tokenizer: Any, text: Text) -> Tensor:
 
 
 def digest(ids: Tensor) -> str:
-    """SHA-256 of token windows: equal runs have equal digests."""
+    """Return SHA-256 of token windows, equal for equal runs."""
     return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _embedded(part: Part) -> Text:
+    """Return a part of CPython's language reference."""
     from pydoc_data.topics import topics
 
     held_out = part == "evaluation"
     parts: dict[bool, list[str]] = {False: [], True: []}
     for i, (_, body) in enumerate(sorted(topics.items())):
         parts[i % 3 == 2] += body.split("\n\n")
-    # Topics quote each other: a paragraph that calibration has seen is not held out.
+    # Topics quote each other, so that paragraphs of the calibration part are left out of the other.
     seen = "\n\n".join(parts[False]) if held_out else ""
     chosen = [paragraph for paragraph in parts[held_out] if paragraph not in seen]
-    which = "held-out third" if held_out else "two thirds"
-    return Text("\n\n".join(chosen), f"embedded text (CPython's language reference, {which})")
+    share = "held-out third" if held_out else "two thirds"
+    return Text("\n\n".join(chosen), f"embedded text (CPython's language reference, {share})")
 
 
 def _from_file(path: Path) -> Text:
+    """Read a text file, or the text fields of a .jsonl file."""
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -165,6 +195,7 @@ def _from_file(path: Path) -> Text:
 
 
 def _from_hub(name: str, part: Part) -> Text:
+    """Read up to 20000 rows of a dataset on the hub."""
     try:
         import datasets
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""Devices and dtypes by the names that users give them, and what is asked of the memory beneath."""
+"""Choose devices and dtypes by the names that users type, and describe the environment.
+
+A device must be able to hold a tensor. ``give_memory_back`` sets how glibc returns freed memory to the system.
+"""
 
 import ctypes
 import platform
@@ -9,22 +12,14 @@ import torch
 
 from nearplane.core.errors import SettingError
 
-# Blocks of memory of this size go back to the system when they are freed. glibc raises its own limit to 32 MiB as a program
-# runs; blocks below it stay, wherever something that lives lies above them.
+# Freed blocks of this size go back to the system. glibc raises its own threshold up to 32 MiB as a program runs; smaller
+# blocks stay in the process while a block above them lives.
 GIVEN_BACK = 4 << 20
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
-def give_memory_back() -> None:
-    """Have freed blocks of GIVEN_BACK bytes leave this process, where its allocator is glibc's; elsewhere nothing is done."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
-
-
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. SettingError when it cannot hold a tensor."""
+    """Return a device by name; "auto" prefers CUDA. SettingError if the device cannot hold a tensor."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -36,7 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name, None for "auto"; SettingError for any other than the three that checkpoints are stored in."""
+    """Return float32, float16 or bfloat16 by name, None for "auto". SettingError for any other name."""
     if name == "auto":
         return None
     if name not in ("float32", "float16", "bfloat16"):
@@ -46,7 +41,7 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 
 def environment() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions that a result depends on, by name."""
     packages = ("nearplane", "torch", "transformers", "safetensors")
     return {
         **{name: version(name) for name in packages},
@@ -54,3 +49,11 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def give_memory_back() -> None:
+    """Let freed blocks of ``GIVEN_BACK`` bytes leave the process. Other allocators than glibc's are left alone."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)

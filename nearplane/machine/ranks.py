@@ -1,9 +1,8 @@
-"""One run on several processes, as torchrun starts them: who is which, what they tell each other, what is said when one
-is gone.
+"""Run one quantization on several processes that torchrun starts: ranks, their exchanges, and what a lost rank leads to.
 
-A lone process is rank 0 of 1, and nothing here does anything. Otherwise tensors of a GPU travel by NCCL, all else by gloo:
-every exchange on GPUs comes after one on gloo, where a rank that has died is a closed connection, not a wait. Moments are
-summed in float64; whatever a rank decides for others is sent to all, so that no two ranks can differ.
+A lone process is rank 0 of 1 and exchanges nothing. Otherwise tensors of a GPU travel by NCCL, everything else by gloo. Every
+exchange on GPUs follows one on gloo, where a rank that died is a closed connection and not a wait. Moments are summed in
+float64. A decision of one rank is broadcast to all, so that no two ranks can differ.
 """
 
 import os
@@ -25,96 +24,104 @@ from nearplane.core.grid import Certificate, Quantized
 from nearplane.core.moments import Moments
 from nearplane.machine.signals import Interrupted
 
-# A rank that is alive and silent for longer than this is given up. Ranks wait for each other while one solves, so that it
-# must exceed the longest stage; a rank that dies is noticed at once.
+# Longest wait for a rank that is alive. Ranks wait for each other while one solves, so the timeout must exceed the longest
+# stage. A rank that dies is noticed at once.
 TIMEOUT = timedelta(hours=6)
-# How long ranks wait for each other to begin.
+# Longest wait for all ranks to begin.
 BEGIN = timedelta(minutes=10)
-# Seconds in which a rank that is alive will have noticed that another is gone.
+# Seconds in which a living rank notices that another is gone.
 GRACE = 5.0
-# Numbers of a moment that are summed at once: what it takes beside the moment is eight bytes each.
+# Elements of a moment that are summed at a time, at eight bytes each of additional memory.
 CHUNK = 1 << 24
 
 T = TypeVar("T")
 
 
 class LostRank(NearplaneError):
-    """Another rank is gone, or has given up."""
+    """The end of this rank because another rank is gone or has given up."""
 
 
 class Ranks:
-    """This process among those of the run. Every method that speaks to the others is called by all of them alike."""
+    """This process among all ranks of the run. All ranks must call an exchanging method alike."""
 
     def __init__(
         self, rank: int = 0, world: int = 1, machine: int = 1, device: str = "auto", store: Any = None
     ) -> None:
-        """``machine``: ranks on this machine; ``device``: what this rank computes on; ``store``: where ranks leave notes."""
+        """Describe this process.
+
+        Args:
+            rank: number of this rank.
+            world: number of ranks.
+            machine: number of ranks on this machine.
+            device: device that this rank computes on.
+            store: key-value store in which ranks leave notes for each other.
+        """
         self.rank, self.world, self.machine, self.device = rank, world, machine, device
-        self.bytes = {"reduced": 0, "shared": 0}  # handed to all_reduce, and sent or received by broadcasts
+        self.bytes = {"reduced": 0, "shared": 0}  # bytes given to all_reduce, and bytes broadcast
         self._store = store
 
     def part(self, count: int, rank: int | None = None) -> slice:
-        """A rank's contiguous share of ``count`` things."""
+        """Return the contiguous share of ``count`` items that belongs to a rank, this one by default."""
         rank = self.rank if rank is None else rank
         return slice(count * rank // self.world, count * (rank + 1) // self.world)
 
     def at(self, where: str) -> None:
-        """Note where this rank has come to, for the others to tell if it is not heard of again."""
+        """Note the name of the current work, for the error of other ranks if this one is lost."""
         self._note("at", where)
 
     def most(self, value: int) -> int:
-        """The largest of all ranks' values."""
+        """Return the largest of all ranks' values."""
         return max(self.values(value))
 
     def values(self, value: int) -> list[int]:
-        """Every rank's value, in order of ranks."""
+        """Gather one value from every rank, in order of ranks."""
         if self.world == 1:
             return [value]
-        found = torch.zeros(self.world, dtype=torch.int64)
-        found[self.rank] = value
+        values = torch.zeros(self.world, dtype=torch.int64)
+        values[self.rank] = value
         with self._speaking():
-            dist.all_reduce(found)
-        return [int(v) for v in found]
+            dist.all_reduce(values)
+        return [int(v) for v in values]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over the ranks, on all of them; takes ``values`` (float64, on the CPU) over."""
+        """Sum a float64 tensor on the CPU over all ranks, in place."""
         if self.world > 1:
             with self._speaking():
                 dist.all_reduce(values)
         return values
 
     def tell(self, value: T, owner: int = 0) -> T:
-        """What rank ``owner`` calls by that name, on all ranks."""
+        """Broadcast a picklable value from rank ``owner`` to all ranks."""
         if self.world == 1:
             return value
-        held: list[Any] = [value if self.rank == owner else None]
+        box: list[Any] = [value if self.rank == owner else None]
         with self._speaking():
-            dist.broadcast_object_list(held, owner, device=torch.device("cpu"))
-        result: T = held[0]
+            dist.broadcast_object_list(box, owner, device=torch.device("cpu"))
+        result: T = box[0]
         return result
 
     def first(self, work: Callable[[], T]) -> T | None:
-        """What only rank 0 does; None for the others. Its NearplaneError is raised by all."""
+        """Call ``work`` on rank 0 and return its result; None on other ranks. All ranks raise its NearplaneError."""
         result, error = None, None
         if self.rank == 0:
             try:
                 result = work()
-            except NearplaneError as found:
-                error = found
+            except NearplaneError as raised:
+                error = raised
         error = self.tell(error)
         if error is not None:
             raise error
         return result
 
     def reduce(self, moments: Moments) -> Moments:
-        """Moments of all ranks' tokens; takes ``moments`` over."""
+        """Average moments over the tokens of all ranks, in place."""
         if self.world == 1:
             return moments
-        kept = [m for m in (moments, moments.held) if m is not None]
-        totals = torch.tensor([[m.tokens, m.dropped] for m in kept])
+        parts = [m for m in (moments, moments.held) if m is not None]
+        totals = torch.tensor([[m.tokens, m.dropped] for m in parts])
         with self._speaking():
             dist.all_reduce(totals)
-        for m, (tokens, dropped) in zip(kept, totals.tolist(), strict=True):
+        for m, (tokens, dropped) in zip(parts, totals.tolist(), strict=True):
             share = m.tokens / tokens if tokens else 0.0
             self._mean(m.H, share, symmetric=True)
             for moment in (m.D, m.R):
@@ -124,7 +131,13 @@ class Ranks:
         return moments
 
     def share(self, solved: Quantized | NearplaneError | None, owner: int, device: torch.device) -> Quantized:
-        """What rank ``owner`` solved, on all ranks; its error is raised by all."""
+        """Broadcast what one rank solved.
+
+        Args:
+            solved: on rank ``owner``, the quantized weight, or the error that all ranks will raise; None on other ranks.
+            owner: rank that solved.
+            device: device of the tensors, on all ranks.
+        """
         head: Any = None
         tensors: list[Tensor] = []
         if isinstance(solved, Quantized):
@@ -143,16 +156,16 @@ class Ranks:
         return Quantized(codes, scale, zero, Certificate(*rest) if rest else None, course)
 
     def leave(self, error: NearplaneError | Interrupted) -> None:
-        """Tell the others why this rank ends, and note in ``error.told`` if a rank before it says so to the user."""
+        """Tell other ranks why this one ends. Sets ``error.told`` if a rank before this one tells the user."""
         if self.world == 1 or isinstance(error, LostRank):
             return
         self._note("left", str(error))
-        _close()  # whoever waits for this rank learns it from that
+        _close()  # ranks that wait for this one notice the closed connection
         before = [(kind, r) for kind in ("left", "lost") for r in range(self.rank)]
         error.told = bool(before) and self._wait(lambda: any(self._noted(*note) for note in before))
 
     def _mean(self, moment: Tensor, share: float, *, symmetric: bool) -> None:
-        """Replace a moment by the mean over ranks, by strips of rows; of a symmetric one only the upper half is sent."""
+        """Average a moment over ranks, by strips of rows. Of a symmetric moment only the upper half is sent."""
         step = max(1, CHUNK // moment.shape[1])
         for a in range(0, len(moment), step):
             b = min(a + step, len(moment))
@@ -169,16 +182,19 @@ class Ranks:
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
-        """Around one exchange and nothing else: what fails in it is that another rank is gone."""
+        """Guard one exchange: if the exchange fails, another rank is gone."""
         try:
             yield
         except RuntimeError as error:
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> LostRank:
-        """Who is gone, as far as can be told: of the others, who neither says why it left nor misses anybody."""
-        clear_frames(error.__traceback__)  # they hold the connections open
-        _close()  # so that ranks which wait for this one learn of it, too
+        """Name the ranks that are gone, as an error.
+
+        A living rank either notes why it left, or notes that it lost another rank. The rest are gone.
+        """
+        clear_frames(error.__traceback__)  # frames hold the connections open
+        _close()  # ranks that wait for this one notice the closed connection
         self._note("lost", "")
         others = [r for r in range(self.world) if r != self.rank]
 
@@ -202,7 +218,7 @@ class Ranks:
         return lost
 
     def _wait(self, done: Callable[[], bool]) -> bool:
-        """Whether something comes true while others may yet notice."""
+        """Return whether ``done`` comes true within ``GRACE`` seconds."""
         end = time.monotonic() + GRACE
         while not done():
             if time.monotonic() > end:
@@ -211,13 +227,15 @@ class Ranks:
         return True
 
     def _note(self, kind: str, text: str) -> None:
+        """Leave a note of this rank in the store."""
         if self._store is not None:
             try:
                 self._store.set(f"{kind}/{self.rank}", text or "-")
-            except RuntimeError:  # the store went with the process that kept it
+            except RuntimeError:  # the process that kept the store is gone
                 self._store = None
 
     def _noted(self, kind: str, rank: int) -> bool:
+        """Return whether a rank has left a note of this kind."""
         try:
             return self._store is not None and bool(self._store.check([f"{kind}/{rank}"]))
         except RuntimeError:
@@ -225,31 +243,25 @@ class Ranks:
             return False
 
     def _read(self, kind: str, rank: int) -> str:
+        """Read a rank's note; empty if there is none."""
         return self._store.get(f"{kind}/{rank}").decode() if self._noted(kind, rank) else ""
 
 
 ALONE = Ranks()
-"""A lone process."""
-
-
-def is_first() -> bool:
-    """Whether this process speaks for the run, as far as torchrun's environment tells."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def started() -> tuple[list[str], int]:
-    """The words before a command's own that start this run again, and how many machines they are given on."""
-    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
-        return ["nearplane"], 1
-    size = ["--nnodes", str(nodes)] if nodes > 1 else []
-    each = os.environ.get("LOCAL_WORLD_SIZE", str(world))
-    return ["torchrun", *size, "--nproc-per-node", each, "-m", "nearplane"], nodes
+"""The ranks of a lone process."""
 
 
 @contextmanager
 def together(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, connected while inside; a lone process otherwise."""
+    """Connect the ranks that torchrun started while inside; a lone process is its only rank.
+
+    Args:
+        device: name of a device; with "auto" or "cuda", every rank takes the GPU of its number on the machine.
+
+    Raises:
+        SettingError: a process group exists already, or a rank has no device.
+        NearplaneError: the ranks could not connect.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Ranks(device=device)
         return
@@ -276,8 +288,23 @@ def together(device: str) -> Iterator[Ranks]:
         _close()
 
 
+def is_first() -> bool:
+    """Return whether this process reports to the user, by torchrun's environment."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def started() -> tuple[list[str], int]:
+    """Return the words that start such a run, up to the command's own, and the number of machines."""
+    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        return ["nearplane"], 1
+    size = ["--nnodes", str(nodes)] if nodes > 1 else []
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+    return ["torchrun", *size, "--nproc-per-node", local, "-m", "nearplane"], nodes
+
+
 def _own_device(name: str, local: int) -> str:
-    """A rank's device: of the GPUs, the one of its number on this machine."""
+    """Return a rank's device; for several GPUs the one of its number on this machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda:"):
@@ -296,5 +323,6 @@ def _own_device(name: str, local: int) -> str:
 
 
 def _close() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while a run works: the first asks it to stop where nothing is half done, the second stops at once."""
+"""Handle Ctrl-C and SIGTERM while a run works.
+
+The first signal asks the run to stop where nothing is half done. The second stops at once.
+"""
 
 import signal
 import sys
@@ -9,9 +12,9 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped because it was asked to; ``signal`` says by what."""
+    """The end of a run by the signal number ``signal``."""
 
-    told = False  # to the user, by another process of the same run
+    told = False  # whether another rank tells the user
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -19,16 +22,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether somebody asked."""
+    """A request to stop, set by a signal."""
 
     signal: int | None = None
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
-        """``agree``: makes one signal of all processes' (0: none), so that they stop at the same place."""
+        """Take ``agree``, which combines the signals of all ranks (0: none), so that all stop at the same place."""
         self.agree = agree or (lambda number: number)
 
     def check(self) -> None:
-        """Raise Interrupted if so."""
+        """Raise Interrupted if a stop is requested."""
         number = self.agree(self.signal or 0)
         if number:
             raise Interrupted(number)
@@ -36,7 +39,12 @@ class Stop:
 
 @contextmanager
 def stoppable(agree: Callable[[int], int] | None = None, *, quiet: bool = False) -> Iterator[Stop]:
-    """Catch both signals while inside; in other threads than the main one they cannot be caught, and are left alone."""
+    """Catch SIGINT and SIGTERM while inside. In other threads than the main one, signals are left alone.
+
+    Args:
+        agree: see ``Stop``.
+        quiet: print nothing at a signal.
+    """
     stop = Stop(agree)
     if threading.current_thread() is not threading.main_thread():
         yield stop

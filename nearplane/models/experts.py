@@ -1,11 +1,10 @@
-"""Mixtures of experts: a fused 3-D parameter taken apart into one linear per expert.
+"""Split mixtures of experts: a fused 3-D parameter becomes one linear per expert.
 
-transformers keeps the weights of all experts of a layer in a few 3-D parameters. ``unfuse`` puts in the place of such a
-module an ``Experts`` with real linears, ``experts.7.gate_proj``, so that discovery, hooks, pauses, replacing and packing
-find what they find elsewhere. Activations, gating and what else the module does stay its own. Every class that dispatches
-through transformers' public registry of experts functions describes its layout itself; ``_layout`` has a row for those that
-do not. Calibration asks an ``Experts`` to show experts more than they are routed (``Visit``); what the router combines is
-unchanged by that.
+transformers keeps the weights of all experts of a layer in a few 3-D parameters. ``unfuse`` replaces such a module by
+``Experts``, which holds real linears (``experts.7.gate_proj``). So discovery, hooks, quantizing and packing need no special
+case. Activation and gating stay the module's own. A class that dispatches through transformers' registry of experts
+functions describes its layout itself; ``_layout`` has a row for each other class. ``Visit`` can show experts more
+tokens than the router does; the output stays the same.
 """
 
 import re
@@ -23,29 +22,29 @@ from torch.overrides import TorchFunctionMode
 
 from nearplane.core.errors import SettingError
 
-# hit: run the experts that tokens are routed to. each: all, some on no token, so that a hook on any of them fires.
-# all: every expert is shown every token. probe: the same, each in a tensor of its own, so that experts share no stage.
+# Which experts run, and on which tokens. hit: experts with routed tokens. each: all experts, on no token if need be, so that
+# every hook fires. all: every expert on every token. probe: as all, on a copy per expert, so that experts share no stage.
 Visit = Literal["hit", "each", "all", "probe"]
 EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
-# A child of a mixture by these names routes tokens, whatever its shape.
+# A child of a mixture with such a name is a router, whatever its shape.
 ROUTES = re.compile(r"(^|_)(gate|router)\d*$")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where a linear of every expert lies in the fused module: all of a slab of ``weight``, or half of it."""
+    """Where a linear of every expert lies in the fused module: a slab of the tensor ``weight``, or half of it."""
 
     weight: str
     bias: str | None = None
     half: int | None = None
-    """0 or 1, of gate and up in one slab; None: the slab is the linear's alone."""
+    """0 for gate and 1 for up, where both are in one slab; None: the slab is one linear."""
     interleaved: bool = False
-    """Rows of the halves alternate."""
+    """Rows of gate and up alternate."""
     transposed: bool = False
     """The slab is (in, out)."""
 
     def cut(self, slab: Tensor) -> Tensor:
-        """The (out, in) weight, or the bias, in one expert's slab: a view."""
+        """Slice one linear's (out, in) weight, or its bias, out of one expert's slab, as a view."""
         slab = slab.T if self.transposed and slab.dim() == 2 else slab
         if self.half is None:
             return slab
@@ -54,53 +53,33 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a fused module is taken apart."""
+    """How a fused module splits into the linears of its experts."""
 
     experts: int
     parts: dict[str, Part]
-    """By the linear's name; in the order of their calls."""
+    """By name of the linear, in call order."""
     names: dict[str, str]
-    """What the linears are called on disk where a checkpoint holds fused tensors: names that engines read."""
+    """Names on disk of the linears of a fused checkpoint once it is quantized: those that engines read."""
     scaled: bool = False
-    """The module is given a row for each expert and token, zero where the router has not chosen (Llama 4)."""
+    """The module's input has a row for each expert and token, zero where the token is not routed there (Llama 4)."""
 
     def slab(self, tensor: Tensor, expert: int) -> Tensor:
-        """One expert's share of a fused tensor: its first dimension counts experts, or their rows one after another."""
+        """Slice one expert out of a fused tensor, whose first dimension counts experts or the rows of all experts."""
         rows = tensor.shape[0] // self.experts
         return tensor[expert] if rows == 1 else tensor[expert * rows : (expert + 1) * rows]
 
 
-def _layout(module: nn.Module) -> Layout | None:
-    """The layout of a fused module; None for any other."""
-    kind, own = type(module).__name__, dict(module.named_parameters())
-    names = {linear: linear for linear in ("gate_proj", "up_proj", "down_proj")}
-    if kind.startswith("GraniteMoe"):  # stored as input_linear and output_linear, which vLLM splits under these names
-        names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    if kind == "DbrxExperts":  # all experts' rows in one matrix, and an activation in a module of its own
-        parts = {"gate_proj": Part("mlp.w1"), "up_proj": Part("mlp.v1"), "down_proj": Part("mlp.w2", transposed=True)}
-        return Layout(int(module.num_experts), parts, names)  # type: ignore[arg-type]
-    described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
-    scaled = (
-        kind == "Llama4TextExperts"
-    )  # does not dispatch: a product of all experts with inputs the router has scaled
-    gate: bool = scaled or bool(getattr(module, "has_gate", False))
-    first = "gate_up_proj" if gate else "up_proj"
-    if not (described or scaled) or any(n not in own or own[n].dim() != 3 for n in (first, "down_proj")):
-        return None
-    transposed = scaled or bool(module.is_transposed)
-    biased = not scaled and bool(module.has_bias)
-    fused = partial(Part, first, f"{first}_bias" if biased else None, transposed=transposed)
-    down = Part("down_proj", "down_proj_bias" if biased else None, transposed=transposed)
-    interleaved = not scaled and not bool(module.is_concatenated)
-    halves = {n: fused(half=i, interleaved=interleaved) for i, n in enumerate(("gate_proj", "up_proj"))}
-    return Layout(len(own[first]), {**(halves if gate else {"up_proj": fused()}), "down_proj": down}, names, scaled)
-
-
 class Experts(nn.Module):
-    """The experts of a layer, one linear each, run one by one."""
+    """The experts of a layer, one linear each, run one after another."""
 
     def __init__(self, fused: nn.Module, layout: Layout, visit: Visit) -> None:
-        """From the fused module, whose parameters may be on the meta device; the new ones are."""
+        """Take over everything of a fused module but its experts' parameters.
+
+        Args:
+            fused: the module; its parameters may be on the meta device.
+            layout: how its parameters split. The linears are made on the meta device.
+            visit: which experts run, on which tokens.
+        """
         super().__init__()
         inside = {part.weight.partition(".")[0] for part in layout.parts.values()}
         used = {name for part in layout.parts.values() for name in (part.weight, part.bias)}
@@ -113,7 +92,9 @@ class Experts(nn.Module):
         self.gate: Callable[..., Tensor] | None = getattr(type(fused), "_apply_gate", None)
         if "mlp" in inside:
             self.act_fn = cast(Any, fused).mlp.activation_fn
-        self.follow: Callable[[Tensor], Tensor] | None = None  # whose routing decides what experts are shown
+        self.follow: Callable[[Tensor], Tensor] | None = (
+            None  # routing -> routing that decides which tokens experts read
+        )
         for expert in range(layout.experts):
             self._modules[str(expert)] = holder = nn.Module()
             for name, part in layout.parts.items():
@@ -123,12 +104,22 @@ class Experts(nn.Module):
                 holder.add_module(name, linear.requires_grad_(False))
 
     def _slab(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one expert's slab of a fused tensor."""
         first, *rest = self.shapes[name]
         rows = first // self.layout.experts
         return tuple(rest) if rows == 1 else (rows, *rest)
 
     def forward(self, hidden_states: Tensor, top_k_index: Any = None, top_k_weights: Any = None) -> Tensor:
-        """What the fused module's forward returns."""
+        """Compute what the fused module computes.
+
+        Args:
+            hidden_states: (..., width). Llama 4: (experts * tokens, width).
+            top_k_index: (tokens, k), experts of each token; not given by Llama 4.
+            top_k_weights: (tokens, k), their weights.
+
+        Returns:
+            Weighted sum of the experts' outputs, of the shape of ``hidden_states``; Llama 4 sums the rows itself.
+        """
         if self.layout.scaled:
             return self._scaled(hidden_states)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -143,11 +134,11 @@ class Experts(nn.Module):
         return result.view(hidden_states.shape)
 
     def _scaled(self, rows: Tensor) -> Tensor:
-        """Llama 4: rows are (experts, tokens) one after another, zero where an expert has no part in a token."""
+        """Run Llama 4's experts on rows (experts * tokens, width), zero where a token is not routed to an expert."""
         rows = rows.view(self.layout.experts, -1, rows.shape[-1])
         chosen = (rows != 0).any(-1)
         shown = chosen if self.follow is None else self.follow(chosen)
-        # A token as the experts that the router chose were shown it, for those that it did not choose.
+        # The other experts read a token's mean over the experts it is routed to.
         mean = rows.sum(0) / chosen.sum(0).clamp(min=1)[:, None]
         result = torch.zeros_like(rows)
         for expert in range(self.layout.experts) if self.visit != "hit" else chosen.any(1).nonzero().flatten().tolist():
@@ -157,12 +148,13 @@ class Experts(nn.Module):
         return result.view(-1, rows.shape[-1])
 
     def _visited(self, index: Tensor) -> list[int]:
+        """List the experts to run, given the routing (tokens, k)."""
         if self.visit != "hit":
             return list(range(self.layout.experts))
         return [expert for expert in torch.unique(index).tolist() if expert < self.layout.experts]
 
     def _run(self, expert: int, hidden: Tensor, token: Tensor, led: Tensor) -> Tensor:
-        """Outputs for the rows ``token`` of ``hidden``; what the expert is shown begins with the rows ``led``."""
+        """Return an expert's outputs for the rows ``token`` of ``hidden``. Its input begins with the rows ``led``."""
         if self.visit in ("all", "probe"):
             return self._expert(expert, hidden.clone() if self.visit == "probe" else hidden)[token]
         if led is token:
@@ -173,6 +165,7 @@ class Experts(nn.Module):
         return self._expert(expert, hidden[rows])[place[token]]
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
+        """Run one expert on rows (tokens, width)."""
         linears, own = cast(Any, self._modules[str(expert)]), cast(Any, self)
         if "gate_proj" in self.layout.parts:
             y = self._gated(linears.gate_proj(x), linears.up_proj(x))
@@ -182,7 +175,7 @@ class Experts(nn.Module):
         return cast(Tensor, own.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y)
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The module's own gating, which may expect both in one tensor."""
+        """Apply the module's own gating, which may expect gate and up in one tensor."""
         if self.gate is None:
             return cast(Tensor, cast(Any, self).act_fn(gate) * up)
         interleaved = self.layout.parts["gate_proj"].interleaved
@@ -190,9 +183,9 @@ class Experts(nn.Module):
 
 
 class LargeOnMeta(TorchFunctionMode):
-    """While a skeleton is built: tensors of more than ``most`` bytes are made on the meta device at once.
+    """Create tensors of more than ``most`` bytes on the meta device while a skeleton is built.
 
-    They are parameters that would be sent there anyway; memory for all experts of a layer may not even be promised.
+    Only parameters are that large, and they go to the meta device anyway. Memory for all experts of a layer may not exist.
     """
 
     def __init__(self, most: int) -> None:
@@ -209,7 +202,7 @@ class LargeOnMeta(TorchFunctionMode):
 
 
 def unfuse(model: nn.Module, visit: Visit = "hit") -> None:
-    """Take every fused module of experts apart, in place; the new parameters are on the meta device."""
+    """Replace every fused module of experts by ``Experts``, in place. The new parameters are on the meta device."""
     for name, module in list(model.named_modules()):
         layout = _layout(module) if name else None
         if layout is not None:
@@ -217,18 +210,18 @@ def unfuse(model: nn.Module, visit: Visit = "hit") -> None:
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
-    """The modules that were taken apart, by name."""
+    """Return the ``Experts`` of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def set_visit(model: nn.Module, visit: Visit) -> None:
-    """Decide what experts are shown from now on."""
+    """Set which experts of a model run, and on which tokens."""
     for module in experts_of(model).values():
         module.visit = visit
 
 
 def show_all(model: nn.Module, folder: Path) -> None:
-    """Let experts see every token. SettingError for a model that has none."""
+    """Run every expert on every token. Raises SettingError for a model without experts."""
     if not experts_of(model):
         raise SettingError(f"all_experts: {folder} has no experts that tokens are routed to.")
     set_visit(model, "all")
@@ -236,7 +229,7 @@ def show_all(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Let a few tokens reach every expert, each a stage of its own unless all are to be shown all tokens."""
+    """Run every expert on all tokens while inside, each a stage of its own unless the model's visit is ``all``."""
     modules = [module for module in experts_of(model).values() if module.visit != "all"]
     before = [module.visit for module in modules]
     for module in modules:
@@ -249,10 +242,13 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that choose or weigh experts, by name: those with a matrix of their own. They stay dense.
+    """Find the modules with a matrix that choose or weigh experts; routers stay dense.
 
-    Linears of a module called router; beside the experts of a layer: what is called gate or router, and whatever holds a
-    single linear with as many outputs as there are experts, or one (the gate of a shared expert).
+    Every linear in a module called router is one. Beside the experts of a layer, a router is called gate or router, or holds a
+    single matrix. That matrix has a row per expert, or one row (the gate of a shared expert).
+
+    Returns:
+        Modules by name.
     """
     found: dict[str, nn.Module] = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "router" in n.split(".")
@@ -270,3 +266,29 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
             if child is not experts and (ROUTES.search(leaf) or single):
                 found |= {".".join(filter(None, (name, leaf, n))): m for n, m in matrices.items()}
     return found
+
+
+def _layout(module: nn.Module) -> Layout | None:
+    """Describe the layout of a fused module; None for any other module."""
+    kind, own = type(module).__name__, dict(module.named_parameters())
+    names = {linear: linear for linear in ("gate_proj", "up_proj", "down_proj")}
+    if kind.startswith("GraniteMoe"):  # vLLM splits the stored input_linear and output_linear under these names
+        names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    if kind == "DbrxExperts":  # one matrix holds the rows of all experts
+        parts = {"gate_proj": Part("mlp.w1"), "up_proj": Part("mlp.v1"), "down_proj": Part("mlp.w2", transposed=True)}
+        return Layout(int(module.num_experts), parts, names)  # type: ignore[arg-type]
+    described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
+    scaled = (
+        kind == "Llama4TextExperts"
+    )  # outside of the registry: a product of all experts with inputs scaled by the router
+    gate: bool = scaled or bool(getattr(module, "has_gate", False))
+    first = "gate_up_proj" if gate else "up_proj"
+    if not (described or scaled) or any(n not in own or own[n].dim() != 3 for n in (first, "down_proj")):
+        return None
+    transposed = scaled or bool(module.is_transposed)
+    biased = not scaled and bool(module.has_bias)
+    fused = partial(Part, first, f"{first}_bias" if biased else None, transposed=transposed)
+    down = Part("down_proj", "down_proj_bias" if biased else None, transposed=transposed)
+    interleaved = not scaled and not bool(module.is_concatenated)
+    halves = {n: fused(half=i, interleaved=interleaved) for i, n in enumerate(("gate_proj", "up_proj"))}
+    return Layout(len(own[first]), {**(halves if gate else {"up_proj": fused()}), "down_proj": down}, names, scaled)

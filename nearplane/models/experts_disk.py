@@ -1,9 +1,9 @@
-"""Experts on disk: which stored tensor is which expert's, by transformers' own conversion mapping.
+"""Map experts on disk to experts of the model, through transformers' own conversion mapping.
 
-Most checkpoints store each expert by itself, and transformers merges them while loading: its mapping, read the other way,
-says which linear of which expert a stored name means. Others (gpt-oss, Llama 4, Granite) store the fused tensors:
-``split`` shows each as the tensors of its experts, which are read one by one. Where such a layer is quantized, its tensors
-are written under the experts' own names, as vLLM's loaders read them (``Layout.names``).
+Most checkpoints store each expert by itself, and transformers merges the experts while loading. Read backwards, its mapping
+says which linear of which expert a stored name means. Other checkpoints (gpt-oss, Llama 4, Granite) store fused tensors:
+``split`` shows each as the tensors of its experts, which are read one by one. Once quantized, such experts are
+written under names of their own that vLLM's loaders read (``Layout.names``).
 """
 
 import re
@@ -31,59 +31,9 @@ NUMBER = re.compile(r"\.(\d+)(?=\.)")
 MEMBER = re.compile(r"(.+)\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
-    """Name on disk by name in the model. transformers' own renamings are applied: old names, a base model's prefix, and
-    what it calls the weights of single experts."""
-    transforms, experts = get_model_conversion_mapping(model), experts_of(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    merges = [t for t in transforms if _merges_experts(t)] if experts else []
-    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
-    state |= dict.fromkeys((f"{path}.{name}" for path, module in experts.items() for name in module.shapes), True)
-    found = {}
-    for name in sorted(disk_names):
-        key, pattern = rename_source_key(name, renamings, merges, prefix, state)
-        found[_member(experts, merges, name, key, pattern)] = name
-    return found
-
-
-def converts(model: nn.Module) -> bool:
-    """Whether transformers merges or splits stored weights of this model while it loads them, other than experts'."""
-    return any(isinstance(t, WeightConverter) and not _merges_experts(t) for t in get_model_conversion_mapping(model))
-
-
-def merges_experts(model: nn.Module) -> bool:
-    """Whether transformers makes fused experts of single ones that are stored."""
-    return any(_merges_experts(t) for t in get_model_conversion_mapping(model))
-
-
-def _merges_experts(transform: object) -> TypeGuard[WeightConverter]:
-    """Whether a rule stacks the weights of single experts, those of several linears one below the other."""
-    if not isinstance(transform, WeightConverter) or not isinstance(transform.operations[0], MergeModulelist):
-        return False
-    rest = transform.operations[1:]
-    return not rest or (len(rest) == 1 and isinstance(rest[0], Concatenate) and rest[0].dim == 1)
-
-
-def _member(
-    experts: dict[str, Experts], merges: list[WeightConverter], name: str, key: str, pattern: str | None
-) -> str:
-    """The parameter of an expert that a stored name means, ``key`` being what transformers renames it to."""
-    path, _, target = key.rpartition(".")
-    if pattern is not None and path in experts:
-        rule = next(rule for rule in merges if pattern in rule.source_patterns)
-        linears = [linear for linear, part in experts[path].layout.parts.items() if part.weight == target]
-        expert = NUMBER.findall(name)[-1]
-        return f"{path}.{expert}.{linears[rule.source_patterns.index(pattern)]}.weight"
-    match = MEMBER.fullmatch(key)
-    if match is None or match[1] not in experts:
-        return key
-    linears = [linear for linear, disk in experts[match[1]].layout.names.items() if disk == match[3]]
-    return f"{match[1]}.{match[2]}.{(linears or [match[3]])[0]}.{match[4]}"
-
-
 @dataclass(frozen=True)
 class Piece:
-    """One expert's weight or bias in a fused tensor."""
+    """One expert's weight or bias in the fused tensor ``tensor``."""
 
     tensor: str
     layout: Layout
@@ -93,14 +43,15 @@ class Piece:
 
 
 class SplitStore(Store):
-    """A store whose fused tensors are shown as those of their experts."""
+    """A store whose fused tensors appear as the tensors of single experts."""
 
     def __init__(self, store: Store, pieces: dict[str, Piece]) -> None:
+        """Wrap ``store``; ``pieces``: by the name on disk that an expert's tensor gets."""
         self.folder, self.store, self.pieces = store.folder, store, pieces
         self.names = (store.names - {piece.tensor for piece in pieces.values()}) | pieces.keys()
 
     def get(self, name: str) -> Tensor:
-        """A tensor; of a fused one, only its expert's rows are read."""
+        """Read a tensor; of a fused tensor, only one expert's rows."""
         piece = self.pieces.get(name)
         if piece is None:
             return self.store.get(name)
@@ -109,7 +60,7 @@ class SplitStore(Store):
         return piece.part.cut(slab[0] if rows == 1 else slab).contiguous()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; reads no data."""
+        """Return a tensor's shape; reads no data."""
         piece = self.pieces.get(name)
         if piece is None:
             return self.store.shape(name)
@@ -117,51 +68,33 @@ class SplitStore(Store):
         return tuple(piece.part.cut(piece.layout.slab(whole, piece.expert)).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor; reads no data."""
+        """Return a tensor's dtype; reads no data."""
         return self.store.dtype(self.pieces[name].tensor if name in self.pieces else name)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor; reads no data."""
+        """Return a tensor's size in bytes; reads no data."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def rejoined(self, quantized: set[str]) -> frozenset[str]:
-        """Names to be copied beside the ``quantized`` ones: a layer none of whose experts is quantized stays fused."""
+        """Return the names to copy beside the ``quantized`` ones. A layer without a quantized expert stays fused."""
         apart = {piece.module for name, piece in self.pieces.items() if name in quantized}
         whole = {name: piece.tensor for name, piece in self.pieces.items() if piece.module not in apart}
         return frozenset(whole.get(name, name) for name in self.names - quantized)
 
 
-def loading_notes(model: nn.Module, store: Store, written: dict[str, str], asymmetric: bool) -> list[str]:
-    """What to know of who loads quantized experts; ``written``: name on disk by linear of the model."""
-    own = {name for name in written if EXPERT.fullmatch(name)} if experts_of(model) else set()
-    pieces = store.pieces if isinstance(store, SplitStore) else {}
-    fused = next((written[name] for name in sorted(own) if f"{written[name]}.weight" in pieces), None)
-    apart = any(module.layout.scaled for module in experts_of(model).values())  # those transformers takes apart itself
-    if fused is not None:
-        return [
-            f"this checkpoint stores experts in fused tensors; quantized they are written one by one, as {fused}, which "
-            f"nearplane loads, transformers {'as well' if apart else 'does not'}, and other engines as docs/experts.md says"
-        ]
-    if own and asymmetric:
-        return ["nearplane loads asymmetric experts, transformers does not: it merges them without their zero points"]
-    return []
-
-
-def unread(model: nn.Module) -> str | None:
-    """A parameter that transformers merges from experts' weights, in a module that was not taken apart."""
-    merges = [t for t in get_model_conversion_mapping(model) if _merges_experts(t)]
-    targets = tuple(target.rpartition(".")[2] for rule in merges for target in rule.target_patterns)
-    large = (name for name, value in model.named_parameters() if value.dim() == 3)
-    return next((name for name in large if name.rpartition(".")[2] in targets), None)
-
-
-def copied(store: Store, quantized: set[str]) -> frozenset[str]:
-    """Names of a source's tensors to be written beside the ``quantized`` ones."""
-    return store.rejoined(quantized) if isinstance(store, SplitStore) else store.names - quantized
-
-
 def split(model: nn.Module, store: Store) -> Store:
-    """The store, its fused tensors split. NearplaneError for a shape that is not the model's, or a layout unknown."""
+    """Wrap a store so that fused tensors of experts appear as single ones.
+
+    Args:
+        model: the skeleton, its experts taken apart.
+        store: the tensors on disk.
+
+    Returns:
+        A ``SplitStore``; the store itself if no tensor is fused.
+
+    Raises:
+        NearplaneError: a fused tensor has a shape that the model does not expect, or an unknown layout.
+    """
     experts = experts_of(model)
     fused = {f"{path}.{name}": (path, name) for path, module in experts.items() for name in module.shapes}
     if not fused:
@@ -180,20 +113,117 @@ def split(model: nn.Module, store: Store) -> Store:
         if pattern is not None:
             raise NearplaneError(f"{store.folder} stores {tensor} in a layout that nearplane does not read.")
         if store.shape(tensor) != module.shapes[name]:
-            found, asked = list(store.shape(tensor)), list(module.shapes[name])
-            raise NearplaneError(f"{store.folder}: {tensor} has shape {found}, config.json asks for {asked}.")
+            stored, wanted = list(store.shape(tensor)), list(module.shapes[name])
+            raise NearplaneError(f"{store.folder}: {tensor} has shape {stored}, config.json asks for {wanted}.")
         own = f"{path.rpartition('.')[2]}.{name}"
         prefix_on_disk = tensor.removesuffix(f".{name}") if tensor.endswith(own) else path
         pieces |= _pieces(tensor, path, prefix_on_disk, name, module.layout)
     return SplitStore(store, pieces) if pieces else store
 
 
+def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
+    """Map names in the model to names on disk, by transformers' own renamings.
+
+    These undo old names, a base model's prefix and other names of single experts' weights.
+
+    Args:
+        model: the skeleton, its experts taken apart.
+        disk_names: names of the stored tensors.
+    """
+    transforms, experts = get_model_conversion_mapping(model), experts_of(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    merges = [t for t in transforms if _merges_experts(t)] if experts else []
+    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
+    state |= dict.fromkeys((f"{path}.{name}" for path, module in experts.items() for name in module.shapes), True)
+    names = {}
+    for name in sorted(disk_names):
+        key, pattern = rename_source_key(name, renamings, merges, prefix, state)
+        names[_member(experts, merges, name, key, pattern)] = name
+    return names
+
+
+def converts(model: nn.Module) -> bool:
+    """Return whether transformers merges or splits stored weights of a model while loading, other than experts'."""
+    return any(isinstance(t, WeightConverter) and not _merges_experts(t) for t in get_model_conversion_mapping(model))
+
+
+def merges_experts(model: nn.Module) -> bool:
+    """Return whether transformers fuses experts that are stored one by one."""
+    return any(_merges_experts(t) for t in get_model_conversion_mapping(model))
+
+
+def unread(model: nn.Module) -> str | None:
+    """Return the name of a fused parameter of experts that was not taken apart; None if there is none."""
+    merges = [t for t in get_model_conversion_mapping(model) if _merges_experts(t)]
+    targets = tuple(target.rpartition(".")[2] for rule in merges for target in rule.target_patterns)
+    large = (name for name, value in model.named_parameters() if value.dim() == 3)
+    return next((name for name in large if name.rpartition(".")[2] in targets), None)
+
+
+def copied(store: Store, quantized: set[str]) -> frozenset[str]:
+    """Return the names of a source's tensors to write beside the ``quantized`` ones."""
+    return store.rejoined(quantized) if isinstance(store, SplitStore) else store.names - quantized
+
+
+def loading_notes(model: nn.Module, store: Store, written: dict[str, str], asymmetric: bool) -> list[str]:
+    """Say which engines load quantized experts.
+
+    Args:
+        model: the skeleton, its experts taken apart.
+        store: the original tensors.
+        written: name on disk by name of each quantized linear.
+        asymmetric: whether zero points are stored.
+    """
+    own = {name for name in written if EXPERT.fullmatch(name)} if experts_of(model) else set()
+    pieces = store.pieces if isinstance(store, SplitStore) else {}
+    fused = next((written[name] for name in sorted(own) if f"{written[name]}.weight" in pieces), None)
+    apart = any(
+        module.layout.scaled for module in experts_of(model).values()
+    )  # transformers takes Llama 4's apart itself
+    if fused is not None:
+        return [
+            f"this checkpoint stores experts in fused tensors; quantized they are written one by one, as {fused}, which "
+            f"nearplane loads, transformers {'as well' if apart else 'does not'}, and other engines as docs/experts.md says"
+        ]
+    if own and asymmetric:
+        return ["nearplane loads asymmetric experts, transformers does not: it merges them without their zero points"]
+    return []
+
+
+def _merges_experts(transform: object) -> TypeGuard[WeightConverter]:
+    """Return whether a rule stacks single experts' weights, and at most concatenates several linears' rows."""
+    if not isinstance(transform, WeightConverter) or not isinstance(transform.operations[0], MergeModulelist):
+        return False
+    rest = transform.operations[1:]
+    return not rest or (len(rest) == 1 and isinstance(rest[0], Concatenate) and rest[0].dim == 1)
+
+
+def _member(
+    experts: dict[str, Experts], merges: list[WeightConverter], name: str, key: str, pattern: str | None
+) -> str:
+    """Return the parameter of an expert that a stored name means, or ``key`` for any other tensor.
+
+    ``key`` is transformers' new name for ``name``; ``pattern`` is the source pattern of the rule that merges it, if any.
+    """
+    path, _, target = key.rpartition(".")
+    if pattern is not None and path in experts:
+        rule = next(rule for rule in merges if pattern in rule.source_patterns)
+        linears = [linear for linear, part in experts[path].layout.parts.items() if part.weight == target]
+        expert = NUMBER.findall(name)[-1]
+        return f"{path}.{expert}.{linears[rule.source_patterns.index(pattern)]}.weight"
+    match = MEMBER.fullmatch(key)
+    if match is None or match[1] not in experts:
+        return key
+    linears = [linear for linear, disk in experts[match[1]].layout.names.items() if disk == match[3]]
+    return f"{match[1]}.{match[2]}.{(linears or [match[3]])[0]}.{match[4]}"
+
+
 def _pieces(tensor: str, module: str, prefix: str, name: str, layout: Layout) -> dict[str, Piece]:
-    """By their names on disk, the experts' tensors in a fused one."""
-    found = {}
+    """Return the experts' tensors in the fused tensor ``tensor``, by the names on disk that they get."""
+    pieces = {}
     for linear, part in layout.parts.items():
         for leaf in [leaf for leaf, own in (("weight", part.weight), ("bias", part.bias)) if own == name]:
             for expert in range(layout.experts):
                 disk = f"{prefix}.{expert}.{layout.names[linear]}.{leaf}"
-                found[disk] = Piece(tensor, layout, part, expert, module)
-    return found
+                pieces[disk] = Piece(tensor, layout, part, expert, module)
+    return pieces

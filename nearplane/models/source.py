@@ -1,7 +1,8 @@
-"""A model on disk: meta skeleton, lazy weights, tokenizer.
+"""Open a model on disk: a skeleton on the meta device, weights that are read when needed, a tokenizer.
 
-The skeleton is the model's own class with every parameter on the meta device; ``load`` brings the parameters of one module
-to life from disk and ``unload`` sends them back, so that nothing is resident but what is being worked on.
+The skeleton is an instance of the model's own class. ``Source.load`` reads the parameters of one module from disk.
+``Source.unload`` sends them back to the meta device, so that only the weights at work are in memory. In sketch mode no
+weight is read (``sketch.py``). Every tensor that is read is checked for NaN and Inf and hashed, which identifies a resumed run.
 """
 
 import copy
@@ -27,10 +28,18 @@ from nearplane.models.inputs import builder
 from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
 from nearplane.models.sketch import Promised, drawn, promised_dtype, stand_down, stand_in
 
+# Elements that are processed at a time.
+AT_ONCE = 1 << 22
+# 64-bit words that a fingerprint adds up: 4 KiB.
+ADDED_UP = 512
+
 
 @dataclass
 class Source:
-    """A model on disk. ``model`` is its skeleton; ``names`` maps each parameter or buffer to its name on disk."""
+    """A model on disk.
+
+    ``model`` is the skeleton, ``names`` maps names of its parameters and buffers to names in ``store``.
+    """
 
     name: str
     folder: Path
@@ -39,11 +48,11 @@ class Source:
     model: nn.Module
     names: dict[str, str]
     trust_remote_code: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)  # of what was made of the stored weights, for the report
-    notes: list[str] = field(default_factory=list)  # what a user should know of that
-    sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as it is on disk
-    sketch: bool = False  # no weight is read: what is small is drawn, linears compute something cheap instead
-    promise_of: "Source | None" = None  # of a view whose sizes are known and whose tensors are not: what was opened
+    settings: dict[str, Any] = field(default_factory=dict)  # of the transforms applied, for the report
+    notes: list[str] = field(default_factory=list)  # remarks on the transforms, for the user
+    sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as stored on disk
+    sketch: bool = False  # no weight is read: see sketch.py
+    promise_of: "Source | None" = None  # of a view with known sizes and unknown tensors: the opened source
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -51,21 +60,21 @@ class Source:
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def raw_config(self) -> dict[str, Any]:
-        """config.json as it stands on disk."""
+        """Read config.json as a dictionary."""
         return read_json(self.folder / "config.json")
 
     def written_config(self) -> dict[str, Any]:
-        """config.json for a folder with this source's tensors."""
+        """Return config.json for a folder with this source's tensors."""
         return self.raw_config()
 
     @property
     def original(self) -> Store:
-        """The tensors on disk, whatever is made of them."""
+        """The tensors on disk, before any transform."""
         return self.store
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype most of the checkpoint's numbers are stored in."""
+        """The dtype in which most bytes of the checkpoint are stored."""
         sizes: dict[torch.dtype, int] = {}
         for name in set(self.names.values()):
             dtype = self.store.dtype(name)
@@ -73,7 +82,7 @@ class Source:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def tensor(self, parameter: str) -> Tensor:
-        """One stored parameter, checked for NaN and Inf."""
+        """Read a parameter and note its hash. NumericalError for NaN or Inf."""
         value = self.store.get(self.names[parameter])
         self.sums[parameter] = self.digest(self.names[parameter], value)
         if not finite(value):
@@ -84,11 +93,22 @@ class Source:
         return value
 
     def digest(self, name: str, value: Tensor) -> str:
-        """Hash of a stored tensor, by its name on disk; ``value``: as it was read."""
+        """Return the hash of the stored tensor ``name``, read as ``value``."""
         return fingerprint(value)
 
     def check(self, besides: set[str], stored: torch.dtype) -> str:
-        """Hashes of what is copied, all but the weights of ``besides``; NumericalError where it is not finite once stored."""
+        """Check and hash every stored tensor that is copied unquantized.
+
+        Args:
+            besides: names of the quantized linears, whose weights are left out.
+            stored: dtype in which the tensors will be written.
+
+        Returns:
+            Hashes, separated by spaces.
+
+        Raises:
+            NumericalError: a tensor holds NaN or Inf, or would in ``stored``.
+        """
         sites, sums = {self.names[name + ".weight"] for name in besides}, list[str]()
         for name in sorted(self.store.names - sites):
             value = self.store.get(name)
@@ -107,9 +127,17 @@ class Source:
         self, prefix: str, device: torch.device, dtype: torch.dtype, *,
         skip: Iterable[str] = (), rows: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Bring every parameter and persistent buffer below ``prefix`` to ``device``; floats become ``dtype``.
+        """Read every parameter and persistent buffer below ``prefix``.
 
-        ``rows``: by name, the numbers of the rows that will be read; in a CPU's memory the others are not there.
+        Args:
+            prefix: name of a module; empty for the whole model.
+            device: device of the loaded tensors.
+            dtype: dtype of the loaded floats.
+            skip: names of modules to leave on the meta device.
+            rows: by parameter name, indices of the rows that will be read. On a CPU the other rows are zero and take no memory.
+
+        Raises:
+            NumericalError: a weight holds NaN or Inf.
         """
         names = [name for name in self._below(prefix) if not any(name.startswith(s + ".") for s in skip)]
         loaded: dict[str, Tensor] = drawn(self.model, names) if self.sketch else {}
@@ -121,7 +149,7 @@ class Source:
                 value = only_rows(value, rows[name], dtype)
             loaded[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
             self._set(name, loaded[name])
-            del value  # else it would be there while the next one is read
+            del value  # free it before the next tensor is read
         self._tie(loaded, skip)
         if self.sketch:
             return
@@ -132,9 +160,10 @@ class Source:
                 module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
     def read_weights(self) -> None:
-        """Leave sketch mode: from now on weights are read. Of a hub id they are fetched now.
+        """Leave sketch mode, so that weights are read from now on. A hub id's weights are fetched now.
 
-        Raises NearplaneError where they are missing or do not fit the configuration.
+        Raises:
+            NearplaneError: weights are missing or do not match the configuration.
         """
         if not self.sketch:
             return
@@ -157,7 +186,7 @@ class Source:
                 module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
 
     def _tie(self, loaded: dict[str, Tensor], skip: Iterable[str]) -> None:
-        """Give what was loaded to the parameters that are tied to it."""
+        """Share loaded tensors with the parameters that are tied to them."""
         for name, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
             if origin in loaded and name not in self.names and not any(name.startswith(s + ".") for s in skip):
                 self._set(name, loaded[origin])
@@ -178,9 +207,9 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     """Open a local transformers folder, a hub id or ``demo``. No weight is read.
 
     Args:
-        model: the folder or id.
-        sketch: no weight will be read, until ``Source.read_weights``. Then the folder may hold nothing but config.json,
-            and of a hub id only the small files are fetched.
+        model: the folder, the id or ``demo``.
+        sketch: read no weight until ``Source.read_weights``. The folder may hold config.json alone; of a hub id only the
+            small files are fetched.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -209,28 +238,25 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, sketch=sketch)
 
 
-def refuse_unread(model: nn.Module, folder: Path) -> None:
-    """NearplaneError for experts of a layout that cannot be taken apart."""
-    name = unread(model)
-    if name is not None:
-        raise NearplaneError(
-            f"{folder}: transformers merges weights of {type(model).__name__} while loading ({name}) into a module of "
-            "experts that nearplane cannot take apart."
-        )
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model folder."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NearplaneError(
-            f"{folder} has no tokenizer that transformers can load ({type(error).__name__})."
-        ) from error
+def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
+    """Return the configuration and the skeleton of a folder, without its quantization if it has one."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model with parameters on the meta device and real (computed) buffers, its experts taken apart."""
+    """Build a model with parameters on the meta device and computed buffers, its experts taken apart.
+
+    Args:
+        config: its configuration; its dtype is set to float32.
+        folder: its folder, for errors.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        NearplaneError: transformers has no class for the configuration, or the class rejects its values.
+    """
     try:
         build = builder(config, trust_remote_code)
         if build is None:
@@ -252,16 +278,61 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
     return model.eval()
 
 
-def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
-    """Configuration and skeleton of a folder, quantized or not: how its weights are stored is not the model's affair."""
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer in a model folder. NearplaneError if there is none that transformers can load."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NearplaneError(
+            f"{folder} has no tokenizer that transformers can load ({type(error).__name__})."
+        ) from error
+
+
+def refuse_unread(model: nn.Module, folder: Path) -> None:
+    """Raise NearplaneError for fused experts of an unknown layout."""
+    name = unread(model)
+    if name is not None:
+        raise NearplaneError(
+            f"{folder}: transformers merges weights of {type(model).__name__} while loading ({name}) into a module of "
+            "experts that nearplane cannot take apart."
+        )
+
+
+def finite(value: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether a tensor holds neither NaN nor Inf, after conversion to ``dtype`` if given."""
+    if not value.is_floating_point():
+        return True
+    return all(all_finite(part.to(dtype or value.dtype)) for part in torch.split(value.flatten(), AT_ONCE))
+
+
+def fingerprint(value: Tensor) -> str:
+    """Hash the bytes of a tensor: BLAKE2b of one 64-bit sum per 4 KiB.
+
+    Any single changed number changes the hash. Hashing runs at about the speed of memory.
+    """
+    raw = value.flatten().view(torch.uint8)
+    parts = len(raw) // (8 * ADDED_UP)
+    whole = parts * 8 * ADDED_UP
+    total = raw[:whole].view(torch.int64).view(parts, ADDED_UP).sum(1)
+    digest = hashlib.blake2b(total.numpy().tobytes(), digest_size=8)
+    digest.update(raw[whole:].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def only_rows(value: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copy the given rows of a matrix; all other rows are zero.
+
+    The result is an anonymous memory map, whose untouched pages take no memory.
+    """
+    pages = mmap.mmap(-1, value.numel() * dtype.itemsize)
+    result = torch.frombuffer(pages, dtype=dtype).view(value.shape)
+    for part in torch.split(rows, max(1, AT_ONCE // value.shape[1])):
+        result[part] = value[part].to(dtype)
+    return result
 
 
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
-    """Name on disk of every parameter."""
+    """Return the name on disk of every parameter. NearplaneError for a missing one or another shape."""
     state, on_disk = model.state_dict(), names_in_model(model, store.names)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     names: dict[str, str] = {}
@@ -269,8 +340,8 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if name in on_disk and name in state:
             if store.shape(on_disk[name]) != tuple(value.shape):
-                found, asked = list(store.shape(on_disk[name])), list(value.shape)
-                raise NearplaneError(f"{folder}: {on_disk[name]} has shape {found}, config.json asks for {asked}.")
+                stored, wanted = list(store.shape(on_disk[name])), list(value.shape)
+                raise NearplaneError(f"{folder}: {on_disk[name]} has shape {stored}, config.json asks for {wanted}.")
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)
@@ -284,39 +355,3 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             f"{folder} lacks {len(missing)} weights that config.json asks for, the first: {missing[0]}."
         )
     return names
-
-
-# Numbers that are worked on at a time.
-AT_ONCE = 1 << 22
-# Words of 8 bytes that a fingerprint adds up: 4 KiB.
-ADDED_UP = 512
-
-
-def finite(value: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether a tensor holds neither NaN nor Inf, as it is or in another dtype."""
-    if not value.is_floating_point():
-        return True
-    return all(all_finite(part.to(dtype or value.dtype)) for part in torch.split(value.flatten(), AT_ONCE))
-
-
-def fingerprint(value: Tensor) -> str:
-    """A short hash of the bytes of a tensor as it was read: of the sums of each 4 KiB of them, as numbers of 64 bits.
-
-    Any one changed number changes it, at about the speed of memory.
-    """
-    raw = value.flatten().view(torch.uint8)
-    parts = len(raw) // (8 * ADDED_UP)
-    whole = parts * 8 * ADDED_UP
-    added = raw[:whole].view(torch.int64).view(parts, ADDED_UP).sum(1)
-    digest = hashlib.blake2b(added.numpy().tobytes(), digest_size=8)
-    digest.update(raw[whole:].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def only_rows(value: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix with these rows, all others zero: pages of an anonymous map that nobody wrote to take no memory."""
-    pages = mmap.mmap(-1, value.numel() * dtype.itemsize)
-    result = torch.frombuffer(pages, dtype=dtype).view(value.shape)
-    for some in torch.split(rows, max(1, AT_ONCE // value.shape[1])):
-        result[some] = value[some].to(dtype)
-    return result

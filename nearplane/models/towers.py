@@ -1,9 +1,9 @@
-"""Where the blocks of a model are: its towers, the lists of modules that a hidden state passes one after another.
+"""Find the towers of a model: lists of modules that a hidden state passes one after another.
 
-A decoder has one, an encoder-decoder two, a pair of image and text models two, and a model that halves its images as it
-goes one per size. A list is a tower if it is as long as some number of layers in the configuration (of any length where
-the configuration, as timm's, has no such number) and if, in the probe forward, each of its modules returns a hidden state
-of the shape that it was given. Of nested lists the outermost counts.
+A decoder has one tower. An encoder-decoder has two, and so has a pair of image and text models. A model that halves its
+images as it goes has one per size. A list can be a tower if its length is some number of layers in the configuration; any
+length will do if the configuration has no such number, as timm's. In the probe forward, each module must return a hidden
+state of its input's shape (``discover.py``). Of nested lists, the outermost is the tower.
 """
 
 import re
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.models.source import Source
 
-# What towers are called besides their own names: in words that the names of their modules hold.
+# Words for towers besides their own names -> words in the names of their modules.
 ALIASES = {
     "text": ("text", "language"),
     "vision": ("vision", "visual", "image"),
@@ -28,43 +28,72 @@ DEPTH = re.compile(r"(layers?|depths?|blocks)$")
 
 
 class NotBlocks(Exception):
-    """A list of modules through which no hidden state passes in turn."""
+    """The finding that a list of modules is no tower: no hidden state passes through them in turn."""
 
     def __init__(self, tower: str, reason: str) -> None:
+        """Refuse the list ``tower`` for ``reason``."""
         super().__init__(reason)
         self.tower, self.reason = tower, reason
 
 
 def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]:
-    """Names of the blocks of each list that may be a tower; ``refused``: lists that are none, with the reason."""
+    """List the blocks of every list of modules that may be a tower.
+
+    Args:
+        source: the model.
+        refused: reason by name of each list that is known to be no tower.
+
+    Returns:
+        Names of blocks, by name of the list.
+
+    Raises:
+        NearplaneError: no list is left.
+    """
     lengths = depths(source.config.to_dict())
-    found: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {}
 
     def search(name: str, module: nn.Module) -> None:
-        fits = _is_list(module) and (not lengths or len(module) in lengths)  # type: ignore[arg-type]
-        if fits and name not in refused:
-            found[name] = [f"{name}.{i}" for i, _ in enumerate(module.children())]
+        eligible = _is_list(module) and (not lengths or len(module) in lengths)  # type: ignore[arg-type]
+        if eligible and name not in refused:
+            lists[name] = [f"{name}.{i}" for i, _ in enumerate(module.children())]
             return
         for child, inner in module.named_children():
             search(f"{name}.{child}".lstrip("."), inner)
 
     search("", source.model)
-    if not found:
+    if not lists:
         counts = " or ".join(str(n) for n in sorted(lengths)) or "any number of"
         why = "".join(f"; {name}: {reason}" for name, reason in refused.items())
         raise NearplaneError(
             f"{source.folder}: no list of {counts} blocks was found in {type(source.model).__name__}{why}; "
             "this architecture is not supported."
         )
-    return found
+    return lists
+
+
+def main_tower(source: Source) -> list[str]:
+    """Return the blocks of the tower with most parameters. Small lists of equal length may lie beside it."""
+
+    def size(names: list[str]) -> int:
+        return sum(p.numel() for name in names for p in source.model.get_submodule(name).parameters())
+
+    return max(find_towers(source, {}).values(), key=size)
 
 
 def chosen_towers(words: Sequence[str], towers: Sequence[str], others: Iterable[str] = ()) -> set[str]:
-    """The towers that a user names: by a list's name or a module that it is in, or as text, vision, encoder or decoder.
+    """Return the towers that a user's words name.
 
-    SettingError for a word that names none, or towers of several modules. ``others``: linears that are in no tower.
+    A word is the name of a list, of a module around the list, or one of text, vision, encoder and decoder.
+
+    Args:
+        words: the words.
+        towers: names of the model's towers.
+        others: names of linears outside of every tower, to tell an unknown word from an unused part.
+
+    Raises:
+        SettingError: a word names no tower, or towers in several modules.
     """
-    found: set[str] = set()
+    chosen: set[str] = set()
     for word in words:
         parts = {tower: _part(word, tower) for tower in towers}
         named = {tower for tower, part in parts.items() if part}
@@ -73,12 +102,34 @@ def chosen_towers(words: Sequence[str], towers: Sequence[str], others: Iterable[
             if not named and any(_part(word, name) for name in others):
                 problem = "is a part of this model that does not run on what it is calibrated on"
             raise SettingError(f"towers: {word!r} {problem}; its towers are {', '.join(towers)}.")
-        found |= named
-    return found
+        chosen |= named
+    return chosen
+
+
+def depths(config: dict[str, Any]) -> set[int]:
+    """Return every number of layers in a configuration, given as a dictionary."""
+    numbers: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            numbers |= depths(value)
+        elif DEPTH.search(str(key)):
+            values = value if isinstance(value, list | tuple) else [value]
+            numbers |= {number for number in values if type(number) is int and number > 0}
+    return numbers
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is an ``nn.Linear`` or a ``Conv1D``, whose weight can be quantized."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
+    """List the linears outside of ``quantized``, in the model's order: those that stay dense."""
+    return [name for name, module in model.named_modules() if is_linear(module) and name not in quantized]
 
 
 def _part(word: str, tower: str) -> str:
-    """The module by which a word names a tower: the beginning of its name up to there; empty where it does not."""
+    """Return the part of a tower's name, up to the module that a word names; empty if the word names none."""
     names = tower.split(".")
     for stop, name in enumerate(names, 1):
         start = ".".join(names[:stop])
@@ -87,39 +138,8 @@ def _part(word: str, tower: str) -> str:
     return ""
 
 
-def main_tower(source: Source) -> list[str]:
-    """Names of the blocks where most parameters are: small lists of as many modules may lie beside them."""
-
-    def size(names: list[str]) -> int:
-        return sum(p.numel() for name in names for p in source.model.get_submodule(name).parameters())
-
-    return max(find_towers(source, {}).values(), key=size)
-
-
-def depths(config: dict[str, Any]) -> set[int]:
-    """Every number of layers that a configuration names."""
-    found: set[int] = set()
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= depths(value)
-        elif DEPTH.search(str(key)):
-            values = value if isinstance(value, list | tuple) else [value]
-            found |= {number for number in values if type(number) is int and number > 0}
-    return found
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Modules whose weight can become a site."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def linears_besides(model: nn.Module, quantized: set[str]) -> list[str]:
-    """The linears that stay dense, which a configuration has to name, in the model's order."""
-    return [name for name, module in model.named_modules() if is_linear(module) and name not in quantized]
-
-
 def _is_list(module: nn.Module) -> bool:
-    """A list of modules with linears inside, or of several such lists' elements; a list of linears is none."""
+    """Return whether a module is a list of blocks: modules with linears inside that are no linears themselves."""
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     children = list(module.children())

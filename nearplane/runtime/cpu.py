@@ -1,7 +1,7 @@
-"""The C++ kernel (kernel.cpp): found among the package's files, checked, and called.
+"""Call the C++ kernel (kernel.cpp) on packed weights.
 
-Decides which of its libraries this machine runs (one per instruction set, built by the package's build where a compiler
-was there), and which arithmetic is meant where none was asked for.
+The package's build makes one library per instruction set, if there is a compiler. The fastest one that this machine can run
+is chosen. Arithmetic "auto" means 16-bit activations where there are vector instructions for them, else float32.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ HOW = (
 
 
 class _Weight(ctypes.Structure):
-    """NearplaneWeight of kernel.cpp."""
+    """The struct NearplaneWeight of kernel.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "order")),
@@ -41,7 +41,7 @@ class _Weight(ctypes.Structure):
 
 
 class Handle(NamedTuple):
-    """A weight as the kernel takes it. Holds the tensors whose memory it points to."""
+    """A weight as the kernel takes it, with the tensors whose memory the handle points to."""
 
     weight: ctypes._Pointer  # type: ignore[type-arg]
     shape: Shape
@@ -49,58 +49,8 @@ class Handle(NamedTuple):
     owners: tuple[object, ...]
 
 
-def library_path(isa: Isa) -> Path | None:
-    """Where the package's build put a library, if it did."""
-    found = (Path(__file__).parent / f"_kernel_{isa}{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in found if path.exists()), None)
-
-
-def open_library(path: Path) -> ctypes.CDLL:
-    """A built kernel. NearplaneError for one that belongs to another version of this package."""
-    library = ctypes.CDLL(str(path))
-    if library.nearplane_abi() != ABI:
-        raise NearplaneError(f"{path} was built for another version of nearplane; {HOW}.")
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.nearplane_linear.argtypes = [
-        ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int,
-        ctypes.c_int,
-    ]  # fmt: skip
-    library.nearplane_read.argtypes = [pointer, number]
-    library.nearplane_read.restype = ctypes.c_uint64
-    return library
-
-
-@cache
-def library(isa: Isa) -> ctypes.CDLL | None:
-    """The kernel for an instruction set; None where it was not built or this machine does not have those instructions."""
-    portable, path = library_path("portable"), library_path(isa)
-    if portable is None or path is None or not open_library(portable).nearplane_runs(ISAS[isa]):
-        return None
-    return open_library(path)
-
-
-@cache
-def best() -> Isa | None:
-    """The fastest instruction set that can be used here."""
-    return next((isa for isa in ISAS if library(isa) is not None), None)
-
-
-def check(arithmetic: str) -> None:
-    """SettingError for a name that is none."""
-    if arithmetic not in ("auto", *PATHS):
-        raise SettingError(f"arithmetic must be auto, {', '.join(PATHS)}; got {arithmetic!r}.")
-
-
-def resolve(arithmetic: Arithmetic, isa: Isa) -> Literal["exact", "a16", "a8"]:
-    """What "auto" means: a16 where there are vectors for it, which are faster so and more exact than bfloat16."""
-    if arithmetic == "auto":
-        return "exact" if isa == "portable" else "a16"
-    check(arithmetic)
-    return arithmetic
-
-
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why the kernel cannot take such an input; None where it can."""
+    """Return the reason why the kernel cannot take an input of this device and dtype; None if it can."""
     if device.type != "cpu":
         return f"the C++ kernel runs on the CPU, not on {device.type}"
     if dtype not in DTYPES:
@@ -108,20 +58,6 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     if best() is None:
         return f"the C++ kernel is not there; {HOW}"
     return None
-
-
-def prepare(tiles: Tiles) -> Handle:
-    """Point at a weight: good while its tensors' ``addresses`` are the handle's. ValueError for one that is malformed."""
-    tiles.check()
-    shape, where = tiles.shape, addresses(tiles.codes, tiles.scales, tiles.zeros, tiles.order)
-    sizes = (shape.out, shape.columns, shape.positions, shape.groups, shape.span)
-    weight = _Weight(*(at or None for at in where), *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype])
-    return Handle(ctypes.pointer(weight), shape, where, (weight, tiles))
-
-
-def addresses(codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor) -> tuple[int, ...]:
-    """Where the four tensors of a weight lie; 0 for an empty one."""
-    return codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), order.data_ptr()
 
 
 def linear(
@@ -132,12 +68,27 @@ def linear(
     isa: Isa | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """``x @ W.T + bias``, (..., in) to (..., out) of the same dtype; ``supports`` must have said None.
+    """Compute ``x @ W.T + bias`` with the C++ kernel.
 
-    Arithmetic, with the error of one output for a row ``w`` of the weight: "exact" multiplies in float32; "a16" rounds
-    each run of 128 inputs (less where groups are smaller) to 16-bit integers, an error of at most max|x| / 65024 per
-    input of the run; "a8" each run of 32 inputs to 8 bits, max|x| / 254. A NaN or Inf makes its whole row NaN in the
-    last two. ``isa`` forces an instruction set, ``threads`` a number (torch's otherwise).
+    "exact" multiplies in float32. "a16" rounds each run of 128 inputs, or of a smaller group, to 16-bit integers: an error of
+    at most max|x| / 65024 per input of the run. "a8" rounds each run of 32 inputs to 8 bits: an error of at most
+    max|x| / 254. With both, a NaN or Inf makes its whole row NaN.
+
+    Args:
+        x: (..., in) float32, float16 or bfloat16, for which ``supports`` returns None.
+        handle: the weight (out, in), of ``prepare``.
+        bias: (out,).
+        arithmetic: "exact", "a16", "a8", or "auto" (``resolve``).
+        isa: instruction set; None: the fastest.
+        threads: number of threads; None: torch's.
+
+    Returns:
+        (..., out), of the dtype of ``x``.
+
+    Raises:
+        SettingError: the kernel for ``isa`` cannot run here, or ``arithmetic`` is unknown.
+        ValueError: ``x`` has another width than the weight.
+        MemoryError: the activations take too much memory.
     """
     isa = isa or best()
     kernel = None if isa is None else library(isa)
@@ -160,8 +111,76 @@ def linear(
     return y
 
 
+def prepare(tiles: Tiles) -> Handle:
+    """Make the handle of a weight, valid while ``addresses`` of its tensors do not change.
+
+    Raises:
+        ValueError: the tensors do not match the weight's shape.
+    """
+    tiles.check()
+    shape, where = tiles.shape, addresses(tiles.codes, tiles.scales, tiles.zeros, tiles.order)
+    sizes = (shape.out, shape.columns, shape.positions, shape.groups, shape.span)
+    weight = _Weight(*(at or None for at in where), *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype])
+    return Handle(ctypes.pointer(weight), shape, where, (weight, tiles))
+
+
+def addresses(codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor) -> tuple[int, ...]:
+    """Return the addresses of the four tensors of a weight; 0 for an empty one."""
+    return codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), order.data_ptr()
+
+
+def check(arithmetic: str) -> None:
+    """Raise SettingError for an unknown arithmetic."""
+    if arithmetic not in ("auto", *PATHS):
+        raise SettingError(f"arithmetic must be auto, {', '.join(PATHS)}; got {arithmetic!r}.")
+
+
+def resolve(arithmetic: Arithmetic, isa: Isa) -> Literal["exact", "a16", "a8"]:
+    """Return the meaning of an arithmetic. "auto" is "a16" with vector instructions: faster, and more exact than bfloat16."""
+    if arithmetic == "auto":
+        return "exact" if isa == "portable" else "a16"
+    check(arithmetic)
+    return arithmetic
+
+
+@cache
+def best() -> Isa | None:
+    """Return the fastest instruction set that can be used here; None if there is no kernel."""
+    return next((isa for isa in ISAS if library(isa) is not None), None)
+
+
+@cache
+def library(isa: Isa) -> ctypes.CDLL | None:
+    """Return the kernel for an instruction set; None if it was not built, or this machine cannot run it."""
+    portable, path = library_path("portable"), library_path(isa)
+    if portable is None or path is None or not open_library(portable).nearplane_runs(ISAS[isa]):
+        return None
+    return open_library(path)
+
+
+def library_path(isa: Isa) -> Path | None:
+    """Return the path of a library that the package's build made; None if it made none."""
+    paths = (Path(__file__).parent / f"_kernel_{isa}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Open a built kernel. NearplaneError for one that belongs to another version of this package."""
+    library = ctypes.CDLL(str(path))
+    if library.nearplane_abi() != ABI:
+        raise NearplaneError(f"{path} was built for another version of nearplane; {HOW}.")
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.nearplane_linear.argtypes = [
+        ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int,
+        ctypes.c_int,
+    ]  # fmt: skip
+    library.nearplane_read.argtypes = [pointer, number]
+    library.nearplane_read.restype = ctypes.c_uint64
+    return library
+
+
 def read_rate(megabytes: int = 400) -> float:
-    """GB/s of processor time at which one thread reads memory here: the floor that benchmarks divide by."""
+    """Measure GB/s of processor time at which one thread reads memory: the floor that benchmarks divide by."""
     isa = best()
     kernel = None if isa is None else library(isa)
     if kernel is None:

@@ -1,13 +1,12 @@
-"""How a quantized weight lies in memory while a model runs. Made when a checkpoint is loaded, never stored.
+"""Lay out a quantized weight in memory for the kernels. A layout is made when a checkpoint is loaded, and never stored.
 
-Decides the order of codes: tiles of 16 output channels, each a stream of blocks of 32 inputs. A block has 8 steps of 4
-inputs; a step is 64 bytes, 4 consecutive inputs of each of the 16 channels. Codes of ``b`` bits take ``b`` bits: a
-block is planes of 4, 2 and 1 bits, as ``b`` is written in binary (3 bits are a plane of two and a plane of one). A
-byte of a plane holds one field each of 2, 4 or 8 consecutive steps, the first in its lowest bits; 8-bit codes are bytes
-as they are.
+A tile is 16 output channels: a stream of blocks of 32 inputs. A block has 8 steps. A step is 64 codes: 4 consecutive inputs of
+each of the 16 channels. Codes of ``b`` bits take ``b`` bits: a block is split into planes of 4, 2 and 1 bits, the binary
+digits of ``b`` (3 bits: a plane of two and a plane of one). A byte of a plane holds the bits of 2, 4 or 8 consecutive steps,
+the first in its lowest bits. 8-bit codes are bytes.
 
-Groups begin at blocks: where a group's width is no multiple of 32, or groups are not contiguous columns (desc_act), the
-positions of the layout are the columns in another order, with gaps, and ``order`` says which.
+Groups begin at blocks. Groups of other widths than multiples of 32, or of scattered columns (desc_act), need gaps or another
+order of columns. Then a position is a column's place in the layout, and ``order`` holds the column of each position.
 """
 
 from dataclasses import dataclass, replace
@@ -19,26 +18,26 @@ from torch import Tensor
 from nearplane.core.errors import SettingError
 
 TILE, BLOCK, STEPS = 16, 32, 8
-# Planes of a width, and for each: steps that share a byte.
+# Planes of each number of bits, by their own bits. A byte of a plane holds 8 / plane steps.
 PLANES = {bits: tuple(p for p in (4, 2, 1) if bits & p) for bits in range(2, 8)} | {8: (8,)}
-# What scales may be stored as; kept as integers of the same bits, which a model's .to(dtype) leaves alone.
+# Dtypes of scales, which are kept as integers of the same bits: a model's .to(dtype) leaves integers alone.
 SCALE_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a layout's tensors do not say themselves."""
+    """Sizes of a weight that its tensors do not show."""
 
     out: int
     columns: int
     bits: int
     positions: int
-    """Columns with their gaps, a multiple of 32."""
+    """Columns and gaps, a multiple of 32."""
     span: int
-    """Positions of a group; the last group may have fewer."""
+    """Positions per group; the last group may have fewer."""
     groups: int
     zero: int
-    """The zero of every group, where ``zeros`` is empty."""
+    """The zero of every group, if ``zeros`` is empty."""
     scale_dtype: torch.dtype
 
     @property
@@ -49,19 +48,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One weight."""
+    """A packed weight."""
 
     shape: Shape
     codes: UInt8[Tensor, "tiles blocks bytes"]
     scales: Int[Tensor, "tiles groups 16"]
-    """Bits of floats of ``shape.scale_dtype``."""
+    """Scales, the bits of ``shape.scale_dtype``."""
     zeros: UInt8[Tensor, "tiles groups 16"]
-    """Empty where all are ``shape.zero``."""
+    """Zeros; empty if all are ``shape.zero``."""
     order: Int[Tensor, "positions"]
-    """Column at each position, -1 for none; empty where position and column are the same."""
+    """Column at each position, -1 for a gap; empty if column and position are the same."""
 
     def check(self) -> None:
-        """ValueError unless the tensors are what the shape says: a kernel reads memory by it."""
+        """Raise ValueError unless the tensors match the shape: a kernel addresses memory by the shape."""
         shape = self.shape
         per_group = (shape.tiles, shape.groups, TILE)
         wanted = {
@@ -73,22 +72,20 @@ class Tiles:
         for name, (dtype, sizes) in wanted.items():
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != dtype or tuple(tensor.shape) != sizes or not tensor.is_contiguous():
-                found = f"{list(tensor.shape)} of {tensor.dtype}" + (
-                    ", not contiguous" if not tensor.is_contiguous() else ""
-                )
-                raise ValueError(f"a packed weight's {name} must be {list(sizes)} of {dtype}; got {found}")
+                got = f"{list(tensor.shape)} of {tensor.dtype}" + ", not contiguous" * (not tensor.is_contiguous())
+                raise ValueError(f"a packed weight's {name} must be {list(sizes)} of {dtype}; got {got}")
         if self.order.numel() and not -1 <= int(self.order.min()) <= int(self.order.max()) < shape.columns:
             raise ValueError(f"a packed weight's order names columns outside 0 to {shape.columns - 1}")
 
     def rows(self, first: int, last: int) -> "Tiles":
-        """Tiles ``first`` to ``last`` only."""
+        """Slice tiles ``first`` to ``last``."""
         shape = replace(self.shape, out=min(self.shape.out, last * TILE) - first * TILE)
         zeros = self.zeros[first:last] if self.zeros.numel() else self.zeros
         return Tiles(shape, self.codes[first:last], self.scales[first:last], zeros, self.order)
 
     @property
     def nbytes(self) -> int:
-        """Memory of all four."""
+        """Size of all four tensors in bytes."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.order))
 
 
@@ -100,10 +97,18 @@ def tile(
     width: int,
     group: Int[Tensor, "in"] | None = None,
 ) -> Tiles:
-    """Lay out a weight whose groups have ``width`` columns (the last may have fewer).
+    """Lay out a weight.
 
-    ``group``: group of each column where they are not contiguous. Raises SettingError for widths or scales that have
-    no layout.
+    Args:
+        codes: codes of the weight.
+        scale: scale of each group, float32, float16 or bfloat16.
+        zero: zero of each group.
+        bits: bits of a code, 2 to 8.
+        width: columns per group; the last group may have fewer.
+        group: group of each column, if groups are not contiguous.
+
+    Raises:
+        SettingError: no layout for these bits or scales, or a group of more columns than ``width`` has room for.
     """
     if bits not in PLANES or scale.dtype not in SCALE_BITS:
         raise SettingError(f"{bits} bits with {scale.dtype} scales have no packed layout.")
@@ -117,9 +122,8 @@ def tile(
         codes = torch.where(order >= 0, codes[:, order.clamp_min(0)], 0)
     rows = -out % TILE
     codes = torch.nn.functional.pad(codes, (0, positions - codes.shape[1], 0, rows))
-    blocks = codes.view(-1, TILE, positions // BLOCK, STEPS, 4).permute(
-        0, 2, 3, 1, 4
-    )  # tile, block, step, channel, input
+    # tile, block, step, channel, input
+    blocks = codes.view(-1, TILE, positions // BLOCK, STEPS, 4).permute(0, 2, 3, 1, 4)
     same = bool((zero == zero[0, 0]).all())
 
     def per_group(value: Tensor) -> Tensor:
@@ -135,41 +139,8 @@ def tile(
     )
 
 
-def _order(columns: int, width: int, group: Tensor | None) -> Int[Tensor, "positions"]:
-    """Column at each position."""
-    contiguous = torch.arange(columns) // width
-    group = contiguous if group is None else group
-    parts = []
-    for g in range(int(contiguous[-1]) + 1):
-        members = (group == g).nonzero()[:, 0]
-        if len(members) > -(-width // BLOCK) * BLOCK:
-            raise SettingError(
-                f"group {g} has {len(members)} columns, and there is room for {-(-width // BLOCK) * BLOCK}."
-            )
-        last = g == int(contiguous[-1])
-        room = -(-(len(members) if last else width) // BLOCK) * BLOCK
-        parts.append(torch.nn.functional.pad(members, (0, room - len(members)), value=-1))
-    return torch.cat(parts)
-
-
-def _pack(codes: UInt8[Tensor, "tiles blocks 8 64"], bits: int) -> UInt8[Tensor, "tiles blocks bytes"]:
-    """The planes of every block."""
-    if bits == 8:
-        return codes.flatten(2).contiguous()
-    parts, done = [], 0
-    for plane in PLANES[bits]:
-        shared = 8 // plane
-        field = (codes >> done & (1 << plane) - 1).view(*codes.shape[:2], STEPS // shared, shared, 64)
-        byte = field[:, :, :, 0].clone()
-        for i in range(1, shared):
-            byte |= field[:, :, :, i] << i * plane
-        parts.append(byte.flatten(2))
-        done += plane
-    return torch.cat(parts, 2)
-
-
 def codes_of(tiles: Tiles) -> UInt8[Tensor, "rows positions"]:
-    """Codes by channel (padded to 16) and position: the inverse of the packing."""
+    """Unpack the codes by channel (padded to 16) and position."""
     shape, packed = tiles.shape, tiles.codes
     blocks = shape.positions // BLOCK
     if shape.bits == 8:
@@ -187,7 +158,7 @@ def codes_of(tiles: Tiles) -> UInt8[Tensor, "rows positions"]:
 
 
 def dequantize(tiles: Tiles) -> Float[Tensor, "out in"]:
-    """The weight in float32: ``scale * (code - zero)``, exact for 16-bit scales."""
+    """Compute ``scale * (code - zero)`` in float32, exact for 16-bit scales."""
     shape = tiles.shape
     group = torch.arange(shape.positions, device=tiles.codes.device) // shape.span
 
@@ -203,3 +174,36 @@ def dequantize(tiles: Tiles) -> Float[Tensor, "out in"]:
     result = weight.new_empty(shape.out, shape.columns)
     result[:, tiles.order[used].long()] = weight[:, used]
     return result
+
+
+def _order(columns: int, width: int, group: Tensor | None) -> Int[Tensor, "positions"]:
+    """Return the column at each position, -1 for gaps."""
+    contiguous = torch.arange(columns) // width
+    group = contiguous if group is None else group
+    parts = []
+    for g in range(int(contiguous[-1]) + 1):
+        members = (group == g).nonzero()[:, 0]
+        if len(members) > -(-width // BLOCK) * BLOCK:
+            raise SettingError(
+                f"group {g} has {len(members)} columns, and there is room for {-(-width // BLOCK) * BLOCK}."
+            )
+        last = g == int(contiguous[-1])
+        room = -(-(len(members) if last else width) // BLOCK) * BLOCK
+        parts.append(torch.nn.functional.pad(members, (0, room - len(members)), value=-1))
+    return torch.cat(parts)
+
+
+def _pack(codes: UInt8[Tensor, "tiles blocks 8 64"], bits: int) -> UInt8[Tensor, "tiles blocks bytes"]:
+    """Pack every block into planes."""
+    if bits == 8:
+        return codes.flatten(2).contiguous()
+    parts, done = [], 0
+    for plane in PLANES[bits]:
+        shared = 8 // plane
+        field = (codes >> done & (1 << plane) - 1).view(*codes.shape[:2], STEPS // shared, shared, 64)
+        byte = field[:, :, :, 0].clone()
+        for i in range(1, shared):
+            byte |= field[:, :, :, i] << i * plane
+        parts.append(byte.flatten(2))
+        done += plane
+    return torch.cat(parts, 2)

@@ -1,4 +1,9 @@
-"""A linear layer whose weight stays packed. Picks a kernel for the input it is given, and says why."""
+"""Run linear layers whose weights stay packed.
+
+``QuantizedLinear`` chooses a kernel for each input: C++ on a CPU, Triton on a GPU, else plain torch; ``why`` gives the reasons.
+The operator ``nearplane::linear`` makes the product opaque to compilers and tracers, and differentiable with respect to the
+input. ``quantize_head`` quantizes an output head when a model is loaded.
+"""
 
 from typing import Any, cast
 
@@ -14,13 +19,15 @@ from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import Shape, Tiles, dequantize, tile
 
 TENSORS = ("codes", "scales", "zeros", "order")
+SCALES = (torch.float32, torch.float16, torch.bfloat16)  # by their number among the operator's arguments
+GROUP = 64  # columns per group of an output head
 
 
 class QuantizedLinear(nn.Module):
-    """``y = x W^T + bias``; takes the place of a ``Linear``, or of GPT-2's ``Conv1D``.
+    """A linear layer ``y = x W^T + bias`` with a packed weight, which replaces a ``Linear`` or GPT-2's ``Conv1D``.
 
-    Its four integer tensors (``Tiles``) are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work, and
-    ``.to(dtype)`` leaves them alone. Inputs and outputs are float32, float16, bfloat16 or float64.
+    The four integer tensors of the weight (``Tiles``) are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work.
+    ``.to(dtype)`` leaves integers alone. Inputs and outputs are float32, float16, bfloat16 or float64.
     """
 
     codes: Tensor
@@ -29,7 +36,13 @@ class QuantizedLinear(nn.Module):
     order: Tensor
 
     def __init__(self, tiles: Tiles, bias: Tensor | None = None, arithmetic: Arithmetic = "auto") -> None:
-        """``bias``: (out,). ``arithmetic``: how the CPU kernel multiplies (``cpu.linear``)."""
+        """Take over a packed weight.
+
+        Args:
+            tiles: the weight.
+            bias: (out,).
+            arithmetic: how the C++ kernel multiplies (``cpu.linear``).
+        """
         super().__init__()
         self.shape = tiles.shape
         self.in_features, self.out_features = tiles.shape.columns, tiles.shape.out
@@ -37,39 +50,36 @@ class QuantizedLinear(nn.Module):
         for name in TENSORS:
             self.register_buffer(name, getattr(tiles, name))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.activations: TokenGrid | None = None  # how inputs are rounded before they are multiplied
+        self.activations: TokenGrid | None = None  # grid that rounds inputs per token
         self._handle: cpu.Handle | None = None
 
     @property
     def tiles(self) -> Tiles:
-        """The weight."""
+        """The packed weight."""
         return Tiles(self.shape, self.codes, self.scales, self.zeros, self.order)
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype for code that asks for them: on the meta device, without values. ``dequantized`` has those."""
+        """A tensor without values on the meta device, for code that reads shape and dtype of a weight."""
         dtype = self.shape.scale_dtype if self.bias is None else self.bias.dtype
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
 
     def dequantized(self) -> Float[Tensor, "out in"]:
-        """The weight in float32."""
+        """Return the weight in float32."""
         return dequantize(self.tiles)
 
     def why(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
-        """Which kernel an input would get, and the reasons against the ones before it."""
+        """Name the kernel for an input, or the reasons against every kernel."""
         device = device or self.codes.device
         reasons = {"C++": cpu.supports(device, dtype), "Triton": triton.supports(self.shape, device, dtype)}
         for name, reason in reasons.items():
             if reason is None:
-                detail = (
-                    f" ({cpu.best()}, {cpu.resolve(self.arithmetic, cpu.best() or 'portable')})"
-                    if name == "C++"
-                    else ""
-                )
-                return name + detail
+                isa = cpu.best() or "portable"
+                return f"{name} ({isa}, {cpu.resolve(self.arithmetic, isa)})" if name == "C++" else name
         return "plain torch: " + "; ".join(reason for reason in reasons.values() if reason)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Compute ``x W^T + bias`` in the dtype of ``x``."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point() or x.layout != torch.strided:
             raise ValueError(f"expected (..., {self.in_features}) floats, got {list(x.shape)} of {x.dtype}")
         if self.activations is not None:
@@ -77,8 +87,8 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
             described = _described(self.shape)
             return cast(Tensor, torch.ops.nearplane.linear(x, *self._parts(), self.bias, *described, self.arithmetic))
-        held = self._buffers  # a module's attributes are slow to look up, next to a small layer's product
-        codes, scales, zeros, order = held["codes"], held["scales"], held["zeros"], held["order"]
+        buffers = self._buffers  # a module's attributes are slow to look up, next to a small layer's product
+        codes, scales, zeros, order = buffers["codes"], buffers["scales"], buffers["zeros"], buffers["order"]
         if x.device != codes.device:  # type: ignore[union-attr]
             raise ValueError(f"input on {x.device}, weight on {self.codes.device}")
         if cpu.supports(x.device, x.dtype) is not None:
@@ -89,25 +99,24 @@ class QuantizedLinear(nn.Module):
             or handle.addresses != cpu.addresses(codes, scales, zeros, order)  # type: ignore[arg-type]
             or handle.shape is not self.shape
         ):
-            handle = self._handle = cpu.prepare(
-                self.tiles
-            )  # at first, and when the tensors have been replaced or moved
+            handle = self._handle = cpu.prepare(self.tiles)  # new, or its tensors were replaced or moved
         return cpu.linear(x, handle, self.bias, self.arithmetic)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.codes, self.scales, self.zeros, self.order
 
     def get_extra_state(self) -> Tensor:
-        """The shape, which the four tensors do not tell, as numbers."""
+        """Return the shape as numbers, which the four tensors do not show."""
         sizes, scale_dtype = _described(self.shape)
         return torch.tensor([*sizes, scale_dtype])
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Restore the shape."""
         *sizes, scale_dtype = state.tolist()
         self.shape = _shape(sizes, scale_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}  # addresses are this process's
+        return {**self.__dict__, "_handle": None}  # addresses are valid in this process only
 
     def extra_repr(self) -> str:
         return (
@@ -116,8 +125,49 @@ class QuantizedLinear(nn.Module):
         )
 
 
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return every packed linear of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
+    """Set how the C++ kernel multiplies in every packed linear. SettingError for an unknown arithmetic."""
+    cpu.check(arithmetic)
+    for module in quantized_linears(model).values():
+        module.arithmetic = arithmetic
+
+
+def quantize_head(model: nn.Module, bits: int) -> None:
+    """Quantize the output head of a model to nearest, symmetric, in groups of 64, in place.
+
+    Args:
+        model: the loaded model.
+        bits: bits of a code.
+
+    Raises:
+        SettingError: the model has no output head that is a dense ``nn.Linear``.
+    """
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    if not isinstance(head, nn.Linear):
+        raise SettingError(f"{type(model).__name__} has no dense output head to round to {bits} bits.")
+    grid = Grid(bits=bits, group_size=GROUP, sym=True, fit="minmax", scale_dtype="float16")
+    codes, scales, zeros = [], [], []
+    for rows in torch.split(head.weight.detach(), 4096):  # no float32 copy of the whole head
+        weight = rows.float()
+        scale, zero = fit_groups(weight, grid)
+        s, z = (by_column(part, grid, weight.shape[1]) for part in (scale, zero))
+        codes.append(encode(weight, s, z, grid).to(torch.uint8))
+        scales.append(scale.half())
+        zeros.append(zero.to(torch.uint8))
+    width = grid.group_width(head.in_features)
+    tiles = tile(torch.cat(codes), torch.cat(scales), torch.cat(zeros), grid.storage_bits, width)
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, QuantizedLinear(tiles, head.bias))
+
+
 def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor:
-    """By the first kernel that supports the input, else by the plain path."""
+    """Multiply with the first kernel that supports the input, else with plain torch."""
     if cpu.supports(x.device, x.dtype) is None:
         return cpu.linear(x, cpu.prepare(tiles), bias, arithmetic)
     if triton.supports(tiles.shape, x.device, x.dtype) is None:
@@ -125,16 +175,14 @@ def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) ->
     return reference.linear(x, tiles, bias)
 
 
-SCALES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 def _described(shape: Shape) -> tuple[list[int], int]:
-    """A shape as an operator's arguments."""
+    """Return a shape as arguments of the operator."""
     sizes = [shape.out, shape.columns, shape.bits, shape.positions, shape.span, shape.groups, shape.zero]
     return sizes, SCALES.index(shape.scale_dtype)
 
 
 def _shape(sizes: list[int], scale_dtype: int) -> Shape:
+    """Return the shape of an operator's arguments."""
     out, columns, bits, positions, span, groups, zero = sizes
     return Shape(out, columns, bits, positions, span, groups, zero, SCALES[scale_dtype])
 
@@ -144,7 +192,7 @@ def _linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor, bias: Tensor | None, sizes: list[int],
     scale_dtype: int, arithmetic: str,
 ) -> Tensor:  # fmt: skip
-    """The same as an operator, opaque to compilers and tracers."""
+    """Multiply, as an operator that is opaque to compilers and tracers."""
     tiles = Tiles(_shape(sizes, scale_dtype), codes, scales, zeros, order)
     tiles.check()
     if x.shape[-1:] != (tiles.shape.columns,) or x.device != codes.device:
@@ -166,46 +214,10 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """To the input only: codes have no gradient, and a bias that learns beside them is nobody's."""
+    """Return the gradient of the input. Codes have none, and a bias is not trained."""
     tiles = Tiles(_shape(*ctx.described), *ctx.saved_tensors)
     back = gradient.float() @ dequantize(tiles).to(gradient.device)
     return back.to(ctx.dtype), *[None] * 8
 
 
 _linear.register_autograd(_backward, setup_context=_remember)
-
-
-def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Every packed linear of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-
-
-def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
-    """Choose how every packed linear of a model multiplies. SettingError for a name that is none."""
-    cpu.check(arithmetic)
-    for module in quantized_linears(model).values():
-        module.arithmetic = arithmetic
-
-
-GROUP = 64
-
-
-def quantize_head(model: nn.Module, bits: int) -> None:
-    """Round the output head to nearest, symmetric, in groups of 64. SettingError where the model has none that is dense."""
-    find: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = find()
-    if not isinstance(head, nn.Linear):
-        raise SettingError(f"{type(model).__name__} has no dense output head to round to {bits} bits.")
-    grid = Grid(bits=bits, group_size=GROUP, sym=True, fit="minmax", scale_dtype="float16")
-    codes, scales, zeros = [], [], []
-    for rows in torch.split(head.weight.detach(), 4096):  # a head is large, and its float32 copy need not be
-        weight = rows.float()
-        scale, zero = fit_groups(weight, grid)
-        s, z = (by_column(part, grid, weight.shape[1]) for part in (scale, zero))
-        codes.append(encode(weight, s, z, grid).to(torch.uint8))
-        scales.append(scale.half())
-        zeros.append(zero.to(torch.uint8))
-    width = grid.group_width(head.in_features)
-    tiles = tile(torch.cat(codes), torch.cat(scales), torch.cat(zeros), grid.storage_bits, width)
-    name = next(name for name, module in model.named_modules() if module is head)
-    model.set_submodule(name, QuantizedLinear(tiles, head.bias))

@@ -1,6 +1,6 @@
-"""The plain path: dequantize some rows of the weight, multiply, go on. Works wherever torch does.
+"""Multiply with a packed weight in plain torch: dequantize some rows of the weight, multiply, go on.
 
-What every kernel is tested against, and what runs where none can: on a machine without a compiler, in float64, under
+Every kernel is tested against this path. It runs where no kernel can: on a machine without a compiler, in float64, under
 autograd.
 """
 
@@ -11,14 +11,14 @@ from torch.nn import functional
 
 from nearplane.runtime.layout import TILE, Tiles, dequantize
 
-# Rows are dequantized in parts of about this many weights, 16 MiB in float32.
+# Weights that are dequantized at a time, 16 MiB in float32.
 PART = 1 << 22
 
 
 def linear(
     x: Float[Tensor, "*batch in"], tiles: Tiles, bias: Float[Tensor, "out"] | None
 ) -> Float[Tensor, "*batch out"]:
-    """``x @ W.T + bias`` in the dtype of ``x``; computed in float32, in float64 where ``x`` is."""
+    """Compute ``x @ W.T + bias`` in float32, or float64 if ``x`` is; return the dtype of ``x``."""
     shape = tiles.shape
     work = torch.promote_types(x.dtype, torch.float32)
     step = max(1, PART // (shape.positions * TILE))

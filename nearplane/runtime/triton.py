@@ -1,7 +1,7 @@
-"""The Triton kernel for CUDA devices: when it can be used, and its launch. The kernel itself is triton_kernel.py, which
-is imported on the first call, since Triton is optional (a CUDA build of torch brings it).
+"""Decide whether the Triton kernel can run, and run it on CUDA devices.
 
-Tested with Triton's interpreter on a CPU, which is exact about what is computed and says nothing about speed.
+The kernel is in triton_kernel.py, which is imported at the first call because Triton is optional (CUDA builds of torch bring
+it). Tests on a CPU use Triton's interpreter, which shows what is computed but not how fast.
 """
 
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def supports(shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why the kernel cannot take such a weight or input; None where it can."""
+    """Return the reason why the kernel cannot take such a weight or input; None if it can."""
     if device.type != "cuda":
         return f"the Triton kernel runs on CUDA, not on {device.type}"
     if shape.bits not in BITS:
@@ -29,7 +29,7 @@ def supports(shape: Shape, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias``, (..., in) to (..., out) of the same dtype; products are summed in float32."""
+    """Compute ``x @ W.T + bias``, (..., in) to (..., out) of the same dtype; products are summed in float32."""
     from nearplane.runtime.triton_kernel import launch
 
     flat = x.reshape(-1, tiles.shape.columns)

@@ -1,7 +1,8 @@
-"""y = x W^T + bias with W packed, in Triton. Reads the layout of layout.py.
+"""Compute y = x W^T + bias with a packed W, in Triton. The layout is that of layout.py.
 
-Few rows: one program makes a (rows, channels) piece of y from a share of the inputs, as one program alone would leave
-most of the chip idle; the shares are added up after. Many rows: the weight is unpacked once, for a dense product.
+Few rows: inputs are split into shares, because programs for whole outputs would leave most of the GPU idle. One program
+computes a (rows, channels) piece of y from one share, and the shares are summed. Many rows: the weight is unpacked once, for
+a dense product.
 """
 
 import torch
@@ -12,19 +13,19 @@ from torch.nn import functional
 
 from nearplane.runtime.layout import Tiles
 
-ROWS = 16  # the least that tl.dot takes
-# Of a program: output channels, blocks of 32 inputs that it reads at a time, warps. The best of 27 on an H200.
+ROWS = 16  # the least number of rows for tl.dot
+# Of one program: output channels, blocks of 32 inputs per step, warps. The best of 27 choices on an H200.
 CHANNELS, BLOCKS, WARPS = 16, 1, 1
-# Programs that keep a large GPU busy; shares of the inputs are made until there are so many.
+# Programs that keep a large GPU busy. Inputs are split until there are so many programs.
 PROGRAMS = 1024
-UNPACKED = 32  # output channels of a program that unpacks
-# From so many rows on, unpacking the weight costs less than reading its codes again for every 16 rows.
+UNPACKED = 32  # output channels per program of ``unpack``
+# From this many rows on, unpacking the weight costs less than reading its codes again for every 16 rows.
 MANY = 64
 
 
 @triton.jit
 def codes_of(tile, b, lane, k, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(inputs, channels): the codes at position ``k`` of block ``b``; ``tile`` points to the first byte of a channel's tile."""
+    """Load the codes (inputs, channels) at positions ``k`` of block ``b``. ``tile`` points to the channels' tiles."""
     block, step, byte = tile + b * (64 * BITS), k // 4, lane * 4 + k % 4
     if BITS == 8:
         return tl.load(block + step * 64 + byte).to(tl.int32)
@@ -45,7 +46,7 @@ def weight_of(  # type: ignore[no-untyped-def]
     codes, scales, zeros, first, channel, out, blocks, span, groups, zero,
     BITS: tl.constexpr, ZEROS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """(inputs, channels) in float32: BLOCKS blocks from ``first`` on; past the last, whatever the last one holds."""
+    """Load the weight (inputs, channels) of BLOCKS blocks from ``first`` on, float32; the last block repeats past the end."""
     position = tl.arange(0, 32 * BLOCKS)
     b = tl.minimum(first + position // 32, blocks - 1)
     tile, lane = tl.where(channel < out, channel // 16, 0).to(tl.int64), channel % 16
@@ -63,6 +64,7 @@ def multiply(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr, ZEROS: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Compute a (ROWS, CHANNELS) piece of ``y`` from one share of the inputs."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     start = tl.program_id(2) * share
@@ -74,7 +76,7 @@ def multiply(  # type: ignore[no-untyped-def]
         column = tl.load(order + position, mask=real, other=-1) if ORDER else position
         known = (row < rows)[:, None] & (real & (column >= 0) & (column < columns))[None, :]
         part = tl.load(x + row[:, None].to(tl.int64) * columns + column[None, :], mask=known, other=0.0)
-        # tf32 (11 bits) holds a float16 or bfloat16 activation exactly, and rounds the weight as those would
+        # tf32 (11 bits) holds float16 and bfloat16 activations exactly, and rounds the weight as their dtypes would
         total += tl.dot(part.to(tl.float32), weight, input_precision=PRECISION)
     inside = channel < out
     if BIAS:
@@ -89,7 +91,7 @@ def unpack(  # type: ignore[no-untyped-def]
     codes, scales, zeros, order, weight, out, columns, blocks, span, groups, zero,
     BITS: tl.constexpr, ZEROS: tl.constexpr, ORDER: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``weight``: (out, columns). A program writes one block of some channels."""
+    """Write one block of some channels into ``weight`` (out, columns)."""
     channel, b = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
     value = weight_of(codes, scales, zeros, b, channel, out, blocks, span, groups, zero, BITS, ZEROS, 1)
     position = b * 32 + tl.arange(0, 32)
@@ -103,7 +105,7 @@ def unpack(  # type: ignore[no-untyped-def]
 
 
 def launch(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
-    """``x``: (rows, in), contiguous."""
+    """Compute ``x @ W.T + bias`` for a contiguous ``x`` of shape (rows, in), in the dtype of ``x``."""
     shape, rows = tiles.shape, x.shape[0]
     if rows == 0:
         return torch.empty(0, shape.out, dtype=x.dtype, device=x.device)
@@ -128,7 +130,7 @@ def launch(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
 
 
 def dense(tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """(out, in): the weight, rounded to ``dtype``."""
+    """Unpack the weight (out, in), rounded to ``dtype``."""
     shape = tiles.shape
     weight = torch.empty(shape.out, shape.columns, dtype=dtype, device=tiles.codes.device)
     with torch.cuda.device(weight.device if weight.is_cuda else -1):

@@ -1,13 +1,13 @@
-"""Rotations: orthogonal matrices that spread every direction evenly, of any order, and fast to apply.
+"""Make rotations of any order: orthogonal matrices that spread every direction evenly and are fast to apply.
 
-A rotation is ``diag(±1) · (S ⊗ C) · diag(±1)``: S is Sylvester's Hadamard matrix of order 2ᵏ, applied by k butterflies, and
-C a small dense core. The core is a Hadamard matrix as well where Paley's two constructions give one (12, 20, 28, 36, ...:
-576 = 16 · 36), so that all entries of the whole are ±1/√n; else it is a random orthogonal matrix of the odd factor, and
-where the power of two is too small to help, of the whole order. Nothing is tabulated: Paley's matrices are made from the
-quadratic character of a finite field. Signs and random matrices follow from a seed.
+A rotation is ``diag(±1) · (S ⊗ C) · diag(±1)``. S is Sylvester's Hadamard matrix of order 2ᵏ, applied by k butterflies. C is a
+small dense core: a Hadamard matrix if one of Paley's two constructions gives its order (12, 20, 28, 36, ...: 576 = 16 · 36).
+Then all entries of the rotation are ±1/√n. Otherwise C is a random orthogonal matrix of the odd factor of n, or of order n
+next to a small power of two. Nothing is tabulated: Paley's matrices follow from the quadratic character of a finite field.
+Signs and random matrices follow from a seed.
 
-A rotation that a runtime applies to activations is made without a random number generator (``online``): what is stored of
-it is the seed, and a checkpoint must mean the same with any release of torch.
+``online`` makes the rotations that a runtime applies to activations, without a random number generator. A checkpoint stores
+only their seed, which must give the same signs with any release of torch.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ LEAST_POWER = 8
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal matrix R of order n, in float64, kept by its parts."""
+    """An orthogonal matrix R of order n, float64, stored as factors."""
 
     left: Float[Tensor, "n"]
     power: int
     core: Float[Tensor, "m m"]
     right: Float[Tensor, "n"]
-    flat: bool  # all entries are ±1/√n, but for the mirror's share
-    mirror: Float[Tensor, "n"] | None = None  # a unit vector v: I - 2 v vᵀ comes last
+    flat: bool  # all entries are ±1/√n, up to the mirror
+    mirror: Float[Tensor, "n"] | None = None  # a unit vector v; I - 2 v vᵀ is the last factor
 
     @property
     def order(self) -> int:
-        """n."""
+        """The order n."""
         return len(self.left)
 
     def apply(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-        """``x R``, in the dtype and on the device of x."""
+        """Compute ``x R`` in the dtype and on the device of ``x``."""
         left, core, right = (part.to(x) for part in (self.left, self.core, self.right))
         parts = (x * left).reshape(*x.shape[:-1], self.power, len(core)) @ core
         y = butterflies(parts).flatten(-2) * right
@@ -51,13 +51,13 @@ class Rotation:
 
     @property
     def inverse(self) -> "Rotation":
-        """Rᵀ, of a rotation without a mirror."""
+        """The inverse Rᵀ of a rotation without a mirror."""
         assert self.mirror is None
         return replace(self, left=self.right, core=self.core.T, right=self.left)
 
     @property
     def matrix(self) -> Float[Tensor, "n n"]:
-        """R itself."""
+        """The dense matrix R."""
         return self.apply(torch.eye(self.order, dtype=torch.float64))
 
     def __str__(self) -> str:
@@ -68,7 +68,13 @@ class Rotation:
 
 
 def rotation(n: int, seed: int, *, keeps_mean: bool = False) -> Rotation:
-    """A random rotation of order n. With ``keeps_mean`` the vector of ones stays where it is: ``R 1 = 1``."""
+    """Make a random rotation.
+
+    Args:
+        n: its order.
+        seed: seed of its signs, and of its core if that is random.
+        keeps_mean: keep the vector of ones where it is, ``R 1 = 1``, so that R commutes with subtracting a mean.
+    """
     generator = torch.Generator().manual_seed(seed)
     power, core = _hadamard_core(n)
     flat = core is not None
@@ -81,14 +87,17 @@ def rotation(n: int, seed: int, *, keeps_mean: bool = False) -> Rotation:
         return plain
     # R = R₀ M with the mirror M that exchanges 1 and R₀ᵀ 1: then R 1 = R₀ R₀ᵀ 1 = 1.
     ones = torch.ones(n, dtype=torch.float64)
-    between = ones - plain.apply(ones)
-    length = float(between.norm())
-    return Rotation(left, power, core, right, flat, between / length) if length > 1e-9 else plain
+    difference = ones - plain.apply(ones)
+    length = float(difference.norm())
+    return Rotation(left, power, core, right, flat, difference / length) if length > 1e-9 else plain
 
 
 def online(n: int, seed: int) -> Rotation:
-    """The rotation of order n for activations: signs, then S ⊗ C. The signs are the bits of SHAKE-256 of "nearplane", n and
-    the seed, lowest first; C is a Hadamard matrix as above, or where there is none Hartley's, cos + sin of 2πij/m."""
+    """Make the rotation of activations of width n: signs, then S ⊗ C.
+
+    The signs are the bits, lowest first, of SHAKE-256 of the text "nearplane n seed". C is Paley's Hadamard matrix, or where
+    there is none, Hartley's matrix ``(cos + sin)(2πij/m) / √m``.
+    """
     power, core = _hadamard_core(n)
     flat = core is not None
     if core is None:
@@ -101,18 +110,18 @@ def online(n: int, seed: int) -> Rotation:
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"] | None:
-    """A matrix of ±1 whose rows are orthogonal, of order n; None where Sylvester and Paley give none."""
+    """Return a Hadamard matrix of ±1 of order n; None if Sylvester and Paley give none."""
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
-    found = _paley(n)
-    if found is None and n % 2 == 0:
+    matrix = _paley(n)
+    if matrix is None and n % 2 == 0:
         half = hadamard(n // 2)
-        found = None if half is None else torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).to(half), half)
-    return found
+        matrix = None if half is None else torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).to(half), half)
+    return matrix
 
 
 def butterflies(x: Float[Tensor, "*rows p m"]) -> Float[Tensor, "*rows p m"]:
-    """The Sylvester matrix of order p, divided by √p, applied to the last axis but one."""
+    """Multiply the last axis but one by Sylvester's matrix of order p, divided by √p."""
     *rows, p, m = x.shape
     half = 1
     while half < p:
@@ -123,8 +132,10 @@ def butterflies(x: Float[Tensor, "*rows p m"]) -> Float[Tensor, "*rows p m"]:
 
 
 def _hadamard_core(n: int) -> tuple[int, Float[Tensor, "m m"] | None]:
-    """(p, C): the largest power of two p in n beside which Paley has a Hadamard matrix of order n / p, and that, over √(n / p);
-    None where there is none."""
+    """Find a Hadamard matrix C of order n / p, for the largest power of two p in n that allows one.
+
+    Returns p, and C over the root of its order. C is Paley's, or 1 for a power of two. If there is no C, returns (1, None).
+    """
     power = n & -n
     if power == n:
         return n, torch.ones(1, 1, dtype=torch.float64)
@@ -137,18 +148,19 @@ def _hadamard_core(n: int) -> tuple[int, Float[Tensor, "m m"] | None]:
 
 
 def _signs(n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
+    """Draw n signs of ±1."""
     return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
 
 
 def _random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
-    """Uniform over all of them: QR of a Gaussian matrix, its signs settled by R's diagonal."""
+    """Draw a uniformly random orthogonal matrix: Q of a Gaussian matrix, with the signs of R's diagonal."""
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     result: Tensor = q * r.diagonal().sign()
     return result
 
 
 def _paley(n: int) -> Float[Tensor, "n n"] | None:
-    """Paley's Hadamard matrices: order q + 1 for a prime power q ≡ 3 (mod 4), 2 (q + 1) for q ≡ 1 (Paley 1933)."""
+    """Return Paley's Hadamard matrix: order q + 1 for a prime power q ≡ 3 (mod 4), 2 (q + 1) for q ≡ 1 (Paley 1933)."""
     if n % 4:
         return None
     first, second = _prime_power(n - 1), _prime_power(n // 2 - 1)
@@ -161,7 +173,7 @@ def _paley(n: int) -> Float[Tensor, "n n"] | None:
 
 
 def _bordered(p: int, k: int) -> Float[Tensor, "n n"]:
-    """The conference matrix of GF(q), q = pᵏ: χ(a - b) for all pairs of elements, bordered by ±1; diagonal zero."""
+    """Return the conference matrix of GF(q), q = pᵏ: χ(a - b) for all pairs, bordered by ±1, zero on the diagonal."""
     q = p**k
     digits = torch.arange(q)[:, None] // p ** torch.arange(k) % p
     difference = ((digits[:, None] - digits) % p * p ** torch.arange(k)).sum(-1)
@@ -173,9 +185,11 @@ def _bordered(p: int, k: int) -> Float[Tensor, "n n"]:
 
 
 def _character(p: int, k: int) -> Shaped[Tensor, "q"]:
-    """χ of every element of GF(pᵏ), an element being the polynomial whose coefficients are the digits of its number in
-    base p: 0 of 0, 1 of squares, -1 of the rest. Squares are the even powers of x, modulo a polynomial that makes x
-    primitive: the first that does is taken."""
+    """Return χ of every element of GF(pᵏ): 0 for 0, 1 for squares, -1 for the rest.
+
+    The base-p digits of an element's number are the coefficients of a polynomial. Squares are the even powers of x, modulo the
+    first polynomial that makes x primitive.
+    """
     q = p**k
     for tail in product(range(p), repeat=k):  # x^k = tail[0] + tail[1] x + ...
         powers, element = list[tuple[int, ...]](), (1, *(0,) * (k - 1))
@@ -191,7 +205,7 @@ def _character(p: int, k: int) -> Shaped[Tensor, "q"]:
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = pᵏ and p an odd prime."""
+    """Return (p, k) with q = pᵏ for an odd prime p; None for any other q."""
     p = next((d for d in range(3, int(sqrt(max(q, 0))) + 1, 2) if q % d == 0), q)
     if q < 3 or q % 2 == 0:
         return None

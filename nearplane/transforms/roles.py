@@ -1,10 +1,10 @@
-"""What a rotation has to know of a model: which tensors make up the residual stream, and who reads and writes it.
+"""Find the roles that a rotation needs: which tensors make up the residual stream, and which modules read and write it.
 
-Nothing is listed by model: one forward over a few tokens is watched, block by block, and every claim is checked by values.
-The stream enters the first block as a weighted sum of embedding rows; a linear writes to it if the stream further on is a
-weighted sum of the stream before and outputs of linears; a norm reads it; linears read the norm. Whose columns are
-attention heads is found at the first token, which attends to itself alone: what goes into the output projection there
-*is* the value projection's output, head by head. Whatever does not fit is a SettingError that says what.
+No model is listed. One forward over a few tokens is recorded block by block, and every role is proved by values. The stream
+enters the first block as a weighted sum of embedding rows. A linear writes to the stream if the stream later on is a
+weighted sum of the stream before and linears' outputs. Norms read the stream, and linears read norms. The first token
+attends to itself alone: there the output projection's input is the value projection's output, head by head. A model that
+fits no such description is refused with the reason.
 """
 
 from dataclasses import dataclass, field
@@ -37,18 +37,18 @@ TOKENS = 16
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm that reads the stream: ``u ∘ s + b``, u being x over its size, s and b its own parameters."""
+    """A norm of the stream: ``u ∘ s + b`` with x's direction u, and a scale s and a shift b of its own."""
 
     name: str
     weight: bool
     bias: bool
-    unit: float  # the value of its weight at which s = 1: 1, or 0 where s = 1 + weight
-    centred: bool  # u is of x less its mean: a LayerNorm
+    unit: float  # the weight at which s = 1: 1, or 0 if s = 1 + weight
+    centred: bool  # x is centred before: a LayerNorm
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A linear whose columns are attention heads, and where each head's values come from: (linear, its first row)."""
+    """Where the columns of an output projection come from, head by head: (linear, first row) of each head's values."""
 
     width: int
     sources: tuple[tuple[str, int], ...]
@@ -56,31 +56,48 @@ class Heads:
 
 @dataclass
 class Anatomy:
-    """Who touches the residual stream of ``width``, by module names."""
+    """Modules that touch the residual stream of ``width``, by name."""
 
     width: int
     embeddings: list[str] = field(default_factory=list)
     norms: dict[str, Norm] = field(default_factory=dict)
-    reads: dict[str, str] = field(default_factory=dict)  # a linear -> the norm it reads, the output head among them
-    writes: list[str] = field(default_factory=list)  # linears whose outputs are added to the stream
-    heads: dict[str, Heads] = field(default_factory=dict)  # by linear, one a block
+    reads: dict[str, str] = field(default_factory=dict)  # linear, or output head -> the norm that it reads
+    writes: list[str] = field(default_factory=list)  # linears that add to the stream
+    heads: dict[str, Heads] = field(default_factory=dict)  # by output projection, one a block
 
 
-def probe_tokens(source: Source) -> Tensor:
-    """The tokens that are watched, seeded."""
-    vocabulary = source.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+def examine(source: Source, device: torch.device, *, stream: bool, heads: bool) -> tuple[Anatomy, Tensor]:
+    """Record a forward of the whole model, and find the roles of its modules.
 
+    Args:
+        source: a language model.
+        device: where to compute.
+        stream: find the modules that touch the residual stream.
+        heads: find the linears whose columns are attention heads.
 
-def block_names(source: Source) -> list[str]:
-    """Names of the blocks of a language model, which has one tower. SettingError for any other model."""
-    if not is_causal(source.model):
-        raise SettingError(f"rotations are for language models, which {type(source.model).__name__} is not.")
-    return main_tower(source)
+    Returns:
+        The roles, and the logits (1, tokens, vocabulary) of the probe tokens.
+
+    Raises:
+        SettingError: a rotation cannot pass through this architecture, with the reason.
+    """
+    with watching(source.model) as calls:
+        watch = _Watch(source, block_names(source), calls, stream, heads)
+        result = logits(source, device, watch)
+    return watch.anatomy, result
 
 
 def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) -> Tensor:
-    """Logits of the probe tokens in float32, in the memory of one block and what is outside of the blocks."""
+    """Compute the logits of the probe tokens, with one block at a time in memory.
+
+    Args:
+        source: a language model.
+        device: where to compute.
+        watch: is called after each block, and at the end.
+
+    Returns:
+        Logits (1, tokens, vocabulary), float32, on the CPU.
+    """
     names, dtype, head = block_names(source), torch.float32, head_name(source)
 
     def run(k: int, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +112,7 @@ def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) 
         return output
 
     tokens = probe_tokens(source).to(device)
-    if head is not None and is_tied(source):  # then all rows of the embedding run
+    if head is not None and is_tied(source):  # the head needs all rows of the embedding
         source.load("", device, dtype, skip=[*names, head])
     else:
         load_outside(source, names, device, dtype, {"input_ids": tokens})
@@ -104,48 +121,52 @@ def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) 
         if is_tied(source):
             lend(source.model.get_submodule(head), source.model.get_input_embeddings().weight)  # type: ignore[operator]
     with patched(source.model, names, run):
-        found = source.model(input_ids=tokens, use_cache=False).logits
+        result = source.model(input_ids=tokens, use_cache=False).logits
         if watch is not None:
             watch.outside()
     source.unload("")
     if head is not None and is_tied(source):
         lend(source.model.get_submodule(head), None)
-    assert isinstance(found, Tensor)
-    return found.cpu()
+    assert isinstance(result, Tensor)
+    return result.cpu()
 
 
-def lend(head: nn.Module, weight: Tensor | None) -> None:
-    """Give a tied head the embedding's weight, or take it back."""
-    value = torch.empty(0, device="meta") if weight is None else weight
-    head.weight = nn.Parameter(value, requires_grad=False)
+def probe_tokens(source: Source) -> Tensor:
+    """Draw the seeded tokens (1, TOKENS) of the recorded forward."""
+    vocabulary = source.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def block_names(source: Source) -> list[str]:
+    """List the blocks of a language model. SettingError for any other model."""
+    if not is_causal(source.model):
+        raise SettingError(f"rotations are for language models, which {type(source.model).__name__} is not.")
+    return main_tower(source)
 
 
 def is_tied(source: Source) -> bool:
-    """Whether the output head has no weight of its own: it is the input embedding's."""
+    """Return whether the output head's weight is the input embedding's."""
     head = head_name(source)
     return head is not None and f"{head}.weight" not in source.names
 
 
-def examine(source: Source, device: torch.device, *, stream: bool, heads: bool) -> tuple[Anatomy, Tensor]:
-    """Watch a forward of the whole model; its logits, and as much of its anatomy as is asked for: who touches the
-    ``stream``, whose columns are ``heads``. SettingError, with the reason, where that cannot be told."""
-    with watching(source.model) as calls:
-        watch = _Watch(source, block_names(source), calls, stream, heads)
-        found = logits(source, device, watch)
-    return watch.anatomy, found
+def lend(head: nn.Module, weight: Tensor | None) -> None:
+    """Set a tied head's weight to the embedding's, or to an empty one on the meta device if ``weight`` is None."""
+    value = torch.empty(0, device="meta") if weight is None else weight
+    head.weight = nn.Parameter(value, requires_grad=False)
 
 
 class _Watch:
-    """Follows the stream through a forward as its calls come in."""
+    """Follows the residual stream through a forward as calls are recorded."""
 
     def __init__(self, source: Source, names: list[str], calls: list[Call], stream: bool, heads: bool) -> None:
         self.source, self.names, self.calls = source, names, calls
         self.wants_stream, self.wants_heads = stream, heads
         self.anatomy = Anatomy(0)
-        self.stream: Tensor | None = None  # behind the last block seen
+        self.stream: Tensor | None = None  # behind the last block that has run
 
     def block(self, k: int, before: Tensor, after: Tensor) -> None:
-        """Look at a block that has run; ``calls`` holds what ran since the block before."""
+        """Examine block k, which has run. ``calls`` holds the calls since the block before."""
         name = self.names[k]
         inside = [call for call in self.calls if call.name.startswith(name + ".")]
         outside = [call for call in self.calls if not call.name.startswith(name)]
@@ -169,7 +190,7 @@ class _Watch:
         self.stream = after
 
     def outside(self) -> None:
-        """What comes behind the last block: a norm and the head that reads it."""
+        """Examine what follows the last block: a norm, and the head that reads the norm."""
         stream, head = self.stream, head_name(self.source)
         if not self.wants_stream:
             return
@@ -182,18 +203,19 @@ class _Watch:
             raise SettingError(self._no("some of its norms subtract the mean and some do not"))
 
     def _no(self, reason: str) -> str:
+        """Write the refusal of the model."""
         return f"{self.source.folder} ({self.source.config.model_type}) cannot be rotated: {reason}."
 
     def _embed(self, x: Tensor, calls: list[Call]) -> None:
-        """The embeddings whose rows the stream begins as a weighted sum of."""
-        found = [c for c in calls if isinstance(c.module, nn.Embedding) and fits(c.output, x)]
-        shares = shares_of(x, [c.output for c in found])
+        """Find the embeddings of which the first block's input is a weighted sum."""
+        embeddings = [c for c in calls if isinstance(c.module, nn.Embedding) and fits(c.output, x)]
+        shares = shares_of(x, [c.output for c in embeddings])
         if shares is None:
             raise SettingError(self._no("its first block is not given a sum of embeddings"))
-        self.anatomy.embeddings = [c.name for c, share in zip(found, shares, strict=True) if share]
+        self.anatomy.embeddings = [c.name for c, share in zip(embeddings, shares, strict=True) if share]
 
     def _reached(self, name: str, calls: list[Call]) -> None:
-        """Every linear of the block runs, and once."""
+        """Refuse the model unless every linear of a block runs exactly once."""
         ran = [call.name for call in calls if is_linear(call.module)]
         for path, module in self.source.model.get_submodule(name).named_modules():
             full = f"{name}.{path}"
@@ -202,7 +224,7 @@ class _Watch:
                 raise SettingError(self._no(f"nothing is known of {full}, the probe forward {times}"))
 
     def _follow(self, name: str, x: Tensor, calls: list[Call], end: Tensor) -> tuple[list[Tensor], list[Call]]:
-        """The stream at every point of a block, and the linears that write to it."""
+        """Return the stream at every point of a block, and the linears that write to the stream."""
         known, writers, free = [x], list[Call](), list[Call]()
         for call in [*calls, Call(name, nn.Identity(), end, None)]:
             at = call.input
@@ -223,26 +245,26 @@ class _Watch:
         return known, writers
 
     def _norms(self, stream: list[Tensor], calls: list[Call]) -> list[tuple[Norm, Tensor]]:
-        """The norms that read the stream, with their outputs. Nothing else may read it."""
-        found = []
+        """Return the norms that read the stream, with their outputs. No other module may read the stream."""
+        norms = []
         for call in calls:
             if call.input is None or not any(same(call.input, x) for x in stream):
                 continue
             if is_linear(call.module):
                 raise SettingError(self._no(f"{call.name} reads the stream without a norm"))
             if any(is_linear(m) for m in call.module.modules()) or same(call.input, call.output):
-                continue  # a part with linears of its own, or dropout
+                continue  # a module with linears inside, or dropout
             if call.output is None or not fits(call.output, call.input):
                 raise SettingError(self._no(f"{call.name} reads the stream and is no norm"))
             norm = _as_norm(call)
             if norm is None:
                 raise SettingError(self._no(f"{call.name} reads the stream and is neither an RMSNorm nor a LayerNorm"))
             self.anatomy.norms[norm.name] = norm
-            found.append((norm, call.output))
-        return found
+            norms.append((norm, call.output))
+        return norms
 
     def _readers(self, norms: list[tuple[Norm, Tensor]], calls: list[Call]) -> None:
-        """The linears that read a norm. Nothing else with parameters may."""
+        """Find the linears that read a norm. No other module with parameters may read a norm."""
         for call in calls:
             norm = next((norm for norm, output in norms if same(call.input, output)), None)
             if norm is None:
@@ -253,26 +275,26 @@ class _Watch:
                 raise SettingError(self._no(f"{call.name} reads {norm.name} and is no linear"))
 
     def _heads(self, name: str, calls: list[Call]) -> None:
-        """The linear of a block whose columns are heads, by what the first token passes through attention."""
+        """Find the one linear of a block whose columns are heads, by its input at the first token."""
         count = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
         linears = [call for call in calls if is_linear(call.module)]
-        found: dict[str, Heads] = {}
+        heads: dict[str, Heads] = {}
         for i, call in enumerate(linears):
             if call.input is None or not count or call.input.shape[1] % count or call.input.shape[1] < 2 * count:
                 continue
             width = call.input.shape[1] // count
             origins = [_origin(part, linears[:i]) for part in call.input[0].reshape(count, width)]
             if all(origins):
-                found[call.name] = Heads(width, tuple(origin for origin in origins if origin))
-        if len(found) != 1:
+                heads[call.name] = Heads(width, tuple(origin for origin in origins if origin))
+        if len(heads) != 1:
             raise SettingError(
-                self._no(f"in {name} {len(found)} linears read attention's values head by head, not one")
+                self._no(f"in {name} {len(heads)} linears read attention's values head by head, not one")
             )
-        self.anatomy.heads |= found
+        self.anatomy.heads |= heads
 
 
 def _origin(values: Tensor, linears: list[Call]) -> tuple[str, int] | None:
-    """The linear, and its first row, whose output at the first token these values are."""
+    """Find the linear, and its first row, whose output at the first token equals ``values``; None if there is none."""
     for call in linears:
         if call.output is None:
             continue
@@ -285,7 +307,7 @@ def _origin(values: Tensor, linears: list[Call]) -> tuple[str, int] | None:
 
 
 def _as_norm(call: Call) -> Norm | None:
-    """What kind of norm a module is, by how it acts; None if it is none."""
+    """Identify a norm by its outputs at three settings of its parameters; None for any other module."""
     module, own = call.module, dict(call.module.named_parameters())
     assert call.input is not None
     if set(own) - {"weight", "bias"} or any(p.shape != call.input.shape[1:] for p in own.values()):

@@ -1,7 +1,8 @@
-"""The rotated view of a source: the same model, its weights turned as they are read from disk, known to be the same.
+"""Rotate a model: a view of a source with rotated weights, proved to be the same model.
 
-That a model can be rotated is found by ``anatomy.py``, what becomes of its tensors is in ``rotated.py``, and that all of it
-came out right is measured here, before anything is made of it: the logits of both are compared.
+``roles.py`` finds out whether a model can be rotated; ``view.py`` computes the rotated tensors as they are read. Here both are
+put together and the result is measured: the logits of view and original must agree. The rotations are those of SpinQuant
+(arXiv 2405.16406) and QuaRot (arXiv 2404.00456), without training.
 """
 
 import copy
@@ -21,13 +22,13 @@ from nearplane.transforms.view import Change, ChangedStore, Changes, RotatedSour
 
 KINDS = ("r1", "r2", "r3", "r4")
 MOST_SEED = 1 << 32
-# How far the rotated model's logits may be from the original's, relative to a token's logits.
+# Largest difference of the rotated model's logits from the original's, relative to the norm of a token's logits.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """Which rotations, and the seed of their signs and random parts."""
+    """The transform that rotates: which rotations, and the seed of their signs and random cores."""
 
     kinds: tuple[str, ...] = ()
     seed: int = 0
@@ -37,12 +38,20 @@ class Rotate:
         return promised(source, self)
 
     def apply(self, source: Source, device: torch.device) -> Source:
-        """Return the rotated view, proved."""
+        """Return the rotated view of the source, proved."""
         return rotated(source, self, device)
 
 
 def make_rotate(words: str | Sequence[str], seed: int) -> Rotate:
-    """Of ``r1,r2`` or ("r1", "r2"), in any order. SettingError for anything else."""
+    """Parse the names of rotations.
+
+    Args:
+        words: ``"r1,r2"`` or ``("r1", "r2")``, in any order.
+        seed: 0 to 2**32 - 1.
+
+    Raises:
+        SettingError: an unknown name, a seed out of range, or a seed without a rotation.
+    """
     given = words.split(",") if isinstance(words, str) else list(words)
     kinds = [word.strip().lower() for word in given if word.strip()]
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -56,16 +65,19 @@ def make_rotate(words: str | Sequence[str], seed: int) -> Rotate:
 
 
 def promised(source: Source, how: Rotate) -> Source:
-    """Return the source with the sizes that its rotated view will have; its blocks are known.
+    """Return the source with the sizes of its rotated view.
 
-    Whether the model can be rotated takes weights to tell. SettingError where its class cannot.
+    Whether the model can be rotated is known only when its weights are read.
+
+    Raises:
+        SettingError: the model is no language model.
     """
     if not how.kinds:
         return source
     block_names(source)  # or refuse
     settings = {"rotate": {"kinds": list(how.kinds), "seed": how.seed}}
     notes = [*source.notes, "whether the model can be rotated is found out when its weights are read"]
-    view = replace(source, settings=settings, notes=notes, promise_of=source)
+    view = replace(source, settings=settings, notes=notes)
     if "r1" in how.kinds and is_tied(source):
         head, table = f"{head_name(source)}.weight", embedding_name(source)
         view.store = ChangedStore(source.store, {head: Change(source.names[str(table)], torch.Tensor)})
@@ -74,13 +86,19 @@ def promised(source: Source, how: Rotate) -> Source:
 
 
 def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:
-    """The rotated view of a source, once it is known to be the same model.
+    """Return the rotated view of a source, proved to be the same model.
 
-    SettingError, with the reason, where the architecture is not one that a rotation passes through; NumericalError where
-    the logits of some tokens, float32, differ by more than ``TOLERANCE``.
+    Args:
+        source: a language model, its weights on disk.
+        how: which rotations.
+        device: where logits are computed.
+
+    Raises:
+        SettingError: a rotation cannot pass through this architecture, with the reason.
+        NumericalError: logits of a token differ by more than ``TOLERANCE``.
     """
     kinds = how.kinds
-    # r4 takes what writes to the stream and does not read heads.
+    # r4 rotates the inputs of linears that write to the stream and do not read heads.
     wants_stream, wants_heads = bool({"r1", "r4"} & set(kinds)), bool({"r2", "r4"} & set(kinds))
     anatomy, expected = examine(source, device, stream=wants_stream, heads=wants_heads)
     changes = Changes(source, anatomy, kinds, how.seed)
@@ -112,21 +130,23 @@ def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:
 
 
 def prove(view: Source, expected: Tensor, device: torch.device, what: str, advice: str) -> float:
-    """Compare the logits of a view with those of the model that it is to equal, on the probe tokens, in float32.
+    """Compare the logits of a view with the original's, on the probe tokens, in float32.
 
     Args:
-        expected: (tokens, vocabulary), the original's (``roles.logits``).
-        what: was done to the model, for the error.
-        advice: what to do about it.
+        view: the changed model.
+        expected: the original's logits (1, tokens, vocabulary), of ``roles.logits``.
+        device: where to compute.
+        what: words for the change, for the error.
+        advice: what to do about a difference, for the error.
 
     Returns:
         The largest difference of a token's logits, relative to their norm.
 
     Raises:
-        NumericalError: the difference exceeds ``TOLERANCE``; it would be another model.
+        NumericalError: the difference exceeds ``TOLERANCE``, so that the view is another model.
     """
-    found = logits(view, device)
-    error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    actual = logits(view, device)
+    error = float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
     if not error <= TOLERANCE:
         raise NumericalError(
             f"{view.folder}: {what} the model's logits differ from the original's by {error:.2g}, "
