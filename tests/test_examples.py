@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +89,20 @@ def test_own_format(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         nearplane.NearplaneError, match=r"quantized with plain-codes; nearplane reads compressed-tensors"
     ):
         nearplane.load(out)
+
+
+def test_own_transform_after_a_rotation(tmp_path: Path) -> None:
+    """The rotation has untied the head: config.json says so, whatever transform comes after."""
+    tied = tiny.save(tiny.build("llama", tie_word_embeddings=True), tmp_path / "model")
+    balanced, ids = load("own_transform").BalancedMLP(), tiny.tokens(1, 16)
+    settings: dict[str, Any] = {"method": "rtn", "bits": 8, "group_size": 32, "progress": False}
+    report = nearplane.quantize(tied, tmp_path / "out", transforms=[balanced], rotate="r1,r2", **settings)
+    assert report.settings["rotate"]["kinds"] == ["r1", "r2"] and report.settings["balanced_mlp"] == {"strength": 1.0}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and "nearplane_rotation" in config
+    with torch.no_grad():
+        found, expected = (nearplane.load(p, packed=False)(input_ids=ids).logits for p in (tmp_path / "out", tied))
+    assert float((found - expected).norm() / expected.norm()) < 0.03
 
 
 def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,11 +120,17 @@ def held_out(
         if dataset is None:
             raise SettingError("this model reads images or recordings; give --dataset FOLDER to measure it on.")
         if IMAGES in wanted:
-            batch[IMAGES] = pixel_values(owner, files_below(Path(dataset), IMAGE_FILES, "images")[:windows])[0]
+            batch[IMAGES] = pixel_values(
+                owner, files_below(Path(dataset).expanduser(), IMAGE_FILES, "images")[:windows]
+            )[0]
         if AUDIO in wanted:
-            batch[AUDIO] = features(owner, files_below(Path(dataset), AUDIO_FILES, RECORDINGS)[:windows])[0]
+            batch[AUDIO] = features(owner, files_below(Path(dataset).expanduser(), AUDIO_FILES, RECORDINGS)[:windows])[
+                0
+            ]
         if WAVES in wanted:
-            batch[WAVES] = waveforms(owner, files_below(Path(dataset), WAVE_FILES, "recordings")[:windows])[0]
+            batch[WAVES] = waveforms(
+                owner, files_below(Path(dataset).expanduser(), WAVE_FILES, "recordings")[:windows]
+            )[0]
         origin, windows = dataset, len(next(iter(batch.values())))
     if {TEXT, DECODER} & set(wanted):
         text = read_text(None if batch else dataset, "evaluation")

@@ -113,15 +113,15 @@ def rotated(source: Source, how: Rotate, device: torch.device) -> RotatedSource:
         names[head] = head
     model = build_skeleton(copy.deepcopy(config), source.folder, trust_remote_code=source.trust_remote_code)
     turn_inputs(model, changes.inputs, how.seed)
-    settings = {"rotate": {"kinds": list(kinds), "seed": how.seed}}
+    settings = {**source.settings, "rotate": {"kinds": list(kinds), "seed": how.seed}}
     parts = (source.name, source.folder, config, store, model, names, source.trust_remote_code, settings)
-    view = RotatedSource(*parts, untied=untied, online=list(changes.inputs))
+    view = RotatedSource(*parts, inner=source, untied=untied, online=list(changes.inputs))
     if untied and model.get_output_embeddings().weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         raise NearplaneError(
             f"{source.folder}: its output head cannot be untied from its embedding; rotate by r2 only."
         )
     error = prove(view, expected, device, f"rotated by {', '.join(kinds)}", "Run without --rotate.")
-    view.notes = [f"rotated by {changes.words()}; its logits and the original's agree to {error:.1e}"]
+    view.notes = [*source.notes, f"rotated by {changes.words()}; its logits and the original's agree to {error:.1e}"]
     if view.online:
         view.notes.append(
             f"inputs of {len(view.online)} linears are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}"

@@ -88,6 +88,12 @@ class ChangedStore(Store):
 class ChangedSource(Source):
     """A source with a ``ChangedStore``."""
 
+    inner: Source | None = None  # the source that was changed
+
+    def written_config(self) -> dict[str, Any]:
+        """Return config.json as the changed source has it: a transform before this one may have changed it."""
+        return super().written_config() if self.inner is None else self.inner.written_config()
+
     @property
     def original(self) -> Store:
         """The tensors on disk, before any transform."""
@@ -130,7 +136,7 @@ def changed(source: Source, name: str, changes: dict[str, Change], settings: dic
     """
     parts = (source.name, source.folder, source.config, ChangedStore(source.store, changes), source.model, source.names)
     merged = {**source.settings, name: settings}
-    return ChangedSource(*parts, source.trust_remote_code, merged, list(source.notes), sketch=source.sketch)
+    return ChangedSource(*parts, source.trust_remote_code, merged, list(source.notes), inner=source)
 
 
 class Changes:

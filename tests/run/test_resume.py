@@ -450,15 +450,6 @@ def test_other_weights_of_the_same_shapes_are_refused(done: str, model: Path, tm
     assert run(source, out, resume=True).resumed == 1
 
 
-def test_a_run_that_noted_no_hashes_goes_on_and_says_so(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupted(model, out, 5)
-    rewrite(out, 0, lambda record: [record.pop(key) for key in ("source", "copied", "ranks")])
-    events = run(model, out, resume=True).events
-    assert len([event for event in events if "noted no hash of its weights" in event]) == 1
-    assert not any("number of ranks" in event for event in events)
-
-
 def test_another_number_of_ranks_is_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the report and on the screen; not where no sum over tokens can differ. A folder without a block, too."""
     for method, count in ((NearPlane(), 1), (RTN(), 0)):
