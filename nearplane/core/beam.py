@@ -26,7 +26,7 @@ def beam_sweep(
 ) -> Quantized:
     """Round ``target`` column by column in ``factor.order`` on fixed groups, keeping ``beam`` answers per row."""
     out, n = target.shape
-    w, (least, greatest) = target.T.index_select(0, factor.order), grid.code_range
+    w, levels = target.T.index_select(0, factor.order), grid.levels
     group = group_index(factor.order, grid)
     scale, zero = (part.T.to(target.dtype).index_select(0, group) for part in scales)
     codes = torch.zeros(n, out, beam, dtype=torch.uint8, device=target.device)
@@ -43,11 +43,11 @@ def beam_sweep(
         history = torch.arange(beam, device=target.device).expand(out, beam)  # where each answer was at column a
         for j in range(a, b):
             v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]
-            reach = (v / s[:, :, 0]).round_().add_(z[:, :, 0])
-            outside = (reach < least) | (reach > greatest)
+            wanted, (low, high) = v[:, :, None] / s, levels.reach(z)
+            outside = levels.clipped(wanted, low, high)[:, :, 0]
             shut += outside[:, 0]
-            choice = _nearest(v[:, :, None], s, z, grid, beam)
-            missed = v[:, :, None] - (choice - z) * s
+            choice = levels.nearest(wanted, low, high, min(beam, levels.count))
+            missed = v[:, :, None] - choice * s
             total = (cost[:, :, None] + factor.pivots[j] * missed.square()).reshape(out, -1)
             cost, kept = total.topk(beam, dim=1, largest=False, sorted=True)
             parent = kept // choice.shape[2]
@@ -56,23 +56,15 @@ def beam_sweep(
             error[a:j] = error[a:j].gather(2, parent.expand(j - a, out, beam))
             codes[a:j] = codes[a:j].gather(2, parent.expand(j - a, out, beam))
             history, clipped = history.gather(1, parent), (clipped + outside).gather(1, parent)
-            code = choice.reshape(out, -1).gather(1, kept)
-            codes[j] = code.to(torch.uint8)
-            error[j] = w[j, :, None] - (code - z[:, :, 0]) * s[:, :, 0]
+            step = choice.reshape(out, -1).gather(1, kept)
+            error[j] = w[j, :, None] - step * s[:, :, 0]
+            codes[j] = levels.encode_(step, z[:, :, 0])
             value[j - a + 1 :] += factor.feedback[j, j + 1 : b, None, None] * error[j]
         error[:a] = error[:a].gather(2, history.expand(a, out, beam))
         codes[:a] = codes[:a].gather(2, history.expand(a, out, beam))
     best = torch.empty(n, out, dtype=torch.uint8, device=target.device)
     best[factor.order] = codes[:, :, 0]
-    bound = (factor.pivots[:, None] * scale.square()).sum(0) / 4
+    bound = (factor.pivots[:, None] * scale.square()).sum(0) * levels.half_gap**2
     # The bound holds for the answer that was cheapest all along; where that one was clipped another may have won.
     certificate = Certificate(cost[:, 0], bound, torch.maximum(clipped[:, 0], shut))
     return Quantized(best.T.contiguous(), scales[0], scales[1].to(torch.uint8), certificate)
-
-
-def _nearest(value: Tensor, scale: Tensor, zero: Tensor, grid: Grid, count: int) -> Tensor:
-    """The ``count`` codes nearest to each value (all there are, if fewer): a window clamped to the grid."""
-    least, greatest = grid.code_range
-    count = min(count, greatest - least + 1)
-    first = (value / scale - (count - 1) / 2).round_().add_(zero).clamp_(least, greatest - count + 1)
-    return first + torch.arange(count, device=value.device)

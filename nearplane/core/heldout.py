@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Grid, Quantized, by_column, decode, dequantize, encode, fit_groups
+from nearplane.core.grid import Grid, Quantized, dequantize, fit_groups, round_to_nearest
 from nearplane.core.moments import Moments
 from nearplane.core.target import pull
 
@@ -38,9 +38,8 @@ class Trial:
         They differ from row to row like noise, so that fewer do.
         """
         weight = self.weight[::4]
-        groups = fit_groups(weight, replace(grid, fit="minmax"))
-        scale, zero = (by_column(part, grid, weight.shape[1]) for part in groups)
-        return decode(encode(weight, scale, zero, grid), scale, zero).sub_(weight)
+        scale, zero = fit_groups(weight, replace(grid, fit="minmax"))
+        return dequantize(round_to_nearest(weight, scale, zero, grid), grid).sub_(weight)
 
     def spread(self, rounding: Float[Tensor, "some in"], factor: Factor) -> float:
         """Held-out loss of the error that a sweep with ``factor`` leaves, without sweeping: ε of each column's rounding

@@ -13,8 +13,9 @@ transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from torch import Tensor
 from nearplane.core.cuda_graph import Replay
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
+from nearplane.core.levels import Levels
 
 Carry = Literal["value", "code", "clamped"]
 
@@ -114,7 +116,7 @@ class _State:
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
-        self.leaf = Replay(_round_leaf, written=5)
+        self.leaf = Replay(partial(_round_leaf, grid.levels), written=5)
 
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
@@ -161,8 +163,8 @@ class _State:
     def round_panel(self, a: int, b: int) -> None:
         """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
-        low, high = (end - zero for end in self.grid.code_range)
-        steps = torch.empty_like(scale)  # codes less their zeros: what `encode` and `decode` add and take away again
+        low, high = self.grid.levels.reach(zero)
+        steps = torch.empty_like(scale)
         nothing = self.target[:0, :0]
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
@@ -170,29 +172,28 @@ class _State:
             here, there = slice(leaf, end), slice(leaf - a, end - a)
             moving = (self.push.matrix, self.push.shift) if self.push else (None, None)
             pushes = [nothing if m is None else m[here, here] for m in moving]
-            self.leaf(
+            self.leaf(*_Leaf(
                 self.value[there], self.target[here], self.error[here], steps[there], self.source[here], self.weight[here],
                 scale[there], low[there], high[there], self.factor.feedback[here, here], *pushes,
-            )  # fmt: skip
-        self.codes[a:b] = steps.add_(zero)
-        self._settle(a, b, scale, zero)
+            ))  # fmt: skip
+        self._settle(a, b, steps, scale, zero)
 
-    def _settle(self, a: int, b: int, scale: Tensor, zero: Tensor) -> None:
+    def _settle(self, a: int, b: int, steps: Tensor, scale: Tensor, zero: Tensor) -> None:
         """Account for a finished panel, and choose what it carries on."""
-        least, greatest = self.grid.code_range
-        reach = (self.value / scale).round_().add_(zero)
-        self.clipped += ((reach < least) | (reach > greatest)).sum(0)
-        rounded = decode(self.codes[a:b].to(scale.dtype), scale, zero)
+        levels = self.grid.levels
+        self.clipped += levels.clipped(self.value / scale, *levels.reach(zero)).sum(0)
         pivots = self.factor.pivots[a:b, None]
-        self.loss += (pivots * (self.value - rounded).square_()).sum(0)
-        self.bound += (pivots * scale.square()).sum(0) / 4
+        self.loss += (pivots * (self.value - steps * scale).square_()).sum(0)
+        self.bound += (pivots * scale.square()).sum(0) * levels.half_gap**2
+        self.codes[a:b] = levels.encode_(steps, zero)
         if self.push is not None and b % self.push.block == 0:
             block = slice(b - self.push.block, b)
             s, z = self.scale[self.group[block]], self.zero[self.group[block]]
             if self.push.carry == "code":
-                self.source[block] = decode(self.codes[block].to(s.dtype), s, z)
+                self.source[block] = decode(self.codes[block].to(s.dtype), s, z, self.grid)
             elif self.push.carry == "clamped":
-                self.source[block] = self.source[block].clamp((least - z) * s, (greatest - z) * s)
+                low, high = levels.reach(z)
+                self.source[block] = self.source[block].clamp(low * s, high * s)
 
     def result(self) -> Quantized:
         """Codes back in storage order."""
@@ -204,11 +205,26 @@ class _State:
         )
 
 
-def _round_leaf(
-    value: Tensor, target: Tensor, error: Tensor, steps: Tensor, source: Tensor, weight: Tensor, scale: Tensor,
-    low: Tensor, high: Tensor, feedback: Tensor, push: Tensor, shift: Tensor,
-) -> None:  # fmt: skip
-    """Round some columns, each after what those before it send. Parts of the arrays of ``_State``; Push's may be empty."""
+class _Leaf(NamedTuple):
+    """Some columns, (columns, out), as parts of the arrays of ``_State``; those of a ``Push`` may be empty."""
+
+    value: Tensor
+    target: Tensor
+    error: Tensor
+    steps: Tensor
+    source: Tensor
+    weight: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    feedback: Tensor
+    push: Tensor
+    shift: Tensor
+
+
+def _round_leaf(levels: Levels, *tensors: Tensor) -> None:
+    """Round the columns of a ``_Leaf``, each after receiving the error of those before it."""
+    value, target, error, steps, source, weight, scale, low, high, feedback, push, shift = _Leaf(*tensors)
     columns = zip(*(part.unbind() for part in (value, steps, scale, low, high)), strict=True)
     for j, (v, step, s, least, greatest) in enumerate(columns):
         if j and len(push):
@@ -219,7 +235,7 @@ def _round_leaf(
             value[j : j + 1] += moved
         if j:
             value[j : j + 1].addmm_(feedback[:j, j : j + 1].T, error[:j])
-        torch.div(v, s, out=step).round_().clamp_(least, greatest)
+        levels.round_(torch.div(v, s, out=step), least, greatest)
         torch.sub(target[j], step * s, out=error[j])
         if len(push):
             source[j] = v

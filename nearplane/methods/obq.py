@@ -94,7 +94,7 @@ def eliminate(
     left = torch.ones(rows, n, dtype=torch.bool, device=w.device)
     for _ in range(n):
         code = encode(w, scale, zero, grid)
-        error = w - decode(code, scale, zero)
+        error = w - decode(code, scale, zero, grid)
         diagonal = inv.diagonal(dim1=1, dim2=2)
         q = (error.square() / diagonal).masked_fill_(~left, torch.inf).argmin(1)
         codes[row, q] = code[row, q]
