@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.cuda_graph import Replay
+from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
 from nearplane.core.levels import Levels
@@ -67,6 +68,8 @@ def sweep(
     compensated weights when the sweep reaches it ("dynamic groups", natural order only). ``importance`` is ``column_cost`` for
     ``grid.fit == "hessian"``. Codes do not depend on ``panel``.
     """
+    if scales is None and grid.scales.joint:
+        raise SettingError("this grid rounds the scales of several groups together, so groups must be static.")
     state = _State(target, factor, grid, scales, push, importance)
     n = target.shape[1]
     width = grid.group_width(n)
