@@ -1,9 +1,9 @@
-"""The K-best sweep: GPTQ keeps one answer per row while it walks the columns, this keeps the K cheapest.
+"""The K-best sweep: GPTQ keeps one answer per row from column to column, the beam keeps the K cheapest.
 
-The loss of a sweep is additive over columns, ``Σ_j d_j (v_j - q_j)²`` (``core/certificate.py``), so partial answers can be
+The loss of a sweep is additive over columns, ``Σ_j d_j (v_j - q_j)²`` (``core/certificate.py``). So partial answers can be
 compared while they grow: Babai's nearest plane (arXiv 2507.18553) with a beam. K = 1 is the sweep; with K as large as the
-number of all answers it is the exhaustive optimum. Takes K times the sweep's memory, and several times that in time: every
-column gathers the pasts of the answers that stay.
+number of all answers the beam finds the exhaustive optimum. The memory is K times that of the sweep. The time is several
+times K, because every column gathers the pasts of the answers that stay.
 """
 
 import torch
@@ -24,7 +24,18 @@ def beam_sweep(
     scales: tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]],
     beam: int,
 ) -> Quantized:
-    """Round ``target`` column by column in ``factor.order`` on fixed groups, keeping ``beam`` answers per row."""
+    """Round ``target`` column by column in ``factor.order``, keeping ``beam`` answers per row.
+
+    Args:
+        target: The weight to round towards.
+        factor: The factored Hessian.
+        grid: The levels.
+        scales: Scale and zero of every group, fixed beforehand.
+        beam: Answers per row, K.
+
+    Returns:
+        The cheapest answer. Its certificate counts as clipped also columns that clipped the cheapest answer so far.
+    """
     out, n = target.shape
     w, levels = target.T.index_select(0, factor.order), grid.levels
     group = group_index(factor.order, grid)
@@ -32,15 +43,15 @@ def beam_sweep(
     codes = torch.zeros(n, out, beam, dtype=torch.uint8, device=target.device)
     error = target.new_zeros(n, out, beam)
     cost = target.new_full((out, beam), torch.inf)
-    cost[:, 0] = 0  # one empty answer to begin with
+    cost[:, 0] = 0  # the empty answer
     clipped = torch.zeros(out, beam, dtype=torch.long, device=target.device)
-    shut = torch.zeros(out, dtype=torch.long, device=target.device)  # columns that clipped what was cheapest so far
+    shut = torch.zeros(out, dtype=torch.long, device=target.device)  # columns that clipped the cheapest answer so far
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
         value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, out * beam)).reshape(
             b - a, out, beam
         )
-        history = torch.arange(beam, device=target.device).expand(out, beam)  # where each answer was at column a
+        history = torch.arange(beam, device=target.device).expand(out, beam)  # the place of each answer at column a
         for j in range(a, b):
             v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]
             wanted, (low, high) = v[:, :, None] / s, levels.reach(z)
@@ -51,7 +62,7 @@ def beam_sweep(
             total = (cost[:, :, None] + factor.pivots[j] * missed.square()).reshape(out, -1)
             cost, kept = total.topk(beam, dim=1, largest=False, sorted=True)
             parent = kept // choice.shape[2]
-            # Every answer takes along the past of the one it grew from.
+            # Every answer takes the past of the one it grew from.
             value = value.gather(2, parent.expand_as(value))
             error[a:j] = error[a:j].gather(2, parent.expand(j - a, out, beam))
             codes[a:j] = codes[a:j].gather(2, parent.expand(j - a, out, beam))

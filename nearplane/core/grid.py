@@ -276,9 +276,9 @@ def fit_groups(
 
 def _grid_of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the scale and zero that cover [low, high]; an empty range gets scale 1."""
-    scale = grid.levels.scale(low, high)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return grid.scales.round(scale, -low, grid.levels)
+    levels = grid.levels
+    scale = levels.scale(low, high)
+    return grid.scales.round(torch.where(scale > 0, scale, torch.ones_like(scale)), -low, levels)
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:

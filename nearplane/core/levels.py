@@ -8,7 +8,7 @@ A new kind of level is one class here, or one ``Codebook``; every solver takes i
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,35 +31,12 @@ class Levels(ABC):
     checking shapes at run time would cost tests more than the arithmetic.
     """
 
-    @property
-    @abstractmethod
-    def bits(self) -> int:
-        """Return the bits that one code takes on disk."""
-
-    @property
-    @abstractmethod
-    def sym(self) -> bool:
-        """Return whether every group has the same zero."""
-
-    @property
-    @abstractmethod
-    def code_range(self) -> tuple[int, int]:
-        """Return the least and the greatest code."""
-
-    @property
-    @abstractmethod
-    def ends(self) -> tuple[float, float]:
-        """Return the least and the greatest level."""
-
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """Return the number of different levels."""
-
-    @property
-    @abstractmethod
-    def half_gap(self) -> float:
-        """Return half the largest distance between neighbouring levels: the most that rounding within reach moves."""
+    bits: int  # that one code takes on disk
+    sym: bool  # whether every group has the same zero
+    code_range: tuple[int, int]  # least and greatest code
+    ends: tuple[float, float]  # least and greatest level
+    count: int  # of different levels
+    half_gap: float  # half the largest distance of neighbouring levels: rounding within reach moves no step further
 
     @abstractmethod
     def scale(self, low: Steps, high: Steps) -> Steps:
@@ -104,21 +81,9 @@ class Uniform(Levels):
     greatest: int = 15
     sym: bool = True
 
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return self.least, self.greatest
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        return float(self.least), float(self.greatest)
-
-    @property
-    def count(self) -> int:
-        return self.greatest - self.least + 1
-
-    @property
-    def half_gap(self) -> float:
-        return 0.5
+    def __post_init__(self) -> None:
+        ends, count = (float(self.least), float(self.greatest)), self.greatest - self.least + 1
+        vars(self).update(code_range=(self.least, self.greatest), ends=ends, count=count, half_gap=0.5)
 
     def scale(self, low: Tensor, high: Tensor) -> Tensor:
         if self.sym:
@@ -170,30 +135,10 @@ class Codebook(Levels):
     def __post_init__(self) -> None:
         if not 3 <= len(self.values) <= 256 or not min(self.values) < 0 < max(self.values):
             raise SettingError(f"a codebook has 3 to 256 levels, some below and some above 0; got {self.values}.")
-
-    @property
-    def bits(self) -> int:
-        return (len(self.values) - 1).bit_length()
-
-    @property
-    def sym(self) -> bool:
-        return True
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return 0, len(self.values) - 1
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        return min(self.values), max(self.values)
-
-    @property
-    def count(self) -> int:
-        return len(set(self.values))
-
-    @cached_property
-    def half_gap(self) -> float:
-        return max(b - a for a, b in pairwise(sorted(self.values))) / 2
+        levels, last = sorted(set(self.values)), len(self.values) - 1
+        gap = max(b - a for a, b in pairwise(levels))
+        vars(self).update(bits=last.bit_length(), sym=True, code_range=(0, last), ends=(levels[0], levels[-1]))
+        vars(self).update(count=len(levels), half_gap=gap / 2)
 
     def scale(self, low: Tensor, high: Tensor) -> Tensor:
         least, greatest = self.ends

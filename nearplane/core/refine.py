@@ -2,9 +2,9 @@
 
     f(Q) = tr((W* - Q) A (W* - Q)ᵀ),   A = H + λI
 
-Group by group: the group's scale moves to the least of f for its codes, a parabola in one unknown; then its columns in
-turn move every code to the grid point of least f. Everything else is fixed meanwhile, and so scales and codes, of this
-group and of the others, come to agree. Arrays are (in, out) inside, so that a column is contiguous.
+Group by group, with everything else fixed: the scale of the group moves to the minimum of f, a parabola in one unknown.
+Then the columns of the group move every code, in turn, to the grid point of least f. Arrays are (in, out) inside, so that
+a column is contiguous.
 """
 
 from functools import partial
@@ -20,7 +20,17 @@ from nearplane.core.sweep import LEAF, PANEL
 
 
 def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Quantized, grid: Grid) -> Quantized:
-    """One round over all groups. Zeros stay; the certificate is the sweep's."""
+    """Run one round over all groups.
+
+    Args:
+        target: The weight to round towards, W*.
+        A: The damped Hessian.
+        solved: The answer to improve.
+        grid: Its grid.
+
+    Returns:
+        Better codes and scales; zeros and certificate are those of ``solved``.
+    """
     n = target.shape[1]
     width = grid.group_width(n)
     groups = [(g, slice(a, min(a + width, n))) for g, a in enumerate(range(0, n, width))]
@@ -32,7 +42,7 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
     for g, part in groups:
         steps[part] -= zero[g]
         error[part].addcmul_(steps[part], scale[g], value=-1)
-    panel = max(1, PANEL // width) * width  # columns that share one look at all the error: whole groups
+    panel = max(1, PANEL // width) * width  # columns that share one product with all the error: whole groups
     descend = _Descent(grid)
     for a in range(0, n, panel):
         b = min(a + panel, n)
@@ -56,7 +66,7 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
 
 
 def _best_scale(scales: Tensor, g: int, steps: Tensor, slope: Tensor, A: Tensor, grid: Grid) -> Tensor:
-    """Return the scale of least f of group g in each row, (out,); the old one where rounding or a sign leaves no gain."""
+    """Return the scale of least f of group g, (out,); the old one where rounding or a sign leaves no gain."""
     scale = scales[g]
     gain, curvature = (steps * slope).sum(0), (steps * (A @ steps)).sum(0)
     wanted = torch.where(curvature > 0, scale + gain / curvature, scale)
@@ -66,16 +76,16 @@ def _best_scale(scales: Tensor, g: int, steps: Tensor, slope: Tensor, A: Tensor,
 
 
 class _Descent:
-    """Every code of one group to its best, column after column."""
+    """Coordinate descent over the codes of one group, column after column."""
 
     def __init__(self, grid: Grid) -> None:
         self.levels, self.leaf = grid.levels, Replay(partial(_descend_leaf, grid.levels), written=2)
 
     def __call__(self, steps: Tensor, slope: Tensor, A: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """``steps`` in place: the change of the error."""
+        """Move ``steps`` in place; return the change of the error."""
         low, high = self.levels.reach(zero)
         moved = torch.zeros_like(slope)
-        slope /= A.diagonal()[:, None]  # the step to the least of f, but for the scale
+        slope /= A.diagonal()[:, None]  # the way to the minimum of f, in units of the weight
         for panel in range(0, len(steps), PANEL):
             stop = min(panel + PANEL, len(steps))
             coupling = A[:stop, panel:stop] / A.diagonal()[panel:stop]

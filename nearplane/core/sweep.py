@@ -5,11 +5,11 @@ With ``H + λI = T diag(d) Tᵀ``, ``M = T - I`` (``core/factor.py``), target W 
     v_j = w_j + Σ_{i<j} (w_i - q_i) M[i,j]        q_j = round_to_grid(v_j)
 
 This is GPTQ (arXiv 2210.17323) written left-looking: a column is completed by one look back at all earlier error, and
-no later column is ever rewritten. GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) move the target itself while
-sweeping: after column i every later target gains ``v_i P[i,j]``; that matrix is the optional ``push``.
+no later column is ever rewritten. GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) move the target while sweeping:
+after column i every later target gains ``v_i P[i,j]``; that matrix is the optional ``push``.
 
 Differs from the published code in: (1) one Cholesky and no inverse; (2) left-looking, in panels; (3) arrays are stored
-transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid-block reads compensated, not stale, weights.
+transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid-block reads compensated weights.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ LEAF = 32
 
 @dataclass(frozen=True)
 class Push:
-    """Targets move while sweeping: ``w_j += x_i matrix[i,j] + w_i shift[i,j]`` for i < j, w_i the original column.
+    """A moving target: ``w_j += x_i matrix[i,j] + w_i shift[i,j]`` for i < j, w_i the original column.
 
-    Inside one published block of 128 columns x_i is always the compensated value v_i. Across blocks ``carry`` chooses:
-    ``value`` keeps v_i (the consistent form), ``code`` takes the rounded q_i (GPTAQ as released), ``clamped`` takes v_i
-    clamped to its group's range (ResComp as released, "allw").
+    Inside a published block of 128 columns x_i is the compensated value v_i. Across blocks ``carry`` chooses: ``value``
+    keeps v_i (the consistent form). ``code`` takes the rounded q_i (GPTAQ as released). ``clamped`` takes v_i clamped to
+    the range of its group (ResComp as released, "allw").
     """
 
     matrix: Float[Tensor, "in in"]  # strictly upper, columns in solve order
@@ -64,9 +64,21 @@ def sweep(
 ) -> Quantized:
     """Round ``target`` column by column in ``factor.order``.
 
-    ``scales``: scale and zero of every group, fixed beforehand ("static groups"); None fits each group to the
-    compensated weights when the sweep reaches it ("dynamic groups", natural order only). ``importance`` is ``column_cost`` for
-    ``grid.fit == "hessian"``. Codes do not depend on ``panel``.
+    Args:
+        target: The weight to round towards.
+        factor: The factored Hessian.
+        grid: The levels, and how groups are fitted.
+        scales: Scale and zero of every group, fixed beforehand ("static groups"). None fits each group to the
+            compensated weights when the sweep reaches it ("dynamic groups", natural order only).
+        push: How targets move, for GPTAQ and ResComp.
+        importance: ``column_cost``, for fitting dynamic groups.
+        panel: Columns that share one look back. Codes do not depend on it.
+
+    Returns:
+        Codes in storage order, with Babai's certificate.
+
+    Raises:
+        SettingError: The scales of the grid are rounded together, and groups are dynamic.
     """
     if scales is None and grid.scales.joint:
         raise SettingError("this grid rounds the scales of several groups together, so groups must be static.")
@@ -88,7 +100,7 @@ def sweep(
 
 
 class _State:
-    """The arrays of one sweep, all (in, out) in solve order, and the three things done to a panel [a, b)."""
+    """The arrays of one sweep, all (in, out) in solve order, and the three steps on a panel [a, b)."""
 
     def __init__(
         self,
@@ -101,13 +113,13 @@ class _State:
     ) -> None:
         out, n = target.shape
         self.factor, self.grid, self.push = factor, grid, push
-        # A copy, which becomes the moving target w'. Transposing first makes the gather one of whole rows; a few rows of
-        # the weight at a time leave no second copy.
+        # A copy, which becomes the moving target w'. Transposing first lets index_select gather whole rows; taking a few
+        # rows of the weight at a time avoids a second copy.
         self.target = target.new_empty(n, out)
         for a in range(0, out, ROWS):
             self.target[:, a : a + ROWS] = target[a : a + ROWS].T.contiguous().index_select(0, factor.order)
         self.start, self.value = 0, self.target[:0]  # the current panel: its first column, its v
-        self.error = self.target  # w' - q of a solved column takes the place of its w', which nothing reads any more
+        self.error = self.target  # w' - q of a solved column replaces its w'
         self.source = torch.zeros_like(self.target if push else self.target[:0])  # x of Push
         self.weight = self.target.clone() if push and push.shift is not None else self.target[:0]  # w of Push
         self.codes = torch.empty(n, out, dtype=torch.uint8, device=target.device)
@@ -127,7 +139,7 @@ class _State:
         self.receive(a, b, 0, a)
 
     def receive(self, a: int, b: int, since: int, until: int) -> None:
-        """Complete columns [a, b) of the panel with what the solved columns [since, until) send them."""
+        """Add to columns [a, b) of the panel the error of the solved columns [since, until)."""
         if since == until:
             return
         value = self.value[a - self.start : b - self.start]
@@ -138,7 +150,7 @@ class _State:
         value.addmm_(self.factor.feedback[since:until, a:b].T, self.error[since:until])
 
     def moved(self, a: int, b: int, since: int, until: int) -> Tensor:
-        """How far the columns [since, until) push the targets of [a, b)."""
+        """Return how far the columns [since, until) push the targets of [a, b)."""
         if self.push is None:
             return torch.zeros_like(self.target[a:b])
         result = self.push.matrix[since:until, a:b].T @ self.source[since:until]
@@ -149,8 +161,8 @@ class _State:
     def fit_group(self, a: int, b: int, panel_end: int) -> None:
         """Fit the group [a, b) to its conditional optimum given the columns already rounded.
 
-        In look-back form that is ``W_g + F (I + M_gg)⁻¹`` with F what [a, b) receives from earlier error. Columns past
-        the panel have not been completed yet and are looked up here.
+        In look-back form that is ``W_g + F (I + M_gg)⁻¹``, F the earlier error received by [a, b). Columns past the
+        panel have received none yet, and are completed here.
         """
         received = self.value - self.target[a:panel_end]
         target = self.target[a:panel_end]
@@ -164,7 +176,7 @@ class _State:
         self.scale[group], self.zero[group] = fit((target + solved).T, self.grid, weights)
 
     def round_panel(self, a: int, b: int) -> None:
-        """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
+        """Round the columns of [a, b), leaf by leaf, column by column, each after the error of those before it."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
         low, high = self.grid.levels.reach(zero)
         steps = torch.empty_like(scale)
@@ -179,12 +191,12 @@ class _State:
                 self.value[there], self.target[here], self.error[here], steps[there], self.source[here], self.weight[here],
                 scale[there], low[there], high[there], self.factor.feedback[here, here], *pushes,
             ))  # fmt: skip
+        self.clipped += self.grid.levels.clipped(self.value / scale, low, high).sum(0)
         self._settle(a, b, steps, scale, zero)
 
     def _settle(self, a: int, b: int, steps: Tensor, scale: Tensor, zero: Tensor) -> None:
-        """Account for a finished panel, and choose what it carries on."""
+        """Add a finished panel to the certificate, store its codes, and choose the x_i it carries on."""
         levels = self.grid.levels
-        self.clipped += levels.clipped(self.value / scale, *levels.reach(zero)).sum(0)
         pivots = self.factor.pivots[a:b, None]
         self.loss += (pivots * (self.value - steps * scale).square_()).sum(0)
         self.bound += (pivots * scale.square()).sum(0) * levels.half_gap**2
@@ -199,7 +211,7 @@ class _State:
                 self.source[block] = self.source[block].clamp(low * s, high * s)
 
     def result(self) -> Quantized:
-        """Codes back in storage order."""
+        """Return the codes, back in storage order."""
         codes = torch.empty_like(self.codes)
         codes[self.factor.order] = self.codes
         certificate = Certificate(self.loss, self.bound, self.clipped)

@@ -1,4 +1,4 @@
-"""RTN, round to nearest: every weight to its nearest grid point. No data; the baseline of all others."""
+"""RTN, round to nearest: every weight goes to its nearest grid point. Reads no data; the baseline of all others."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,8 +22,8 @@ class RTN:
         return frozenset()
 
     def prepare(self, moments: Moments) -> None:
-        """Nothing depends on the input."""
+        """Prepare nothing."""
 
     def solve(self, weight: Float[Tensor, "out in"], state: None, grid: Grid) -> Quantized:
-        """``Q = round(W)``."""
+        """Fit the groups to the weight, and round every weight to nearest."""
         return round_to_nearest(weight, *fit_groups(weight, grid), grid)
