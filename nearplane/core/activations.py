@@ -1,7 +1,7 @@
-"""Rounding of activations: every token by a scale of its own, found while the model runs ("dynamic per token").
+"""Rounding of activations: every token has a scale of its own, found while the model runs ("dynamic per token").
 
-The formulas are those that compressed-tensors runs for ``strategy: token, dynamic: true``, so that what calibration saw is
-what an engine computes. ``clip`` below 1 gives up a token's extremes for a finer step (QuaRot, arXiv 2404.00456, takes 0.9).
+The formulas are those of compressed-tensors for ``strategy: token, dynamic: true``, so that calibration sees the values
+that an engine computes. ``clip`` below 1 gives up a token's extremes for a finer step (QuaRot, arXiv 2404.00456, takes 0.9).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from nearplane.core.errors import SettingError
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The integers that a token's numbers may become."""
+    """The integers that the numbers of a token may become."""
 
     bits: int = 8
     """Bits per number, 2 to 8."""
@@ -34,9 +34,14 @@ class TokenGrid:
 
 
 def round_tokens(x: Float[Tensor, "*batch width"], grid: TokenGrid) -> Float[Tensor, "*batch width"]:
-    """Each vector along the last dimension on its own grid, in the dtype of ``x``; computed in float32 at least.
+    """Round each vector along the last dimension on a grid of its own.
 
-    NaN and Inf make their whole vector NaN.
+    Args:
+        x: Activations in any floating dtype; the arithmetic is float32 or wider.
+        grid: Bits, symmetry and clipping.
+
+    Returns:
+        The rounded values in the dtype of ``x``. NaN or Inf makes its whole vector NaN.
     """
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     least, greatest = -(1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1

@@ -1,9 +1,9 @@
-"""The K-best sweep: GPTQ keeps one answer per row while it walks the columns, this keeps the K cheapest.
+"""The K-best sweep: GPTQ keeps one answer per row from column to column, the beam keeps the K cheapest.
 
-The loss of a sweep is additive over columns, ``Σ_j d_j (v_j - q_j)²`` (``core/certificate.py``), so partial answers can be
+The loss of a sweep is additive over columns, ``Σ_j d_j (v_j - q_j)²`` (``core/certificate.py``). So partial answers can be
 compared while they grow: Babai's nearest plane (arXiv 2507.18553) with a beam. K = 1 is the sweep; with K as large as the
-number of all answers it is the exhaustive optimum. Takes K times the sweep's memory, and several times that in time: every
-column gathers the pasts of the answers that stay.
+number of all answers the beam finds the exhaustive optimum. The memory is K times that of the sweep. The time is several
+times K, because every column gathers the pasts of the answers that stay.
 """
 
 import torch
@@ -24,55 +24,58 @@ def beam_sweep(
     scales: tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]],
     beam: int,
 ) -> Quantized:
-    """Round ``target`` column by column in ``factor.order`` on fixed groups, keeping ``beam`` answers per row."""
+    """Round ``target`` column by column in ``factor.order``, keeping ``beam`` answers per row.
+
+    Args:
+        target: The weight to round towards.
+        factor: The factored Hessian.
+        grid: The levels.
+        scales: Scale and zero of every group, fixed beforehand.
+        beam: Answers per row, K.
+
+    Returns:
+        The cheapest answer. Its certificate counts as clipped also columns that clipped the cheapest answer so far.
+    """
     out, n = target.shape
-    w, (least, greatest) = target.T.index_select(0, factor.order), grid.code_range
+    w, levels = target.T.index_select(0, factor.order), grid.levels
     group = group_index(factor.order, grid)
     scale, zero = (part.T.to(target.dtype).index_select(0, group) for part in scales)
     codes = torch.zeros(n, out, beam, dtype=torch.uint8, device=target.device)
     error = target.new_zeros(n, out, beam)
     cost = target.new_full((out, beam), torch.inf)
-    cost[:, 0] = 0  # one empty answer to begin with
+    cost[:, 0] = 0  # the empty answer
     clipped = torch.zeros(out, beam, dtype=torch.long, device=target.device)
-    shut = torch.zeros(out, dtype=torch.long, device=target.device)  # columns that clipped what was cheapest so far
+    shut = torch.zeros(out, dtype=torch.long, device=target.device)  # columns that clipped the cheapest answer so far
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
         value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, out * beam)).reshape(
             b - a, out, beam
         )
-        history = torch.arange(beam, device=target.device).expand(out, beam)  # where each answer was at column a
+        history = torch.arange(beam, device=target.device).expand(out, beam)  # the place of each answer at column a
         for j in range(a, b):
             v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]
-            reach = (v / s[:, :, 0]).round_().add_(z[:, :, 0])
-            outside = (reach < least) | (reach > greatest)
+            wanted, (low, high) = v[:, :, None] / s, levels.reach(z)
+            outside = levels.clipped(wanted, low, high)[:, :, 0]
             shut += outside[:, 0]
-            choice = _nearest(v[:, :, None], s, z, grid, beam)
-            missed = v[:, :, None] - (choice - z) * s
+            choice = levels.nearest(wanted, low, high, min(beam, levels.count))
+            missed = v[:, :, None] - choice * s
             total = (cost[:, :, None] + factor.pivots[j] * missed.square()).reshape(out, -1)
             cost, kept = total.topk(beam, dim=1, largest=False, sorted=True)
             parent = kept // choice.shape[2]
-            # Every answer takes along the past of the one it grew from.
+            # Every answer takes the past of the one it grew from.
             value = value.gather(2, parent.expand_as(value))
             error[a:j] = error[a:j].gather(2, parent.expand(j - a, out, beam))
             codes[a:j] = codes[a:j].gather(2, parent.expand(j - a, out, beam))
             history, clipped = history.gather(1, parent), (clipped + outside).gather(1, parent)
-            code = choice.reshape(out, -1).gather(1, kept)
-            codes[j] = code.to(torch.uint8)
-            error[j] = w[j, :, None] - (code - z[:, :, 0]) * s[:, :, 0]
+            step = choice.reshape(out, -1).gather(1, kept)
+            error[j] = w[j, :, None] - step * s[:, :, 0]
+            codes[j] = levels.encode_(step, z[:, :, 0])
             value[j - a + 1 :] += factor.feedback[j, j + 1 : b, None, None] * error[j]
         error[:a] = error[:a].gather(2, history.expand(a, out, beam))
         codes[:a] = codes[:a].gather(2, history.expand(a, out, beam))
     best = torch.empty(n, out, dtype=torch.uint8, device=target.device)
     best[factor.order] = codes[:, :, 0]
-    bound = (factor.pivots[:, None] * scale.square()).sum(0) / 4
+    bound = (factor.pivots[:, None] * scale.square()).sum(0) * levels.half_gap**2
     # The bound holds for the answer that was cheapest all along; where that one was clipped another may have won.
     certificate = Certificate(cost[:, 0], bound, torch.maximum(clipped[:, 0], shut))
     return Quantized(best.T.contiguous(), scales[0], scales[1].to(torch.uint8), certificate)
-
-
-def _nearest(value: Tensor, scale: Tensor, zero: Tensor, grid: Grid, count: int) -> Tensor:
-    """The ``count`` codes nearest to each value (all there are, if fewer): a window clamped to the grid."""
-    least, greatest = grid.code_range
-    count = min(count, greatest - least + 1)
-    first = (value / scale - (count - 1) / 2).round_().add_(zero).clamp_(least, greatest - count + 1)
-    return first + torch.arange(count, device=value.device)

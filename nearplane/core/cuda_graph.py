@@ -1,7 +1,7 @@
-"""A procedure that runs a thousand times on tensors of the same shapes: on a GPU it is recorded once and replayed.
+"""CUDA graphs: a function that runs a thousand times on tensors of the same shapes is recorded once and replayed.
 
-Completing a column takes a dozen operations of a few microseconds each. A GPU that is told of every one of them waits for
-Python most of the time; told of a whole leaf of columns at once it does not. The arithmetic is the same.
+Completing a column takes a dozen operations of a few microseconds each. Launched one by one from Python they leave a GPU
+idle most of the time; replayed as one graph they do not. The arithmetic is the same.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,17 @@ from torch import Tensor
 
 
 class Replay:
-    """``work(*tensors)`` writes to the first ``written`` of them, in place, and looks at no value on the CPU."""
+    """A function that is replayed as a CUDA graph; tensors on a CPU go straight to the function.
+
+    Args:
+        work: Writes to the first ``written`` of its tensors, in place, and reads no value on the CPU.
+        written: Number of tensors to copy back.
+    """
 
     def __init__(self, work: Callable[..., None], written: int) -> None:
         self.work, self.written = work, written
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.held: list[Tensor] = []  # what the recording reads and writes
+        self.held: list[Tensor] = []  # the tensors that the graph reads and writes
 
     def __call__(self, *tensors: Tensor) -> None:
         if not tensors[0].is_cuda:
@@ -36,7 +41,7 @@ class Replay:
         with torch.cuda.device(tensors[0].device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries allocate on their first call, which a recording may not
+            with torch.cuda.stream(side):  # libraries allocate on their first call, which a graph may not
                 self.work(*self.held)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()

@@ -7,15 +7,15 @@ LISTED = 5
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Join the first few names, and say how many more there are."""
     more = len(names) - LISTED
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 class NearplaneError(Exception):
-    """Something the user can mend: its text says what happened, where, and what to do."""
+    """An error that the user can mend: its text says what happened, where, and what to do."""
 
-    told = False  # to the user, by another process of the same run
+    told = False  # whether another process of the same run has told the user
 
 
 class SettingError(NearplaneError):

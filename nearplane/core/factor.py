@@ -1,8 +1,8 @@
 """One factor, no inverse: ``H + λI = T diag(d) Tᵀ`` with T unit upper triangular, after ordering the columns.
 
 T is the Cholesky factor of the matrix with rows and columns reversed, reversed back and column-normalised: one
-Cholesky (in³/3 FLOPs) where the published GPTQ code (arXiv 2210.17323) takes ``chol -> inverse -> chol``, about four
-times the work and less accurate in float32. Their U (upper, ``UᵀU = (H+λI)⁻¹``) is ``diag(d)^{-1/2} T⁻¹``.
+Cholesky (in³/3 FLOPs). The published GPTQ code (arXiv 2210.17323) takes ``chol -> inverse -> chol``, about four times the
+work, and is less accurate in float32. Their U (upper, ``UᵀU = (H+λI)⁻¹``) is ``diag(d)^{-1/2} T⁻¹``.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from nearplane.core.errors import NumericalError
 
 Order = Literal["natural", "activation", "pivot"]
 
-# An indefinite matrix is damped ten times more, up to damping equal to the mean diagonal; every step is reported.
+# Damping of an indefinite matrix is raised tenfold, up to the mean diagonal; every raise is reported.
 RAISE, MOST_DAMP_PERCENT = 10.0, 1.0
-# Rows that are rearranged at a time.
+# Rows that are permuted at a time.
 STRIP = 512
 
 
@@ -29,21 +29,27 @@ class Factor(NamedTuple):
     feedback: Float[Tensor, "in in"]  # T - I, strictly upper
     pivots: Float[Tensor, "in"]
     order: Int[Tensor, "in"]  # column solved at each position
-    damp: float  # what was added to the diagonal
+    damp: float  # added to the diagonal
     damp_percent: float  # damp over mean(diag H), after any raise
     raised: int = 0  # times the damping had to be raised
 
 
 def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_percent: float = 0.01) -> Factor:
-    """Order the columns of ``H``, damp it by ``damp_percent * mean(diag H)`` and factor it.
+    """Order the columns of ``H``, add ``damp_percent * mean(diag H)`` to its diagonal, and factor it.
 
-    Raises NumericalError when it stays indefinite at damping 1.0.
+    Args:
+        H: Second moment of the input, symmetric.
+        order: The order of solving, see ``choose_order``.
+        damp_percent: Damping as a fraction of the mean diagonal; raised where ``H`` is indefinite.
+
+    Raises:
+        NumericalError: ``H`` stays indefinite at damping 1.0.
     """
     mean = float(H.diagonal().mean())
     chosen = choose_order(H, order, damp_percent * mean)
     # Reversing rows and columns turns the lower Cholesky factor into the upper one that a left-to-right sweep needs.
     upper, used, raised = damped_cholesky(partial(_arranged, H, chosen.flip(0)), damp_percent)
-    if raised and order == "pivot":  # its pivots were those of too little damping
+    if raised and order == "pivot":  # this order was chosen with too little damping
         again = factorize(H, order=order, damp_percent=used)
         return again._replace(raised=raised + again.raised)
     _reverse(upper.mT.view(-1) if upper.mT.is_contiguous() else upper.view(-1))
@@ -53,7 +59,7 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
 
 
 def _arranged(H: Tensor, order: Tensor) -> Tensor:
-    """A copy with rows and columns in this order, made by strips: no second copy is needed on the way."""
+    """Return a copy with rows and columns in this order, made by strips so that it is the only copy."""
     result = torch.empty_like(H, memory_format=torch.contiguous_format)
     for a in range(0, len(H), STRIP):
         torch.index_select(H.index_select(0, order[a : a + STRIP]), 1, order, out=result[a : a + STRIP])
@@ -61,7 +67,7 @@ def _arranged(H: Tensor, order: Tensor) -> Tensor:
 
 
 def _reverse(numbers: Tensor) -> None:
-    """``numbers.flip(0)`` in place."""
+    """Flip ``numbers`` in place."""
     n, step = len(numbers), STRIP**2
     for a in range(0, n // 2, step):
         b = min(a + step, n // 2)
@@ -79,13 +85,18 @@ class Cholesky(NamedTuple):
 
 
 def damped_cholesky(copy: Callable[[], Float[Tensor, "in in"]], damp_percent: float) -> Cholesky:
-    """Damp a Hessian until it is positive definite, and factor it in the memory of the copy that ``copy()`` makes of it.
+    """Damp a Hessian until it is positive definite, and factor it.
 
-    Raises NumericalError when it stays indefinite at damping 1.0 (or at ``damp_percent``, if that is more).
+    Args:
+        copy: Makes a copy of the Hessian; the factor takes its memory.
+        damp_percent: Damping to begin with, as a fraction of the mean diagonal.
+
+    Raises:
+        NumericalError: The Hessian stays indefinite at damping 1.0, or at ``damp_percent`` if that is more.
     """
     raised = 0
     while True:
-        H = copy().mT  # symmetric: in the layout that LAPACK wants, which then works in place
+        H = copy().mT  # symmetric; in this layout LAPACK works in place
         H.diagonal().add_(damp_percent * float(H.diagonal().mean()))
         info = torch.empty((), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(H, out=(H, info))
@@ -102,10 +113,10 @@ def damped_cholesky(copy: Callable[[], Float[Tensor, "in in"]], damp_percent: fl
 
 
 def column_cost(H: Float[Tensor, "in in"], factor: Factor) -> Float[Tensor, "in"]:
-    """What an error in each column costs a sweep, in storage order: the weight of errors when a group is fitted.
+    """Return the cost of an error in each column to a sweep, in storage order: the weight of errors in a fit.
 
-    H_jj where no later column answers for it, the pivot d_j where all do. Some do: clipping and the last columns leave
-    no room. The geometric mean of both fits better scales than either (docs/LOG.md).
+    The cost is H_jj where no later column compensates the error, and the pivot d_j where all do. Clipping and the last
+    columns leave some errors uncompensated. The geometric mean of both fits better scales than either (docs/LOG.md).
     """
     pivots = torch.empty_like(factor.pivots)
     pivots[factor.order] = factor.pivots
@@ -113,10 +124,13 @@ def column_cost(H: Float[Tensor, "in in"], factor: Factor) -> Float[Tensor, "in"
 
 
 def choose_order(H: Float[Tensor, "in in"], order: Order, damp: float = 0.0) -> Int[Tensor, "in"]:
-    """The column to solve at each position; ``damp`` is what will be added to the diagonal.
+    """Return the column to solve at each position.
 
-    ``activation``: descending diag(H), GPTQ's act-order. ``pivot``: the reverse of a min-pivot LDL elimination, which
-    lowers the sum of pivots and so Babai's bound (arXiv 2507.18553).
+    Args:
+        H: Second moment of the input, symmetric.
+        order: ``natural``; ``activation``, descending diag(H), GPTQ's act-order; or ``pivot``, the reverse of a min-pivot
+            LDL elimination, which lowers the sum of pivots and so Babai's bound (arXiv 2507.18553).
+        damp: Damping that will be added to the diagonal.
     """
     if order == "natural":
         return torch.arange(len(H), device=H.device)
@@ -126,9 +140,9 @@ def choose_order(H: Float[Tensor, "in in"], order: Order, damp: float = 0.0) -> 
 
 
 def _min_pivot(H: Tensor, damp: float) -> Tensor:
-    """Elimination order that takes the smallest remaining diagonal of the Schur complement each time.
+    """Return the elimination order that takes the smallest diagonal of the Schur complement each time.
 
-    Left-looking: a column of the factor is formed when it is chosen, only the diagonal is updated throughout.
+    Left-looking: a column of the factor is formed when it is chosen; only the diagonal is always up to date.
     """
     n = len(H)
     diagonal = H.diagonal() + damp

@@ -1,42 +1,44 @@
-"""The grid: which integers a weight may become, and who shares a scale.
+"""The grid: the values that a weight may become, and which weights share a scale.
 
-Decides the scale and zero of every group (``fit``), the rounding itself (``encode``) and its inverse
-(``decode``, ``dequantize``). A code is an unsigned integer, its value is ``scale * (code - zero)``.
+``levels`` and ``scales`` decide the values, ``group_size`` the sharing. A code's value is ``scale * (level - zero)``; for
+the integer grids the level is the code. Here are a grid's settings, the fitting of scales, and rounding to nearest.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError
+from nearplane.core.levels import FP4, NF4, Levels, Uniform
+from nearplane.core.scales import PowerOfTwo, Scales, Stored
+from nearplane.core.scales import ScaleDtype as ScaleDtype  # noqa: PLC0414 - others import it from here
 
 Fit = Literal["auto", "minmax", "mse", "hessian"]
-ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 # The search of the published GPTQ code (arXiv 2210.17323, "--mse"): shrink the range to 1 - i/100, i = 0..79,
 # keep the least sum of |error|**2.4.
 SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
 # The weighted search tries the middle of every five of these steps first, then the others of the best five.
 COARSE = 5
-# Rows are searched in chunks of about this many weights: little enough for a core's caches, enough for what a call costs;
-# on a GPU enough to fill it.
+# Weights per chunk of rows in the search: few enough for a core's caches, enough to outweigh the cost of a call.
+# A GPU needs more to be busy.
 CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 17, 1 << 23
 
 
 class Certificate(NamedTuple):
-    """Babai's certificate of one solved weight (``core/certificate.py`` says what it means)."""
+    """Babai's certificate of one solved weight, see ``core/certificate.py``."""
 
     loss: Float[Tensor, "out"]  # achieved, per row: ||q - w*||^2 in the metric H + damping, w* the (moved) target
-    bound: Float[Tensor, "out"]  # 1/4 sum_j d_j s_j^2, an upper limit where no code was clipped
+    bound: Float[Tensor, "out"]  # sum_j d_j (half_gap s_j)^2, an upper limit where no code was clipped
     clipped: Int[Tensor, "out"]  # codes of the row that would have left the range before clipping
 
 
 class Course(NamedTuple):
-    """How a method that judges its steps on held-out tokens went about one weight."""
+    """Choices that a method made for one weight by held-out tokens."""
 
     alpha: float  # share of the target's full step that was taken, mean over rows
     damp_percent: float
@@ -46,7 +48,7 @@ class Course(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """A solved weight. The codes are the truth from the moment they are solved; formats only pack them."""
+    """A solved weight. Formats pack these codes and never round again."""
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
@@ -55,14 +57,14 @@ class Quantized(NamedTuple):
     course: Course | None = None
 
     def rows(self, part: slice) -> "Quantized":
-        """Some of the rows."""
+        """Return some of the rows."""
         certificate = None if self.certificate is None else Certificate(*(value[part] for value in self.certificate))
         return Quantized(self.codes[part], self.scale[part], self.zero[part], certificate, self.course)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers a weight may become, and who shares a scale."""
+    """The values a weight may become, and who shares a scale: an integer grid, unless ``of`` or ``named`` made it."""
 
     bits: int | Literal["ternary"] = 4
     """Bits per weight: 2 to 8, or "ternary" (three levels on the 2-bit storage)."""
@@ -90,58 +92,143 @@ class Grid:
             if getattr(self, field) not in allowed:
                 raise SettingError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}.")
 
+    @staticmethod
+    def of(levels: Levels | None = None, scales: Scales | None = None, **fields: Any) -> "Grid":
+        """Make a grid of any levels and scales.
+
+        Args:
+            levels: None for integers, from ``bits`` and ``sym``.
+            scales: None for scales in ``scale_dtype``.
+            fields: The other fields of ``Grid``.
+        """
+        if levels is not None:
+            fields = {"bits": levels.bits, "sym": levels.sym, **fields}
+        return CustomGrid(**fields, own_levels=levels, own_scales=scales)
+
+    @staticmethod
+    def named(name: str, **fields: Any) -> "Grid":
+        """Make a preset of ``PRESETS``, other ``fields`` as given. Raises SettingError for an unknown name."""
+        if name not in PRESETS:
+            raise SettingError(f"there is no grid named {name!r}, only {', '.join(PRESETS)}.")
+        return Grid.of(**{**PRESETS[name], **fields})
+
+    @property
+    def levels(self) -> Levels:
+        """The levels in units of the scale, and the rounding to them."""
+        if self.bits == "ternary":
+            return Uniform(2, 1, 3)
+        return Uniform(self.bits, 0, 2**self.bits - 1, self.sym)
+
+    @property
+    def scales(self) -> Scales:
+        """The values that scales and offsets are rounded to."""
+        return Stored(self.scale_dtype)
+
     @property
     def storage_bits(self) -> int:
         """Bits one code takes on disk."""
-        return 2 if self.bits == "ternary" else self.bits
+        return self.levels.bits
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Least and greatest code that may occur."""
-        return (1, 3) if self.bits == "ternary" else (0, 2**self.bits - 1)
+        return self.levels.code_range
 
     def group_width(self, in_features: int) -> int:
-        """Columns per group of a weight with ``in_features`` columns (its last group may be smaller)."""
+        """Return the columns per group of a weight with ``in_features`` columns; its last group may be smaller."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
 
     def group_count(self, in_features: int) -> int:
-        """Groups per row, a smaller last one counted."""
+        """Return the groups per row, a smaller last one counted."""
         return -(-in_features // self.group_width(in_features))
+
+
+@dataclass(frozen=True)
+class CustomGrid(Grid):
+    """A grid whose levels or scales are its own; made by ``Grid.of`` and ``Grid.named``."""
+
+    own_levels: Levels | None = None
+    own_scales: Scales | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.own_levels is not None and (self.bits, self.sym) != (self.own_levels.bits, self.own_levels.sym):
+            raise SettingError(f"bits and sym belong to the levels, {self.own_levels.bits} and {self.own_levels.sym}.")
+
+    @property
+    def levels(self) -> Levels:
+        return self.own_levels or super().levels
+
+    @property
+    def scales(self) -> Scales:
+        return self.own_scales or super().scales
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nf4": {"levels": NF4, "group_size": 64},
+    "mxfp4": {"levels": FP4, "scales": PowerOfTwo(), "group_size": 32},
+}
 
 
 def encode(
     value: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: Float[Tensor, "*#shape"], grid: Grid
 ) -> Float[Tensor, "*shape"]:
-    """Nearest code to each value, clamped to the grid; returned in the value's own floating dtype."""
-    return (value / scale).round_().add_(zero).clamp_(*grid.code_range)
+    """Return the nearest code to each value, in the value's own floating dtype."""
+    return grid.levels.encode_(value / scale, zero)
 
 
 def decode(
-    code: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"], zero: Float[Tensor, "*#shape"]
+    code: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*#shape"],
+    zero: Float[Tensor, "*#shape"],
+    grid: Grid | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Value of each code."""
-    return (code - zero) * scale
+    """Return the value of each code; without a grid, of an integer grid."""
+    level = code if grid is None else grid.levels.decode(code, code.dtype)
+    return (level - zero) * scale
 
 
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
-    """The weight that the codes stand for, in the dtype of the scales."""
+    """Return the weight that the codes stand for, in the dtype of the scales."""
     dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
     scale, zero = (by_column(part, grid, n) for part in (quantized.scale, quantized.zero.to(dtype)))
-    return decode(quantized.codes.to(dtype), scale, zero)
+    return decode(quantized.codes.to(dtype), scale, zero, grid)
+
+
+def round_to_nearest(
+    weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"], grid: Grid
+) -> Quantized:
+    """Round every weight to the nearest value of its group."""
+    s, z = (by_column(part.to(weight.dtype), grid, weight.shape[1]) for part in (scale, zero))
+    return Quantized(encode(weight, s, z, grid).to(torch.uint8), scale, zero.to(torch.uint8))
 
 
 def by_column(value: Shaped[Tensor, "out groups"], grid: Grid, n: int) -> Shaped[Tensor, "out n"]:
-    """What each of ``n`` columns has of a value per group."""
+    """Repeat a value per group for each of the group's columns, ``n`` in all."""
     return value.repeat_interleave(grid.group_width(n), 1)[:, :n]
+
+
+def group_index(order: Int[Tensor, "in"], grid: Grid) -> Int[Tensor, "in"]:
+    """Return the group of the column at each solve position: groups are contiguous on disk, whatever the order."""
+    return order // grid.group_width(len(order))
 
 
 def fit(
     weight: Float[Tensor, "*batch n"], grid: Grid, importance: Float[Tensor, "#*batch n"] | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Scale and zero of groups of ``n`` weights each (last dimension), zeros as floats.
+    """Fit the scale and zero of groups of ``n`` weights each, each group on its own.
 
-    ``importance`` (``column_cost``) weights the squared error of each column where ``grid.fit`` is "hessian" or "auto".
-    Raises NumericalError where a scale does not fit ``grid.scale_dtype``.
+    Args:
+        weight: The groups, along the last dimension.
+        grid: ``grid.fit`` says by which measure.
+        importance: Weight of each column's squared error (``column_cost``) where ``grid.fit`` is "hessian" or "auto".
+
+    Returns:
+        Scales and zeros, the zeros in the floating dtype of the weight.
+
+    Raises:
+        NumericalError: The weight holds NaN or Inf, or a scale is too large to be stored.
+        SettingError: ``grid.fit`` is "hessian" and there is no ``importance``.
     """
     rows = weight.reshape(-1, weight.shape[-1])
     if grid.fit == "hessian" and importance is None:
@@ -152,9 +239,6 @@ def fit(
     low, high = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
     if not bool((high - low).isfinite().all()):
         raise NumericalError("the weights to be quantized hold NaN or Inf.")
-    if grid.sym:
-        high = torch.maximum(-low, high)
-        low = -high
     scale, zero = _grid_of_range(low, high, grid)
     if grid.fit != "minmax":
         step = max(1, (CHUNK_WEIGHTS if rows.device.type == "cpu" else CHUNK_WEIGHTS_GPU) // rows.shape[1])
@@ -172,7 +256,10 @@ def fit(
 def fit_groups(
     weight: Float[Tensor, "out in"], grid: Grid, importance: Float[Tensor, "in"] | None = None
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """Scale and zero of every group of a weight ("static groups"); a smaller last group is fitted on its own."""
+    """Fit the scale and zero of every group of a weight ("static groups"), as ``fit`` does.
+
+    A smaller last group is fitted on its own. Scales that are stored together are then rounded together.
+    """
     width = grid.group_width(weight.shape[1])
     full = weight.shape[1] // width * width
 
@@ -184,31 +271,19 @@ def fit_groups(
     if full < weight.shape[1]:
         tail = part(full, weight.shape[1], weight.shape[1] - full)
         scale, zero = torch.cat([scale, tail[0]], 1), torch.cat([zero, tail[1]], 1)
-    return scale, zero
+    return grid.scales.round_rows(scale, zero)
 
 
 def _grid_of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero that cover [low, high]; an empty range gets scale 1."""
-    least, greatest = grid.code_range
-    scale = (high - low) / (greatest - least)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scale = round_scale(scale, grid)
-    if grid.sym:
-        return scale, torch.full_like(scale, 2 ** (grid.storage_bits - 1))
-    return scale, (-low / scale).round_().clamp_(least, greatest)
-
-
-def round_scale(scale: Float[Tensor, "*shape"], grid: Grid) -> Float[Tensor, "*shape"]:
-    """Scales as the checkpoint will hold them: rounded to ``grid.scale_dtype``, never to zero."""
-    stored: torch.dtype = getattr(torch, grid.scale_dtype)
-    least = torch.finfo(stored).smallest_normal
-    if stored == torch.float16:  # weights below 1e-4 are common enough to need its subnormals
-        least *= torch.finfo(stored).eps
-    return scale.to(stored).to(scale.dtype).clamp_min(least)
+    """Return the scale and zero that cover [low, high]; an empty range gets scale 1."""
+    levels = grid.levels
+    scale = levels.scale(low, high)
+    return grid.scales.round(torch.where(scale > 0, scale, torch.ones_like(scale)), -low, levels)
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Shrink each row's range while its error falls."""
+    levels = grid.levels
     penalty: Callable[[Tensor], Tensor]
     if importance is None:
         # |error|**2.4, in a third of the time that pow takes
@@ -220,8 +295,8 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Ten
 
     def attempt(p: Tensor) -> None:
         scale, zero = _grid_of_range(p * low, p * high, grid)
-        code = encode(rows, scale[:, None], zero[:, None], grid)
-        error = penalty(code.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows))
+        level = levels.decode(levels.encode_(rows / scale[:, None], zero[:, None]), rows.dtype)
+        error = penalty(level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows))
         better = error < best
         for kept, new in ((best, error), (best_p, p), (best_scale, scale), (best_zero, zero)):
             torch.where(better, new, kept, out=kept)
@@ -237,8 +312,3 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Ten
         attempt(middle - i / SHRINK_GRAIN)
         attempt((middle + i / SHRINK_GRAIN).clamp_(max=1))
     return best_scale, best_zero
-
-
-def group_index(order: Int[Tensor, "in"], grid: Grid) -> Int[Tensor, "in"]:
-    """Group of the column at each solve position: groups are contiguous on disk, whatever the order."""
-    return order // grid.group_width(len(order))

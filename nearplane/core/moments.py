@@ -2,9 +2,8 @@
 
 With X the input in the original model and X̂ in the partially quantized one: ``H = X̂ X̂ᵀ/n`` and the drift
 moment ``D = (X - X̂) X̂ᵀ/n`` (GPTAQ's dXXT, arXiv 2504.02692). Where the linear's output is added to a residual stream
-r, its own drift and the stream's are one: ``R = (r + W X - r̂ - W X̂) X̂ᵀ/n`` is what the linear could repair there; the
-walk keeps no D then, ``W D`` being part of R. Everything the solvers do is invariant to a common rescale of all three, so
-no factor 2/N appears.
+r, the linear can repair the drift behind the addition: ``R = (r + W X - r̂ - W X̂) X̂ᵀ/n``. ``W D`` is part of R, so the
+walk keeps no D then. The solvers are invariant to a common rescale of all three, so no factor 2/N appears.
 """
 
 import math
@@ -17,22 +16,22 @@ from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError
 
-# An input that loses more than this share of its tokens to NaN or Inf calibrates on something else than the text.
+# A stage that loses a larger share of its tokens to NaN or Inf is an error.
 MOST_DROPPED = 0.05
-# Solvers multiply moments with each other; in float32 that is safe while the mean diagonal of H is 2^-48 to 2^48.
+# Solvers multiply moments with each other; float32 is safe while the mean diagonal of H is 2^-48 to 2^48.
 WIDEST = 48
 
 
 @dataclass
 class Moments:
-    """Per-token averages over ``tokens`` tokens; ``dropped`` tokens were non-finite and left out."""
+    """Averages over ``tokens`` tokens; ``dropped`` more tokens were not finite and were left out."""
 
     H: Float[Tensor, "in in"]
     D: Float[Tensor, "in in"] | None = None
     tokens: int = 0
     dropped: int = 0
     R: Float[Tensor, "out in"] | None = None
-    held: "Moments | None" = None  # the same of a share of these tokens: what a choice is judged on
+    held: "Moments | None" = None  # moments of the held-out tokens, which are among these
 
     @classmethod
     def zeros(
@@ -44,7 +43,15 @@ class Moments:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Moments":
-        """Empty moments of an input with ``n`` features; ``drift`` reserves D, ``residual`` (its width) reserves R."""
+        """Make empty moments.
+
+        Args:
+            n: Features of the input.
+            drift: Whether to keep D.
+            residual: Width of the residual stream, to keep R.
+            dtype: Of the moments.
+            device: Of the moments.
+        """
         H = torch.zeros(n, n, dtype=dtype, device=device)
         R = None if residual is None else H.new_zeros(residual, n)
         return cls(H, torch.zeros_like(H) if drift else None, R=R)
@@ -55,17 +62,19 @@ class Moments:
         x: Float[Tensor, "tokens in"] | None = None,
         drift: Float[Tensor, "tokens out"] | None = None,
     ) -> None:
-        """Take in a batch: ``xhat`` of the quantized stream, ``x`` of the reference stream when D is kept, the
-        ``drift`` of the stream behind the linear when R is.
+        """Add a batch of tokens. A token with a value that is not finite is left out and counted in ``dropped``.
 
-        A token with a non-finite value anywhere is left out and counted in ``dropped``.
+        Args:
+            xhat: Input in the quantized stream.
+            x: Input in the reference stream; where D is kept, and only there.
+            drift: Drift of the stream behind the linear; where R is kept, and only there.
         """
         if (x is None) != (self.D is None) or (drift is None) != (self.R is None):
             raise ValueError("x is needed exactly when the moments keep D, and drift exactly when they keep R.")
         dtype = self.H.dtype
         xhat = xhat.to(dtype)
         finite = _finite(xhat)
-        sides: list[tuple[Tensor, Tensor]] = []  # a moment, and what stands left of X̂ᵀ in it
+        sides: list[tuple[Tensor, Tensor]] = []  # a moment, and the factor left of X̂ᵀ in it
         if self.D is not None and x is not None:
             sides.append((self.D, x.to(dtype) - xhat))
         if self.R is not None and drift is not None:
@@ -85,7 +94,7 @@ class Moments:
         self.tokens += kept
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of both sets of tokens together: the weighted mean, so shards combine exactly."""
+        """Return the moments of both sets of tokens together: their weighted mean, so shards combine exactly."""
         if (self.D is None) != (other.D is None) or (self.R is None) != (other.R is None):
             raise ValueError("moments that keep different things cannot be merged.")
         held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
@@ -96,7 +105,7 @@ class Moments:
         return whole
 
     def join(self, held: "Moments") -> "Moments":
-        """These moments and those of the ``held`` tokens together, with ``held`` kept beside; takes both over."""
+        """Add the moments of held-out tokens, in place, and keep those moments as ``held``."""
         self._absorb(held)
         self.held = held
         return self
@@ -106,7 +115,7 @@ class Moments:
     @overload
     def fit(self, moment: Literal["D", "R"]) -> Tensor | None: ...
     def fit(self, moment: Literal["H", "D", "R"]) -> Tensor | None:
-        """One moment over the tokens that are not held out; None where it is not kept."""
+        """Return one moment over the tokens that are not held out; None where the moment is not kept."""
         whole: Tensor | None = getattr(self, moment)
         part: Tensor | None = getattr(self.held, moment, None)
         if whole is None or part is None or self.held is None or not 0 < self.held.tokens < self.tokens:
@@ -123,26 +132,27 @@ class Moments:
         self.tokens, self.dropped = tokens, self.dropped + other.dropped
 
     def rescale(self) -> int:
-        """Bring moments of very large or small activations near 1; returns the power of two they were multiplied by.
+        """Multiply moments of very large or small activations by a power of two, to bring them near 1.
 
-        Exact, and 0 for what any ordinary model shows. Nothing a solver does depends on a common factor.
+        Returns:
+            The exponent; 0, and nothing done, for ordinary activations. Solvers are invariant to a common factor.
         """
         mean = self._mean()
-        least = torch.finfo(self.H.dtype).tiny / torch.finfo(self.H.dtype).eps  # what is less has lost digits already
+        least = torch.finfo(self.H.dtype).tiny / torch.finfo(self.H.dtype).eps  # smaller numbers have lost digits
         if not least <= mean < math.inf or 2.0**-WIDEST <= mean <= 2.0**WIDEST:
             return 0
-        power = -2 * (math.frexp(mean)[1] // 2)  # even, so that a factor's square roots are scaled exactly, too
+        power = -2 * (math.frexp(mean)[1] // 2)  # even, so that square roots are scaled exactly, too
         parts = [self] if self.held is None else [self, self.held]
         for moment in (moment for part in parts for moment in (part.H, part.D, part.R)):
             if moment is not None:
-                moment.mul_(2.0 ** (power // 2)).mul_(2.0 ** (power // 2))  # 2 ** power may be no number of the dtype
+                moment.mul_(2.0 ** (power // 2)).mul_(2.0 ** (power // 2))  # 2 ** power may leave the dtype's range
         return power
 
     def _mean(self) -> float:
         return float(self.H.diagonal().double().mean())
 
     def check(self) -> None:
-        """Raise NumericalError where no solver could give a meaningful answer."""
+        """Raise NumericalError where no solver can give a meaningful answer."""
         total = self.tokens + self.dropped
         if total == 0:
             raise NumericalError("no calibration token reached this input.")
@@ -166,13 +176,13 @@ class Moments:
             )
 
     def held_out(self) -> "Moments":
-        """Those of the held-out tokens, for the methods that judge by them."""
+        """Return the moments of the held-out tokens. ValueError where none are kept."""
         if self.held is None:
             raise ValueError("nothing is held out of these moments; a method asks for it with needs={'held_out'}.")
         return self.held
 
     def drift(self) -> Float[Tensor, "in in"]:
-        """D, for the methods that need it. SettingError where it was not asked for, or R was and stands in for it."""
+        """Return D. SettingError where D was not asked for, or R was kept in its place."""
         if self.D is None:
             raise SettingError(
                 "these moments hold no D: a method that reads D asks for needs={'H', 'D'}, without 'R', which takes the place "
@@ -182,24 +192,24 @@ class Moments:
 
 
 def _finite(x: Float[Tensor, "tokens width"]) -> Bool[Tensor, "tokens"]:
-    """Which tokens are finite throughout: NaN and Inf stay in a sum, and one pass over the numbers is all it takes.
+    """Return which tokens are finite throughout, by their sums: NaN and Inf stay in a sum.
 
-    A sum of finite numbers that overflows counts as well; their squares in H would have.
+    A sum of finite numbers that overflows counts as not finite; the squares in H would overflow, too.
     """
     return x.sum(1).isfinite()
 
 
 def all_finite(value: Tensor) -> bool:
-    """Whether every number is: the least and greatest are NaN where any is. Much faster than ``isfinite`` on a CPU."""
+    """Return whether all numbers are finite, by their least and greatest; on a CPU much faster than ``isfinite``."""
     return value.numel() == 0 or all(math.isfinite(extreme) for extreme in value.aminmax())
 
 
-# Columns of a Gram matrix that one GEMM computes both halves of; wider ones are halved until they are that narrow.
+# Columns of a Gram matrix that one GEMM computes whole; a wider matrix is split into quarters.
 LEAF, LEAF_GPU = 256, 2048
 
 
 def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"], keep: float, step: float) -> None:
-    """``total ← keep total + step xᵀx``: both diagonal quarters in turn, the upper right one, and its mirror."""
+    """Update ``total ← keep total + step xᵀx``: both diagonal quarters, the upper right one, and its mirror."""
     n, leaf = len(total), LEAF if total.device.type == "cpu" else LEAF_GPU
     if n > leaf:
         half = leaf * -(-n // leaf) // 2
@@ -210,4 +220,4 @@ def add_gram(total: Float[Tensor, "in in"], x: Float[Tensor, "tokens in"], keep:
         total[half:, :half] = corner.T
         return
     torch.addmm(total, x.T, x, beta=keep, alpha=step, out=total)
-    total.copy_(total.triu() + total.triu(1).T)  # a GEMM rounds its two halves differently
+    total.copy_(total.triu() + total.triu(1).T)  # a GEMM may round the two halves differently

@@ -2,33 +2,47 @@
 
     f(Q) = tr((W* - Q) A (W* - Q)ᵀ),   A = H + λI
 
-Group by group: the group's scale moves to the least of f for its codes, a parabola in one unknown; then its columns in
-turn move every code to the grid point of least f. Everything else is fixed meanwhile, and so scales and codes, of this
-group and of the others, come to agree. Arrays are (in, out) inside, so that a column is contiguous.
+Group by group, with everything else fixed: the scale of the group moves to the minimum of f, a parabola in one unknown.
+Then the columns of the group move every code, in turn, to the grid point of least f. Arrays are (in, out) inside, so that
+a column is contiguous.
 """
+
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.cuda_graph import Replay
-from nearplane.core.grid import Grid, Quantized, round_scale
+from nearplane.core.grid import Grid, Quantized
+from nearplane.core.levels import Levels
 from nearplane.core.sweep import LEAF, PANEL
 
 
 def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Quantized, grid: Grid) -> Quantized:
-    """One round over all groups. Zeros stay; the certificate is the sweep's."""
+    """Run one round over all groups.
+
+    Args:
+        target: The weight to round towards, W*.
+        A: The damped Hessian.
+        solved: The answer to improve.
+        grid: Its grid.
+
+    Returns:
+        Better codes and scales; zeros and certificate are those of ``solved``.
+    """
     n = target.shape[1]
     width = grid.group_width(n)
     groups = [(g, slice(a, min(a + width, n))) for g, a in enumerate(range(0, n, width))]
     scale = solved.scale.T.clone(memory_format=torch.contiguous_format)
     zero = solved.zero.T.to(target.dtype).contiguous()
-    steps = solved.codes.T.contiguous().to(target.dtype)  # code - zero; first turned, then widened: the fast way
+    # level - zero; transposed before it is widened, which is faster
+    steps = grid.levels.decode(solved.codes.T.contiguous(), target.dtype)
     error = target.T.clone(memory_format=torch.contiguous_format)  # w* - q
     for g, part in groups:
         steps[part] -= zero[g]
         error[part].addcmul_(steps[part], scale[g], value=-1)
-    panel = max(1, PANEL // width) * width  # columns that share one look at all the error: whole groups
+    panel = max(1, PANEL // width) * width  # columns that share one product with all the error: whole groups
     descend = _Descent(grid)
     for a in range(0, n, panel):
         b = min(a + panel, n)
@@ -39,37 +53,39 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
             g, here, there = first // width, slice(first, end), slice(first - a, end - a)
             if first > a:
                 slope[there].addmm_(A[here, a:first], moved[: first - a])
-            better = _best_scale(scale[g], steps[here], slope[there], A[here, here], grid)
+            better = _best_scale(scale, g, steps[here], slope[there], A[here, here], grid)
             moved[there] = steps[here] * (scale[g] - better)
             slope[there].addmm_(A[here, here], moved[there])
             scale[g] = better
             moved[there] += descend(steps[here], slope[there], A[here, here], better, zero[g])
         error[a:b] += moved
+    codes = torch.empty_like(steps, dtype=torch.uint8)
     for g, part in groups:
-        steps[part] += zero[g]
-    return solved._replace(codes=steps.to(torch.uint8).T.contiguous(), scale=scale.T.contiguous())
+        codes[part] = grid.levels.encode_(steps[part], zero[g])
+    return solved._replace(codes=codes.T.contiguous(), scale=scale.T.contiguous())
 
 
-def _best_scale(scale: Tensor, steps: Tensor, slope: Tensor, A: Tensor, grid: Grid) -> Tensor:
-    """The scale of least f of one group of each row, (out,): the old one where rounding or a sign leaves no gain."""
+def _best_scale(scales: Tensor, g: int, steps: Tensor, slope: Tensor, A: Tensor, grid: Grid) -> Tensor:
+    """Return the scale of least f of group g, (out,); the old one where rounding or a sign leaves no gain."""
+    scale = scales[g]
     gain, curvature = (steps * slope).sum(0), (steps * (A @ steps)).sum(0)
     wanted = torch.where(curvature > 0, scale + gain / curvature, scale)
-    wanted = round_scale(torch.where(wanted > 0, wanted, scale), grid)
+    wanted = grid.scales.round_beside(torch.where(wanted > 0, wanted, scale), scales, g)
     change = wanted - scale
     return torch.where(change.square() * curvature < 2 * change * gain, wanted, scale)
 
 
 class _Descent:
-    """Every code of one group to its best, column after column."""
+    """Coordinate descent over the codes of one group, column after column."""
 
     def __init__(self, grid: Grid) -> None:
-        self.grid, self.leaf = grid, Replay(_descend_leaf, written=2)
+        self.levels, self.leaf = grid.levels, Replay(partial(_descend_leaf, grid.levels), written=2)
 
     def __call__(self, steps: Tensor, slope: Tensor, A: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """``steps`` in place: the change of the error."""
-        least, greatest = (bound - zero for bound in self.grid.code_range)
+        """Move ``steps`` in place; return the change of the error."""
+        low, high = self.levels.reach(zero)
         moved = torch.zeros_like(slope)
-        slope /= A.diagonal()[:, None]  # the step to the least of f, but for the scale
+        slope /= A.diagonal()[:, None]  # the way to the minimum of f, in units of the weight
         for panel in range(0, len(steps), PANEL):
             stop = min(panel + PANEL, len(steps))
             coupling = A[:stop, panel:stop] / A.diagonal()[panel:stop]
@@ -80,17 +96,18 @@ class _Descent:
                 here, columns = slice(leaf, end), slice(leaf - panel, end - panel)
                 if leaf > panel:
                     slope[here].addmm_(coupling[panel:leaf, columns].T, moved[panel:leaf])
-                self.leaf(steps[here], moved[here], slope[here], coupling[here, columns], scale, least, greatest)
+                self.leaf(steps[here], moved[here], slope[here], coupling[here, columns], scale, low, high)
         return moved
 
 
 def _descend_leaf(
-    steps: Tensor, moved: Tensor, slope: Tensor, coupling: Tensor, scale: Tensor, least: Tensor, greatest: Tensor
+    levels: Levels, steps: Tensor, moved: Tensor, slope: Tensor, coupling: Tensor, scale: Tensor, *reach: Tensor
 ) -> None:
+    """Move each column's codes to the grid point of least f, after what the columns before it moved."""
     for j in range(len(steps)):
         if j:
             slope[j].addmv_(moved[:j].T, coupling[:j, j])
         step, change = steps[j], moved[j]
         change.copy_(step)
-        step.addcdiv_(slope[j], scale).round_().clamp_(least, greatest)
+        levels.round_(step.addcdiv_(slope[j], scale), *reach)
         change.sub_(step).mul_(scale)

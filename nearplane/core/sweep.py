@@ -5,24 +5,27 @@ With ``H + λI = T diag(d) Tᵀ``, ``M = T - I`` (``core/factor.py``), target W 
     v_j = w_j + Σ_{i<j} (w_i - q_i) M[i,j]        q_j = round_to_grid(v_j)
 
 This is GPTQ (arXiv 2210.17323) written left-looking: a column is completed by one look back at all earlier error, and
-no later column is ever rewritten. GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) move the target itself while
-sweeping: after column i every later target gains ``v_i P[i,j]``; that matrix is the optional ``push``.
+no later column is ever rewritten. GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) move the target while sweeping:
+after column i every later target gains ``v_i P[i,j]``; that matrix is the optional ``push``.
 
 Differs from the published code in: (1) one Cholesky and no inverse; (2) left-looking, in panels; (3) arrays are stored
-transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid-block reads compensated, not stale, weights.
+transposed, (in, out), so that a column is contiguous; (4) a group fitted in mid-block reads compensated weights.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.cuda_graph import Replay
+from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
+from nearplane.core.levels import Levels
 
 Carry = Literal["value", "code", "clamped"]
 
@@ -36,11 +39,11 @@ LEAF = 32
 
 @dataclass(frozen=True)
 class Push:
-    """Targets move while sweeping: ``w_j += x_i matrix[i,j] + w_i shift[i,j]`` for i < j, w_i the original column.
+    """A moving target: ``w_j += x_i matrix[i,j] + w_i shift[i,j]`` for i < j, w_i the original column.
 
-    Inside one published block of 128 columns x_i is always the compensated value v_i. Across blocks ``carry`` chooses:
-    ``value`` keeps v_i (the consistent form), ``code`` takes the rounded q_i (GPTAQ as released), ``clamped`` takes v_i
-    clamped to its group's range (ResComp as released, "allw").
+    Inside a published block of 128 columns x_i is the compensated value v_i. Across blocks ``carry`` chooses: ``value``
+    keeps v_i (the consistent form). ``code`` takes the rounded q_i (GPTAQ as released). ``clamped`` takes v_i clamped to
+    the range of its group (ResComp as released, "allw").
     """
 
     matrix: Float[Tensor, "in in"]  # strictly upper, columns in solve order
@@ -61,10 +64,24 @@ def sweep(
 ) -> Quantized:
     """Round ``target`` column by column in ``factor.order``.
 
-    ``scales``: scale and zero of every group, fixed beforehand ("static groups"); None fits each group to the
-    compensated weights when the sweep reaches it ("dynamic groups", natural order only). ``importance`` is ``column_cost`` for
-    ``grid.fit == "hessian"``. Codes do not depend on ``panel``.
+    Args:
+        target: The weight to round towards.
+        factor: The factored Hessian.
+        grid: The levels, and how groups are fitted.
+        scales: Scale and zero of every group, fixed beforehand ("static groups"). None fits each group to the
+            compensated weights when the sweep reaches it ("dynamic groups", natural order only).
+        push: How targets move, for GPTAQ and ResComp.
+        importance: ``column_cost``, for fitting dynamic groups.
+        panel: Columns that share one look back. Codes do not depend on it.
+
+    Returns:
+        Codes in storage order, with Babai's certificate.
+
+    Raises:
+        SettingError: The scales of the grid are rounded together, and groups are dynamic.
     """
+    if scales is None and grid.scales.joint:
+        raise SettingError("this grid rounds the scales of several groups together, so groups must be static.")
     state = _State(target, factor, grid, scales, push, importance)
     n = target.shape[1]
     width = grid.group_width(n)
@@ -83,7 +100,7 @@ def sweep(
 
 
 class _State:
-    """The arrays of one sweep, all (in, out) in solve order, and the three things done to a panel [a, b)."""
+    """The arrays of one sweep, all (in, out) in solve order, and the three steps on a panel [a, b)."""
 
     def __init__(
         self,
@@ -96,13 +113,13 @@ class _State:
     ) -> None:
         out, n = target.shape
         self.factor, self.grid, self.push = factor, grid, push
-        # A copy, which becomes the moving target w'. Transposing first makes the gather one of whole rows; a few rows of
-        # the weight at a time leave no second copy.
+        # A copy, which becomes the moving target w'. Transposing first lets index_select gather whole rows; taking a few
+        # rows of the weight at a time avoids a second copy.
         self.target = target.new_empty(n, out)
         for a in range(0, out, ROWS):
             self.target[:, a : a + ROWS] = target[a : a + ROWS].T.contiguous().index_select(0, factor.order)
         self.start, self.value = 0, self.target[:0]  # the current panel: its first column, its v
-        self.error = self.target  # w' - q of a solved column takes the place of its w', which nothing reads any more
+        self.error = self.target  # w' - q of a solved column replaces its w'
         self.source = torch.zeros_like(self.target if push else self.target[:0])  # x of Push
         self.weight = self.target.clone() if push and push.shift is not None else self.target[:0]  # w of Push
         self.codes = torch.empty(n, out, dtype=torch.uint8, device=target.device)
@@ -114,7 +131,7 @@ class _State:
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
-        self.leaf = Replay(_round_leaf, written=5)
+        self.leaf = Replay(partial(_round_leaf, grid.levels), written=5)
 
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
@@ -122,7 +139,7 @@ class _State:
         self.receive(a, b, 0, a)
 
     def receive(self, a: int, b: int, since: int, until: int) -> None:
-        """Complete columns [a, b) of the panel with what the solved columns [since, until) send them."""
+        """Add to columns [a, b) of the panel the error of the solved columns [since, until)."""
         if since == until:
             return
         value = self.value[a - self.start : b - self.start]
@@ -133,7 +150,7 @@ class _State:
         value.addmm_(self.factor.feedback[since:until, a:b].T, self.error[since:until])
 
     def moved(self, a: int, b: int, since: int, until: int) -> Tensor:
-        """How far the columns [since, until) push the targets of [a, b)."""
+        """Return how far the columns [since, until) push the targets of [a, b)."""
         if self.push is None:
             return torch.zeros_like(self.target[a:b])
         result = self.push.matrix[since:until, a:b].T @ self.source[since:until]
@@ -144,8 +161,8 @@ class _State:
     def fit_group(self, a: int, b: int, panel_end: int) -> None:
         """Fit the group [a, b) to its conditional optimum given the columns already rounded.
 
-        In look-back form that is ``W_g + F (I + M_gg)⁻¹`` with F what [a, b) receives from earlier error. Columns past
-        the panel have not been completed yet and are looked up here.
+        In look-back form that is ``W_g + F (I + M_gg)⁻¹``, F the earlier error received by [a, b). Columns past the
+        panel have received none yet, and are completed here.
         """
         received = self.value - self.target[a:panel_end]
         target = self.target[a:panel_end]
@@ -159,10 +176,10 @@ class _State:
         self.scale[group], self.zero[group] = fit((target + solved).T, self.grid, weights)
 
     def round_panel(self, a: int, b: int) -> None:
-        """Round the columns of [a, b), completing each from the ones just rounded: leaf by leaf, column by column."""
+        """Round the columns of [a, b), leaf by leaf, column by column, each after the error of those before it."""
         scale, zero = (part.index_select(0, self.group[a:b]) for part in (self.scale, self.zero))
-        low, high = (end - zero for end in self.grid.code_range)
-        steps = torch.empty_like(scale)  # codes less their zeros: what `encode` and `decode` add and take away again
+        low, high = self.grid.levels.reach(zero)
+        steps = torch.empty_like(scale)
         nothing = self.target[:0, :0]
         for leaf in range(a, b, LEAF):
             end = min(leaf + LEAF, b)
@@ -170,32 +187,31 @@ class _State:
             here, there = slice(leaf, end), slice(leaf - a, end - a)
             moving = (self.push.matrix, self.push.shift) if self.push else (None, None)
             pushes = [nothing if m is None else m[here, here] for m in moving]
-            self.leaf(
+            self.leaf(*_Leaf(
                 self.value[there], self.target[here], self.error[here], steps[there], self.source[here], self.weight[here],
                 scale[there], low[there], high[there], self.factor.feedback[here, here], *pushes,
-            )  # fmt: skip
-        self.codes[a:b] = steps.add_(zero)
-        self._settle(a, b, scale, zero)
+            ))  # fmt: skip
+        self.clipped += self.grid.levels.clipped(self.value / scale, low, high).sum(0)
+        self._settle(a, b, steps, scale, zero)
 
-    def _settle(self, a: int, b: int, scale: Tensor, zero: Tensor) -> None:
-        """Account for a finished panel, and choose what it carries on."""
-        least, greatest = self.grid.code_range
-        reach = (self.value / scale).round_().add_(zero)
-        self.clipped += ((reach < least) | (reach > greatest)).sum(0)
-        rounded = decode(self.codes[a:b].to(scale.dtype), scale, zero)
+    def _settle(self, a: int, b: int, steps: Tensor, scale: Tensor, zero: Tensor) -> None:
+        """Add a finished panel to the certificate, store its codes, and choose the x_i it carries on."""
+        levels = self.grid.levels
         pivots = self.factor.pivots[a:b, None]
-        self.loss += (pivots * (self.value - rounded).square_()).sum(0)
-        self.bound += (pivots * scale.square()).sum(0) / 4
+        self.loss += (pivots * (self.value - steps * scale).square_()).sum(0)
+        self.bound += (pivots * scale.square()).sum(0) * levels.half_gap**2
+        self.codes[a:b] = levels.encode_(steps, zero)
         if self.push is not None and b % self.push.block == 0:
             block = slice(b - self.push.block, b)
             s, z = self.scale[self.group[block]], self.zero[self.group[block]]
             if self.push.carry == "code":
-                self.source[block] = decode(self.codes[block].to(s.dtype), s, z)
+                self.source[block] = decode(self.codes[block].to(s.dtype), s, z, self.grid)
             elif self.push.carry == "clamped":
-                self.source[block] = self.source[block].clamp((least - z) * s, (greatest - z) * s)
+                low, high = levels.reach(z)
+                self.source[block] = self.source[block].clamp(low * s, high * s)
 
     def result(self) -> Quantized:
-        """Codes back in storage order."""
+        """Return the codes, back in storage order."""
         codes = torch.empty_like(self.codes)
         codes[self.factor.order] = self.codes
         certificate = Certificate(self.loss, self.bound, self.clipped)
@@ -204,11 +220,26 @@ class _State:
         )
 
 
-def _round_leaf(
-    value: Tensor, target: Tensor, error: Tensor, steps: Tensor, source: Tensor, weight: Tensor, scale: Tensor,
-    low: Tensor, high: Tensor, feedback: Tensor, push: Tensor, shift: Tensor,
-) -> None:  # fmt: skip
-    """Round some columns, each after what those before it send. Parts of the arrays of ``_State``; Push's may be empty."""
+class _Leaf(NamedTuple):
+    """Some columns, (columns, out), as parts of the arrays of ``_State``; those of a ``Push`` may be empty."""
+
+    value: Tensor
+    target: Tensor
+    error: Tensor
+    steps: Tensor
+    source: Tensor
+    weight: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    feedback: Tensor
+    push: Tensor
+    shift: Tensor
+
+
+def _round_leaf(levels: Levels, *tensors: Tensor) -> None:
+    """Round the columns of a ``_Leaf``, each after receiving the error of those before it."""
+    value, target, error, steps, source, weight, scale, low, high, feedback, push, shift = _Leaf(*tensors)
     columns = zip(*(part.unbind() for part in (value, steps, scale, low, high)), strict=True)
     for j, (v, step, s, least, greatest) in enumerate(columns):
         if j and len(push):
@@ -219,7 +250,7 @@ def _round_leaf(
             value[j : j + 1] += moved
         if j:
             value[j : j + 1].addmm_(feedback[:j, j : j + 1].T, error[:j])
-        torch.div(v, s, out=step).round_().clamp_(least, greatest)
+        levels.round_(torch.div(v, s, out=step), least, greatest)
         torch.sub(target[j], step * s, out=error[j])
         if len(push):
             source[j] = v

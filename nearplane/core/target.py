@@ -1,19 +1,19 @@
-"""The exact target: what the weight should be rounded *towards* once its input has drifted.
+"""The exact target: the weight to round *towards* once the input has drifted.
 
 Asymmetric calibration asks for ``min_Q ‖Q X̂ - W X - R‖²``, R the drift of the residual stream where the output is added
 to one. Completing the square it is ``min_Q ‖(Q - W*) X̂‖²`` with
 
     W* = W + pull H⁻¹,   pull = W D + R X̂ᵀ/n
 
-(which calibration measures as one moment where there is an R) so that any solver of the symmetric problem solves it on
-W*. Calibration is noisy, and noisiest where H is small. So of the step only what a part of the tokens that took no part
-in it confirms is taken: with the steps ``S_k = pull (H + λ_k I)⁻¹`` of the other part, the held-out loss of
-``W + Σ c_k S_k`` is a quadratic in c
+so that any solver of the symmetric problem solves it on W*. (Where there is an R, calibration measures the pull as one
+moment.) Calibration is noisy, and noisiest where H is small. So only the share of the step that held-out tokens confirm
+is taken. With the steps ``S_k = pull (H + λ_k I)⁻¹`` of the other tokens, the held-out loss of ``W + Σ c_k S_k`` is
+a quadratic in c
 
     cᵀ K c - 2 cᵀ b,   K_kl = ⟨S_k, S_l H_v⟩,   b_k = ⟨S_k, pull_v⟩
 
-that is minimized over c ≥ 0 without a search. One λ is shrinkage of the whole step; several shrink each direction of the
-input by its own measure.
+that is minimized over c ≥ 0 without a search. One λ shrinks the whole step; several λ shrink each direction of the input
+by a measure of its own.
 """
 
 from itertools import combinations
@@ -28,17 +28,14 @@ from nearplane.core.factor import Factor, damped_cholesky
 def pull(
     weight: Float[Tensor, "out in"], D: Float[Tensor, "in in"] | None, R: Float[Tensor, "out in"] | None
 ) -> Float[Tensor, "out in"]:
-    """What the drift asks of the weight, before the Hessian divides it: the moment R where one is kept, else ``W D``.
-
-    R is of the stream behind the linear and holds ``W D`` already. Neither: nothing is asked.
-    """
+    """Return the pull of the drift on a weight: the moment R where kept, which holds ``W D`` already, else ``W D``, else 0."""
     if R is not None:
         return R
     return torch.zeros_like(weight) if D is None else weight @ D
 
 
 def full_step(pull: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "out in"]:
-    """``pull (H + λI)⁻¹`` by two triangular solves with the factor."""
+    """Solve ``pull (H + λI)⁻¹`` by two triangular solves with the factor."""
     unit = factor.feedback  # T, upper; its unit diagonal is implied
     half = pull.index_select(1, factor.order)
     half = torch.linalg.solve_triangular(unit.T, half, upper=False, left=False, unitriangular=True)
@@ -52,9 +49,15 @@ def full_step(pull: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "o
 def mixed_step(
     pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"], mix: dict[float, Float[Tensor, "#out 1"]]
 ) -> tuple[Float[Tensor, "out in"], int]:
-    """``Σ c_k pull (H + λ_k I)⁻¹`` with ``mix`` = {λ_k over mean(diag H): c_k}, and how often a λ had to be raised.
+    """Return ``Σ c_k pull (H + λ_k I)⁻¹``.
 
-    Many rows share one sum of inverses, few are solved for: whichever costs less.
+    Args:
+        pull: The pull of the drift.
+        H: Second moment of the input.
+        mix: λ_k, as a fraction of mean(diag H), to its share c_k, of all rows or of each.
+
+    Returns:
+        The step, and how often a λ had to be raised. Many rows share one sum of inverses; few rows are solved for.
     """
     total: Tensor | None = None
     raised = 0
@@ -72,7 +75,7 @@ def mixed_step(
 def row_shares(
     step: Float[Tensor, "out in"], pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
 ) -> Float[Tensor, "out 1"]:
-    """The share of ``step`` that the held-out moments (``pull``, ``H``) want of each output row, within [0, 1]."""
+    """Return the share of ``step`` that the held-out moments (``pull``, ``H``) confirm for each row, within [0, 1]."""
     wanted, curvature = (step * pull).sum(1), (step * (step @ H)).sum(1)
     share = torch.where(curvature > 0, wanted / curvature, torch.zeros_like(wanted))
     return share.clamp_(0, 1)[:, None]
@@ -81,9 +84,9 @@ def row_shares(
 def shares(
     steps: list[Float[Tensor, "out in"]], pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
 ) -> list[float]:
-    """How much of each of ``steps`` the held-out moments (``pull``, ``H``) want, together and none below 0.
+    """Return the shares of ``steps``, none below 0, whose sum has the least loss on the held-out ``pull`` and ``H``.
 
-    The least of a quadratic over c ≥ 0 is the unconstrained least of some subset of the steps: all are tried.
+    The minimum of a quadratic over c ≥ 0 is the unconstrained minimum of some subset of the steps: all are tried.
     """
     images = [step @ H for step in steps]
     K = torch.tensor([[_dot(step, image) for image in images] for step in steps], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The family. One file a method; the table below is the whole registry.
+"""The methods, one file each; the table below is the whole registry.
 
 A method is a frozen dataclass whose fields are its options. A user's own class needs no entry here:
 ``quantize(method=Mine())``, or ``--method package.module:Mine`` on the command line.

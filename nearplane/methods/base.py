@@ -1,4 +1,4 @@
-"""What a method is: the whole contract, and the part that every sweeping method shares."""
+"""The contract of a method, and the part that all sweeping methods share."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -20,28 +20,35 @@ Need = Literal["H", "D", "R", "held_out"]
 class Method(Protocol):
     """A frozen dataclass whose fields are its options.
 
-    Optional members: ``refuses(shape)``, the reason why a weight of that (out, in) cannot be solved, or None;
-    ``rows_independent = True``, a promise that ``solve`` of some rows gives what it gives them among all rows, with the same
-    state, so that several ranks may take some each.
+    Optional members:
+
+    - ``refuses(shape)``: the reason why a weight of that (out, in) cannot be solved, or None.
+    - ``rows_independent = True``: a promise that ``solve`` gives a row the same answer alone as among others, from the
+      same state. Then each rank may solve some of the rows.
     """
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What calibration must measure: of H, D and R (``core/moments.py``; where R is kept it stands in for D), and
-        whether a share of it is held out."""
+        """Moments that calibration must measure: of H, D and R (``core/moments.py``; R takes the place of D), and held_out."""
         ...
 
     def prepare(self, moments: Moments) -> Any:
-        """Work that depends on the input only, done once for all linears that read it."""
+        """Do the work that depends on the input alone, once for all linears that read it."""
         ...
 
     def solve(self, weight: Float[Tensor, "out in"], state: Any, grid: Grid) -> Quantized:
-        """Solve a weight with what ``prepare`` returned: the rows of all linears that read the input, stacked."""
+        """Solve a weight.
+
+        Args:
+            weight: The rows of all linears that read the input, stacked, in the dtype of the moments.
+            state: The result of ``prepare``.
+            grid: The grid to round to.
+        """
         ...
 
 
 def rows_independent(method: Method) -> bool:
-    """Whether a method promises that. A promise is about the ``solve`` it stands beside: a subclass with its own repeats it."""
+    """Return whether a method promises independent rows; a subclass with a ``solve`` of its own must repeat the promise."""
     for kind in type(method).__mro__:
         if "rows_independent" in vars(kind):
             return bool(getattr(method, "rows_independent", False))
@@ -51,7 +58,7 @@ def rows_independent(method: Method) -> bool:
 
 
 class Prepared(NamedTuple):
-    """What a sweeping method prepares once per input."""
+    """The state of a sweeping method, prepared once per input."""
 
     factor: Factor
     importance: Float[Tensor, "in"]  # column_cost (core/factor.py)
@@ -90,7 +97,7 @@ class Sweeping:
         return factorize(moments.H, order=self.order, damp_percent=self.damp_percent)
 
     def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
-        """Fit the groups, sweep, and check Babai's certificate. ``weight`` has the dtype of the moments."""
+        """Fit the groups, sweep, and check Babai's certificate."""
         scales = fit_groups(weight, grid, state.importance) if self.static_groups else None
         solved = sweep(weight, state.factor, grid, scales, push=state.push, importance=state.importance)
         if solved.certificate is not None:

@@ -5,9 +5,9 @@ After column q is rounded every later target gains ``v_q P[q, :]``, with ``P = �
 
     P = α · striu(D T⁻ᵀ) diag(1/d) T⁻¹
 
-Differs from the published code in: (1) variant="consistent" multiplies P by the compensated value v everywhere; the
-published code (variant="released") does so inside a block of 128 columns and uses the rounded columns across blocks,
-so that its result depends on the block size; (2) H is damped once, not once per linear that shares it.
+Differs from the published code in: (1) variant="consistent" multiplies P by the compensated value v everywhere. The
+published code (variant="released") does so inside a block of 128 columns, and takes the rounded columns across blocks:
+its result depends on the block size. (2) H is damped once, not once per linear that shares it.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Variant = Literal["consistent", "released"]
 
 
 def drift_push(factor: Factor, D: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """``striu(D Uᵀ) U`` in solve order: row q is ``D[q, q+1:] (H[q+1:, q+1:] + λI)⁻¹``."""
+    """Return ``striu(D Uᵀ) U`` in solve order: row q is ``D[q, q+1:] (H[q+1:, q+1:] + λI)⁻¹``."""
     D = D[factor.order[:, None], factor.order]
     # D T⁻ᵀ = X solves X Tᵀ = D; T = I + feedback, its unit diagonal implied.
     unit = factor.feedback
@@ -56,7 +56,7 @@ class GPTAQ(Sweeping):
         return frozenset({"H", "D"})
 
     def prepare(self, moments: Moments) -> Prepared:
-        """The factor and P, for all linears that read this input."""
+        """Factor H and form P, once for all linears that read this input."""
         factor = self._factor(moments)
         matrix = drift_push(factor, moments.drift()).mul_(self.alpha)
         push = Push(matrix, "value" if self.variant == "consistent" else "code")

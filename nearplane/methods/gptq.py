@@ -13,13 +13,13 @@ from nearplane.methods.base import Need, Prepared, Sweeping
 
 @dataclass(frozen=True)
 class GPTQ(Sweeping):
-    """Round a column, push its error into the columns not yet rounded."""
+    """The sweep: round a column, push its error into the columns not yet rounded."""
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"H"})
 
     def prepare(self, moments: Moments) -> Prepared:
-        """One factor for all linears that read this input."""
+        """Factor H, once for all linears that read this input."""
         factor = self._factor(moments)
         return Prepared(factor, column_cost(moments.H, factor))

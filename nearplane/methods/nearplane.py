@@ -1,16 +1,15 @@
-"""NearPlane, our own: everything the family approximates column by column has a closed form; use it, and let tokens that
-had no part in it judge every step.
+"""NearPlane, our own: the closed form of what the other methods approximate column by column, judged on held-out tokens.
 
-1. Target (``core/target.py``): ``W* = W + α (W D + R X̂ᵀ/n) (H + λI)⁻¹``, the weight that answers the drift of its input
-   exactly, where GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) push a fixed share along while sweeping. A linear
-   whose output is added to the residual stream also repairs the drift R of that stream.
-2. Shrinkage: of that step, by direction of the input, only what held-out tokens confirm; they choose the damping, too.
-3. Grid and sweep: static groups fitted to W*, errors weighted by what they cost the sweep; GPTQ's sweep (arXiv 2210.17323),
-   which is Babai's nearest plane (arXiv 2507.18553), in any order; with ``beam`` > 1 its K cheapest answers side by side.
-4. Refinement (``core/refine.py``): every scale and every code once more, in closed form; a round that raises the
-   held-out loss is undone and counted.
+1. Target (``core/target.py``): ``W* = W + α (W D + R X̂ᵀ/n) (H + λI)⁻¹``, which compensates the drift of the input exactly.
+   GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) push a fixed share of it along while sweeping. A linear whose
+   output is added to the residual stream also repairs the drift R of that stream.
+2. Shrinkage: of that step, by direction of the input, the share that held-out tokens confirm. They choose the damping, too.
+3. Grid and sweep: static groups are fitted to W*, with errors weighted by their cost to the sweep. The sweep is GPTQ's
+   (arXiv 2210.17323), which is Babai's nearest plane (arXiv 2507.18553); ``beam`` > 1 keeps its K cheapest answers.
+4. Refinement (``core/refine.py``): every scale and every code once more, in closed form. A round that raises the held-out
+   loss is undone and counted.
 
-There is nothing to tune: the switches are there so that each part can be left out and its worth measured.
+Nothing needs tuning: each switch leaves out one part, so that its worth can be measured.
 """
 
 import math
@@ -34,17 +33,17 @@ from nearplane.methods.base import Need
 
 Shrink = Literal["spectral", "linear", "row", "none"]
 
-# Damping of the step that "spectral" mixes with that of damp_percent, in its multiples: the strongest directions of the
-# input only, beside all of them.
+# Damping of the second step that "spectral" mixes, in multiples of damp_percent. That step keeps the strongest
+# directions of the input only.
 RIDGE = 100.0
-# Dampings of the sweep that held-out tokens choose from beside damp_percent, in its multiples.
+# Dampings of the sweep that held-out tokens choose from beside damp_percent, in multiples of it.
 DAMPINGS = (10.0, 100.0)
-# What is multiplied where damp_percent is less, and the least damping of a step that is judged: a smaller one answers for
+# The least damping of a step that is judged, and the least number to take multiples of. A smaller one compensates in
 # directions that the held-out tokens may not have.
 LEAST_DAMP = 1e-3
 # Answers per row beyond which a beam is a mistake: memory and time grow with it.
 MOST_BEAM = 256
-# Rows of a linear that a trial takes.
+# Rows of a trial.
 TRIAL_ROWS = 256
 
 
@@ -99,12 +98,12 @@ class NearPlane:
         return frozenset(needs)
 
     def prepare(self, moments: Moments) -> Moments:
-        """Nothing: what depends on the input alone is judged on a weight."""
+        """Check the moments; everything else is judged on a weight."""
         moments.check()
         return moments
 
     def solve(self, weight: Float[Tensor, "out in"], state: Moments, grid: Grid) -> Quantized:
-        """Aim, fit the groups, sweep, check Babai's certificate, refine."""
+        """Choose the target, fit the groups, sweep, check Babai's certificate, refine."""
         H, trial = state.H, self._trial(weight, state)
         taken, damp_percent = self._judge(trial, state, grid)
         target, raised = weight, 0
@@ -122,15 +121,15 @@ class NearPlane:
         return solved._replace(course=Course(alpha, factor.damp_percent, factor.raised + raised, kept, rejected))
 
     def _trial(self, weight: Tensor, moments: Moments) -> Trial | None:
-        """The rows on which held-out tokens judge."""
+        """Return the rows on which held-out tokens judge; None where nothing is judged."""
         if "held_out" not in self.needs:
             return None
         return Trial(weight, moments, len(weight) if self.shrink == "row" else TRIAL_ROWS)
 
     def _judge(self, trial: Trial | None, moments: Moments, grid: Grid) -> tuple[dict[float, Tensor], float]:
-        """By damping, the share of the target's step to take, (1, 1) or (out, 1); and the damping of the sweep.
+        """Return the share of the target's step to take, (1, 1) or (out, 1), by damping; and the damping of the sweep.
 
-        Both are judged on factors that have not seen the held-out tokens.
+        Both are judged with factors of the tokens that are not held out.
         """
         own, least = self.damp_percent, max(self.damp_percent, LEAST_DAMP)
         ridges = {"none": [], "spectral": [least, RIDGE * least]}.get(self.shrink, [least]) if self.target else []
@@ -152,7 +151,7 @@ class NearPlane:
         return taken | self._shares(steps, trial), min(losses, key=losses.__getitem__, default=own)
 
     def _shares(self, steps: dict[float, Tensor], trial: Trial) -> dict[float, Tensor]:
-        """Of each step, what the held-out tokens confirm."""
+        """Return the share of each step that the held-out tokens confirm."""
         if not steps:
             return {}
         if self.shrink == "row":
@@ -164,7 +163,7 @@ class NearPlane:
     def _refine(
         self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None
     ) -> tuple[Quantized, int, int]:
-        """Rounds of refinement while the held-out loss falls; how many were kept, how many undone."""
+        """Refine while the held-out loss falls; return how many rounds were kept and how many undone."""
         gate = trial if self.gate else None
         if self.rounds == 0 or (gate and not gate.judges):
             return solved, 0, 0

@@ -1,7 +1,7 @@
-"""OBQ (Frantar & Alistarh 2022, arXiv 2208.11580): the ancestor, kept as the reference.
+"""OBQ (Frantar & Alistarh 2022, arXiv 2208.11580): the ancestor of GPTQ, kept as the reference.
 
-Per row, round the weight of least ``(w - q)² / [H⁻¹]_qq``, push its error optimally into the rest, eliminate it from the
-row's own inverse, repeat. O(out · in³): small layers only. GPTQ is OBQ in one order for all rows.
+Per row: round the weight of least ``(w - q)² / [H⁻¹]_qq``, push its error optimally into the rest, eliminate the weight
+from the inverse of the row, repeat. O(out · in³): small layers only. GPTQ is OBQ in one order for all rows.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from nearplane.core.grid import Grid, Quantized, by_column, decode, encode, fit_
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 
-# Beyond this many multiply-adds (about ten minutes on two cores) the reference is the wrong tool.
+# The most multiply-adds, about ten minutes on two cores.
 MOST_WORK = 2e12
-# Rows are solved together while their inverses fit in about this many numbers.
+# Numbers in the inverses of the rows that are solved together.
 CHUNK_NUMBERS = 1 << 26
 
 
 class Inverse(NamedTuple):
-    """What OBQ prepares once per input."""
+    """The state of OBQ, prepared once per input."""
 
     factor: Factor  # of H + λI in natural order; its pivots certify that H is positive definite
     importance: Float[Tensor, "in"]  # column_cost
@@ -44,7 +44,7 @@ class OBQ:
         return frozenset({"H"})
 
     def refuses(self, shape: tuple[int, int]) -> str | None:
-        """Why a weight of this (out, in) shape is too large; asked before a run starts."""
+        """Return why a weight of this (out, in) is too large, or None; asked before a run starts."""
         work = shape[0] * shape[1] ** 3
         if work <= MOST_WORK:
             return None
@@ -54,7 +54,7 @@ class OBQ:
         )
 
     def prepare(self, moments: Moments) -> Inverse:
-        """``(H + λI)⁻¹``."""
+        """Invert ``H + λI``."""
         moments.check()
         factor = factorize(moments.H, damp_percent=self.damp_percent)
         unit = factor.feedback + torch.eye(len(moments.H), dtype=moments.H.dtype, device=moments.H.device)
@@ -64,7 +64,7 @@ class OBQ:
         return Inverse(factor, column_cost(moments.H, factor), half.T @ half)
 
     def solve(self, weight: Float[Tensor, "out in"], state: Inverse, grid: Grid) -> Quantized:
-        """Codes of every row on static groups."""
+        """Solve every row on static groups. SettingError for a weight that ``refuses`` names too large."""
         out, n = weight.shape
         reason = self.refuses((out, n))
         if reason is not None:
@@ -86,7 +86,18 @@ def eliminate(
     zero: Float[Tensor, "rows in"],
     grid: Grid,
 ) -> Float[Tensor, "rows in"]:
-    """Greedy elimination of every row at once, each with its own inverse."""
+    """Eliminate the weights of every row greedily, all rows at once, each with its own inverse (arXiv 2208.11580, eq. 3).
+
+    Args:
+        weight: The rows.
+        inverse: ``(H + λI)⁻¹``.
+        scale: Scale of every weight.
+        zero: Zero of every weight.
+        grid: The levels.
+
+    Returns:
+        Codes, in the dtype of ``weight``.
+    """
     rows, n = weight.shape
     w, inv = weight.clone(), inverse.expand(rows, n, n).clone()
     codes = torch.zeros_like(w)
@@ -94,13 +105,13 @@ def eliminate(
     left = torch.ones(rows, n, dtype=torch.bool, device=w.device)
     for _ in range(n):
         code = encode(w, scale, zero, grid)
-        error = w - decode(code, scale, zero)
+        error = w - decode(code, scale, zero, grid)
         diagonal = inv.diagonal(dim1=1, dim2=2)
         q = (error.square() / diagonal).masked_fill_(~left, torch.inf).argmin(1)
         codes[row, q] = code[row, q]
         column, pivot = inv[row, q], diagonal[row, q].clone()
         w -= (error[row, q] / pivot)[:, None] * column
         inv -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
-        inv[row, q, q] = 1.0  # eliminated: only keeps the division above finite
+        inv[row, q, q] = 1.0  # eliminated; keeps the division above finite
         left[row, q] = False
     return codes

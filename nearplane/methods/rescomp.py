@@ -1,13 +1,13 @@
 """ResComp (Li et al. 2026, arXiv 2604.07955): GPTQ or GPTAQ, plus a compensation-aware error.
 
-After column q every later target gains ``(W_q - v_q) R[q, :]`` with ``R = α₂ striu((D+H) Uᵀ) U``: the layer's output is
-matched to the original weights', not to the compensated ones'. The sum with GPTAQ's ``v_q P[q, :]`` splits into a
-push by the compensated value and one by the original weight:
+After column q every later target gains ``(W_q - v_q) R[q, :]`` with ``R = α₂ striu((D+H) Uᵀ) U``. So the output of the
+layer is matched to that of the original weights, not of the compensated ones. The sum with GPTAQ's ``v_q P[q, :]`` splits
+into a push by the compensated value and one by the original weight:
 
     v_q (P - R) + W_q R    ->    Push(matrix=P - R, shift=R)
 
 Differs from the published code as GPTAQ does (``methods/gptaq.py``). Across blocks the released form takes the rounded
-columns at 2 bits ("org") and, at 3 bits and more, the values before rounding clamped to the group's range ("allw").
+columns at 2 bits ("org"). At 3 bits and more it takes the values before rounding, clamped to the group's range ("allw").
 On GPTQ (base="gptq") there is no reference stream and D is zero.
 """
 
@@ -57,7 +57,7 @@ class ResComp(Sweeping):
         return frozenset({"H", "D"}) if self.base == "gptaq" else frozenset({"H"})
 
     def prepare(self, moments: Moments) -> Prepared:
-        """The factor, P and R, for all linears that read this input."""
+        """Factor H and form P and R, once for all linears that read this input."""
         factor = self._factor(moments)
         if self.base == "gptq":
             R = drift_push(factor, moments.H).mul_(self.alpha2)
@@ -67,7 +67,7 @@ class ResComp(Sweeping):
         return Prepared(factor, column_cost(moments.H, factor), Push(P.sub_(R), shift=R))
 
     def solve(self, weight: Float[Tensor, "out in"], state: Prepared, grid: Grid) -> Quantized:
-        """As ``Sweeping.solve``; the released carry depends on the bits."""
+        """Solve as ``Sweeping.solve``; the released carry depends on the bits."""
         if self.variant == "released" and state.push is not None:
             org = self.carry == "org" or (self.carry == "auto" and grid.storage_bits == 2)
             state = state._replace(push=replace(state.push, carry="code" if org else "clamped"))

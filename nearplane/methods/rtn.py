@@ -1,13 +1,12 @@
-"""RTN, round to nearest: every weight to its nearest grid point. No data; the baseline of all others."""
+"""RTN, round to nearest: every weight goes to its nearest grid point. Reads no data; the baseline of all others."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearplane.core.grid import Grid, Quantized, by_column, encode, fit_groups
+from nearplane.core.grid import Grid, Quantized, fit_groups, round_to_nearest
 from nearplane.core.moments import Moments
 from nearplane.methods.base import Need
 
@@ -23,11 +22,8 @@ class RTN:
         return frozenset()
 
     def prepare(self, moments: Moments) -> None:
-        """Nothing depends on the input."""
+        """Prepare nothing."""
 
     def solve(self, weight: Float[Tensor, "out in"], state: None, grid: Grid) -> Quantized:
-        """``Q = round(W)``."""
-        scale, zero = fit_groups(weight, grid)
-        s, z = (by_column(part, grid, weight.shape[1]) for part in (scale, zero))
-        codes = encode(weight, s, z, grid)
-        return Quantized(codes.to(torch.uint8), scale, zero.to(torch.uint8))
+        """Fit the groups to the weight, and round every weight to nearest."""
+        return round_to_nearest(weight, *fit_groups(weight, grid), grid)

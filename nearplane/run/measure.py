@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nearplane.core.certificate import ratio
 from nearplane.core.factor import Factor
-from nearplane.core.grid import Grid, Quantized, by_column, decode, dequantize, encode
+from nearplane.core.grid import Grid, Quantized, dequantize, round_to_nearest
 from nearplane.core.moments import LEAF, Moments
 from nearplane.core.target import pull
 from nearplane.machine.ranks import ALONE, Ranks
@@ -218,6 +218,4 @@ def energy(weight: Tensor, H: Tensor) -> float:
 
 def _rounded(weight: Tensor, quantized: Quantized, grid: Grid) -> Tensor:
     """Round the weight to nearest on the scales of the solution."""
-    parts = (part.to(weight.dtype) for part in (quantized.scale, quantized.zero))
-    scale, zero = (by_column(part, grid, weight.shape[1]) for part in parts)
-    return decode(encode(weight, scale, zero, grid), scale, zero)
+    return dequantize(round_to_nearest(weight, quantized.scale.to(weight.dtype), quantized.zero, grid), grid)
