@@ -47,7 +47,8 @@ def solve_stage(plan: Plan, block: OpenBlock, stage: Stage, ranks: Ranks, clock:
     number = block.k * len(block.stages) + block.stages.index(stage)
     try:
         ready = prepare_stage(plan, block, stage, clock)
-        yield from map(Noted, ready.notes)
+        if ready.known.moments is not None:
+            yield from map(Noted, observed(where, ready.known.moments, ready.power))
         for own, part in plan.parts(stage):
             where = part[0].name
             method, grid = ready.on(own)
@@ -81,7 +82,8 @@ class Ready(NamedTuple):
     method: Method
     state: Any
     known: Knowledge
-    notes: list[str]
+    power: int = 0
+    """Of 2, by which the moments were scaled."""
 
     def on(self, grid: Grid) -> tuple[Method, Grid]:
         """Return the method and the grid to solve with: RTN, its ranges fitted without a Hessian, where no token arrived."""
@@ -94,17 +96,17 @@ def prepare_stage(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> R
     """Observe a stage's input and prepare the method; experts that no token reached are to be rounded to nearest."""
     method = plan.method
     if not method.needs:
-        return Ready(method, None, Knowledge(), [])
+        return Ready(method, None, Knowledge())
     with clock("observe"):
         moments = block.observe(stage, method.needs)
     if unseen(stage, moments):
-        return Ready(method, None, Knowledge(rounded=True), [])
+        return Ready(method, None, Knowledge(rounded=True))
     power = moments.rescale()
     moments.check()
-    notes, method = observed(stage[0].name, moments, power), damped(method, stage, moments)
+    method = damped(method, stage, moments)
     with clock("prepare"):
         state = method.prepare(moments)
-    return Ready(method, state, Knowledge(moments, getattr(state, "factor", None)), notes)
+    return Ready(method, state, Knowledge(moments, getattr(state, "factor", None)), power)
 
 
 def solve(ranks: Ranks, method: Method, weight: Tensor, state: Any, grid: Grid, number: int) -> Quantized:
