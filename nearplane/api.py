@@ -1,127 +1,136 @@
-"""The surface: ``quantize``, ``load``, ``evaluate``. ``quantize`` is the walk from a model to a checkpoint."""
+"""The surface: what a person calls from Python. ``quantize`` is the walk from a model to a checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from nearplane.checkpoint.load import load_model
-from nearplane.cli.terminal import announce, stage_line
-from nearplane.core.activations import TokenGrid
+from nearplane.checkpoint.inspect import Anatomy
+from nearplane.checkpoint.inspect import inspect as inspect_folder
+from nearplane.checkpoint.load import LoadSettings, load_model
+from nearplane.cli.terminal import Terminal
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.data.text import Calibration
+from nearplane.evaluation.generation import Generation, threads_set
+from nearplane.evaluation.generation import generate as generate_text
 from nearplane.evaluation.perplexity import Evaluation
 from nearplane.evaluation.perplexity import evaluate as evaluate_model
+from nearplane.evaluation.speed import bench
 from nearplane.formats.parts import Writer
-from nearplane.machine.devices import give_memory_back, pick_device, pick_dtype
-from nearplane.machine.progress import bar, waiting
+from nearplane.machine.devices import give_memory_back
 from nearplane.machine.ranks import Ranks, together
 from nearplane.machine.signals import Stop, stoppable
-from nearplane.methods import Method
+from nearplane.models.discover import Block
 from nearplane.models.locate import locate
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
 from nearplane.run.estimate import refuse
-from nearplane.run.mix import WIDTHS, Override
-from nearplane.run.plan import Dtype, FormatName, Plan, make_plan
+from nearplane.run.events import BlockDone, Event, Noted, StageDone
+from nearplane.run.forecast import Forecast, forecast
+from nearplane.run.job import Job
+from nearplane.run.plan import Plan, make_plan
 from nearplane.run.report import Report
 from nearplane.run.rest import write_the_rest
 from nearplane.run.resume import replay, restore, seal
-from nearplane.run.stage import is_expert, lines, solve_stage, told
-from nearplane.runtime.cpu import Arithmetic
+from nearplane.run.stage import solve_stage, told
+
+__all__ = ["bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
+
+
+class Show(Protocol):
+    """A reader of a run's events, such as ``nearplane.cli.terminal.Terminal``."""
+
+    def begin(self, report: Report, blocks: list[Block], done: int = 0, *, resume: bool = False) -> None:
+        """Say what is about to happen; ``done`` blocks were finished by an earlier session."""
+
+    def take(self, event: Event) -> None:
+        """Show an event."""
+
+    def end(self, report: Report) -> None:
+        """Show no more."""
 
 
 def quantize(
     model: str | Path,
     out: str | Path,
+    job: Job | None = None,
     *,
-    method: Method | None = None,
-    grid: Grid | None = None,
-    calibration: Calibration | None = None,
-    override: Mapping[str, Mapping[str, Any]] | Sequence[Override] | None = None,
-    ignore: Sequence[str] = (),
-    budget: float | None = None,
-    widths: Sequence[int] = WIDTHS,
-    rotate: str | Sequence[str] = (),
-    rotate_seed: int = 0,
-    activations: TokenGrid | None = None,
-    towers: str | Sequence[str] = (),
-    format: FormatName = "compressed-tensors",
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    offload: str | Path | None = None,
-    resume: bool = False,
-    trust_remote_code: bool = False,
-    force: bool = False,
-    progress: bool = True,
+    show: Terminal | None = None,
+    progress: bool = False,
+    **settings: Any,
 ) -> Report:
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
-    ``model``: a transformers folder, a hub id, or "demo". ``out``: a folder that does not exist or is empty. ``method``:
-    NearPlane() unless given. ``override``: fields of the grid that are others where a pattern is found in a linear's name,
-    {"down_proj": {"bits": 8}}; ``ignore``: patterns of linears that stay dense (``mix/overrides.py``).
-    ``budget``: stored bits per quantized weight, scales counted, to be met by the best choice of ``widths`` (``mix/budget.py``).
-    ``rotate``: "r1,r2" turns the residual stream and every head's values first, fused into the weights; "r4" the down
-    projection's input as it runs (docs/rotation.md). ``activations``: how what goes into these linears is rounded when the
-    model runs; calibration rounds it alike, except in the reference stream. ``towers``: quantize these only, ("vision",),
-    others stay dense (docs/other_models.md). ``dtype``: of stored dense tensors and scales ("auto": as in the source); on CPU the
-    computation is float32. ``offload``: keep the hidden states in this folder meanwhile. ``resume``: go on after the last
-    finished block that ``out`` holds, with the same settings. Raises NearplaneError for whatever cannot work, a run that does
-    not fit into memory or onto the disk included (not with ``force``). However it ends, ``out`` holds the finished checkpoint,
-    or the finished blocks for a later ``resume``, or nothing.
+    Under torchrun all ranks call ``quantize`` alike (docs/large_models.md): they share the samples and the solving, rank 0
+    writes, each is given the report. With glibc, large freed blocks of memory leave this process from now on.
 
-    Under torchrun all ranks call this alike (``docs/large_models.md``, "More than one device"): they share the samples and
-    the solving, rank 0 writes, each is given the report. With glibc, large freed blocks of memory leave this process from now on.
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        out: a folder that does not exist or is empty, or with ``resume`` holds finished blocks.
+        job: every setting; none: the defaults.
+        show: who is told of the run as it works, such as ``Terminal()``; none: nobody.
+        progress: show the run on standard error where ``show`` is not given.
+        settings: fields of ``Job`` and of its parts that are others, by name: ``bits=3, method="gptq", nsamples=64``.
+
+    Returns:
+        The report, which is ``report.json`` in ``out``, too.
+
+    Raises:
+        NearplaneError: whatever cannot work, in one sentence; a run that cannot fit into memory or onto the disk (not with
+            ``force``). However a run ends, ``out`` holds the finished checkpoint, finished blocks for a later ``resume``,
+            or nothing.
+
+    Example:
+        >>> nearplane.quantize("demo", "out", bits=3, group_size=64, sym=False, nsamples=16)  # doctest: +SKIP
     """
-    scratch = None if offload is None else Path(offload)
+    job = Job.of(job, settings)
+    show = show or (Terminal() if progress else Terminal(silent=True))
     give_memory_back()
-    with together(device) as ranks:
-        writer = ranks.first(lambda: Writer(Path(out), resume=resume))
-        settings = {
-            "method": method, "grid": grid, "calibration": calibration, "override": override, "ignore": ignore,
-            "budget": budget, "widths": widths, "format": format, "device": ranks.device, "dtype": dtype,
-            "trust_remote_code": trust_remote_code, "rotate": rotate, "rotate_seed": rotate_seed,
-            "activations": activations, "towers": towers,
-        }  # fmt: skip
-        with waiting(f"opening {model}: its structure, and what is copied", progress and ranks.rank == 0):
-            plan = _plan(model, settings, Path(out), scratch, ranks, force)
+    with together(job.device) as ranks, show:
+        show.silent = show.silent or ranks.rank > 0
+        writer = ranks.first(lambda: Writer(Path(out), resume=job.resume))
+        with show.waiting(f"opening {model}: its structure, and what is copied"):
+            plan = _plan(model, {**_choices(job), "device": ranks.device}, Path(out), job.offload, ranks, job.force)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
-        _walk(plan, writer, report, ranks, scratch, progress and ranks.rank == 0)
+        _walk(plan, writer, report, ranks, job.offload, show)
+        show.end(report)
         return ranks.tell(report)
 
 
-def load(
-    path: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str = "float32",
-    packed: bool = True,
-    arithmetic: Arithmetic = "auto",
-    head_bits: int | None = None,
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """The transformers model in a folder, quantized by us or others (compressed-tensors, GPTQ) or not at all.
+def plan(model: str | Path, job: Job | None = None, *, ranks: int = 1, **settings: Any) -> Forecast:
+    """Say what ``quantize`` with the same settings will need: memory, disk, time, and which engines load the result.
 
-    Quantized weights stay packed in memory and are multiplied as they are (``runtime/``); ``packed=False`` makes them
-    dense. Everything dense has ``dtype`` ("auto": as stored). ``arithmetic``: how the CPU kernel multiplies, "exact",
-    "a16" or "a8"; "auto" is a16 where there are vector instructions for it. ``head_bits``: also round the output head,
-    in memory. Raises NearplaneError for whatever cannot be read.
+    Args:
+        model: as for ``quantize``; no weight is read, and a folder with a lone config.json will do.
+        job: every setting; none: the defaults.
+        ranks: processes of this machine that share the run; memory and time are each one's.
+        settings: fields of ``Job`` and of its parts that are others, by name.
+
+    Raises:
+        NearplaneError: whatever cannot work, in one sentence.
     """
-    return load_model(
-        path,
-        device=pick_device(device),
-        dtype=pick_dtype(dtype),
-        packed=packed,
-        arithmetic=arithmetic,
-        head_bits=head_bits,
-        trust_remote_code=trust_remote_code,
-    )
+    job = Job.of(job, settings)
+    return forecast(model, offload=job.offload, ranks=ranks, **_choices(job))
+
+
+def load(path: str | Path, **settings: Any) -> nn.Module:
+    """Load a folder as an ordinary transformers model: quantized by us or others (compressed-tensors, GPTQ), or not at all.
+
+    Quantized weights stay packed in memory and are multiplied as they are (docs/runtime.md).
+
+    Args:
+        path: a transformers folder, a hub id, or "demo".
+        settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, head_bits, trust_remote_code.
+
+    Raises:
+        NearplaneError: a folder that cannot be read, in one sentence.
+    """
+    return load_model(path, LoadSettings.of(settings))
 
 
 def evaluate(
@@ -131,30 +140,112 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     reference: str | Path | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    packed: bool = True,
-    arithmetic: Arithmetic = "auto",
-    head_bits: int | None = None,
     kv_bits: int = 16,
-    trust_remote_code: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> Evaluation:
-    """Perplexity of a folder or hub id; with ``reference`` also KL divergence per token and top-1 agreement.
+    """Measure perplexity; with ``reference`` also KL divergence per token and top-1 agreement.
 
-    A quantized checkpoint is measured as it will run: packed (see ``load``). ``kv_bits`` (4, 8) also rounds its keys and values,
-    in this evaluation only.
+    A quantized checkpoint is measured as it will run: packed.
+
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        dataset: a text file or dataset name; none: the held-out part of the embedded text.
+        seqlen: tokens per window, cut to the model's own limit.
+        windows: at most so many windows.
+        reference: the original model.
+        kv_bits: round keys and values to so many bits, 2 to 8, in this evaluation; 16: not at all.
+        progress: show a bar.
+        settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``.
+
+    Raises:
+        NearplaneError: a model or text that cannot be measured, in one sentence.
     """
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(model, packed=packed, arithmetic=arithmetic, head_bits=head_bits, **settings)
-    original = None if reference is None else load(reference, **settings)
-    tokenizer = load_tokenizer(locate(model), trust_remote_code=trust_remote_code)
+    chosen = LoadSettings.of(settings)
+    loaded = load_model(model, chosen)
+    original = None if reference is None else load_model(reference, chosen.of_original())
+    tokenizer = load_tokenizer(locate(model), trust_remote_code=chosen.trust_remote_code)
     return evaluate_model(
         loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, kv_bits=kv_bits,
         progress=progress,
     )  # fmt: skip
+
+
+def generate(
+    model: str | Path | nn.Module,
+    prompt: str,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
+    write: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Generation:
+    """Continue a prompt, or with ``chat`` answer it.
+
+    Args:
+        model: a transformers folder, a hub id, "demo", or a model that ``load`` returned.
+        prompt: the text to continue, or the user's message.
+        tokenizer: of a model; none: the one in the folder that the model came from.
+        max_new_tokens: stop after so many tokens.
+        chat: put the prompt through the model's chat template.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        seed: for sampling.
+        threads: CPU threads; none: as torch decides.
+        write: is given the text as it comes.
+        settings: fields of ``LoadSettings``, for a folder.
+
+    Returns:
+        The text, and how fast it came.
+
+    Raises:
+        NearplaneError: a model that cannot be loaded or generates no text, or settings that have no meaning.
+    """
+    with threads_set(threads):
+        chosen = LoadSettings.of(settings)
+        if isinstance(model, nn.Module) and settings:
+            raise SettingError(f"{', '.join(settings)} is for loading a folder; this model is loaded already.")
+        folder = (
+            str(getattr(getattr(model, "config", None), "name_or_path", "")) if isinstance(model, nn.Module) else model
+        )
+        if tokenizer is None and not str(folder):
+            raise SettingError("this model does not say which folder it came from; give its tokenizer.")
+        loaded = model if isinstance(model, nn.Module) else load_model(model, chosen)
+        tokenizer = tokenizer or load_tokenizer(locate(folder), trust_remote_code=chosen.trust_remote_code)
+        return generate_text(
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, temperature=temperature, seed=seed,
+            write=write or (lambda _: None),
+        )  # fmt: skip
+
+
+def inspect(model: str | Path, grid: Grid | None = None, *, trust_remote_code: bool = False, **fields: Any) -> Anatomy:
+    """Look into a folder: blocks, stages and sizes of a model, or the grids of a quantized checkpoint.
+
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        grid: for which sizes after quantization are computed; none: ``Grid()``.
+        trust_remote_code: run Python code that comes with the model.
+        fields: fields of ``Grid`` that are others, by name: ``bits=3``.
+
+    Raises:
+        NearplaneError: a folder that cannot be read, in one sentence.
+    """
+    chosen = Job.of(Job(grid=grid or Grid()), fields).grid
+    return inspect_folder(model, chosen, trust_remote_code=trust_remote_code)
+
+
+def _choices(job: Job) -> dict[str, Any]:
+    """A job as ``make_plan`` and ``forecast`` take it."""
+    same = (
+        "method", "grid", "calibration", "ignore", "budget", "widths", "format", "device", "dtype", "trust_remote_code",
+        "rotate", "rotate_seed", "activations", "towers",
+    )  # fmt: skip
+    return {"override": [(o.pattern, o.fields) for o in job.override], **{name: getattr(job, name) for name in same}}
 
 
 def _plan(
@@ -172,17 +263,15 @@ def _plan(
 
 
 def _walk(
-    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, progress: bool
+    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, show: Terminal
 ) -> None:
     """The run: every block in turn, then what is not quantized. Only rank 0 has a writer, and its report is the run's."""
     quiet = ranks.rank > 0
-    with writer or nullcontext(), stoppable(ranks.most, quiet=quiet) as stop, bar(progress) as display:
+    with writer or nullcontext(), stoppable(ranks.most, quiet=quiet) as stop:
         if plan.undecided:
-            plan = _decide(plan, writer, report, ranks, offload, display, stop)
+            plan = _decide(plan, writer, report, ranks, offload, show, stop)
         done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
-        task = display.add_task("quantize", total=sum(len(block.stages) for block in plan.blocks))
-        if progress:
-            announce(report, plan.blocks, len(done), resume=writer is not None and writer.resume)
+        show.begin(report, plan.blocks, len(done), resume=writer is not None and writer.resume)
         walk = plan.stream(offload, ranks) if len(done) < len(plan.blocks) else iter(())
         for number in count():
             mark = report.mark()
@@ -193,21 +282,21 @@ def _walk(
                 break
             if number < len(done):
                 replay(plan, done[number], block)
-                display.advance(task, len(block.stages))
+                show.take(BlockDone(block.block, number, replayed=True))
                 continue
             for stage in block.stages:
-                rows = solve_stage(plan, block, stage, writer, report, ranks)
-                display.advance(task)
-                if progress and not is_expert(stage):
-                    display.console.print(stage_line(block.block, stage, rows, plan.mixed))
+                rows: Any = solve_stage(plan, block, stage, writer, report, ranks)
+                show.take(StageDone(block.block, stage, rows, stage is block.stages[-1]))
                 if stage is not block.stages[-1]:
                     stop.check()
             report.events += told(report.linears[mark.linears :])
-            for line in lines(report.linears[mark.linears :]) if progress else ():
-                display.console.print(line)
+            for event in report.events[mark.events :]:
+                show.take(Noted(event))
             with report.timed("write"):
                 if writer:
                     seal(plan, writer, report, block, mark)
+            seconds = {phase: spent - mark.seconds.get(phase, 0.0) for phase, spent in report.seconds.items()}
+            show.take(BlockDone(block.block, number, seconds))
             stop.check()
         with report.timed("write"):
             if writer:
@@ -215,17 +304,15 @@ def _walk(
 
 
 def _decide(
-    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, display: Any, stop: Stop
+    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, offload: Path | None, show: Terminal, stop: Stop
 ) -> Plan:
     """The plan with the bits that its budget buys."""
-    task = display.add_task("budget", total=sum(len(block.stages) for block in plan.blocks))
+    with report.timed("budget"), show.counting("budget", sum(len(block.stages) for block in plan.blocks)) as advance:
 
-    def tick() -> None:
-        display.advance(task)
-        stop.check()
+        def tick() -> None:
+            advance()
+            stop.check()
 
-    with report.timed("budget"):
         plan = decide(plan, writer.records if writer else [], ranks, offload, tick)
-    display.remove_task(task)
     report.settings = plan.settings
     return plan

@@ -4,10 +4,13 @@ import ctypes
 import platform
 import sys
 from importlib.metadata import version
+from typing import Literal, get_args
 
 import torch
 
 from nearplane.core.errors import SettingError
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 # Blocks of memory of this size go back to the system when they are freed. glibc raises its own limit to 32 MiB as a program
 # runs; blocks below it stay, wherever something that lives lies above them.
@@ -39,7 +42,7 @@ def pick_dtype(name: str) -> torch.dtype | None:
     """The dtype of that name, None for "auto"; SettingError for any other than the three that checkpoints are stored in."""
     if name == "auto":
         return None
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in get_args(Dtype):
         raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {name!r}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -232,21 +232,6 @@ ALONE = Ranks()
 """A lone process."""
 
 
-def is_first() -> bool:
-    """Whether this process speaks for the run, as far as torchrun's environment tells."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def started() -> tuple[list[str], int]:
-    """The words before a command's own that start this run again, and how many machines they are given on."""
-    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
-        return ["nearplane"], 1
-    size = ["--nnodes", str(nodes)] if nodes > 1 else []
-    each = os.environ.get("LOCAL_WORLD_SIZE", str(world))
-    return ["torchrun", *size, "--nproc-per-node", each, "-m", "nearplane"], nodes
-
-
 @contextmanager
 def together(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, connected while inside; a lone process otherwise."""

@@ -8,13 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-
 from nearplane.core.errors import NearplaneError
-from nearplane.formats.journal import STATE
-from nearplane.formats.store import again, read_json
-from nearplane.machine.progress import CONSOLE
+from nearplane.machine.progress import say
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # No transformer is near these; a configuration that asks for more would be looped over, or allocated, for ever.
@@ -23,22 +18,28 @@ MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 # transformers' wrapper of timm's models; timm's own files name no model_type.
 TIMM = "timm_wrapper"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a path may begin with a dot, a hub id not
+
+
+def refuse_missing(model: str | Path) -> None:
+    """Refuse, by a NearplaneError, what is neither a folder, nor may be a hub id, nor ``demo``; imports nothing, asks no hub."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() or str(model) == "demo":
+        return
+    if folder.exists():
+        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
+    if not HUB_ID.fullmatch(str(model)):
+        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
 
 
 def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
     """The local folder of a model given as a folder, a hub id (``weights=False``: its small files only) or ``demo``."""
     if str(model) == "demo":
-        from nearplane.models.locate import demo_folder
-
         return demo_folder()
+    refuse_missing(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
-    if not HUB_ID.fullmatch(str(model)):
-        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
     patterns = [pattern for pattern in HUB_PATTERNS if weights or pattern != "*.safetensors"]
     return _from_hub(str(model), patterns + ["*.py"] * trust_remote_code)
 
@@ -62,6 +63,12 @@ def _from_hub(model: str, patterns: list[str]) -> Path:
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration, refusing code that the folder itself would run."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    from nearplane.formats.journal import STATE
+    from nearplane.formats.store import read_json
+
     if (folder / STATE).is_dir():
         raise NearplaneError(f"{folder} holds a run that was not finished; nearplane quantize --resume finishes it.")
     path = folder / "config.json"
@@ -108,6 +115,8 @@ def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
         for name, part in value.items() if isinstance(value, dict) else ((key, part) for part in value):
             _refuse_absurd(part, path, str(name))
     elif isinstance(value, int):
+        from nearplane.formats.store import again
+
         most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
         if abs(value) > most and not key.endswith(("seed", "theta", "base")):
             raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; {again(path.parent)}.")
@@ -138,7 +147,7 @@ def demo_folder() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix="demo-"))
     transformers.logging.disable_progress_bar()
-    CONSOLE.print(f"making {folder} from the {PACKAGE} package, once")
+    say(f"making {folder} from the {PACKAGE} package, once")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
         tied = set(model.all_tied_weights_keys)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from nearplane.core.grid import Grid, Quantized
 from nearplane.models.discover import Block, Site, Stage
-from nearplane.run.measure import LinearRow
+from nearplane.run.report import LinearRow
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ class Forecast:
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def forecast(model: str | Path, *, offload: str | Path | None = None, ranks: int = 1, **choices: Any) -> Forecast:
     """What ``quantize`` with these arguments will need; no weight is read, and a folder with a config.json will do.

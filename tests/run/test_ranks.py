@@ -339,7 +339,7 @@ def test_the_command_that_goes_on(
 
 DRIVER = """
 import dataclasses, os, signal, sys
-import torch, nearplane
+import torch, nearplane.api
 from nearplane.cli.main import main
 plan_of, observed, stages = nearplane.api.make_plan, nearplane.run.stage.observed, []
 nearplane.api.make_plan = lambda *args, **choices: dataclasses.replace(plan_of(*args, **choices), compute=torch.float64)
