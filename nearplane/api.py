@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -23,13 +23,12 @@ from nearplane.formats.parts import Writer
 from nearplane.machine.devices import give_memory_back
 from nearplane.machine.ranks import Ranks, together
 from nearplane.machine.signals import Stop, stoppable
-from nearplane.models.discover import Block
 from nearplane.models.locate import locate
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
 from nearplane.run.estimate import refuse
-from nearplane.run.events import BlockDone, Event, Noted, StageDone
+from nearplane.run.events import BlockDone, Noted, StageDone
 from nearplane.run.forecast import Forecast, forecast
 from nearplane.run.job import Job
 from nearplane.run.plan import Plan, make_plan
@@ -39,19 +38,6 @@ from nearplane.run.resume import replay, restore, seal
 from nearplane.run.stage import solve_stage, told
 
 __all__ = ["bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
-
-
-class Show(Protocol):
-    """A reader of a run's events, such as ``nearplane.cli.terminal.Terminal``."""
-
-    def begin(self, report: Report, blocks: list[Block], done: int = 0, *, resume: bool = False) -> None:
-        """Say what is about to happen; ``done`` blocks were finished by an earlier session."""
-
-    def take(self, event: Event) -> None:
-        """Show an event."""
-
-    def end(self, report: Report) -> None:
-        """Show no more."""
 
 
 def quantize(
@@ -98,7 +84,7 @@ def quantize(
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
         _walk(plan, writer, report, ranks, job.offload, show)
-        show.end(report)
+        show.end()
         return ranks.tell(report)
 
 
@@ -271,7 +257,7 @@ def _walk(
         if plan.undecided:
             plan = _decide(plan, writer, report, ranks, offload, show, stop)
         done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
-        show.begin(report, plan.blocks, len(done), resume=writer is not None and writer.resume)
+        show.begin(report, plan.blocks, len(done), resume=writer is not None and writer.resume, mixed=plan.mixed)
         walk = plan.stream(offload, ranks) if len(done) < len(plan.blocks) else iter(())
         for number in count():
             mark = report.mark()

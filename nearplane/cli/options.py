@@ -150,7 +150,7 @@ def _settings(reference: str, method: str | None) -> list[Option]:
                         each, default=off, doc=f"{field.doc.partition(';')[0]}. {each.doc} {off}: not at all."
                     )
                 found.append(Option(**vars(each), group=field.name))
-        elif field.kind.parts:
+        elif field.kind.parts and not field.kind.many:  # several objects are given in Python only
             inner_fields = (each for each in fields_of(field.kind.parts[0]) if each.name not in HIDDEN)
             plain = (each for each in inner_fields if each.kind.types or each.kind.choices)
             found += [Option(**vars(each), group=field.name) for each in plain]

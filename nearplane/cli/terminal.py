@@ -81,7 +81,7 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self.end()
 
     @property
     def _shown(self) -> bool:
@@ -111,7 +111,9 @@ class Terminal:
             task = display.add_task(name, total=total)
             yield lambda: display.advance(task)
 
-    def begin(self, report: "Report", blocks: "list[Block]", done: int = 0, *, resume: bool = False) -> None:
+    def begin(
+        self, report: "Report", blocks: "list[Block]", done: int = 0, *, resume: bool = False, mixed: bool = False
+    ) -> None:
         """Say what is about to happen, and what the fields of a block's line are.
 
         Args:
@@ -119,9 +121,9 @@ class Terminal:
             blocks: all blocks of the run.
             done: blocks that an earlier session finished.
             resume: whether to go on was asked for.
+            mixed: whether linears differ in their grids.
         """
-        self._blocks, self._last = len(blocks), time.perf_counter()
-        self._mixed = bool(report.settings.get("override") or report.settings.get("choices"))
+        self._blocks, self._last, self._mixed = len(blocks), time.perf_counter(), mixed
         for line in head(report, blocks, verbose=self.verbose):
             self.say(line)
         if done:
@@ -162,9 +164,11 @@ class Terminal:
             self.say(line)
         self.say(block_line(event.block.name, event.number + 1, self._blocks, rows, seconds, left, self._mixed))
 
-    def end(self, report: "Report") -> None:
-        """Take the bar away; ``summary(report)`` is what is to be said."""
-        self._stop()
+    def end(self) -> None:
+        """Take the bar away, however the run ends. ``summary(report)`` is the text to print then."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def summary(self, report: "Report") -> str:
         """The summary of a finished run, broken at words on a terminal."""
@@ -172,11 +176,6 @@ class Terminal:
         if not sys.stdout.isatty():
             return text
         return "\n".join(progress.wrapped(line, COLUMNS) for line in text.splitlines())
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> list[str]:
