@@ -206,6 +206,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
             if hasattr(module, "save_pretrained"):
                 module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, settings.arithmetic)
+    result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
     return result.to(device).eval()
 
 

@@ -313,7 +313,7 @@ def number_of(value: float) -> str:
 
 def rough(value: float) -> str:
     """An error in two figures: 0.012."""
-    return f"{value:.3g}" if value >= 100 else f"{value:.2g}"
+    return f"{value:.3g}" if value >= 10 else f"{value:#.2g}"
 
 
 def clock(seconds: float) -> str:

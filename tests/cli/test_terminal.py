@@ -33,12 +33,12 @@ def row(name: str, error: float | None = 0.0041, **values: Any) -> LinearRow:
 def test_a_block_line_has_its_mean_and_its_worst_linear() -> None:
     rows = [row("model.layers.3.self_attn.q_proj", 0.002), row("model.layers.3.mlp.down_proj", 0.006)]
     line = block_line("model.layers.3", 4, 30, rows, 6.1, 124.0)
-    assert line == "block  4/30  error 0.0040 (rtn 0.008)  worst down_proj 0.006  6.1s  eta 2:04"
+    assert line == "block  4/30  error 0.0040 (rtn 0.0080)  worst down_proj 0.0060  6.1s  eta 2:04"
     assert len(line) <= COLUMNS
     last = block_line("model.layers.3", 30, 30, rows, 6.1, 0.0)
     assert "eta" not in last
     unread = [row("model.layers.3.mlp.up_proj", None), row("model.layers.3.mlp.down_proj", None, weight_error=0.03)]
-    assert "weight error 0.0250  worst down_proj 0.03" in block_line("model.layers.3", 1, 2, unread, 0.1, 1.0)
+    assert "weight error 0.0250  worst down_proj 0.030" in block_line("model.layers.3", 1, 2, unread, 0.1, 1.0)
     assert block_line("b", 1, 2, [], 0.1, 1.0) == "block 1/2  no linear  0.1s  eta 0:01"
     mixed = [row("b.x", bits=4), row("b.y", bits=8), row("b.z", bits="ternary")]
     assert "  4.7 bits  " in block_line("b", 1, 2, mixed, 0.1, 1.0, mixed=True)
