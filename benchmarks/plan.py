@@ -29,9 +29,9 @@ RUN = """
 import resource, sys, time
 import torch
 torch.set_num_threads(int(sys.argv[1]))
-from nearplane import cli
+from nearplane.cli.main import main
 start = time.perf_counter()
-status = cli.main(sys.argv[2:])
+status = main(sys.argv[2:])
 spent = time.perf_counter() - start
 print()
 print(status, spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -29,8 +29,9 @@ GROUP = 64
 
 def child(words: list[str]) -> None:
     """One rank: run, and say as the last line what was spent and sent."""
-    import nearplane
-    from nearplane.machine.ranks import Ranks, is_first, together
+    import nearplane.api
+    from nearplane.machine.ranks import Ranks, together
+    from nearplane.machine.signals import is_first
     from nearplane.methods import METHODS as METHODS_OF
 
     found: list[Ranks] = []

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from nearplane import GPTQ, RTN, Calibration, Grid, Method, NearPlane, NearplaneError, Report, evaluate, quantize
-from nearplane.machine.progress import CONSOLE
+from nearplane.cli.terminal import Terminal
+from nearplane.machine.progress import console
 
 GRID = Grid(bits=3, group_size=64, sym=False)
 CALIBRATION = Calibration(nsamples=16, seqlen=512)
@@ -24,13 +25,14 @@ def main(out: Path) -> None:
     """Quantize three times, measure four, print one table."""
     for name in METHODS:
         shutil.rmtree(out / name, ignore_errors=True)  # an earlier demo's
-    CONSOLE.rule("original: perplexity")
+    console().rule("original: perplexity")
     original = evaluate("demo", seqlen=SEQLEN, windows=WINDOWS, progress=True)
     table = Table("model", "perplexity", "size", "bits per weight", "time by stage")
     rows: list[tuple[str, float, Report]] = []
     for name, method in METHODS.items():
-        CONSOLE.rule(f"{name}: quantize to {GRID.bits} bits, group_size {GRID.group_size}")
-        report = quantize("demo", out / name, method=method, grid=GRID, calibration=CALIBRATION)
+        console().rule(f"{name}: quantize to {GRID.bits} bits, group_size {GRID.group_size}")
+        with Terminal() as show:
+            report = quantize("demo", out / name, method=method, grid=GRID, calibration=CALIBRATION, show=show)
         result = evaluate(out / name, seqlen=SEQLEN, windows=WINDOWS, progress=True)
         rows.append((name, result.perplexity, report))
     table.add_row(
@@ -40,10 +42,10 @@ def main(out: Path) -> None:
         times = ", ".join(f"{phase} {seconds:.0f}s" for phase, seconds in report.seconds.items() if seconds >= 0.5)
         bits = f"{report.totals['bits_per_weight']:.2f}"
         table.add_row(name, f"{perplexity:.2f}", f"{report.bytes['after'] / 1e6:.0f} MB", bits, times)
-    CONSOLE.print(table)
-    CONSOLE.print(f"protocol: {original.protocol}")
+    console().print(table)
+    console().print(f"protocol: {original.protocol}")
     for name in METHODS:
-        CONSOLE.print(f"checkpoint: {(out / name).resolve()}  (report.json beside it)")
+        console().print(f"checkpoint: {(out / name).resolve()}  (report.json beside it)")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The surface: ``quantize``, ``load``, ``evaluate``."""
+"""The surface: the functions that a person calls from Python."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -7,27 +8,34 @@ from typing import Any
 
 from torch import nn
 
-from nearplane.checkpoint.load import load_model
+from nearplane.checkpoint.inspect import Anatomy
+from nearplane.checkpoint.inspect import inspect as inspect_folder
+from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.cli.terminal import Terminal
 from nearplane.core.errors import SettingError
+from nearplane.core.grid import Grid
+from nearplane.evaluation.generation import Generation, threads_set
+from nearplane.evaluation.generation import generate as generate_text
 from nearplane.evaluation.perplexity import Evaluation
 from nearplane.evaluation.perplexity import evaluate as evaluate_model
+from nearplane.evaluation.speed import bench
 from nearplane.formats.parts import Writer
-from nearplane.machine.devices import give_memory_back, pick_device, pick_dtype
-from nearplane.machine.progress import waiting
+from nearplane.machine.devices import give_memory_back
 from nearplane.machine.ranks import Ranks, together
-from nearplane.machine.signals import stoppable
+from nearplane.machine.signals import Stop, stoppable
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
 from nearplane.run.estimate import refuse
 from nearplane.run.events import BlockDone, Show, StageDone
+from nearplane.run.forecast import Forecast, forecast
 from nearplane.run.job import Job
 from nearplane.run.plan import Plan, complete, draft
 from nearplane.run.report import Report
 from nearplane.run.resume import Saver, restore
 from nearplane.run.walk import walk
-from nearplane.runtime.cpu import Arithmetic
+
+__all__ = ["bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
 
 
 def quantize(
@@ -35,72 +43,114 @@ def quantize(
     out: str | Path,
     job: Job | None = None,
     *,
-    progress: bool = True,
     show: Show | None = None,
+    progress: bool = True,
     **settings: Any,
 ) -> Report:
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
+    Under torchrun all ranks call ``quantize`` alike (docs/large_models.md): they share the samples and the solving, rank 0
+    writes, and each returns the report. With glibc, large freed blocks of memory leave this process from now on.
+
     Args:
         model: a transformers folder, a hub id, or "demo".
-        out: a folder that does not exist or is empty; with ``resume``, what an ended run left.
-        job: every setting of the run; none: the defaults.
-        progress: tell on standard error what is done, unless ``show`` does.
-        show: what is told of every event (``run/events.py``).
-        settings: fields of ``Job``, or of its parts, that are others: ``bits=3, group_size=64, method="gptq"``.
+        out: a folder that does not exist or is empty; with ``resume``, one that holds finished blocks.
+        job: every setting; none: the defaults.
+        show: reads the run's events, such as ``Terminal()``; none: nobody does.
+        progress: show the run on standard error where ``show`` is not given.
+        settings: fields of ``Job`` and of its parts to change, by name: ``bits=3, method="gptq", nsamples=64``.
 
     Returns:
-        The report, as it is written to ``report.json``.
+        The report, which is also ``report.json`` in ``out``.
 
     Raises:
         SettingError: settings that cannot work, or a run that does not fit into memory or onto the disk.
         NumericalError: numbers that cannot be solved.
-        NearplaneError: whatever else cannot work. However a run ends, ``out`` holds the finished checkpoint, or the
-            finished blocks for a later ``resume``, or nothing.
+        NearplaneError: another reason why the run cannot go on. However a run ends, ``out`` holds the finished checkpoint,
+            or finished blocks for a later ``resume``, or nothing.
 
-    Under torchrun all ranks call this alike (``docs/large_models.md``): they share the samples and the solving, rank 0
-    writes, each is given the report. With glibc, large freed blocks of memory leave this process from now on.
+    Example:
+        >>> nearplane.quantize("demo", "out", bits=3, group_size=64, sym=False, nsamples=16)  # doctest: +SKIP
     """
     job, out = Job.of(job, settings), Path(out)
     give_memory_back()
-    with together(job.device) as ranks:
-        job = replace(job, device=ranks.device)
+    with together(job.device) as ranks, show or Terminal(silent=not progress) as told:
+        told.silent = told.silent or ranks.rank > 0
         writer = ranks.first(lambda: Writer(out, resume=job.resume))
-        told = show or (Terminal() if progress else None)
-        with waiting(f"opening {model}: its structure, and what is copied", told is not None and ranks.rank == 0):
-            plan = _plan(model, job, out, ranks)
+        with told.waiting(f"opening {model}: its structure, and the tensors that are copied"):
+            plan = draft(model, replace(job, device=ranks.device), reads=True)  # opened once; no weight is read
+            if not job.force:
+                refuse(plan, out, job.offload, ranks)
+            plan = complete(plan)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
-        _run(plan, writer, report, ranks, told if ranks.rank == 0 else None)
+        _run(plan, writer, report, ranks, told)
         return ranks.tell(report)
 
 
-def load(
-    path: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str = "float32",
-    packed: bool = True,
-    arithmetic: Arithmetic = "auto",
-    head_bits: int | None = None,
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """The transformers model in a folder, quantized by us or others (compressed-tensors, GPTQ) or not at all.
+def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show) -> None:
+    """Walk; the report, the saver and the terminal read the events. Only rank 0 has a writer."""
+    with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
+        if plan.undecided:
+            plan = _decide(plan, writer, report, ranks, show, stop)
+        done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
+        saver = Saver(plan, writer, report, ranks.world) if writer else None
+        show.begin(report, plan.blocks, len(done), resume=plan.job.resume, mixed=plan.mixed)
+        for event in walk(plan, done, ranks):
+            report.take(event)
+            if saver:
+                with report.timed("write"):
+                    saver.take(event)
+            show.take(event)
+            if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
+                stop.check()
+        if saver:
+            with report.timed("write"):
+                saver.finish()
+        show.end()
 
-    Quantized weights stay packed in memory and are multiplied as they are (``runtime/``); ``packed=False`` makes them
-    dense. Everything dense has ``dtype`` ("auto": as stored). ``arithmetic``: how the CPU kernel multiplies, "exact",
-    "a16" or "a8"; "auto" is a16 where there are vector instructions for it. ``head_bits``: also round the output head,
-    in memory. Raises NearplaneError for whatever cannot be read.
+
+def _decide(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, stop: Stop) -> Plan:
+    """Return the plan with the bits that its budget buys."""
+    with report.timed("budget"), show.counting("budget", sum(len(block.stages) for block in plan.blocks)) as advance:
+
+        def tick() -> None:
+            advance()
+            stop.check()
+
+        plan = decide(plan, writer.records if writer else [], ranks, tick)
+    report.settings = plan.settings
+    return plan
+
+
+def plan(model: str | Path, job: Job | None = None, *, ranks: int = 1, **settings: Any) -> Forecast:
+    """Say what ``quantize`` with the same settings will need: memory, disk, time, and which engines load the result.
+
+    Args:
+        model: as for ``quantize``; no weight is read, and a folder with a lone config.json will do.
+        job: every setting; none: the defaults.
+        ranks: processes of this machine that share the run; memory and time are each one's.
+        settings: fields of ``Job`` and of its parts that are others, by name.
+
+    Raises:
+        NearplaneError: whatever cannot work, in one sentence.
     """
-    return load_model(
-        path,
-        device=pick_device(device),
-        dtype=pick_dtype(dtype),
-        packed=packed,
-        arithmetic=arithmetic,
-        head_bits=head_bits,
-        trust_remote_code=trust_remote_code,
-    )
+    return forecast(model, job, ranks=ranks, **settings)
+
+
+def load(path: str | Path, **settings: Any) -> nn.Module:
+    """Load a folder as an ordinary transformers model: quantized by us or others (compressed-tensors, GPTQ), or not at all.
+
+    Quantized weights stay packed in memory and are multiplied as they are (docs/runtime.md).
+
+    Args:
+        path: a transformers folder, a hub id, or "demo".
+        settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, head_bits, trust_remote_code.
+
+    Raises:
+        NearplaneError: a folder that cannot be read, in one sentence.
+    """
+    return load_model(path, LoadSettings.of(settings))
 
 
 def evaluate(
@@ -110,64 +160,100 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     reference: str | Path | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    packed: bool = True,
-    arithmetic: Arithmetic = "auto",
-    head_bits: int | None = None,
     kv_bits: int = 16,
-    trust_remote_code: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> Evaluation:
-    """Perplexity of a folder or hub id; with ``reference`` also KL divergence per token and top-1 agreement.
+    """Measure perplexity; with ``reference`` also KL divergence per token and top-1 agreement.
 
-    A quantized checkpoint is measured as it will run: packed (see ``load``). ``kv_bits`` (4, 8) also rounds its keys and values,
-    in this evaluation only.
+    A quantized checkpoint is measured as it will run: packed.
+
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        dataset: a text file or dataset name; none: the held-out part of the embedded text.
+        seqlen: tokens per window, cut to the model's own limit.
+        windows: at most so many windows.
+        reference: the original model.
+        kv_bits: round keys and values to so many bits, 2 to 8, in this evaluation; 16: not at all.
+        progress: show a bar.
+        settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``.
+
+    Raises:
+        NearplaneError: a model or text that cannot be measured, in one sentence.
     """
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(model, packed=packed, arithmetic=arithmetic, head_bits=head_bits, **settings)
-    original = None if reference is None else load(reference, **settings)
-    tokenizer = load_tokenizer(locate(model), trust_remote_code=trust_remote_code)
+    chosen = LoadSettings.of(settings)
+    loaded = load_model(model, chosen)
+    original = None if reference is None else load_model(reference, chosen.of_original())
+    tokenizer = load_tokenizer(locate(model), trust_remote_code=chosen.trust_remote_code)
     return evaluate_model(
         loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, kv_bits=kv_bits,
         progress=progress,
     )  # fmt: skip
 
 
-def _plan(model: str | Path, job: Job, out: Path, ranks: Ranks) -> Plan:
-    """Open the model once; where the run cannot fit, that is said before a weight is read, or fetched from the hub."""
-    plan = draft(model, job, reads=True)
-    if not job.force:
-        refuse(plan, out, job.offload, ranks)
-    return complete(plan)
+def generate(
+    model: str | Path | nn.Module,
+    prompt: str,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
+    write: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Generation:
+    """Continue a prompt, or with ``chat`` answer it.
+
+    Args:
+        model: a transformers folder, a hub id, "demo", or a model that ``load`` returned.
+        prompt: the text to continue, or the user's message.
+        tokenizer: of a model; none: the one in the folder that the model came from.
+        max_new_tokens: stop after so many tokens.
+        chat: put the prompt through the model's chat template.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        seed: for sampling.
+        threads: CPU threads; none: as torch decides.
+        write: is given the text as it comes.
+        settings: fields of ``LoadSettings``, for a folder.
+
+    Returns:
+        The text, and how fast it came.
+
+    Raises:
+        NearplaneError: a model that cannot be loaded or generates no text, or settings that have no meaning.
+    """
+    with threads_set(threads):
+        chosen = LoadSettings.of(settings)
+        if isinstance(model, nn.Module) and settings:
+            raise SettingError(f"{', '.join(settings)} is for loading a folder; this model is loaded already.")
+        folder = (
+            str(getattr(getattr(model, "config", None), "name_or_path", "")) if isinstance(model, nn.Module) else model
+        )
+        if tokenizer is None and not str(folder):
+            raise SettingError("this model does not say which folder it came from; give its tokenizer.")
+        loaded = model if isinstance(model, nn.Module) else load_model(model, chosen)
+        tokenizer = tokenizer or load_tokenizer(locate(folder), trust_remote_code=chosen.trust_remote_code)
+        return generate_text(
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, temperature=temperature, seed=seed,
+            write=write or (lambda _: None),
+        )  # fmt: skip
 
 
-def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show | None) -> None:
-    """Walk, and let the report, the parts and the terminal read what is done. Only rank 0 has a writer."""
-    with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
-        if plan.undecided:
-            with report.timed("budget"):
-                plan = decide(plan, writer.records if writer else [], ranks, stop.check)
-            report.settings = plan.settings
-        done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
-        saver = Saver(plan, writer, report, ranks.world) if writer else None
-        if show:
-            show.begin(report, plan.blocks, len(done), resume=plan.job.resume, mixed=plan.mixed)
-        try:
-            for event in walk(plan, done, ranks):
-                report.take(event)
-                if saver:
-                    with report.timed("write"):
-                        saver.take(event)
-                if show:
-                    show.take(event)
-                if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
-                    stop.check()
-            if saver:
-                with report.timed("write"):
-                    saver.finish()
-        finally:
-            if show:
-                show.end()
+def inspect(model: str | Path, grid: Grid | None = None, *, trust_remote_code: bool = False, **fields: Any) -> Anatomy:
+    """Look into a folder: blocks, stages and sizes of a model, or the grids of a quantized checkpoint.
+
+    Args:
+        model: a transformers folder, a hub id, or "demo".
+        grid: for which sizes after quantization are computed; none: ``Grid()``.
+        trust_remote_code: run Python code that comes with the model.
+        fields: fields of ``Grid`` that are others, by name: ``bits=3``.
+
+    Raises:
+        NearplaneError: a folder that cannot be read, in one sentence.
+    """
+    chosen = Job.of(Job(grid=grid or Grid()), fields).grid
+    return inspect_folder(model, chosen, trust_remote_code=trust_remote_code)

@@ -54,6 +54,8 @@ class Conversion:
             kept = f"codes and zeros as they were, scales of the same values, now {self.scales}"
         return f"{self.out}: {self.layers} layers from {self.before} to {self.after}, {kept}; {self.dense} other tensors copied"
 
+    __repr__ = __str__
+
 
 def convert(
     path: str | Path,

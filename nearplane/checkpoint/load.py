@@ -4,10 +4,12 @@ Decides what becomes of quantized weights: packed linears, which keep them as th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.activations import TokenGrid, round_tokens
-from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.moments import all_finite
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import again
-from nearplane.machine.progress import CONSOLE
+from nearplane.machine.devices import Dtype, pick_device, pick_dtype
+from nearplane.machine.progress import say
 from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
 from nearplane.models.locate import locate
@@ -29,6 +32,60 @@ from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
 from nearplane.runtime.linear import QuantizedLinear, quantize_head, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a folder is loaded: the settings that ``load``, ``evaluate``, ``generate`` and ``bench`` share.
+
+    Example:
+        >>> LoadSettings(packed=False, dtype="bfloat16").packed
+        False
+    """
+
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "float32"
+    """What dense weights are held and activations computed in; auto: as stored. The two small ones save memory, and are
+    slower on a CPU."""
+    packed: bool = True
+    """Multiply quantized weights as they are, as they will be run; --no-packed makes them dense first."""
+    arithmetic: Arithmetic = "auto"
+    """How a CPU multiplies packed weights: exact (float32), a16 or a8 (activations of 16 or 8 bits); auto: a16 where there
+    are vector instructions for it."""
+    head_bits: int | None = None
+    """Also round the output head to so many bits, in memory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {self.dtype!r}.")
+        cpu.check(self.arithmetic)
+        for name in ("packed", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        if self.head_bits is not None and (type(self.head_bits) is not int or not 2 <= self.head_bits <= 8):
+            raise SettingError(f"bits must be 2 to 8; got head_bits={self.head_bits!r}.")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "LoadSettings":
+        """Make settings of values by name.
+
+        Raises:
+            SettingError: an unknown name, with the nearest known one; or a value that has no meaning.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known)}."
+                raise SettingError(f"unknown setting {name!r}; {hint}")
+        return cls(**settings)
+
+    def of_original(self) -> "LoadSettings":
+        """Settings for the original beside a checkpoint: same device and dtype, nothing rounded."""
+        return LoadSettings(device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 class Members:
@@ -101,38 +158,29 @@ class Members:
         return value
 
 
-def load_model(
-    model: str | Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None = torch.float32,
-    packed: bool = True,
-    arithmetic: Arithmetic = "auto",
-    head_bits: int | None = None,
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """Load a model; no other quantization package is needed.
+def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Module:
+    """Load a folder, quantized by us or others, or not at all. No other quantization package is needed.
 
     Args:
-        model: folder or hub id.
-        device: where the model goes.
-        dtype: of everything that is not quantized; None: as stored.
-        packed: whether quantized linears stay packed (``QuantizedLinear``); else they are dense, of ``dtype``.
-        arithmetic: of the CPU kernel.
-        head_bits: bits to which the output head is rounded in memory; None: it is not.
-        trust_remote_code: whether the model's own Python may run.
+        model: a transformers folder, a hub id, or "demo".
+        settings: none: the defaults.
+
+    Returns:
+        The transformers model. Its quantized linears are ``QuantizedLinear``, or with ``packed=False`` dense ones.
 
     Raises:
-        NearplaneError: with one sentence for anything that cannot be read.
+        NearplaneError: a folder that cannot be read, in one sentence.
     """
-    cpu.check(arithmetic)
+    settings = settings or LoadSettings()
+    device, named = pick_device(settings.device), pick_dtype(settings.dtype)
+    packed, head_bits, trust_remote_code = settings.packed, settings.head_bits, settings.trust_remote_code
     folder = locate(model, trust_remote_code=trust_remote_code)
     config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     _check_size(skeleton, checkpoint)
     modules = modules_of(skeleton, checkpoint)
     members = Members(skeleton, checkpoint, modules)
-    dtype = dtype or _stored(checkpoint)
+    dtype = named or _stored(checkpoint)
     state = _state(skeleton, checkpoint, modules, members, dtype, packed)
     holes = set(modules.values()) if packed else set()
     apart = set(members.linears) if packed else set()
@@ -157,7 +205,8 @@ def load_model(
         for module in result.modules():
             if hasattr(module, "save_pretrained"):
                 module.__dict__["save_pretrained"] = _refuse_to_save
-        set_arithmetic(result, arithmetic)
+        set_arithmetic(result, settings.arithmetic)
+    result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
     return result.to(device).eval()
 
 
@@ -277,7 +326,7 @@ def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
 @cache
 def _warn_once() -> None:
     reason = cpu.supports(torch.device("cpu"), torch.float32)
-    CONSOLE.print(f"note: packed weights run in plain torch, slowly: {reason}")
+    say(f"note: packed weights run in plain torch, slowly: {reason}")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -314,7 +363,7 @@ def _assemble(
         )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
-        CONSOLE.print(f"note: {folder} holds {len(unused)} tensors that its model does not use, the first: {unused[0]}")
+        say(f"note: {folder} holds {len(unused)} tensors that its model does not use, the first: {unused[0]}")
     result: nn.Module = model
     result.__class__ = kind
     return result

@@ -56,16 +56,21 @@ class Verification:
     def __str__(self) -> str:
         if not self.files:  # a run that was not finished: nothing was looked at
             return "\n".join(f"problem: {problem}" for problem in self.problems)
-        width = max(len(file.name) for file in self.files)
-        lines = [f"{'file':<{width}} {'bytes':>14}  sha256"]
-        lines += [f"{file.name:<{width}} {file.bytes:>14,}  {file.sha256}" for file in self.files]
-        lines += [f"note: {note}" for note in self.notes] + [f"problem: {problem}" for problem in self.problems]
         count = len(self.problems)
         result = f"{count} problem{'s' if count > 1 else ''}" if count else "no problem found"
         what = f"{self.format or 'not quantized'}, {self.layers} quantized layers and {self.tensors} other tensors read"
         if not self.layers + self.tensors:
             what = "no tensor could be read"
-        return "\n".join([*lines, f"{self.path}: {what}; {result}"])
+        lines = [f"{self.path}: {result}; {what}, {len(self.files)} files"]
+        return "\n".join([*lines, *(f"problem: {line}" for line in self.problems), *(f"note: {n}" for n in self.notes)])
+
+    __repr__ = __str__
+
+    def listing(self) -> str:
+        """List every file with its bytes and sha256."""
+        width = max((len(file.name) for file in self.files), default=4)
+        lines = [f"{'file':<{width}} {'bytes':>14}  sha256"]
+        return "\n".join([*lines, *(f"{file.name:<{width}} {file.bytes:>14,}  {file.sha256}" for file in self.files)])
 
 
 def verify(

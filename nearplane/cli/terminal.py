@@ -1,15 +1,28 @@
-"""What a run says while it works: the head, one line per stage that a person can judge, the summary."""
+"""``Terminal``: shows a run while it works. A head, one line per block that a person can judge, a summary with advice.
 
-from collections.abc import Iterable
-from typing import Any
+Numbers are those of the report's rows. Lines of blocks have at most 78 columns; with ``verbose`` every stage has a line, too.
+"""
 
-from nearplane.machine.progress import CONSOLE, bar
-from nearplane.models.discover import Block, Stage
-from nearplane.run.events import BlockDone, Event, StageDone
-from nearplane.run.measure import LinearRow
-from nearplane.run.report import Report
-from nearplane.run.stage import by_layer, is_expert
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
 
+from nearplane.cli.fields import NO_DEFAULT, fields_of, methods
+from nearplane.machine import progress
+
+if TYPE_CHECKING:  # a terminal is made before torch is imported
+    from nearplane.models.discover import Block, Stage
+    from nearplane.run.events import Event
+    from nearplane.run.measure import LinearRow
+    from nearplane.run.report import Report
+
+COLUMNS = 78
+# Characters of a linear's name that still tell it from others.
+ENOUGH = 8
 # The middle 80% of linears of SmolLM2-135M under GPTQ, group 64, min-max (runs/usual_error.py): what "usual" means.
 USUAL: dict[int | str, tuple[float, float]] = {
     2: (0.014, 0.095),
@@ -17,45 +30,210 @@ USUAL: dict[int | str, tuple[float, float]] = {
     4: (0.00036, 0.003),
     8: (1.3e-6, 1e-5),
 }
+# What a note about one linear says, what many of them say together, and what to do.
+NOTHING = "nothing to do"
+MORE = "give more --nsamples"
+NOTES = (
+    ("serves its objective worse", "serve their objective worse than rounding to nearest",
+     f"{MORE}, or a larger --damp-percent"),
+    ("loss .* Babai's bound", "lose more than Babai's bound, because codes were clipped", NOTHING),
+    ("damping raised", "needed more damping than was set", f"{NOTHING}; more --nsamples make it rarer"),
+    ("extreme activations", "have extreme activations; moments, losses and bounds are scaled", NOTHING),
+    (r"\d+ calibration tokens left out", "left out calibration tokens, NaN or Inf",
+     "look for broken text, or for overflow in the model's dtype"),
+    ("too few tokens to hold any out", "had too few tokens to hold any out, so none could judge", MORE),
+    (r"\d+ of \d+ experts were reached by no token", "have experts that no token reached, which are rounded to nearest",
+     f"{MORE}, or --all-experts"),
+    (r"\d+ of \d+ experts were shown fewer", "have experts that few tokens reached, damped by count",
+     f"{MORE}, or --all-experts"),
+    ("the probe forward did not reach it", "were not reached by the probe forward and stay dense", NOTHING),
+)  # fmt: skip
 
 
-def announce(report: Report, blocks: list[Block], done: int = 0, *, resume: bool = False) -> None:
-    """Say what is about to happen, and what "error" means. ``resume``: whether to go on was asked for."""
+class Terminal:
+    """Shows one run on a stream: begin, take every event, end. A context, so that an error leaves no bar behind.
+
+    Example:
+        >>> with Terminal(quiet=True) as show:
+        ...     report = nearplane.quantize("demo", "out", show=show)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, *, verbose: bool = False, quiet: bool = False, silent: bool = False, stream: TextIO | None = None
+    ) -> None:
+        """Args:
+        verbose: a line per stage, every setting and every note.
+        quiet: nothing but the summary, which is the caller's to print.
+        silent: nothing at all; a rank that does not speak for the run.
+        stream: none: standard error, as it is when a line is printed.
+        """
+        self.verbose, self.quiet, self.silent = verbose, quiet, silent
+        self._stream = stream
+        self._bar: Any = None
+        self._task: Any = None
+        self._rows: list[LinearRow] = []
+        self._blocks, self._spent, self._worked = 0, 0.0, 0
+        self._mixed = False
+        self._last = time.perf_counter()
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    @property
+    def _shown(self) -> bool:
+        return not (self.quiet or self.silent)
+
+    @property
+    def _live(self) -> bool:
+        """Whether a bar can be drawn."""
+        return self._shown and self._stream is None and sys.stderr.isatty()
+
+    def say(self, words: str) -> None:
+        """Print a line, broken at words on a terminal."""
+        if self._shown:
+            progress.say(words, self._stream)
+
+    def waiting(self, words: str) -> AbstractContextManager[object]:
+        """Show on a terminal what is being waited for."""
+        return progress.waiting(words, self._live)
+
+    @contextmanager
+    def counting(self, name: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show a bar of its own while the block inside runs, for the measuring before a run; yields what advances it."""
+        with progress.bar() if self._live else nullcontext() as display:
+            if display is None:
+                yield lambda: None
+                return
+            task = display.add_task(name, total=total)
+            yield lambda: display.advance(task)
+
+    def begin(
+        self, report: "Report", blocks: "list[Block]", done: int = 0, *, resume: bool = False, mixed: bool = False
+    ) -> None:
+        """Say what is about to happen, and what the fields of a block's line are.
+
+        Args:
+            report: with the settings, the data and the notes known before.
+            blocks: all blocks of the run.
+            done: blocks that an earlier session finished.
+            resume: whether to go on was asked for.
+            mixed: whether linears differ in their grids.
+        """
+        self._blocks, self._last, self._mixed = len(blocks), time.perf_counter(), mixed
+        for line in head(report, blocks, verbose=self.verbose):
+            self.say(line)
+        if done:
+            self.say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
+        elif resume:
+            self.say(f"{report.out} holds no finished block to go on after: a new run begins")
+        if self._live:
+            self._bar = progress.bar()
+            self._bar.start()
+            self._task = self._bar.add_task("quantize", total=sum(len(block.stages) for block in blocks))
+
+    def take(self, event: "Event") -> None:
+        """Show an event: a line for a finished block, with ``verbose`` one for a stage and a note."""
+        from nearplane.run.events import BlockDone, Noted, StageDone
+
+        if isinstance(event, StageDone):
+            self._rows += event.rows
+            if self.verbose and not _experts_only(event.stage):
+                self.say(stage_line(event.block, event.stage, event.rows, self._mixed))
+            if self._bar is not None:
+                self._bar.advance(self._task)
+        elif isinstance(event, Noted) and self.verbose:
+            self.say(f"note: {event.text}")
+        elif isinstance(event, BlockDone):
+            self._block_done(event)
+
+    def _block_done(self, event: Any) -> None:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        rows, self._rows = self._rows, []
+        if event.replayed:
+            if self._bar is not None:
+                self._bar.advance(self._task, len(event.block.stages))
+            return
+        self._spent, self._worked = self._spent + seconds, self._worked + 1
+        left = self._spent / self._worked * (self._blocks - event.number - 1)
+        for line in expert_lines(rows) if self.verbose else ():
+            self.say(line)
+        self.say(block_line(event.block.name, event.number + 1, self._blocks, rows, seconds, left, self._mixed))
+
+    def end(self) -> None:
+        """Take the bar away, however the run ends. ``summary(report)`` is the text to print then."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def summary(self, report: "Report") -> str:
+        """The summary of a finished run, broken at words on a terminal."""
+        text = summary(report, verbose=self.verbose)
+        if not sys.stdout.isatty():
+            return text
+        return "\n".join(progress.wrapped(line, COLUMNS) for line in text.splitlines())
+
+
+def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> list[str]:
+    """What is about to happen, in lines."""
     settings, data = report.settings, report.data
     method, grid = dict(settings["method"]), settings["grid"]
-    say = CONSOLE.print
-    say(f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}")
-    say(" ".join(["method", method.pop("name"), *(f"{k}={v}" for k, v in method.items())]))
-    say(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
+    lines = [f"{report.model}: {sum(len(b.sites) for b in blocks)} linears in {len(blocks)} blocks -> {report.out}"]
+    name = method.pop("name")
+    shown = method if verbose else _changed(name, method)
+    lines.append(" ".join(["method", name, *(f"{key}={value}" for key, value in shown.items())]))
+    lines.append(f"grid bits={grid['bits']} group_size={grid['group_size']} sym={grid['sym']} fit={grid['fit']}")
     tokens, turned = settings.get("activations"), settings.get("rotate")
     if tokens is not None:
-        say(
-            f"activations bits={tokens['bits']} sym={tokens['sym']} clip={tokens['clip']:g}; each code is stored as an int8"
-        )
+        rounded = f"activations bits={tokens['bits']} sym={tokens['sym']} clip={tokens['clip']:g}"
+        lines.append(f"{rounded}; each code is stored as an int8")
     if turned is not None:
-        say(f"rotate {','.join(turned['kinds'])} seed={turned['seed']}")
+        lines.append(f"rotate {','.join(turned['kinds'])} seed={turned['seed']}")
     for some in settings.get("override", ()):
-        say(" ".join(["override", repr(some["pattern"]), *(f"{k}={v}" for k, v in some.items() if k != "pattern")]))
-    for pattern in settings.get("ignore", ()):
-        say(f"ignore {pattern!r}: left dense")
-    for line in choice_table(settings):
-        say(line)
+        fields = (f"{key}={value}" for key, value in some.items() if key != "pattern")
+        lines.append(" ".join(["override", repr(some["pattern"]), *fields]))
+    lines += [f"ignore {pattern!r}: left dense" for pattern in settings.get("ignore", ())]
+    lines += choice_table(settings) if verbose else _choices(settings)
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "seqlen" in data else ""
-    say(f"calibration {data['origin']}{amount}")
+    lines.append(f"calibration {data['origin']}{amount}")
+    lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
     if "windows" in data:
-        say("error: ‖(Q-W)X̂‖²/‖WX̂‖², the worst linear of the stage; (rtn): every weight rounded to nearest instead")
-        usual = USUAL.get(grid["bits"]) if "choices" not in settings else None
-        if usual is not None:
-            say(f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g}; near or above rtn something is wrong,")
-            say("unless α > 0: such a linear leaves its weight on purpose, to repair the drift of what came before")
+        lines.append("a block's line: error, the mean of its linears' ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")
+        lines.append("of rounding to nearest; its worst linear; time taken; eta, time left")
     else:
-        say("weight error: ‖Q-W‖²/‖W‖², the worst linear of the stage")
-    for event in report.events:
-        say(f"note: {event}")
-    if done:
-        say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
-    elif resume:
-        say(f"{report.out} holds no finished block to go on after: a new run begins")
+        lines.append("a block's line: weight error, the mean of its linears' ‖Q-W‖²/‖W‖²;")
+        lines.append("its worst linear; time taken; eta, time left")
+    usual = _usual(report)
+    return [*lines, f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g} for a linear"] if usual else lines
+
+
+def _usual(report: "Report") -> tuple[float, float] | None:
+    """The usual errors at a run's bits, where all linears have them and data is read."""
+    settings = report.settings
+    one = "choices" not in settings and not settings.get("override") and "windows" in report.data
+    return USUAL.get(settings["grid"]["bits"]) if one else None
+
+
+def _changed(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a known method that have other values than by default."""
+    reference = methods().get(name.lower())
+    known = {} if reference is None else {field.name: field.default for field in fields_of(reference)}
+    return {key: value for key, value in options.items() if known.get(key, NO_DEFAULT) != value}
+
+
+def _choices(settings: dict[str, Any]) -> list[str]:
+    """What a budget has chosen, counted."""
+    rows = settings.get("choices") or []
+    counts: dict[Any, int] = {}
+    for row in rows:
+        counts[row["bits"]] = counts.get(row["bits"], 0) + len(row["linears"])
+    chosen = ", ".join(f"{count} linears at {bits} bits" for bits, count in sorted(counts.items()))
+    return [f"budget {settings['budget']:g} bits per weight, scales counted: {chosen}"] if rows else []
 
 
 def choice_table(settings: dict[str, Any]) -> list[str]:
@@ -72,11 +250,83 @@ def choice_table(settings: dict[str, Any]) -> list[str]:
     return lines
 
 
-def stage_line(block: Block, stage: Stage, rows: list[LinearRow], mixed: bool = False) -> str:
-    """One line a person can judge; ``mixed``: linears differ in their grids, so the line says which this stage has."""
-    leaves = [site.name.removeprefix(block.name + ".").split(".") for site in stage]
-    # BERT calls three of a block's linears "dense"
-    names = "+".join(".".join(leaf[-2:] if leaf[-1] == "dense" else leaf[-1:]) for leaf in leaves)
+def block_line(
+    block: str, number: int, total: int, rows: "list[LinearRow]", seconds: float, left: float, mixed: bool = False
+) -> str:
+    """One line for a finished block, of at most 78 columns.
+
+    Args:
+        block: its name, which the names of its linears begin with.
+        number: counted from 1.
+        total: blocks of the run.
+        rows: its linears, as the report has them.
+        seconds: spent on the block.
+        left: seconds that the run will take yet.
+        mixed: whether linears differ in their grids, so that the line says how many bits its codes have on average.
+    """
+    start = f"block {number:>{len(str(total))}}/{total}  "
+    end = f"  {seconds:.1f}s" if seconds < 100 else f"  {clock(seconds)}"
+    end += f"  eta {clock(left)}" if number < total else ""
+    if not rows:
+        return f"{start}no linear{end}"[:COLUMNS]
+    read = [row for row in rows if row.error is not None]
+    if read:
+        worst = max(read, key=lambda row: row.error or 0.0)
+        mean, rtn = (sum(error or 0.0 for error in errors) / len(read) for errors in _errors(read))
+        start += f"error {number_of(mean)} (rtn {rough(rtn)})"
+        most = rough(worst.error or 0.0)
+    else:
+        worst = max(rows, key=lambda row: row.weight_error)
+        start += f"weight error {number_of(sum(row.weight_error for row in rows) / len(rows))}"
+        most = rough(worst.weight_error)
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    bits = sum(_width(row.bits) * row.shape[0] * row.shape[1] for row in rows) / weights
+    name = _short(worst.name.removeprefix(f"{block}."))
+    for more in ([f"  {bits:.1f} bits{end}"] if mixed else []) + [end]:
+        room = COLUMNS - len(f"{start}  worst  {most}{more}")
+        if room >= min(len(name), ENOUGH):
+            return f"{start}  worst {name if len(name) <= room else '…' + name[1 - room :]} {most}{more}"
+    return f"{start}{end}"[:COLUMNS]
+
+
+def _errors(rows: "list[LinearRow]") -> tuple[list[float | None], list[float | None]]:
+    return [row.error for row in rows], [row.rtn_error for row in rows]
+
+
+def _width(bits: int | str | None) -> float:
+    return 2.0 if isinstance(bits, str) else float(bits or 0)
+
+
+def _short(name: str) -> str:
+    """The end of a linear's name that tells it from others of its block: an expert's number; BERT calls three "dense"."""
+    parts = name.split(".")
+    if len(parts) > 2 and parts[-2].isdigit():
+        return ".".join(parts[-2:])
+    return ".".join(parts[-2:] if parts[-1] == "dense" else parts[-1:])
+
+
+def number_of(value: float) -> str:
+    """An error in few characters: 0.0119, 0.00036, 2.3e-06."""
+    if value >= 100:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.5f}" if value >= 0.0001 else f"{value:.1e}"
+
+
+def rough(value: float) -> str:
+    """An error in two figures: 0.012."""
+    return f"{value:.3g}" if value >= 10 else f"{value:#.2g}"
+
+
+def clock(seconds: float) -> str:
+    """A duration as 0:07, 2:04 or 1:02:04."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def stage_line(block: "Block", stage: "Stage", rows: "list[LinearRow]", mixed: bool = False) -> str:
+    """One line for a stage; ``mixed``: linears differ in their grids, so the line says which this stage has."""
+    names = "+".join(_short(site.name.removeprefix(block.name + ".")) for site in stage)
     if mixed:
         grids = dict.fromkeys(f"{row.bits}/{row.group_size}" for row in rows)
         names = f"{names:<28} bits/group {', '.join(grids)} "
@@ -97,28 +347,23 @@ def stage_line(block: Block, stage: Stage, rows: list[LinearRow], mixed: bool = 
     return f"{line}  {worst.tokens} tokens  {seconds:.1f}s"
 
 
-def summary(report: Report) -> str:
-    """What came of it."""
-    totals, size = report.totals, report.bytes
-    lines = [
-        f"{report.out}: {totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight",
-        f"size {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB ({size['dense'] / 1e6:.1f} MB of it dense)",
-    ]
-    if totals["mean_error"] is not None:
-        lines.append(f"mean error {totals['mean_error']:.4f} (rtn {totals['mean_rtn_error']:.4f}), over all linears")
-    if totals["rounds"] or totals["rejected_rounds"]:
-        lines.append(
-            f"refinement rounds: {totals['rounds']} kept, {totals['rejected_rounds']} rejected on held-out tokens"
-        )
-    lines.append("time " + ", ".join(f"{phase} {seconds:.1f}s" for phase, seconds in report.seconds.items()))
-    lines += [f"note: {event}" for event in report.events]
-    return "\n".join(lines)
+def _experts_only(stage: "Stage") -> bool:
+    from nearplane.models.experts import EXPERT
+
+    return all(EXPERT.fullmatch(site.name) for site in stage)
 
 
-def expert_lines(rows: Iterable[LinearRow]) -> list[str]:
+def expert_lines(rows: "list[LinearRow]") -> list[str]:
     """One line for the experts of a layer, in place of one for each stage."""
+    from nearplane.models.experts import EXPERT
+
+    layers: dict[str, dict[str, list[LinearRow]]] = {}
+    for row in rows:
+        match = EXPERT.fullmatch(row.name)
+        if match is not None:
+            layers.setdefault(match[1], {}).setdefault(match[2], []).append(row)
     found = []
-    for layer, experts in by_layer(rows).items():
+    for layer, experts in layers.items():
         of = [row for expert in experts.values() for row in expert]
         errors = [(row.error, row.rtn_error or 0.0, row.tokens) for row in of if row.error is not None]
         line = f"{layer} {len(experts)} experts, "
@@ -132,35 +377,47 @@ def expert_lines(rows: Iterable[LinearRow]) -> list[str]:
     return found
 
 
-class Terminal:
-    """Tells a person at a terminal what a run does."""
+def grouped(events: list[str]) -> list[str]:
+    """Notes with what to do about them; equal ones about several linears become one."""
+    together: dict[tuple[str, str], list[str]] = {}
+    said: list[str] = []
+    for event in events:
+        name, _, text = event.partition(": ")
+        known = next(((many, advice) for start, many, advice in NOTES if re.match(start, text)), None)
+        if known is None or not re.fullmatch(r"[\w.]+", name):
+            said.append(event)
+        else:
+            together.setdefault(known, []).append(event)
+    for (many, advice), same in together.items():
+        names = [event.partition(": ")[0] for event in same]
+        what = "layers" if "experts" in many else "linears"
+        first = f"{len(names)} {what} {many} ({names[0]}, ...)"
+        said.append(f"{first if len(names) > 1 else same[0]}: {advice}")
+    return said
 
-    def __init__(self) -> None:
-        self.display = bar(True)
-        self.mixed = False
-        self.rows: list[LinearRow] = []
 
-    def begin(self, report: Report, blocks: list[Block], done: int, *, resume: bool, mixed: bool) -> None:
-        """Say what is about to happen."""
-        announce(report, blocks, done, resume=resume)
-        self.mixed = mixed
-        self.display.start()
-        self.task = self.display.add_task("quantize", total=sum(len(block.stages) for block in blocks))
+def summary(report: "Report", *, verbose: bool = False) -> str:
+    """What came of a run, and what to do next.
 
-    def take(self, event: Event) -> None:
-        """Say what was done."""
-        if isinstance(event, StageDone):
-            self.display.advance(self.task)
-            if not is_expert(event.stage):
-                self.display.console.print(stage_line(event.block, event.stage, event.rows, self.mixed))
-            self.rows += event.rows
-        elif isinstance(event, BlockDone):
-            if event.replayed:
-                self.display.advance(self.task, len(event.block.stages))
-            for line in expert_lines(self.rows):
-                self.display.console.print(line)
-            self.rows = []
-
-    def end(self) -> None:
-        """Stop drawing."""
-        self.display.stop()
+    Args:
+        report: of a finished run.
+        verbose: every note by itself.
+    """
+    totals, size = report.totals, report.bytes
+    lines = [
+        f"{report.out}: {totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight",
+        f"size {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB ({size['dense'] / 1e6:.1f} MB of it dense)",
+    ]
+    if totals["mean_error"] is not None:
+        usual = _usual(report)
+        range_ = f"; usual at {report.settings['grid']['bits']} bits {usual[0]:g} to {usual[1]:g}" if usual else ""
+        errors = f"mean error {totals['mean_error']:.4f} (rtn {totals['mean_rtn_error']:.4f}), over all linears"
+        lines.append(errors + range_)
+    if totals["rounds"] or totals["rejected_rounds"]:
+        rounds = f"refinement rounds: {totals['rounds']} kept, {totals['rejected_rounds']} rejected on held-out tokens"
+        lines.append(rounds)
+    phases = ", ".join(f"{phase} {spent:.1f}s" for phase, spent in report.seconds.items() if verbose or spent >= 0.05)
+    lines.append(f"time {clock(totals['seconds'])}{f': {phases}' if phases else ''}")
+    lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
+    lines.append(f"next: nearplane eval {report.out} --reference {report.model}")
+    return "\n".join(lines)

@@ -55,6 +55,8 @@ class Features:
             lines += [] if value is None else [f"{name} {100 * value:.2f}%"]
         return "\n".join([*lines, f"protocol: {self.protocol}"])
 
+    __repr__ = __str__
+
 
 def compare(model: nn.Module, reference: nn.Module, samples: Batch, origin: str, *, progress: bool = False) -> Features:
     """Features of both on the same samples. NearplaneError where they are not finite, SettingError where they do not compare."""

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,14 @@ from transformers import TextStreamer
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.models.inputs import refuse_unless_causal
+from nearplane.runtime.linear import quantized_linears
+
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out, and how fast."""
+    """A generated text, and how fast it came. Printed, it is the text and the figures."""
 
     text: str
     prompt_tokens: int
@@ -27,15 +31,25 @@ class Generation:
     """For the others."""
     peak_bytes: int
     """Peak resident memory of the process."""
+    threads: int = 0
+    """CPU threads that worked."""
+    kernel: str = ""
+    """How the quantized linears were multiplied."""
+
+    def __str__(self) -> str:
+        return f"{self.text}\n{self.summary()}"
+
+    __repr__ = __str__
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line with the figures."""
         rate = (
             f"{(self.new_tokens - 1) / self.decode_seconds:.1f} tokens/s" if self.new_tokens > 1 else "no second token"
         )
+        start = f"{self.kernel}; " if self.kernel else ""
         return (
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {self.new_tokens} new tokens, {rate} "
-            f"({torch.get_num_threads()} threads); peak memory {self.peak_bytes / 1e6:.0f} MB"
+            f"{start}{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s; {self.new_tokens} new tokens, {rate} "
+            f"({self.threads} threads); peak memory {self.peak_bytes / 1e6:.0f} MB"
         )
 
 
@@ -66,9 +80,21 @@ def generate(
     seed: int = 0,
     write: Callable[[str], None] = lambda _: None,
 ) -> Generation:
-    """Continue a prompt, or with ``chat`` answer it through the tokenizer's template; ``write`` gets text as it comes.
+    """Continue a prompt, or with ``chat`` answer it through the tokenizer's template.
 
-    ``temperature`` 0 takes the likeliest token. Raises SettingError for settings that cannot work.
+    Args:
+        model: a decoder of text.
+        tokenizer: the model's own.
+        prompt: the text to continue, or the user's message.
+        max_new_tokens: stop after so many tokens.
+        chat: put the prompt through the tokenizer's template.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        seed: for sampling.
+        write: is given the text as it comes.
+
+    Raises:
+        SettingError: settings that cannot work, or a prompt that is too long.
+        NearplaneError: no token was generated.
     """
     if max_new_tokens < 1 or not (temperature == 0 or 0.01 <= temperature <= 100):
         raise SettingError(
@@ -106,6 +132,7 @@ def generate(
     arrivals = streamer.arrivals[1:]  # the first is the prompt
     if not arrivals:
         raise NearplaneError("the model generated nothing.")
+    packed = list(quantized_linears(model).values())
     return Generation(
         streamer.text,
         ids.shape[1],
@@ -113,11 +140,30 @@ def generate(
         arrivals[0] - start,
         arrivals[-1] - arrivals[0],
         peak_bytes(),
+        torch.get_num_threads(),
+        packed[0].why() if packed else "dense weights",
     )
 
 
+@contextmanager
+def threads_set(threads: int | None) -> Iterator[None]:
+    """Compute with so many CPU threads while the block inside runs; None: as torch decides.
+
+    Raises:
+        SettingError: a number of threads that no machine has.
+    """
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise SettingError(f"threads must be at least 1 and at most {MOST_THREADS}; got {threads}.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def check_positions(model: nn.Module, tokens: int) -> None:
-    """SettingError if a prompt and what follows it are more tokens than the model has positions."""
+    """Refuse a prompt that is with its new tokens longer than the model's positions, by a SettingError."""
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit:
@@ -125,7 +171,7 @@ def check_positions(model: nn.Module, tokens: int) -> None:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process."""
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

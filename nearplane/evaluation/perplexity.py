@@ -53,8 +53,18 @@ class Evaluation:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields and the protocol, for JSON."""
         return {**asdict(self), "protocol": self.protocol}
+
+    def __str__(self) -> str:
+        lines = [f"perplexity {self.perplexity:.4f}"]
+        if self.kl is not None and self.top1 is not None and self.reference_perplexity is not None:
+            lines.append(f"reference perplexity {self.reference_perplexity:.4f}")
+            agreement = f"top-1 agreement {100 * self.top1:.2f}%"
+            lines.append(f"mean KL(reference || model) {self.kl:.5f} nats per token, {agreement}")
+        return "\n".join([*lines, f"protocol: {self.protocol}"])
+
+    __repr__ = __str__
 
 
 def evaluate(

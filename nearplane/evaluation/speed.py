@@ -3,19 +3,18 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from nearplane.checkpoint.load import load_model
+from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.core.errors import SettingError
-from nearplane.evaluation.generation import check_positions
-from nearplane.machine.progress import bar
+from nearplane.evaluation.generation import check_positions, threads_set
+from nearplane.machine.devices import Dtype
+from nearplane.machine.progress import bar, wrapped
 from nearplane.models.inputs import refuse_unless_causal
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
@@ -56,34 +55,28 @@ class Speed:
         """For JSON."""
         return asdict(self)
 
-    def print(self, console: Console) -> None:
-        """For people."""
-        table = Table(title=f"{self.model}: {self.kernel}, {self.threads} threads")
-        columns = ("decode", "x bf16", "prefill", "x bf16", "MB", "floor", "head")
-        table.add_column("weights", no_wrap=True)
-        for column in columns:
-            table.add_column(column, justify="right")
+    def __str__(self) -> str:
         base = next((row for row in self.rows if row.name == "dense bf16"), None)
+        wide = max(len(row.name) for row in self.rows)
+        lines = [f"{self.model}: {self.kernel}, {self.threads} threads"]
+        lines.append(f"{'weights':<{wide}}  decode  x bf16  prefill  x bf16    MB  floor  head")
         for row in self.rows:
             ratios = [f"{row.decode / base.decode:.2f}", f"{row.prefill / base.prefill:.2f}"] if base else ["", ""]
             floor = "" if row.floor is None else f"{row.floor:.0f}"
-            table.add_row(
-                row.name, f"{row.decode:.1f}", ratios[0], f"{row.prefill:.0f}", ratios[1],
-                f"{row.token_bytes / 1e6:.0f}", floor, f"{100 * row.head_share:.0f}%",
-            )  # fmt: skip
-        console.print(table)
-        rate = (
-            "not measured, there is no C++ kernel"
-            if self.read_gbs is None
-            else f"{self.read_gbs:.1f} GB/s by one thread"
+            lines.append(
+                f"{row.name:<{wide}}  {row.decode:>6.1f}  {ratios[0]:>6}  {row.prefill:>7.0f}  {ratios[1]:>6}  "
+                f"{row.token_bytes / 1e6:>4.0f}  {floor:>5}  {100 * row.head_share:>3.0f}%"
+            )
+        rate = "not measured, there is no C++ kernel"
+        rate = rate if self.read_gbs is None else f"{self.read_gbs:.1f} GB/s by one thread"
+        protocol = (
+            f"tokens/s; packed computes in float32; batch 1, {self.new_tokens} tokens decoded after a prompt of "
+            f"{self.prompt_tokens}, median of {self.rounds} interleaved rounds; floor: a token's bytes of weights at the rate "
+            f"of reading memory ({rate}); MB: those bytes; head: its part of a decoded token's time"
         )
-        console.print(
-            "tokens/s; packed computes in float32; "
-            f"batch 1, {self.new_tokens} tokens decoded after a prompt of {self.prompt_tokens}, median of "
-            f"{self.rounds} interleaved rounds; floor: a token's bytes of weights at the rate of reading memory ({rate}); "
-            "MB: those bytes; head: its part of a decoded token's time",
-            soft_wrap=True,
-        )
+        return "\n".join([*lines, wrapped(protocol, 79, "")])
+
+    __repr__ = __str__
 
 
 def bench(
@@ -98,55 +91,63 @@ def bench(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Speed:
-    """Time decoding and prefill: packed (a16, a8, and a16 with a rounded head), and dense as named in ``against``.
+    """Time decoding and prefill of a checkpoint: packed (a16, a8, and a16 with a rounded head), and dense.
 
-    Packed models compute in float32, on a CPU the fastest dtype for what is not a product. The dense models are the
-    checkpoint's own weights, dequantized: as fast as the original's. SettingError for a checkpoint without packed weights.
+    Packed models compute in float32, on a CPU the fastest dtype for all but products. The dense models are the
+    checkpoint's own weights, dequantized: as fast as the original's.
+
+    Args:
+        model: a folder with a quantized checkpoint.
+        prompt_tokens: length of the prompt whose prefill is timed.
+        new_tokens: tokens decoded after it.
+        rounds: interleaved rounds; the median counts.
+        threads: CPU threads; none: as torch decides.
+        against: dense models to compare with, "bf16" and "fp32".
+        head_bits: width of the output head in the row that rounds it.
+        trust_remote_code: run Python code that comes with the model.
+        progress: show a bar.
+
+    Raises:
+        SettingError: a checkpoint without packed weights, or settings that have no meaning.
     """
     if min(prompt_tokens, new_tokens, rounds) < 1:
         raise SettingError("prompt_tokens, new_tokens and rounds must be at least 1.")
-    if threads is not None:
-        check_threads(threads)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        return _bench(model, prompt_tokens, new_tokens, rounds, against, head_bits, trust_remote_code, progress)
-    finally:
-        torch.set_num_threads(before)
+    unknown = [name for name in against if name not in DENSE]
+    if unknown:
+        raise SettingError(f"against takes {' and '.join(DENSE)}; got {unknown[0]!r}.")
+    base = LoadSettings(device="cpu", trust_remote_code=trust_remote_code)
+    with threads_set(threads):
+        return _bench(model, base, prompt_tokens, new_tokens, rounds, _ways(base, against, head_bits), progress)
 
 
-def check_threads(threads: int) -> None:
-    """SettingError for a number of threads that no machine has."""
-    if not 1 <= threads <= 1024:
-        raise SettingError(f"threads must be at least 1 and at most 1024; got {threads}.")
+DENSE: dict[str, Dtype] = {"bf16": "bfloat16", "fp32": "float32"}
 
 
-DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+def _ways(base: LoadSettings, against: tuple[str, ...], head_bits: int) -> dict[str, LoadSettings]:
+    """Every way to hold the model, by name."""
+    arithmetics: tuple[Arithmetic, ...] = ("a16", "a8") if cpu.best() is not None else ("auto",)
+    ways = {f"packed {a if a != 'auto' else 'plain'}": replace(base, arithmetic=a) for a in arithmetics}
+    first = next(iter(ways))
+    ways[f"{first}, head{head_bits}"] = replace(ways[first], head_bits=head_bits)
+    return ways | {f"dense {name}": replace(base, packed=False, dtype=DENSE[name]) for name in against}
 
 
 def _bench(
     model: str | Path,
+    base: LoadSettings,
     prompt: int,
     new: int,
     rounds: int,
-    against: tuple[str, ...],
-    head_bits: int,
-    trust: bool,
+    ways: dict[str, LoadSettings],
     progress: bool,
 ) -> Speed:
-    def opened(**options: Any) -> nn.Module:
-        return load_model(model, device=torch.device("cpu"), trust_remote_code=trust, **options)
-
-    packed = opened()
+    packed = load_model(model, base)
     if not quantized_linears(packed):
         raise SettingError(f"{model} is not quantized; there is nothing packed to measure.")
     refuse_unless_causal(packed, "bench")
     check_positions(packed, prompt + new)
     kernel = next(iter(quantized_linears(packed).values())).why()
-    ways: tuple[Arithmetic, ...] = ("a16", "a8") if cpu.best() is not None else ("auto",)
-    models = {f"packed {way if way != 'auto' else 'plain'}": opened(arithmetic=way) for way in ways}
-    models[f"{next(iter(models))}, head{head_bits}"] = opened(arithmetic=ways[0], head_bits=head_bits)
-    models |= {f"dense {name}": opened(packed=False, dtype=DENSE[name]) for name in against}
+    models = {name: load_model(model, way) for name, way in ways.items()}
     del packed
     rate = None if cpu.best() is None else cpu.read_rate()
     ids = torch.randint(0, packed_vocabulary(models), (1, prompt + new), generator=torch.Generator().manual_seed(0))

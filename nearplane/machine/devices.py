@@ -7,10 +7,13 @@ import ctypes
 import platform
 import sys
 from importlib.metadata import version
+from typing import Literal, get_args
 
 import torch
 
 from nearplane.core.errors import SettingError
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 # Freed blocks of this size go back to the system. glibc raises its own threshold up to 32 MiB as a program runs; smaller
 # blocks stay in the process while a block above them lives.
@@ -34,7 +37,7 @@ def pick_dtype(name: str) -> torch.dtype | None:
     """Return float32, float16 or bfloat16 by name, None for "auto". SettingError for any other name."""
     if name == "auto":
         return None
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in get_args(Dtype):
         raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {name!r}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

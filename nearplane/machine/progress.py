@@ -1,22 +1,69 @@
-"""Progress on the terminal: a bar with time left, and plain lines that survive in a log file."""
+"""Progress on the terminal: lines on standard error, and a bar with the time that is left. Imports rich where it is used."""
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from torch import Tensor
 
-CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def wrapped(words: str, width: int, indent: str = "  ") -> str:
+    """Break a text at words into lines of at most ``width`` columns; lines after the first begin with ``indent``."""
+    broken = textwrap.wrap(words, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(broken)
+
+
+@lru_cache(maxsize=2)
+def _console(stream: TextIO) -> "Console":
+    """The console that writes to a stream; one for each, so that lines go above its bar."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def console() -> "Console":
+    """Return the console on standard error."""
+    return _console(sys.stderr)
+
+
+def say(words: str, stream: TextIO | None = None) -> None:
+    """Print a line on standard error, above the bar if one is shown; on a terminal broken at words, elsewhere whole."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        print(words, file=stream, flush=True)
+        return
+    width = shutil.get_terminal_size().columns
+    for line in words.splitlines():
+        _console(stream).print(wrapped(line, max(20, width - 1)) if len(line) >= width else line)
 
 
 def waiting(words: str, enabled: bool = True) -> AbstractContextManager[object]:
-    """Say on a terminal what is being waited for, while it lasts; nothing in a log file."""
-    return CONSOLE.status(words) if enabled and CONSOLE.is_terminal else nullcontext()
+    """Say on a terminal what is being waited for, while the block inside runs; nothing in a log file."""
+    if not enabled or not sys.stderr.isatty():
+        return nullcontext()
+    from rich.text import Text
+
+    return console().status(Text(words))
 
 
-def bar(enabled: bool = True) -> Progress:
-    """A progress display on standard error; silent when not enabled."""
+def bar(enabled: bool = True) -> "Progress":
+    """Make a progress display on standard error; a silent one when not enabled."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,14 +71,14 @@ def bar(enabled: bool = True) -> Progress:
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        console=CONSOLE,
+        console=console(),
         disable=not enabled,
-        # Ten lines a second would flood a log file: there the stage lines tell the story.
-        auto_refresh=CONSOLE.is_terminal,
+        # Ten lines a second would flood a log file: there the lines of blocks tell the story.
+        auto_refresh=sys.stderr.isatty(),
     )
 
 
-def track(windows: Tensor, description: str, *, enabled: bool) -> Iterator[Tensor]:
+def track(windows: "Tensor", description: str, *, enabled: bool) -> "Iterator[Tensor]":
     """Iterate over the first dimension behind a bar."""
     with bar(enabled) as progress:
         yield from progress.track(windows, total=len(windows), description=description)

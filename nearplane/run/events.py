@@ -4,6 +4,8 @@ A walk yields, in order: ``Noted`` and ``Solved`` for every linear of a stage, `
 stage ``BlockDone``. Of a resumed run, finished blocks come first, as ``BlockDone`` with ``replayed``.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,13 +64,28 @@ Event = Noted | Solved | StageDone | BlockDone
 
 
 class Show(Protocol):
-    """Tells a person what a run does."""
+    """Shows a run to a person (``cli/terminal.py``). A context, so that an error leaves nothing behind on a screen."""
+
+    silent: bool
+    """Say nothing at all; a rank that does not speak for the run."""
+
+    def __enter__(self) -> "Show":
+        """Start."""
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop, however the run ends."""
+
+    def waiting(self, words: str) -> AbstractContextManager[object]:
+        """Show what is being waited for while the block inside runs."""
+
+    def counting(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """Show a count of its own while the block inside runs; gives the function that advances it."""
 
     def begin(self, report: Any, blocks: list[Block], done: int, *, resume: bool, mixed: bool) -> None:
         """Say what is about to happen; ``done``: blocks that an earlier session finished."""
 
     def take(self, event: Event) -> None:
-        """Say what was done."""
+        """Show an event of the walk."""
 
     def end(self) -> None:
-        """Stop, however the run ends."""
+        """Show nothing more."""

@@ -89,6 +89,8 @@ class Forecast:
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **settings: Any) -> Forecast:
     """Say what ``quantize`` with these settings will need; no weight is read, and a folder with a config.json will do.

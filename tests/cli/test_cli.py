@@ -68,7 +68,7 @@ def test_quantize_eval_inspect(
     assert main(["quantize", str(model), str(out), "--bits", "3", "--no-sym", "--method", "gptq", *data]) == 0
     printed = capsys.readouterr()
     assert "14 linears" in printed.out and "MB ->" in printed.out
-    assert "model.layers.1 down_proj" in printed.err and "(rtn" in printed.err
+    assert "block 2/2  error 0.0" in printed.err and "(rtn" in printed.err and "worst " in printed.err
     words = ["--dataset", str(model.parent / "text.txt"), "--seqlen", "64", "--windows", "4"]
     assert main(["eval", str(out), "--reference", str(model), "--json", *words]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -123,9 +123,7 @@ def test_every_method_from_the_command_line(
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0 and main(["--help"]) == 0 and main(["--version"]) == 0
-    with pytest.raises(SystemExit) as exit:
-        main(["quantize", "--help", "--method", "rescomp"])
-    assert exit.value.code == 0
+    assert main(["quantize", "--help", "--method", "rescomp"]) == 0
     text = capsys.readouterr().out
     for flag in ("--alpha2", "--variant", "--damp-percent", "--bits", "--fit", "--nsamples", "--seed", "--dtype"):
         assert flag in text
@@ -139,10 +137,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--method", ":x"], "unknown method"),
         (["--method", "rtn", "--method", "gptq"], "given 2 times"),
         (["--scale-dtype", "float16"], "there is no flag"),
-        (["--bits", "three"], "Error parsing --bits: no type matching INT|{ternary}"),
-        (["--order", "random"], "invalid choice 'random' for argument '--order'"),
-        (["--alfa", "1"], "Unrecognized options: --alfa"),
-        (["--method", "gptq", "--rounds", "2"], "Unrecognized options: --rounds, 2; nearplane quantize --help lists"),
+        (["--bits", "three"], "--bits takes a whole number or ternary; got 'three'."),
+        (["--order", "random"], "--order takes natural, activation or pivot; got 'random'."),
+        (["--alfa", "1"], "unknown option --alfa"),
+        (
+            ["--method", "gptq", "--rounds", "2"],
+            "--rounds is an option of --method nearplane, not of gptq; nearplane quantize",
+        ),
         (["--method", "gptaq", "--alpha", "nan"], "alpha is a share"),
         (["--seed", "99999999999999999999999"], "seed must be"),
         (["--device", "meta"], "not usable here"),
@@ -154,10 +155,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--order", "sideways"], "--order"),
         (["--method", "gptq", "--no-static-groups"], "groups must be static"),
         (["--damp-percent", "7"], "damp_percent is a fraction"),
-        (["--format", "gguf"], "--format"),
+        (["--format", "gguf"], "format must be one of"),
         (["--device", "abacus"], "not usable here"),
         (["--nsamples", "0"], "nsamples must be at least 1"),
-        (["--alpha2", "0.5"], "--alpha2"),  # an option of another method
+        (["--alpha2", "0.5"], "--alpha2 is an option of --method rescomp, not of nearplane"),
         (["--dataset", "missing.txt"], "does not exist"),
         (["--format", "gptq", "--bits", "3", "--no-sym"], "gptq_v2"),
         (["--format", "gptq", "--group-size", "40"], "32"),
@@ -397,7 +398,8 @@ def test_the_certificate_and_the_python_surface_refuse_nonsense(model: Path, tmp
         needs = frozenset({"X"})  # type: ignore[assignment]
 
     for method, says in (
-        ("gptx", "unknown method .gptx."),
+        (3, "must be an object"),
+        ("gptz", "unknown method"),
         (RTN, "must be an object"),
         (Greedy(), "may need"),
         (Wrong(), "shape"),
@@ -442,7 +444,7 @@ def test_bench_prints_a_table_or_json(checkpoint: Path, model: Path, capsys: pyt
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["rows"]][-1] == "dense fp32" and result["rounds"] == 1
     assert main(words) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "dense bf16" in printed and "batch 1, 2 tokens decoded after a prompt of 4" in printed
     assert "is not quantized" in refused(["bench", str(model)], capsys)
     assert "64 positions" in refused(["bench", str(checkpoint), "--prompt-tokens", "80"], capsys)

@@ -14,7 +14,7 @@ from torch import Tensor
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, NearPlane
 from nearplane.checkpoint.inspect import inspect
-from nearplane.cli.terminal import expert_lines as lines
+from nearplane.cli.terminal import expert_lines
 from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import dequantize
@@ -146,7 +146,7 @@ def test_few_tokens(method: Any, mixture: Path, tmp_path: Path) -> None:
             assert (row.damp_percent or 0) >= min(1.0, 0.01 * row.shape[1] / row.tokens) - 1e-9
     assert report.totals["rounded_linears"] == sum(row.rounded for row in rows) > 0
     layers = {EXPERT.fullmatch(row.name)[1] for row in rows if row.rounded}  # type: ignore[index]
-    assert len(lines(rows)) == 2 and all("4 experts" in line for line in lines(rows))
+    assert len(expert_lines(rows)) == 2 and all("4 experts" in line for line in expert_lines(rows))
     for layer in layers:
         assert sum(e.startswith(f"{layer}:") and "rounded to nearest" in e for e in report.events) == 1
     assert sum("damped by count" in event for event in report.events) == 2
@@ -181,7 +181,7 @@ def test_all_tokens_to_one_expert(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_one_expert_of_a_layer(mixture: Path) -> None:
-    told_of = inspect(mixture, GRID)
+    told_of = str(inspect(mixture, GRID))
     assert told_of.count("mlp.experts: 4 experts") == 1 and "mlp.experts.0.down_proj" in told_of
     assert "mlp.experts.1." not in told_of
     assert told_of.count("routes tokens to experts, stays dense: mlp.gate") == 1
@@ -203,7 +203,7 @@ def test_damping_by_count() -> None:
     nothing = Moments(torch.zeros(64, 64))
     assert unseen(expert, nothing) and not unseen([Site("model.layers.0.mlp.up_proj", (8, 64))], nothing)
     assert not unseen(expert, Moments(torch.zeros(64, 64), dropped=2)) and not unseen(expert, few)
-    assert told([]) == [] and lines([]) == []
+    assert told([]) == [] and expert_lines([]) == []
 
 
 def test_resumed_and_planned(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,7 +337,7 @@ def test_the_command_that_goes_on(
 
 DRIVER = """
 import dataclasses, os, signal, sys
-import torch, nearplane
+import torch, nearplane.api
 from nearplane.cli.main import main
 plan_of, observed, stages = nearplane.api.complete, nearplane.run.stage.observed, []
 nearplane.api.complete = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)

@@ -489,7 +489,7 @@ def test_what_has_to_be_mended_first(
     def fail(*_: Any, **__: Any) -> None:
         raise NumericalError("weight w holds 1 NaN or Inf values.")
 
-    monkeypatch.setattr("nearplane.cli.main.quantize", fail)
+    monkeypatch.setattr("nearplane.api.quantize", fail)
     (tmp_path / STATE).mkdir()
     assert main(["quantize", "demo", str(tmp_path)]) == 2
     told = f"finished blocks are kept; once that is mended, go on with: nearplane quantize demo {tmp_path} --resume\n"

@@ -18,7 +18,7 @@ from test_rotate import difference, materialized, perturbed
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid
-from nearplane.checkpoint.load import load_model
+from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.cli.main import main
 from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
@@ -147,7 +147,7 @@ def test_there_and_back(made: Path) -> None:
     assert told["kinds"] == ["r1", "r2", "r3", "r4"] and told["seed"] == 5
     assert told["online"] == [f"model.layers.{k}.mlp.down_proj" for k in (0, 1)]
     assert nearplane.verify(made / "out").ok
-    half = load_model(made / "out", device=CPU, dtype=torch.bfloat16, packed=False)
+    half = load_model(made / "out", LoadSettings(device="cpu", dtype="bfloat16", packed=False))
     assert difference(model, half.float()) < 0.2
     report = json.loads((made / "out" / "report.json").read_text())
     assert any("rotated while the model runs (r4), which only nearplane does" in event for event in report["events"])

@@ -1,0 +1,29 @@
+"""``nearplane convert``: the same codes and scales in another format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, None] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros keep their values."""
+
+    out: str
+    """The quantized checkpoint."""
+    new: Path
+    """Folder to write; must not exist, or be empty."""
+    format: str
+    """The format to write: compressed-tensors, gptq or gptq_v2."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+def run(options: Options, _: dict[str, Any]) -> int:
+    """Write, and print what was written."""
+    from nearplane.checkpoint.convert import convert
+
+    print(convert(options.out, options.new, options.format, trust_remote_code=options.trust_remote_code, progress=True))
+    return 0

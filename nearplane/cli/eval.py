@@ -1,0 +1,60 @@
+"""``nearplane eval``: perplexity of language models, features and accuracy of others."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nearplane.core.errors import SettingError
+
+SETTINGS = {"nearplane.checkpoint.load:LoadSettings": None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Perplexity of a model or checkpoint, with its protocol; with --reference also KL divergence and top-1 agreement.
+
+    Of encoders, encoder-decoders and vision models: how far their final hidden states are from those of --reference
+    (relative error, cosine), or with --labels top-1 accuracy.
+    """
+
+    model: str
+    """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
+    dataset: str | None = None
+    """Text file or dataset name; none: the held-out part of the embedded text. A folder of images or recordings for a model
+    that reads such."""
+    labels: Path | None = None
+    """A folder of images for each class (or such folders in train and test): top-1 accuracy, of the model's classifier head
+    if it knows the classes, else of a linear probe on frozen features."""
+    seqlen: int | None = None
+    """Tokens per window, cut to the model's own limit; none: 2048, or 512 for models that are no decoders."""
+    windows: int | None = None
+    """Read only this many windows, or files."""
+    reference: str | None = None
+    """The original model, to compare with."""
+    kv_bits: int = 16
+    """Also round keys and values to so many bits, 2 to 8, as they enter the cache: a simulation, which no checkpoint carries."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+
+
+def run(options: Options, settings: dict[str, Any]) -> int:
+    """Measure a model by what it is for, and print the result with its protocol."""
+    from nearplane.evaluation.compare import compare, is_language_model
+
+    choices = {name: getattr(options, name) for name in ("dataset", "windows", "reference")}
+    result: Any
+    if options.labels or not is_language_model(
+        options.model, trust_remote_code=settings.get("trust_remote_code", False)
+    ):
+        if options.kv_bits != 16 or settings.keys() & {"head_bits", "arithmetic"}:
+            raise SettingError("--head-bits, --kv-bits and --arithmetic are for language models.")
+        choices |= {"labels": options.labels, "seqlen": options.seqlen or 512}
+        result = compare(options.model, progress=True, **choices, **settings)
+    else:
+        from nearplane.api import evaluate
+
+        choices |= {"kv_bits": options.kv_bits, "seqlen": options.seqlen or 2048}
+        result = evaluate(options.model, progress=True, **choices, **settings)
+    print(json.dumps({"model": options.model, **result.as_dict()}) if options.json else result)
+    return 0

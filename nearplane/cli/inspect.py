@@ -1,0 +1,27 @@
+"""``nearplane inspect``: what is in a folder."""
+
+from dataclasses import dataclass
+from typing import Any
+
+SETTINGS = {"nearplane.core.grid:Grid": None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Blocks, stages, shapes and sizes of a model; for a quantized checkpoint, the grids of its layers.
+
+    Quantizes nothing: it reads one block of each kind and runs 8 tokens through it.
+    """
+
+    model: str
+    """A transformers folder, a hub id, or "demo"."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+def run(options: Options, settings: dict[str, Any]) -> int:
+    """Print the anatomy."""
+    from nearplane.api import inspect
+
+    print(inspect(options.model, trust_remote_code=options.trust_remote_code, **settings))
+    return 0

@@ -1,0 +1,39 @@
+"""``nearplane plan``: what a run will need, before any compute."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nearplane.cli import quantize
+from nearplane.cli.options import JOB
+from nearplane.machine.progress import waiting
+
+SETTINGS = {JOB: None}
+GROUPS = quantize.GROUPS
+EPILOG = quantize.EPILOG
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say what quantize will need with the same flags, before any compute: memory, disk, time, and whether it fits here.
+
+    Reads no weight: MODEL may be a folder that holds nothing but config.json. The time comes from a few seconds of
+    measuring this machine. Exit status: 0 if the run fits, 1 if it does not.
+    """
+
+    model: str
+    """A local transformers folder, a hub id, or "demo"."""
+    ranks: int = 1
+    """Plan for so many processes of this machine, as torchrun starts them: memory and time of each."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+
+
+def run(options: Options, settings: dict[str, Any]) -> int:
+    """Print the forecast; returns 1 where the run does not fit."""
+    with waiting("measuring this machine, about ten seconds"):
+        from nearplane.api import plan
+
+        found = plan(options.model, ranks=options.ranks, **settings)
+    print(json.dumps(found.as_dict()) if options.json else found)
+    return 1 if found.lacking() else 0

@@ -1,0 +1,37 @@
+"""``nearplane verify``: whether a checkpoint is whole."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+SETTINGS: dict[str, None] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Re-read a whole checkpoint, every file and tensor, and say whether it is whole; list what is wrong with it.
+
+    Exit status 0: nothing is wrong; 1: something is; 2: the folder is no checkpoint.
+    """
+
+    out: str
+    """A transformers folder, quantized by nearplane or another tool, or not at all."""
+    engine: str | None = None
+    """Also say what this engine (vllm, sglang, transformers) would refuse."""
+    files: bool = False
+    """List every file with its bytes and sha256."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+def run(options: Options, _: dict[str, Any]) -> int:
+    """Print the verdict; returns 1 where something is wrong."""
+    from nearplane.checkpoint.verify import verify
+
+    result = verify(options.out, options.engine, trust_remote_code=options.trust_remote_code, progress=True)
+    print(json.dumps(result.as_dict()) if options.json else result)
+    if options.files and not options.json:
+        print(result.listing())
+    return 0 if result.ok else 1
