@@ -60,7 +60,16 @@ def own_gemv(folder: Path) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source, target = Path(__file__).with_name("bf16_gemv.cpp"), folder / "gemv.so"
-    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+    # Not -ffast-math: linked with it, a library has the whole process flush subnormal numbers to zero.
+    flags = [
+        "-O3",
+        "-march=native",
+        "-fassociative-math",
+        "-fno-signed-zeros",
+        "-fno-trapping-math",
+        "-shared",
+        "-fPIC",
+    ]
     subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     library.gemv.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]

@@ -13,7 +13,7 @@ from nearplane import Report
 from nearplane.cli.main import main
 from nearplane.cli.terminal import COLUMNS, Terminal, block_line, clock, grouped, head, number_of, rough, summary
 from nearplane.machine import progress
-from nearplane.run.report import LinearRow
+from nearplane.run.measure import LinearRow
 
 LONG = (
     "model.language_model.decoder.layers.119.feed_forward.shared_expert_block.experts.255.intermediate_down_projection"
@@ -194,7 +194,7 @@ def test_a_bar_on_a_terminal_goes_away_with_an_error(
     monkeypatch.setattr("sys.stderr", Screen())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
-        "nearplane.api.write_the_rest", lambda *_: (_ for _ in ()).throw(nearplane.NearplaneError("stop."))
+        "nearplane.run.resume.Saver.finish", lambda *_: (_ for _ in ()).throw(nearplane.NearplaneError("stop."))
     )
     with pytest.raises(nearplane.NearplaneError), Terminal() as show:
         nearplane.quantize(model, tmp_path / "out", method="rtn", group_size=32, show=show)
