@@ -46,7 +46,7 @@ def quantize(
     job: Job | None = None,
     *,
     show: Terminal | None = None,
-    progress: bool = False,
+    progress: bool = True,
     **settings: Any,
 ) -> Report:
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
@@ -58,7 +58,7 @@ def quantize(
         model: a transformers folder, a hub id, or "demo".
         out: a folder that does not exist or is empty, or with ``resume`` holds finished blocks.
         job: every setting; none: the defaults.
-        show: who is told of the run as it works, such as ``Terminal()``; none: nobody.
+        show: who is told of the run as it works, such as ``Terminal()``.
         progress: show the run on standard error where ``show`` is not given.
         settings: fields of ``Job`` and of its parts that are others, by name: ``bits=3, method="gptq", nsamples=64``.
 
