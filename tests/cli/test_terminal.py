@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 import nearplane
-from nearplane import Report
+from nearplane import RTN, Report
 from nearplane.cli.main import main
 from nearplane.cli.terminal import COLUMNS, Terminal, block_line, clock, grouped, head, number_of, rough, summary
 from nearplane.machine import progress
-from nearplane.run.measure import LinearRow
+from nearplane.run.report import LinearRow
 
 LONG = (
     "model.language_model.decoder.layers.119.feed_forward.shared_expert_block.experts.255.intermediate_down_projection"
@@ -193,13 +193,19 @@ def test_a_bar_on_a_terminal_goes_away_with_an_error(
     """On a terminal there is a bar; the cursor comes back however the run ends."""
     monkeypatch.setattr("sys.stderr", Screen())
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(
-        "nearplane.run.resume.Saver.finish", lambda *_: (_ for _ in ()).throw(nearplane.NearplaneError("stop."))
-    )
-    with pytest.raises(nearplane.NearplaneError), Terminal() as show:
+    solve, calls = RTN.solve, list[int]()
+
+    def failing(self: RTN, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:  # of the four stages of the second block
+            raise nearplane.NearplaneError("stop.")
+        return solve(self, *args)
+
+    monkeypatch.setattr(RTN, "solve", failing)
+    with pytest.raises(nearplane.NearplaneError, match="stop"), Terminal() as show:
         nearplane.quantize(model, tmp_path / "out", method="rtn", group_size=32, show=show)
     import sys
 
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "quantize" in shown and "block 2/2  weight error" in shown
+    assert "quantize" in shown and "block 1/2  weight error" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
