@@ -294,7 +294,7 @@ def test_a_moving_target_carries_values_of_the_grid(grid, carry):
             x = torch.where(torch.arange(10) >= j // 4 * 4, v, carried)
             target[j] = p.W[r, j] + x[:j] @ P[:j, j]
             v[j] = target[j] + (target - q)[:j] @ factor.feedback[:j, j]
-            q[j] = min(allowed[j], key=lambda value, at=v[j].item(): abs(value - at))
+            q[j] = min(allowed[j], key=lambda value, at=v[j]: abs(value - float(at)))
         torch.testing.assert_close(dequantize(got, grid)[r], q, rtol=1e-9, atol=1e-9)
 
 
