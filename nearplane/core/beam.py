@@ -34,11 +34,11 @@ def beam_sweep(
         beam: Answers per row, K.
 
     Returns:
-        The cheapest answer. Its certificate counts as clipped also columns that clipped the cheapest answer so far.
+        The cheapest answer. The bound of its certificate holds where the cheapest answer so far was never clipped, so
+        ``clipped`` counts those columns, too.
     """
     out, n = target.shape
-    w, levels = target.T.index_select(0, factor.order), grid.levels
-    group = group_index(factor.order, grid)
+    w, levels, group = target.T.index_select(0, factor.order), grid.levels, group_index(factor.order, grid)
     scale, zero = (part.T.to(target.dtype).index_select(0, group) for part in scales)
     codes = torch.zeros(n, out, beam, dtype=torch.uint8, device=target.device)
     error = target.new_zeros(n, out, beam)
@@ -48,9 +48,8 @@ def beam_sweep(
     shut = torch.zeros(out, dtype=torch.long, device=target.device)  # columns that clipped the cheapest answer so far
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
-        value = w[a:b, :, None] + (factor.feedback[:a, a:b].T @ error[:a].reshape(a, out * beam)).reshape(
-            b - a, out, beam
-        )
+        received = factor.feedback[:a, a:b].T @ error[:a].reshape(a, out * beam)
+        value = w[a:b, :, None] + received.reshape(b - a, out, beam)
         history = torch.arange(beam, device=target.device).expand(out, beam)  # the place of each answer at column a
         for j in range(a, b):
             v, s, z = value[j - a], scale[j, :, None, None], zero[j, :, None, None]
@@ -76,6 +75,5 @@ def beam_sweep(
     best = torch.empty(n, out, dtype=torch.uint8, device=target.device)
     best[factor.order] = codes[:, :, 0]
     bound = (factor.pivots[:, None] * scale.square()).sum(0) * levels.half_gap**2
-    # The bound holds for the answer that was cheapest all along; where that one was clipped another may have won.
     certificate = Certificate(cost[:, 0], bound, torch.maximum(clipped[:, 0], shut))
     return Quantized(best.T.contiguous(), scales[0], scales[1].to(torch.uint8), certificate)

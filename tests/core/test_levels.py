@@ -19,7 +19,7 @@ from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode, fit
 from nearplane.core.levels import FP4, NF4, Codebook, Uniform
 from nearplane.core.refine import _descend_leaf, refine
 from nearplane.core.scales import PowerOfTwo, Scales, Stored
-from nearplane.core.sweep import _round_leaf, sweep
+from nearplane.core.sweep import Push, _round_leaf, sweep
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, NearPlane, ResComp
 
 CROOKED = Codebook(
@@ -262,8 +262,10 @@ def test_a_beam_of_all_answers_is_the_exhaustive_optimum(grid, order):
         p = problem(6, n, seed=seed, tokens=n)  # so strongly correlated that one answer is not enough
         A, factor, (scale, zero) = damped(p.H), factorize(p.H, order=order), fit_groups(p.W, grid)
         got = beam_sweep(p.W, factor, grid, (scale, zero), grid.levels.count**n)
-        one = beam_sweep(p.W, factor, grid, (scale, zero), 1)
-        assert torch.equal(one.codes, sweep(p.W, factor, grid, (scale, zero)).codes)
+        one, plain = beam_sweep(p.W, factor, grid, (scale, zero), 1), sweep(p.W, factor, grid, (scale, zero))
+        assert torch.equal(one.codes, plain.codes)
+        for mine, its in zip(one.certificate, plain.certificate, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
         for r in range(6):
             allowed = choices(scale[r : r + 1], zero[r : r + 1], grid, n)
             every = torch.tensor(list(itertools.product(*allowed)), dtype=torch.float64)
@@ -273,6 +275,27 @@ def test_a_beam_of_all_answers_is_the_exhaustive_optimum(grid, order):
             assert got.certificate.loss[r].item() == pytest.approx(losses.min().item(), rel=1e-8)
         improved += int((got.certificate.loss < one.certificate.loss * (1 - 1e-9)).sum())
     assert improved
+
+
+@each_grid
+@pytest.mark.parametrize("carry", ["value", "code", "clamped"])
+def test_a_moving_target_carries_values_of_the_grid(grid, carry):
+    """The recurrence column by column: inside a block v pushes later targets, across blocks what ``carry`` names."""
+    p = problem(4, 10, seed=6)
+    factor, (scale, zero) = factorize(p.H), fit_groups(p.W, grid)
+    P = draw(10, 10, seed=7).triu(1) / 5
+    got = sweep(p.W, factor, grid, (scale / 2, zero), push=Push(P, carry, block=4))
+    for r in range(4):
+        allowed = choices(scale[r : r + 1] / 2, zero[r : r + 1], grid, 10)
+        target, v, q = (torch.zeros(10, dtype=torch.float64) for _ in range(3))
+        for j in range(10):
+            inside = [min(max(x, values[0]), values[-1]) for x, values in zip(v.tolist(), allowed, strict=True)]
+            carried = {"value": v, "code": q, "clamped": torch.tensor(inside, dtype=torch.float64)}[carry]
+            x = torch.where(torch.arange(10) >= j // 4 * 4, v, carried)
+            target[j] = p.W[r, j] + x[:j] @ P[:j, j]
+            v[j] = target[j] + (target - q)[:j] @ factor.feedback[:j, j]
+            q[j] = min(allowed[j], key=lambda value, at=v[j]: abs(value - float(at)))
+        torch.testing.assert_close(dequantize(got, grid)[r], q, rtol=1e-9, atol=1e-9)
 
 
 @each_grid
