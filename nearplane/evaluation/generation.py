@@ -1,6 +1,5 @@
 """``nearplane generate``: text from a checkpoint, streamed, with what it cost."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.machine.memory import peak_resident
 from nearplane.models.inputs import refuse_unless_causal
 
 
@@ -112,7 +112,7 @@ def generate(
         out.shape[1] - ids.shape[1],
         arrivals[0] - start,
         arrivals[-1] - arrivals[0],
-        peak_bytes(),
+        peak_resident(),
     )
 
 
@@ -122,11 +122,3 @@ def check_positions(model: nn.Module, tokens: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit:
         raise SettingError(f"prompt and new tokens, {tokens} together, exceed the model's {limit} positions.")
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
