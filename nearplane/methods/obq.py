@@ -19,8 +19,8 @@ from nearplane.methods.base import Need
 
 # Beyond this many multiply-adds (about ten minutes on two cores) the reference is the wrong tool.
 MOST_WORK = 2e12
-# Rows are solved together while their inverses fit in about this many numbers.
-CHUNK_NUMBERS = 1 << 26
+# Rows are solved together while their inverses fit in about this many numbers: a cache holds them, which is faster than more.
+CHUNK_NUMBERS = 1 << 19
 
 
 class Inverse(NamedTuple):
