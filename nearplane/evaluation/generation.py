@@ -1,6 +1,5 @@
 """``nearplane generate``: text from a checkpoint, streamed, with what it cost."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.machine.memory import peak_resident
 from nearplane.models.inputs import refuse_unless_causal
 from nearplane.runtime.linear import quantized_linears
 
@@ -139,7 +139,7 @@ def generate(
         out.shape[1] - ids.shape[1],
         arrivals[0] - start,
         arrivals[-1] - arrivals[0],
-        peak_bytes(),
+        peak_resident(),
         torch.get_num_threads(),
         packed[0].why() if packed else "dense weights",
     )
@@ -168,11 +168,3 @@ def check_positions(model: nn.Module, tokens: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit:
         raise SettingError(f"prompt and new tokens, {tokens} together, exceed the model's {limit} positions.")
-
-
-def peak_bytes() -> int:
-    """Return the peak resident memory of this process."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

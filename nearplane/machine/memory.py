@@ -1,31 +1,31 @@
-"""What this machine has left: memory, disk, GPU memory. None where it cannot be told, and then nothing is refused."""
+"""What this machine has left: memory, disk, GPU memory; and what this process holds. None where the system does not say."""
 
-import os
 import shutil
+import sys
 from pathlib import Path
 
+import psutil
 import torch
 
-MEMINFO = Path("/proc/meminfo")
-STATM = Path("/proc/self/statm")
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that a new allocation may take without swapping, of the machine or of the container, whichever has less."""
-    found = [size for size in (_of_machine(), _of_container()) if size is not None]
-    return min(found, default=None)
+    """Return the bytes that a new allocation may take without swapping, of the machine or its container."""
+    machine = int(psutil.virtual_memory().available)
+    container = _of_container()
+    return machine if container is None else min(machine, container)
 
 
 def cuda_memory(device: str) -> int | None:
-    """Bytes free on a CUDA device."""
+    """Return the bytes free on a CUDA device."""
     if not torch.cuda.is_available():
         return None
     return int(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
 def free_disk(folder: Path) -> int | None:
-    """Bytes free where ``folder`` is, or will be."""
+    """Return the bytes free where ``folder`` is, or will be."""
     folder = Path(folder).absolute()
     nearest = next((place for place in (folder, *folder.parents) if place.exists()), None)
     try:
@@ -36,28 +36,25 @@ def free_disk(folder: Path) -> int | None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    try:
-        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
+    """Return the bytes of this process in memory."""
+    return int(psutil.Process().memory_info().rss)
 
 
-def _of_machine() -> int | None:
-    try:
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
+def peak_resident() -> int:
+    """Return the most bytes that this process has had in memory."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _of_container() -> int | None:
-    """The limit of a control group (version 2) less what is used, file pages that can be given back not counted."""
+    """Return the limit of a control group (version 2) less its use; psutil knows only the machine.
+
+    File pages that can be given back do not count as used.
+    """
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
         used = int((CGROUP / "memory.current").read_text())

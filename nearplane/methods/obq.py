@@ -19,8 +19,8 @@ from nearplane.methods.base import Need
 
 # The most multiply-adds, about ten minutes on two cores.
 MOST_WORK = 2e12
-# Numbers in the inverses of the rows that are solved together.
-CHUNK_NUMBERS = 1 << 26
+# Rows are solved together while their inverses fit in about this many numbers: a cache holds them, which is faster than more.
+CHUNK_NUMBERS = 1 << 19
 
 
 class Inverse(NamedTuple):

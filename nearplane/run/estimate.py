@@ -1,23 +1,22 @@
-"""What a run will need in memory and on disk, computed from shapes alone before anything is computed.
+"""What a run needs in memory and on disk, before anything is computed: from sizes, and from a probe of the method.
 
-Memory is the most over all moments of a run, on each device. At every moment there are the modules outside the blocks
-(but an output head of its own) and the packed weights of the open block, which are written when it is done; at the end
-dense tensors, at most a shard of 4 GiB. While a block is open there are also
+The peak of memory is the largest sum of these parts over the steps of all stages, on each device:
 
-    block    its parameters in the compute dtype, its linears twice where there is a reference stream
+    outside  modules outside the blocks, without an output head of its own
+    block    parameters of the open block in the compute dtype, its linears twice with a reference stream
     streams  tokens x hidden size for each of one or two streams; of one batch where they are offloaded
-    paused   what forwards hold that wait at a stage of n inputs: tokens x (n + 2 hidden) per stream, and the
-             outputs of the block's first stage (q, k, v) until its second; of one batch only where nothing is kept
-             (``stream.kept``)
+    paused   forwards that wait at a stage of n inputs: tokens x (n + 2 hidden) per stream, and the outputs of the
+             block's first stage (q, k, v) until its second; of one batch only where nothing is kept (``stream.kept``)
     moments  H n², D n² or R m n, the same again of held-out tokens
-    factor   what ``prepare`` leaves behind
-    solver   the stage's weight as one matrix m n, and the work arrays (``planning/workspace.py``)
+    factor   the state that ``prepare`` leaves (``run/probe.py``)
+    solver   the stage's weight as one matrix m n, and the arrays of ``prepare``, ``solve`` and the report
+    pending  packed weights of the open block; at the end dense tensors, at most a shard of 4 GiB
 
-The peak is the largest sum over the steps of all stages. ``docs/large_models.md`` has the formulas and a table.
+``docs/large_models.md`` has the formulas and a table.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -25,49 +24,72 @@ from typing import Any
 
 import torch
 
+from nearplane.checkpoint.export import copied_bytes
 from nearplane.core.errors import SettingError
 from nearplane.formats.parts import SHARD_BYTES
 from nearplane.machine.memory import available_memory, cuda_memory, free_disk, resident
 from nearplane.machine.ranks import Ranks
-from nearplane.methods import GPTQ
+from nearplane.methods import METHODS
+from nearplane.methods.base import Need
 from nearplane.models.discover import Block, Stage, embedding_name, head_name
 from nearplane.models.inputs import PROBE_TOKENS
-from nearplane.run import workspace
+from nearplane.run.measure import MEASURED_AT_ONCE
 from nearplane.run.mix import JUDGED
 from nearplane.run.plan import Plan
+from nearplane.run.probe import Probe, Size
 from nearplane.run.stream import batch_rows, kept
-from nearplane.run.workspace import BYTE, Shape, stage_shape
 
-# Beside what this process holds already: tokenizer and text, the buffers of kernels, what the allocator does not give
-# back. Measured on the demo model (benchmarks/plan.py).
+# Tokenizer and text, buffers of kernels, and memory that the allocator keeps, measured on the demo model
+# (benchmarks/plan.py).
 LATER = 80 << 20
-# What a CUDA context takes.
+# The method that is suggested where two streams do not fit.
+ONE_STREAM = "gptq"
+# Bytes of a CUDA context.
 CUDA_CONTEXT = 500 << 20
+# Numbers that the report holds for each number of a weight that it measures: with moments, and without. The error of the
+# codes, then scale, zero, code, difference and product of rounding to nearest.
+MEASURING, MEASURING_ROUNDED = 6.0, 5.25
+
+
+def size_of(stage: Stage, needs: frozenset[Need]) -> Size:
+    """Return the size of a stage, and whether R stands in for D: in a lone linear that adds to the residual stream."""
+    adds = "R" in needs and len(stage) == 1 and stage[0].adds_to is not None
+    return Size(sum(site.shape[0] for site in stage), stage[0].shape[1], adds)
+
+
+def solver_dtype(plan: Plan) -> torch.dtype:
+    """Return the dtype that stages are solved in."""
+    return torch.float64 if plan.compute == torch.float64 else torch.float32
+
+
+def probe_of(plan: Plan) -> Probe:
+    """Return the probe of a plan's method."""
+    return Probe(plan.method, plan.grid, solver_dtype(plan))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The peak on one device."""
+    """The peak of memory on one device."""
 
     device: str
     where: str  # the stage or step that reaches it
     parts: dict[str, int]  # bytes at that moment
-    base: int  # of them, what the process holds before it does anything
+    base: int  # of them, bytes that the process holds before the run
 
     @property
     def peak(self) -> int:
-        """Bytes of all parts."""
+        """Return the bytes of all parts."""
         return sum(self.parts.values())
 
     @property
     def need(self) -> int:
-        """What must be available yet."""
+        """Return the bytes that must be available yet."""
         return self.peak - self.base
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need."""
+    """The memory and disk of a run."""
 
     memory: list[Memory]  # the CPU first, then the GPU where there is one
     disk: dict[str, int]  # bytes to be written
@@ -79,9 +101,10 @@ class Estimate:
     offloaded: int = 0  # bytes of hidden states on disk
     offload: Path | None = None  # where hidden states are meanwhile
     ranks: int = field(default=1, repr=False)  # of this run on this machine
+    probe: Probe | None = field(default=None, repr=False, compare=False)  # of the run's method
 
     def lacking(self, out: Path) -> list[str]:
-        """Sentences about what does not fit; none if all does, or if nothing is known of the machine."""
+        """Return what does not fit, a clause each; nothing if all fits, or the machine's memory and disk are unknown."""
         lacks = []
         for memory in self.memory:
             have = self.available(memory)
@@ -97,21 +120,27 @@ class Estimate:
         return lacks
 
     def available(self, memory: Memory) -> int | None:
-        """What the machine has for it now; None where it cannot be told."""
+        """Return the bytes that the device has left for each rank; None where the system does not say."""
         if memory.device != "cpu":
             return cuda_memory(memory.device)
         have = available_memory()
         return None if have is None else have // self.ranks
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate for JSON."""
         memory = [asdict(m) | {"peak": m.peak, "need": m.need, "available": self.available(m)} for m in self.memory]
-        return {k: v for k, v in asdict(self).items() if k not in ("ranks", "offload")} | {"memory": memory}
+        hidden = ("ranks", "offload", "probe", "memory")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden} | {"memory": memory}
 
 
-def estimate(plan: Plan, offload: Path | None = None) -> Estimate:
-    """Memory and disk of a run of ``plan``; ``offload``: where its hidden states are, if not in memory."""
-    walk = _Walk(plan, offload is not None)
+def estimate(plan: Plan, offload: Path | None = None, probe: Probe | None = None) -> Estimate:
+    """Estimate memory and disk of a run.
+
+    Args:
+        offload: the folder of its hidden states, if they are not in memory.
+        probe: of the plan's method, if there is one already.
+    """
+    walk = _Walk(plan, offload is not None, probe)
     where, parts = max(walk.moments(), key=lambda moment: sum(moment[1].values()))
     base, memory = resident(), []
     if plan.device.type == "cpu":
@@ -121,19 +150,28 @@ def estimate(plan: Plan, offload: Path | None = None) -> Estimate:
         memory.append(Memory("cpu", start, {"base": base + LATER} | held, base))
         parts.pop("pending")
         memory.append(Memory(str(plan.device), where, {"base": CUDA_CONTEXT} | parts, 0))
-    stage = max((s for b in plan.blocks for s in b.stages), key=lambda s: stage_shape(s, False).m * s[0].shape[1])
-    shape = stage_shape(stage, False)
-    disk = {"quantized": walk.quantized, "dense": walk.dense, "other files": walk.files}
-    offloaded = 0 if offload is None else walk.size * walk.tokens * walk.hidden * walk.streams
-    streams, windows = walk.streams, plan.windows
-    return Estimate(memory, disk, _names(stage), (shape.m, shape.n), streams, walk.kept, windows, offloaded, offload)
+    stage = max((s for b in plan.blocks for s in b.stages), key=lambda s: prod(size_of(s, walk.needs)[:2]))
+    largest = size_of(stage, walk.needs)
+    return Estimate(
+        memory=memory,
+        disk=walk.disk(),
+        largest=_names(stage),
+        largest_shape=(largest.m, largest.n),
+        streams=walk.streams,
+        kept=walk.kept,
+        windows=plan.windows,
+        offloaded=0 if offload is None else walk.size * walk.tokens * walk.hidden * walk.streams,
+        offload=offload,
+        probe=walk.probe,
+    )
 
 
 class _Walk:
-    """The moments of a run, and what is held at each."""
+    """The moments of a run, and the bytes of each part at each."""
 
-    def __init__(self, plan: Plan, offload: bool = False) -> None:
+    def __init__(self, plan: Plan, offload: bool = False, probe: Probe | None = None) -> None:
         self.plan, source, store = plan, plan.source, plan.source.store
+        self.probe = probe or probe_of(plan)
         self.needs = plan.method.needs
         self.size = plan.compute.itemsize
         self.streams = 0 if not self.needs else 2 if self.needs & {"D", "R"} else 1
@@ -142,7 +180,7 @@ class _Walk:
         self.batch = min(windows, batch_rows(seqlen)) * seqlen if windows else 0
         self.kept = kept(plan.blocks, self.tokens, plan.compute, self.streams)
         self.waiting = self.batch if offload else self.tokens  # of each stream, in memory
-        # What blocks make of the batches that a budget's widths are judged by.
+        # Tokens of the block outputs that a budget's widths are judged by.
         judging = plan.undecided and self.batch > 0
         self.judged = min(self.tokens, -(-self.tokens // (JUDGED * self.batch)) * self.batch) if judging else 0
         self.hidden = plan.hidden
@@ -169,8 +207,15 @@ class _Walk:
         self.largest_dense = max((store.nbytes(name) for name in rest), default=0)
         self.files = sum(p.stat().st_size for p in source.folder.glob("*") if p.is_file() and _companion(p))
 
+    def disk(self) -> dict[str, int]:
+        """Return the bytes that are written; solved weights lie there twice where the export packs them anew."""
+        plan = self.plan
+        found = {"quantized": self.quantized, "dense": self.dense, "other files": self.files}
+        parts = copied_bytes(plan.format, ((site.shape, plan.grid_of(site)) for site in plan.sites))
+        return found | ({"parts until the export": parts} if parts else {})
+
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """Where, and the bytes of each part there: on the device that computes, and what is pending on the CPU."""
+        """Yield each stage's name and bytes: on the device that computes, and of pending weights on the CPU."""
         if self.plan.device.type == "cpu":
             yield from self.beside()
         seen = set()
@@ -181,7 +226,7 @@ class _Walk:
                 yield from self._block(block)
 
     def beside(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """Before and after the walk: the probe runs one block in float32, and dense tensors are checked and copied."""
+        """Yield the start, where the probe runs one block in float32, and the end, where dense tensors are copied."""
         outside, pending = 4 * self.probed, min(self.dense, SHARD_BYTES)
         block = 4 * max(self.blocks.values())
         quiet = dict.fromkeys(("streams", "paused", "moments", "factor"), 0)
@@ -201,46 +246,43 @@ class _Walk:
             "streams": self.size * self.hidden * (self.waiting * self.streams + self.judged),
         }
         pending = min(self.plan.nbytes(block.sites), SHARD_BYTES)
-        shapes = [stage_shape(stage, self.streams == 2) for stage in block.stages]
-        for number, (stage, shape) in enumerate(zip(block.stages, shapes, strict=True)):
-            waiting = (self.tokens if self.kept else self.batch) * self.streams
+        sizes = [size_of(stage, self.needs) for stage in block.stages]
+        for number, (stage, size) in enumerate(zip(block.stages, sizes, strict=True)):
             turned = getattr(self.plan.format, "online", False) and stage[0].adds_to is not None
             copies = (self.plan.activations is not None) + turned  # beside what was rounded, and what was turned
-            wide = shape.n * (1 + copies) + 2 * self.hidden + (first if number == 1 else 0)
-            paused = int(self.size * waiting * wide)
+            wide = size.n * (1 + copies) + 2 * self.hidden + (first if number == 1 else 0)
+            paused = int(self.size * (self.tokens if self.kept else self.batch) * self.streams * wide)
             # While a batch runs on from the stage before: its outputs, activated and multiplied, and their product.
-            before = shapes[max(0, number - 1)].m + shape.n * (4 if turned else 1)
-            running = self.size * self.batch * before
-            for moments, factor, solver in self._steps(shape, running):
+            before = sizes[max(0, number - 1)].m + size.n * (4 if turned else 1)
+            for moments, factor, solver in self._steps(stage, size, self.size * self.batch * before):
+                waiting, working = (paused, solver) if self.kept else (0, solver + paused)
                 yield (
                     _names(stage),
                     always
-                    | {
-                        "paused": paused if self.kept else 0,
-                        "moments": moments,
-                        "factor": factor,
-                        "solver": solver + (0 if self.kept else paused),
-                        "pending": pending,
-                    },
+                    | {"paused": waiting, "moments": moments, "factor": factor, "solver": working, "pending": pending},
                 )
 
-    def _steps(self, shape: Shape, running: int) -> Iterator[tuple[int, int, int]]:
-        """Bytes of moments, factor and solver at each step of a stage: observe, prepare, solve, measure."""
-        number = 8 if self.plan.compute == torch.float64 else 4
-        work = workspace.work(self.plan.method, shape)
-        moments = number * int(workspace.moments(self.needs, shape))
-        observing = number * int(workspace.observing(self.needs, shape, self.batch))
-        weight, state = shape.m * shape.n, number * int(work.state)
-        if self.needs:
-            yield moments, 0, running + observing
-            yield moments, 0, number * int(work.prepare)
-        codes = BYTE * weight * len(self.plan.job.widths) if self.plan.undecided else 0  # of the widths solved before
-        yield moments, state, number * int(weight + work.solve + codes)
-        yield moments, state, number * int(weight + work.result + work.measure)
+    def _steps(self, stage: Stage, size: Size, running: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the bytes of moments, factor and solver at each step of a stage: observe, prepare, solve, measure."""
+        number, (m, n, adds), needs = solver_dtype(self.plan).itemsize, size, self.needs
+        held = self.probe.memory(size)
+        drift = m * n if adds else n**2 if "D" in needs else 0
+        moments = number * (n**2 + drift) * (2 if "held_out" in needs else 1) if needs else 0
+        weight, state = number * m * n, int(held.state)
+        if needs:
+            # The rows of a batch, split for the held-out tokens; the difference of streams; the drift behind the linear.
+            rows = n * (2 * bool(needs & {"D", "R"}) + ("held_out" in needs)) + 3 * m * adds
+            yield moments, 0, running + number * self.batch * rows
+            yield moments, 0, int(held.prepare)
+        codes = m * n * len(self.plan.job.widths) if self.plan.undecided else 0  # of the widths solved before
+        yield moments, state, weight + int(held.solve) + codes
+        measured = min(max(site.shape[0] for site in stage) * n, max(n, MEASURED_AT_ONCE))
+        measuring = number * (MEASURING if needs else MEASURING_ROUNDED) * measured
+        yield moments, state, weight + int(held.result + measuring)
 
 
 def written(out: Path) -> int:
-    """Bytes that an earlier run has left in ``out``."""
+    """Return the bytes that an earlier run has left in ``out``."""
     return sum(path.stat().st_size for path in out.glob("*") if path.is_file())
 
 
@@ -254,7 +296,7 @@ def _prefix(name: str, blocks: list[str]) -> str | None:
 
 
 def _stored(plan: Plan, name: str) -> int:
-    """Bytes of a dense tensor as it will be written."""
+    """Return the bytes of a dense tensor as it will be written."""
     store = plan.source.store
     dtype = store.dtype(name)
     return prod(store.shape(name)) * (plan.stored if dtype.is_floating_point else dtype).itemsize
@@ -265,7 +307,7 @@ def _companion(path: Path) -> bool:
 
 
 def gb(size: float) -> str:
-    """Bytes in words."""
+    """Return a number of bytes in words."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}" if size < 10 * unit or unit == 1e9 else f"{size / unit:.0f} {name}"
@@ -273,9 +315,9 @@ def gb(size: float) -> str:
 
 
 def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> None:
-    """SettingError, with the numbers, where the run cannot fit into this machine's memory or the disk of ``out``.
+    """Raise SettingError, with the numbers, where a run does not fit into memory or onto the disk of ``out``.
 
-    Several ``ranks`` hold some of the samples each, and those of one machine have its memory between them.
+    Several ``ranks`` hold some of the samples each, and those of one machine share its memory.
     """
     found = estimate(plan, offload) if ranks is None else shared(plan, offload, ranks.world, ranks.machine)
     lacks = found.lacking(out)
@@ -284,14 +326,17 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
         raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
 
 
-def shared(plan: Plan, offload: Path | None, world: int, machine: int) -> Estimate:
-    """The estimate of one rank of ``world``, ``machine`` of them on this machine."""
-    return replace(estimate(_with_samples(plan, -(-plan.calibration.nsamples // world)), offload), ranks=machine)
+def shared(plan: Plan, offload: Path | None, world: int, machine: int, probe: Probe | None = None) -> Estimate:
+    """Estimate one rank of ``world``, ``machine`` of them on this machine."""
+    part = _with_samples(plan, -(-plan.calibration.nsamples // world))
+    return replace(estimate(part, offload, probe), ranks=machine)
 
 
 def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[str]:
-    """Flags with which the run would fit into memory, each set tried; and what to do about the disk. ``found`` is of one
-    rank of ``world``."""
+    """Return flags with which the run would fit into memory, each set estimated, and advice about the disk.
+
+    ``found`` is of one rank of ``world``.
+    """
     tips = []
     if _short(found):
         tips.append(_smallest_change(plan, found, world))
@@ -304,17 +349,17 @@ def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[
 
 
 def _short(found: Estimate) -> bool:
-    """Whether memory does not suffice somewhere."""
+    """Return whether memory does not suffice somewhere."""
     return any((have := found.available(m)) is not None and m.need > have for m in found.memory)
 
 
 def _with_samples(plan: Plan, nsamples: int) -> Plan:
-    """The plan with another number of samples, those that may have been read left out."""
+    """Return the plan with another number of samples, without those that may have been read."""
     return replace(plan.changed(calibration=replace(plan.calibration, nsamples=nsamples)), samples=None)
 
 
 def _smallest_change(plan: Plan, found: Estimate, world: int) -> str:
-    """The first set of flags that fits, milder ones first; or that none does."""
+    """Return the first set of flags that fits, milder ones first; or that none does."""
     tried = list(_changes(plan, found, world))
     for flags, need, short in tried:
         if not short:
@@ -324,13 +369,16 @@ def _smallest_change(plan: Plan, found: Estimate, world: int) -> str:
 
 
 def _changes(plan: Plan, found: Estimate, world: int) -> Iterator[tuple[str, int, bool]]:
-    """Flags, the memory that the run would take with them, and whether that is too much."""
+    """Yield flags, the memory that the run would take with them, and whether that is too much."""
     data = plan.calibration
     counts = [n for n in (data.nsamples, data.nsamples // 2, data.nsamples // 4) if n >= min(8, data.nsamples)]
-    methods = {"": plan.method} | ({"--method gptq": GPTQ()} if found.streams == 2 else {})
+    methods = {"": (plan, found.probe)}
+    if found.streams == 2:  # one stream takes less
+        other = plan.changed(method=METHODS[ONE_STREAM]())
+        methods[f"--method {ONE_STREAM}"] = other, probe_of(other)
     places = {"": found.offload} | ({"--offload DIR": Path()} if found.streams and found.offload is None else {})
-    for (word, method), count, (place, offload) in product(methods.items(), counts, places.items()):
+    for (word, (changed, probe)), count, (place, offload) in product(methods.items(), counts, places.items()):
         flags = " ".join(filter(None, [word, f"--nsamples {count}" * (count != data.nsamples), place]))
         if flags and found.streams:
-            then = shared(_with_samples(plan.changed(method=method), count), offload, world, found.ranks)
+            then = shared(_with_samples(changed, count), offload, world, found.ranks, probe)
             yield flags, max(memory.need for memory in then.memory), _short(then)

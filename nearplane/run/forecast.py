@@ -1,22 +1,57 @@
-"""What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit."""
+"""What ``plan`` says: memory, disk and time of a run beside what this machine has, and what to change where it does not fit.
 
+Time is counted work at rates that are measured in a few seconds. Per token of each stream, a block's forward takes 2 FLOPs
+a weight and 2 seqlen x hidden for causal attention; H takes n² (half of it is mirrored), D 2 n², R 4 m n. The report takes
+6 m n² for each stage, and 2 m n² for the drift. ``prepare`` and ``solve`` are probed (``run/probe.py``). The rest goes by the
+number: reading and widening a weight, activations, packing, writing. A run opens the model as the plan did, which is timed.
+Files are not read ahead: a checkpoint on a slow disk takes longer to read than is said here.
+"""
+
+import os
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from nearplane.checkpoint.engines import verdicts
 from nearplane.core.errors import SettingError
+from nearplane.core.moments import all_finite
+from nearplane.data.text import read_text, tokenize
 from nearplane.machine.memory import free_disk
-from nearplane.methods.base import rows_independent
+from nearplane.methods.base import Need, rows_independent
 from nearplane.run.budget import measuring
-from nearplane.run.estimate import Estimate, Memory, estimate, gb, shared, suggestions
+from nearplane.run.estimate import (
+    Estimate,
+    Memory,
+    estimate,
+    gb,
+    probe_of,
+    shared,
+    size_of,
+    solver_dtype,
+    suggestions,
+)
 from nearplane.run.job import Job
+from nearplane.run.measure import Knowledge, measure, measured_rows
 from nearplane.run.mix import JUDGED
-from nearplane.run.pace import pace
+from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, draft
+from nearplane.run.probe import Size, made_up
 
 MOST_RANKS = 4096
+PHASES = ("start", "forward", "observe", "prepare", "solve", "measure", "write")
+# This machine is measured by a problem (out, in) and its tokens, a file of so many bytes, so many characters of the text.
+PROBLEM, TOKENS = (512, 1024), 1024
+DISK_BYTES = 32 << 20
+SAMPLE = 100_000
+# Seconds after which nothing is timed again.
+LONG = 0.3
 
 
 @dataclass(frozen=True)
@@ -37,11 +72,11 @@ class Forecast:
         return found
 
     def lacking(self) -> list[str]:
-        """Why the run does not fit here; empty if it does."""
+        """Return why the run does not fit here; nothing if it does."""
         return self.estimate.lacking(Path.cwd())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the forecast for JSON."""
         plan, found = self.plan, self.estimate
         return {
             "model": plan.source.name,
@@ -83,13 +118,23 @@ class Forecast:
         for engine, no, but in self.engines():
             verdict = f"does not load it: {no}" if no else f"loads it: {but}" if but else "loads it"
             lines.append(f"{engine:<12} {verdict}")
-        lacks = self.lacking()
-        lines += [f"does not fit: {lack}" for lack in lacks] or ["fits"]
-        lines += [f"try: {tip}" for tip in suggestions(plan, found, Path.cwd(), self.ranks)]
         lines += [f"note: {note}" for note in plan.warnings()]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.verdict()])
 
-    __repr__ = __str__
+    def verdict(self) -> str:
+        """Return whether the run fits, and what to do if it does not, in a sentence or two."""
+        lacks = self.lacking()
+        if lacks:
+            tips = suggestions(self.plan, self.estimate, Path.cwd(), self.ranks)
+            return f"This run does not fit: it {'; it '.join(lacks)}. Try: {'; '.join(tips or ['--force'])}."
+        needs = []
+        for memory in self.estimate.memory:
+            have, where = self.estimate.available(memory), "" if memory.device == "cpu" else f" on {memory.device}"
+            needs.append(f"{gb(memory.need)}{'' if have is None else f' of {gb(have)}'} memory{where}")
+        free, wanted = free_disk(Path.cwd()), sum(self.estimate.disk.values())
+        needs.append(f"{gb(wanted)}{'' if free is None else f' of {gb(free)}'} disk")
+        spent = clock(sum(self.seconds.values()))
+        return f"This run fits: it needs {', '.join(needs[:-1])} and {needs[-1]}, and takes about {spent}."
 
 
 def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **settings: Any) -> Forecast:
@@ -103,19 +148,148 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
         raise SettingError(f"ranks must be from 1 to {MOST_RANKS}; got {ranks}.")
     start = time.perf_counter()
     plan = draft(model, Job.of(job, settings))
+    opening = time.perf_counter() - start
     scratch = plan.job.offload
     found = shared(plan, scratch, ranks, ranks)
-    spent = pace(plan, found, time.perf_counter() - start)
+    spent = seconds(plan, found, rates(plan, found))
+    spent["start"] += opening + (reading(plan) if plan.method.needs else 0.0)
     if rows_independent(plan.method):
         spent |= {phase: spent[phase] / ranks for phase in ("solve", "measure")}
     if plan.undecided:
         walk = measuring(plan)
-        first = pace(walk, estimate(walk, scratch), 0.0)
+        judged = estimate(walk, scratch)
+        first = seconds(walk, judged, rates(walk, judged))
         widths = max((len(unit.widths) for unit in plan.units), default=0)
         spent["budget"] = sum(first[phase] for phase in ("forward", "observe", "prepare")) + first["solve"] * widths
         if walk.method.needs:  # each width of each unit of a block is judged by forwards
             spent["budget"] += first["forward"] * widths * len(plan.units) / (len(plan.blocks) * JUDGED)
     return Forecast(plan, found, spent, ranks)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds per unit of work."""
+
+    flop: float  # of a matrix product in the compute dtype
+    solver_flop: float  # of one in float32
+    element: float  # a number through an activation
+    load: float  # a stored number, checked and widened
+    gram: float  # a FLOP of moments
+    measure: float  # a weight, for the report
+    pack: float  # a weight
+    disk: float  # a byte
+    call: float  # an operation of the method
+    number: float  # a number that an operation of the method reads or writes
+
+
+def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
+    """Return the seconds of each phase at these rates."""
+    needs, probe = plan.method.needs, found.probe or probe_of(plan)
+    windows, seqlen = found.windows
+    hidden, tokens = plan.hidden, float(windows * seqlen)
+    phases = dict.fromkeys(PHASES, 0.0)
+    stored = sum(plan.source.store.nbytes(name) for name in plan.source.store.names) / plan.source.dtype.itemsize
+    inside = float(sum(s.shape[0] * s.shape[1] for b in plan.blocks for s in b.sites))
+    phases["start"] = rates.load * (2 * (stored - inside) + inside / len(plan.blocks))
+    phases["forward"] = rates.load * inside
+    for number, block in enumerate(plan.blocks):
+        sizes = [size_of(stage, needs) for stage in block.stages]
+        reached, costs = 0.0, []  # seconds of a token's forward up to each stage
+        for place, (m, n, _) in enumerate(sizes):
+            if place == 1:
+                reached += rates.flop * 2 * seqlen * hidden
+            costs.append(reached)
+            reached += rates.flop * 2 * m * n + rates.element * (m + n + 2 * hidden)
+        behind = 0.0 if number == len(plan.blocks) - 1 else reached
+        phases["forward"] += tokens * found.streams * (max([behind, *costs]) if found.kept else behind + sum(costs))
+        for stage, size in zip(block.stages, sizes, strict=True):
+            for phase, work in zip(("prepare", "solve"), probe.work(size), strict=True):
+                phases[phase] += rates.call * work.calls + rates.number * work.numbers + rates.solver_flop * work.flops
+            phases["observe"] += rates.gram * tokens * observing(needs, size)
+            judged = sum(len(range(site.shape[0])[measured_rows(site.shape[0])]) for site in stage) if needs else 0
+            products = 3 + ("D" in needs and not size.adds)
+            phases["measure"] += rates.measure * size.m * size.n
+            phases["measure"] += rates.solver_flop * products * 2 * judged * size.n**2
+            phases["write"] += rates.pack * size.m * size.n
+    phases["write"] += rates.disk * sum(found.disk.values())
+    return phases
+
+
+def observing(needs: frozenset[Need], size: Size) -> float:
+    """Return the FLOPs of the moments, per token."""
+    m, n, adds = size
+    return float(n**2 + (4 * m * n if adds else 2 * n**2 if "D" in needs else 0))
+
+
+def rates(plan: Plan, found: Estimate) -> Rates:
+    """Measure this machine, and the method on the stages that the estimate has probed, in a few seconds."""
+    device, dtype, method, grid = plan.device, solver_dtype(plan), plan.method, plan.grid
+    probe, needs = found.probe or probe_of(plan), plan.method.needs - {"R"}
+    timed = partial(median_seconds, device)
+    m, n, _ = problem = Size(*PROBLEM)
+    for size in {size_of(stage, method.needs) for stage in plan.blocks[0].stages}:
+        probe.work(size)
+    weight, moments = made_up(needs, problem, dtype, device)
+    x, y = (torch.ones(TOKENS, n, device=device, dtype=kind) for kind in (plan.compute, dtype))
+    flop = timed(lambda: x @ weight.T.to(plan.compute)) / (2 * TOKENS * m * n)
+    solver_flop = flop if plan.compute == dtype else timed(lambda: y @ weight.T) / (2 * TOKENS * m * n)
+    observed = Measuring(needs, n, None, y, 8)
+    gram = timed(lambda: observed.add(torch.Size([8, TOKENS // 8]), 0, y, y if "D" in needs else None, None))
+    solved = method.solve(weight, method.prepare(moments) if needs else None, grid)
+    taken = timed(lambda: measure("", weight, solved, grid, Knowledge(moments)))
+    taken -= solver_flop * 6 * m * n**2 if needs else 0.0
+    stored = torch.zeros(1 << 22, dtype=plan.source.dtype)
+    call, number = probe.rates(timed, solver_flop, device)
+    return Rates(
+        flop=flop,
+        solver_flop=solver_flop,
+        element=timed(lambda: torch.nn.functional.silu(x).mul_(x)) / x.numel(),
+        load=timed(lambda: all_finite(stored) and stored.to(device, plan.compute)) / stored.numel(),
+        gram=gram / (TOKENS * observing(needs, problem)) if needs else 0.0,
+        measure=max(0.0, taken) / (m * n),
+        pack=timed(lambda: plan.format.pack("x", solved, grid)) / (m * n),
+        disk=_disk(),
+        call=call,
+        number=number,
+    )
+
+
+def median_seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """Return the median seconds of three runs after a first one; those of the first if it is long."""
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < LONG:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return median(times[1:] or times)
+
+
+def reading(plan: Plan) -> float:
+    """Return the seconds to load the tokenizer and tokenize the calibration text, from its first SAMPLE characters.
+
+    0 where there is no tokenizer yet, or the text would have to be downloaded.
+    """
+    dataset, start = plan.calibration.dataset, time.perf_counter()
+    if not (plan.source.folder / "tokenizer_config.json").exists() or not (dataset is None or Path(dataset).is_file()):
+        return 0.0
+    text, tokenizer = read_text(dataset, "calibration"), plan.source.tokenizer
+    loaded = time.perf_counter()
+    tokenize(tokenizer, text._replace(content=text.content[:SAMPLE]))
+    share = max(1.0, len(text.content) / SAMPLE)
+    return loaded - start + share * (time.perf_counter() - loaded)
+
+
+def _disk() -> float:
+    """Return the seconds per byte of a file that is written and forced to disk, in the working folder if possible."""
+    folder = Path.cwd() if os.access(Path.cwd(), os.W_OK) else None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        file.write(bytes(DISK_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        return (time.perf_counter() - start) / DISK_BYTES
 
 
 def _table(memory: Memory, available: int | None) -> list[str]:
@@ -126,7 +300,7 @@ def _table(memory: Memory, available: int | None) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """A duration in words."""
+    """Return a duration in words."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return (

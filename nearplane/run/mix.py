@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Grid
 from nearplane.formats.base import Format, fused, grid_name
@@ -205,90 +202,78 @@ def _widths(sites: list[Site], grids: Mapping[str, Grid], job: Job, format: Form
     return held
 
 
-# The price is found up to this share of it; any price gives a bound, so that no answer depends on it.
-NEAR = 1e-9
-# Where errors are all equal it has no end at which to stop, and must stay a number that can be multiplied without loss.
-HALVINGS = 100
-# Of the largest number in a bound: what rounding may add to it.
-SLACK = 1e-9
+# The largest difference of errors as the solver sees it; two sums that differ by less than 1e-6 are equal to the solver.
+ERROR_SCALE = 1e4
 
 
 def allocate(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """The candidate of each item. ValueError where even the cheapest together cost more than the budget."""
-    cost = [torch.tensor(some, dtype=torch.int64) for some in costs]
-    error = [torch.tensor(some, dtype=torch.float64) for some in errors]
-    cheapest = [int(some.min()) for some in cost]
-    if sum(cheapest) > budget:
-        raise ValueError(f"the cheapest choice costs {sum(cheapest)}, more than {budget}.")
-    price, known = _price(cost, error, budget)
-    # What the items from number i on cost at least, and what they add at least to error + price * cost.
-    least, bound = [0], [0.0]
-    for c, e, low in zip(reversed(cost), reversed(error), reversed(cheapest), strict=True):
-        least.insert(0, least[0] + low)
-        bound.insert(0, bound[0] + float((e + price * c.double()).min()))
-    limit = known + SLACK * (abs(known) + price * budget)
-    total, wrong = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    path: list[tuple[Tensor, Tensor]] = []  # per item: the state before, and the candidate, of every state
-    for i, (c, e) in enumerate(zip(cost, error, strict=True)):
-        before, which = (
-            part.flatten() for part in torch.meshgrid(torch.arange(len(total)), torch.arange(len(c)), indexing="ij")
-        )
-        new, off = total[before] + c[which], wrong[before] + e[which]
-        hope = off + price * (new - budget).double() + bound[i + 1]
-        keep = ((new + least[i + 1] <= budget) & (hope <= limit)).nonzero().flatten()
-        keep = keep[_undominated(new[keep], off[keep])]
-        total, wrong = new[keep], off[keep]
-        path.append((before[keep], which[keep]))
-    state, chosen = int(wrong.argmin()), []
-    for before, which in reversed(path):
-        chosen.append(int(which[state]))
-        state = int(before[state])
-    return chosen[::-1]
+    """Choose one candidate of each item: the least sum of errors whose costs stay within the budget.
 
+    A multiple-choice knapsack, solved by branch and bound until no gap is left (``scipy.optimize.milp``).
 
-def _price(cost: list[Tensor], error: list[Tensor], budget: int) -> tuple[float, float]:
-    """A price per unit of cost at which each item's best candidate fits the budget together, and their error.
-
-    The least such price, nearly: there the bound that it gives is closest to the best choice.
+    Raises:
+        ValueError: even the cheapest candidates together cost more than the budget.
     """
+    useful = [_useful(cost, error) for cost, error in zip(costs, errors, strict=True)]
+    room = budget - sum(cost[some[0]] for cost, some in zip(costs, useful, strict=True))
+    if room < 0:
+        raise ValueError(f"the cheapest choice costs {budget - room}, more than {budget}.")
+    ruled_out: list[list[int]] = []
+    while True:
+        picks = _solve(costs, errors, useful, room, ruled_out)
+        if sum(cost[pick] for cost, pick in zip(costs, picks, strict=True)) <= budget:
+            return picks
+        ruled_out.append(picks)  # within the solver's tolerance of the budget, but beyond it
 
-    most = max((len(c) for c in cost), default=1)
-    pad = [torch.arange(most).clamp(max=len(c) - 1) for c in cost]  # the last candidate again
-    costs = (
-        torch.stack([c[k] for c, k in zip(cost, pad, strict=True)]) if cost else torch.zeros(0, 1, dtype=torch.int64)
+
+def _useful(cost: Sequence[int], error: Sequence[float]) -> list[int]:
+    """Return the candidates that no other one beats in both, by rising cost and falling error."""
+    kept: list[int] = []
+    for k in sorted(range(len(cost)), key=lambda k: (cost[k], error[k])):
+        if not kept or error[k] < error[kept[-1]]:
+            kept.append(k)
+    return kept
+
+
+def _solve(
+    costs: Sequence[Sequence[int]],
+    errors: Sequence[Sequence[float]],
+    useful: list[list[int]],
+    room: int,
+    ruled_out: list[list[int]],
+) -> list[int]:
+    """Choose among the ``useful`` candidates by integer programming; ``room`` is what the cheapest leave of the budget.
+
+    Costs and errors count from each item's cheapest and best candidate. Both are scaled, because the solver's tolerances
+    are absolute.
+    """
+    import numpy as np
+    from scipy.optimize import LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    open_items = [i for i, some in enumerate(useful) if len(some) > 1]
+    picks = [some[0] for some in useful]
+    if not open_items or room == 0:
+        return picks
+    flat = [(i, k) for i in open_items for k in useful[i]]
+    dearer = np.array([(costs[i][k] - costs[i][useful[i][0]]) / room for i, k in flat])
+    worse = np.array([errors[i][k] - errors[i][useful[i][-1]] for i, k in flat])
+    row = {item: number for number, item in enumerate(open_items)}
+    one_each = csr_array((np.ones(len(flat)), ([row[i] for i, _ in flat], range(len(flat)))))
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(dearer[None], -np.inf, 1)]
+    for former in ruled_out:
+        same = np.array([[former[i] == k for i, k in flat]], dtype=float)
+        constraints.append(LinearConstraint(same, -np.inf, len(open_items) - 1))
+    found = milp(
+        worse / worse.max() * ERROR_SCALE,
+        integrality=np.ones(len(flat)),
+        bounds=(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0},
     )
-    errors = (
-        torch.stack([e[k] for e, k in zip(error, pad, strict=True)])
-        if error
-        else torch.zeros(0, 1, dtype=torch.float64)
-    )
-
-    def best(price: float) -> tuple[int, float]:
-        picks = (errors + price * costs.double()).argmin(1, keepdim=True)
-        return int(costs.gather(1, picks).sum()), float(errors.gather(1, picks).sum())
-
-    spent, wrong = best(0.0)
-    if spent <= budget:
-        return 0.0, wrong
-    # At this price no candidate dearer than the cheapest pays: costs are whole numbers.
-    low, high = 0.0, 1.0 + float((errors.amax(1) - errors.amin(1)).max())
-    known = float(errors.gather(1, costs.argmin(1, keepdim=True)).sum())
-    for _ in range(HALVINGS):
-        if high - low <= NEAR * high:
-            break
-        middle = (low + high) / 2
-        spent, wrong = best(middle)
-        if spent <= budget:
-            high, known = middle, min(known, wrong)
-        else:
-            low = middle
-    return high, known
-
-
-def _undominated(cost: Tensor, error: Tensor) -> Tensor:
-    """Which states no other one beats in both, by rising cost; the first of equal ones."""
-    order = error.argsort(stable=True)
-    order = order[cost[order].argsort(stable=True)]
-    ranked = error[order]
-    before = torch.cat([ranked.new_full((1,), torch.inf), ranked.cummin(0).values[:-1]]) if len(ranked) else ranked
-    return order[ranked < before]
+    if found.x is None:
+        raise RuntimeError(f"the choice of bits failed: {found.message}")
+    for (i, k), chosen in zip(flat, found.x, strict=True):
+        if chosen > 0.5:
+            picks[i] = k
+    return picks

@@ -1,6 +1,7 @@
 """The choice under a budget, against all choices there are."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -44,17 +45,39 @@ def test_less_than_the_cheapest_is_refused() -> None:
     assert allocate([], [], 0) == []
 
 
-def test_a_large_model_is_quick() -> None:
-    """100 items whose costs share no divisor worth the name: states stay few because the bound drops them."""
-    import random
-
-    dice = random.Random(0)
+def made_up(items: int) -> tuple[list[list[int]], list[list[float]], int]:
+    """Items whose costs share no divisor worth the name, and a budget between three and four bits."""
+    dice = random.Random(items)
     costs, errors = [], []
-    for _ in range(100):
+    for _ in range(items):
         size, worth = dice.randint(10**6, 10**8), dice.uniform(0.1, 3)
         costs.append([size * bits + dice.randint(0, 3) for bits in (2, 3, 4, 8)])
         errors.append([worth * 4.0**-bits * dice.uniform(0.5, 2) for bits in (2, 3, 4, 8)])
-    budget = sum(int(0.4 * (some[0] + some[2])) for some in costs) + sum(some[0] for some in costs) // 3
+    return costs, errors, sum(int(0.4 * (some[0] + some[2])) for some in costs) + sum(some[0] for some in costs) // 3
+
+
+@pytest.mark.parametrize("items", [100, 1000])
+def test_no_exchange_of_two_items_helps_a_large_model(items: int) -> None:
+    costs, errors, budget = made_up(items)
     picks = allocate(costs, errors, budget)
-    spent = sum(some[k] for some, k in zip(costs, picks, strict=True))
-    assert spent <= budget and budget - spent < max(some[1] - some[0] for some in costs)
+    assert picks == allocate(costs, errors, budget)
+    left = budget - sum(some[k] for some, k in zip(costs, picks, strict=True))
+    assert left >= 0
+    moves = [
+        (item, cost[other] - cost[k], error[other] - error[k])
+        for item, (cost, error, k) in enumerate(zip(costs, errors, picks, strict=True))
+        for other in range(len(cost))
+        if other != k
+    ]
+    assert not any(cost <= left and error < 0 for _, cost, error in moves)
+    for a, b in itertools.combinations(moves[:300], 2):
+        assert a[0] == b[0] or a[1] + b[1] > left or a[2] + b[2] > -1e-9
+
+
+def test_the_budget_is_kept_to_the_byte() -> None:
+    """Eight bytes in 10^12 are within the solver's tolerance, and beyond the budget."""
+    step = 10**12
+    costs = [[0, step + 8], [0, step]]
+    errors = [[1.0, 0.0], [1.0, 1e-3]]
+    assert allocate(costs, errors, step + 7) == [0, 1]
+    assert allocate(costs, errors, step + 8) == [1, 0]

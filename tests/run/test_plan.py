@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import pytest
 import tiny
 import torch
 from models.test_discover import STAGES
+from torch import Tensor
 
 import nearplane
 import nearplane.run.plan
-from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp
+from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, Moments, NearPlane, Quantized, ResComp
 from nearplane.cli.main import main
 from nearplane.core.activations import TokenGrid
-from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats import FORMATS
 from nearplane.formats.store import Store
 from nearplane.machine.ranks import Ranks
@@ -26,14 +29,13 @@ from nearplane.models.discover import Block, discover
 from nearplane.models.inputs import PROBE_TOKENS
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
-from nearplane.run import estimate, forecast, pace, workspace
+from nearplane.run import estimate, forecast, probe
 from nearplane.run.estimate import Estimate
 from nearplane.run.forecast import Forecast
 from nearplane.run.measure import Knowledge, measure
-from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, make_plan
+from nearplane.run.probe import Probe, Size
 from nearplane.run.stream import IN_FLIGHT_BYTES
-from nearplane.run.workspace import Shape, stage_shape
 
 SMALL = Calibration(nsamples=4, seqlen=32)
 FLAGS = ["--nsamples", "4", "--seqlen", "32", "--group-size", "32"]
@@ -113,38 +115,132 @@ def _peak() -> Any:
     return module.Peak()
 
 
-@pytest.mark.parametrize("shape", [(128, 640, False), (640, 256, False), (384, 384, True)])
-@pytest.mark.parametrize("method", [
-    RTN(), GPTQ(), GPTAQ(), ResComp(), NearPlane(), NearPlane(rounds=0), NearPlane(target=False), NearPlane(beam=2, rounds=0),
-], ids=str)  # fmt: skip
-def test_work_arrays_are_those_that_live(method: Method, shape: tuple[int, int, bool]) -> None:
-    m, n, point = shape
-    stage = Shape(m, n, m, point and "R" in method.needs)
-    generator = torch.Generator().manual_seed(0)
-    weight, grid, moments, state = torch.randn(m, n, generator=generator), Grid(group_size=64), None, None
-    expected = workspace.work(method, stage)
-    if method.needs:
-        measuring = Measuring(method.needs, n, m if stage.point else None, weight, 8)
-        xhat = torch.randn(512, n, generator=generator) @ torch.randn(n, n, generator=generator)
-        x = xhat + torch.randn(512, n, generator=generator)
-        drift = torch.randn(512, m, generator=generator) if stage.point else None
-        measuring.add(torch.Size([8, 64]), 0, xhat, x if "D" in method.needs and not stage.point else None, drift)
+@dataclass(frozen=True)
+class Mine:
+    """A method of one's own: nothing in the package knows its arrays, nor the work it does."""
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        """H and D."""
+        return frozenset({"H", "D"})
+
+    def prepare(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Two square matrices stay, a third is needed on the way, and an array of fixed size."""
+        scratch = torch.zeros(1 << 16)
+        mean = moments.H.diagonal().mean() + scratch[0]
+        damped = moments.H + 0.1 * mean * torch.eye(len(moments.H))
+        return torch.linalg.inv(damped), damped
+
+    def solve(self, weight: Tensor, state: tuple[Tensor, Tensor], grid: Grid) -> Quantized:
+        """Half of the rows at a time, four arrays of a sample of rows, and a list that grows with the columns."""
+        inverse, damped = state
+        aimed = weight.clone()
+        half = len(weight) // 2
+        for part in (weight[:half], weight[half:]):
+            moved = part @ damped
+            aimed[: len(part)] += 1e-3 * (moved @ inverse)
+        sample = [weight[:: max(1, len(weight) // 128)].clone() for _ in range(4)]
+        panels = [aimed[:, a : a + 64].contiguous() for a in range(0, weight.shape[1], 64)]
+        solved = RTN().solve(torch.cat(panels, 1), None, replace(grid, fit="minmax"))
+        return solved._replace(scale=solved.scale + 0 * sample[0].mean())
+
+
+TALL, WIDE, ADDS = (1600, 640, False), (640, 1408, False), (800, 800, True)
+CASES = [(method, *shape) for method in (RTN(), GPTQ(), GPTAQ(), ResComp(), Mine()) for shape in (TALL, WIDE)]
+CASES += [(NearPlane(), *shape) for shape in (TALL, WIDE, ADDS)]
+CASES += [(NearPlane(rounds=0), *WIDE), (NearPlane(target=False), *TALL), (NearPlane(beam=2, rounds=0), *ADDS)]
+CASES += [(nearplane.OBQ(), 40, 256, False)]  # slow: probed at a quarter of the size
+
+
+@pytest.mark.parametrize(("method", "m", "n", "adds"), CASES, ids=lambda value: str(value)[:60])
+def test_memory_and_work_at_a_size_that_was_not_probed(method: Any, m: int, n: int, adds: bool) -> None:
+    """Within 25% of the tensors that live there, by another counter than the probe's own."""
+    size, grid = Size(m, n, adds), Grid(group_size=64)
+    probed = Probe(method, grid)
+    held, work = probed.memory(size), probed.work(size)
+    assert size not in {known for known, _ in probed._traces}
+    weight, moments = probe.made_up(method.needs, size, torch.float32)
+    state = None
+    with torch.no_grad():
+        if moments is not None:
+            with _peak() as peak:
+                state = method.prepare(moments)
+            assert held.prepare == pytest.approx(peak.most, rel=0.4, abs=64 * n)
+            assert held.state == pytest.approx(0 if state is moments else peak.now, rel=0.05, abs=1000)
+        with _peak() as solving:
+            method.solve(weight, state, grid)
+    found, true = (max(a, b + c) for a, b, c in ((held.prepare, held.state, held.solve),
+                   (0 if moments is None else peak.most, held.state, solving.most)))  # fmt: skip
+    assert found == pytest.approx(true, rel=0.25)
+    for counted, step in zip(work, probe.trace(method, size, grid), strict=True):
+        for key in ("numbers", "flops"):
+            assert getattr(counted, key) == pytest.approx(getattr(step, key), rel=0.5, abs=1e5)
+
+
+def test_a_small_stage_is_probed_as_it_is() -> None:
+    probed = Probe(GPTQ(), Grid(group_size=32))
+    size = Size(96, 64)
+    work, traces = probed.work(size), probe.trace(GPTQ(), size, Grid(group_size=32))
+    assert [step.flops for step in work] == [step.flops for step in traces]
+    assert work[1].flops == 96 * 64**2 - 96 * 64  # a sweep's m n², and nothing on the diagonal
+
+
+def test_measuring_a_weight_takes_what_is_said(model: Path) -> None:
+    """The arrays of the report, beside the weight and its codes."""
+    m, n = 256, 320
+    for method, numbers in ((RTN(), estimate.MEASURING_ROUNDED), (GPTQ(), estimate.MEASURING)):
+        weight, moments = probe.made_up(method.needs, Size(m, n), torch.float32)
+        grid = Grid(group_size=64)
+        solved = method.solve(weight, None if moments is None else method.prepare(moments), grid)
         with _peak() as peak:
-            moments = measuring.result()
-        held = [t for part in (moments, moments.held) if part for t in (part.H, part.D, part.R) if t is not None]
-        assert sum(t.numel() for t in held) == workspace.moments(method.needs, stage)
-        with _peak() as peak:
-            state = method.prepare(moments)
-        assert peak.most / 4 == pytest.approx(expected.prepare, rel=0.25, abs=8 * n)
-        if state is not moments:
-            assert peak.now / 4 == pytest.approx(expected.state, rel=0.05)
-    fitting = workspace.FITTING  # a constant that dwarfs the rest at these sizes
-    with _peak() as peak:
-        solved = method.solve(weight, state, grid)
-    assert 0.75 * (expected.solve - fitting) < peak.most / 4 < 1.1 * expected.solve
-    with _peak() as peak:
-        measure("", weight, solved, grid, Knowledge(moments))
-    assert peak.most / 4 == pytest.approx(expected.measure, rel=0.1)
+            measure("", weight, solved, grid, Knowledge(moments))
+        assert peak.most == pytest.approx(4 * numbers * m * n, rel=0.1)
+
+
+@pytest.mark.parametrize("method", [GPTQ(), NearPlane(), Mine()], ids=lambda method: type(method).__name__)
+def test_seconds_at_a_size_that_was_not_probed(method: Any) -> None:
+    """On a machine whose clock is the work: 3 µs a call, half a ns a number, 10 ps a FLOP, within a factor of two."""
+
+    def clock(run: Any) -> float:
+        with probe.Trace() as done:
+            run()
+        return 3e-6 * done.calls + 5e-10 * done.numbers + 1e-11 * done.flops
+
+    probed, size = Probe(method, Grid(group_size=64)), Size(1600, 640)
+    work = probed.work(size)
+    call, number = probed.rates(clock, 1e-11)
+    assert call == pytest.approx(3e-6, rel=0.05) and number == pytest.approx(5e-10, rel=0.05)
+    weight, moments = probe.made_up(method.needs, size, torch.float32)
+    state = method.prepare(moments)
+    true = clock(lambda: method.prepare(moments)) + clock(lambda: method.solve(weight, state, Grid(group_size=64)))
+    found = sum(call * step.calls + number * step.numbers + 1e-11 * step.flops for step in work)
+    assert true / 2 < found < 2 * true
+
+
+def test_a_method_of_ones_own_is_estimated(model: Path, tmp_path: Path) -> None:
+    plan = planned(model, Mine())
+    found = estimate.estimate(plan)
+    assert found.streams == 2 and found.memory[0].parts["factor"] > 0
+    data = replace(SMALL, dataset=str(model.parent / "text.txt"))
+    nearplane.quantize(
+        model, tmp_path / "out", method=Mine(), grid=Grid(group_size=32), calibration=data, progress=False
+    )
+
+
+def test_a_method_that_cannot_solve_random_numbers_is_named(model: Path) -> None:
+    @dataclass(frozen=True)
+    class Picky(Mine):
+        def prepare(self, moments: Moments) -> tuple[Tensor, Tensor]:
+            raise NumericalError("not these.")
+
+    with pytest.raises(SettingError, match=r"Picky cannot solve a stage of random numbers, .* not these"):
+        estimate.estimate(planned(model, Picky()))
+
+
+def test_probing_leaves_random_numbers_as_they_were(model: Path) -> None:
+    before = torch.random.get_rng_state()
+    estimate.estimate(planned(model, NearPlane()))
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_memory_follows_its_formulas(model: Path) -> None:
@@ -161,15 +257,20 @@ def test_memory_follows_its_formulas(model: Path) -> None:
         assert found["block"] == 4 * (sites + 2 * hidden)  # two norms
         assert found["streams"] == 4 * tokens * hidden
         assert found["paused"] == 4 * tokens * (inner + 2 * hidden)
-        assert found["moments"] == 4 * inner**2 and found["factor"] == 4 * inner**2
-    assert {found["solver"] for found in down} >= {int(4 * hidden * inner * 7.25)}  # the weight, 6 of Report.add, codes
+        assert found["moments"] == 4 * inner**2 and found["factor"] == pytest.approx(4 * inner**2, rel=0.05)
+    # The weight, 6 of Report.add, the codes, and a scale for each group.
+    assert any(found["solver"] == pytest.approx(4 * hidden * inner * 7.3, rel=0.02) for found in down)
     few = estimate._Walk(plan.changed(calibration=Calibration(nsamples=1, seqlen=32)))
     assert few.outside == (32 + 1) * hidden and few.probed == (PROBE_TOKENS + 1) * hidden
 
 
 def test_two_streams_where_a_reference_is_kept(model: Path) -> None:
+    @cache
+    def moments(method: Method) -> list[dict[str, int]]:
+        return [found for _, found in estimate._Walk(planned(model, method)).moments()]
+
     def largest(method: Method, part: str) -> int:
-        return max(found[part] for _, found in estimate._Walk(planned(model, method)).moments())
+        return max(found[part] for found in moments(method))
 
     for method in (GPTAQ(), NearPlane()):
         assert estimate.estimate(planned(model, method)).streams == 2
@@ -190,8 +291,10 @@ def test_a_budget_holds_codes_and_outputs(model: Path) -> None:
     plain, mixed = (make_plan(model, budget=budget, widths=(2, 4), **settings) for budget in (None, 4.2))
     first, second = (estimate._Walk(plan) for plan in (plain, mixed))
     assert (first.judged, second.judged) == (0, 3 * 32 * 64)
-    most = [max(found["solver"] for _, found in walk.moments()) for walk in (first, second)]
-    assert most[1] - most[0] == 2 * 192 * 64  # the gate and up projections' codes
+    solving = [
+        [found["solver"] for where, found in walk.moments() if where.endswith("up_proj")] for walk in (first, second)
+    ]
+    assert {b - a for a, b in zip(*solving, strict=True)} == {0, 2 * 192 * 64}  # the gate and up projections' codes
 
 
 def test_many_tokens_are_not_kept_waiting(model: Path) -> None:
@@ -273,7 +376,7 @@ def test_freed_blocks_of_memory_leave_the_process() -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates without measuring."""
-    monkeypatch.setattr(pace, "rates", lambda _plan: pace.Rates(*[1e-6] * 12))
+    monkeypatch.setattr(forecast, "rates", lambda _plan, _found: forecast.Rates(*[1e-6] * 10))
 
 
 @pytest.mark.usefixtures("at_once")
@@ -340,8 +443,20 @@ def test_a_lack_is_reported_by_the_plan(model: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(estimate, "available_memory", lambda: 0)
     plan = planned(model, NearPlane())
     found: Estimate = estimate.estimate(plan)
-    text = str(Forecast(plan, found, {"solve": 1.0}))
-    assert "does not fit: needs" in text and "try: no flags make it fit here; --method gptq" in text
+    last = str(Forecast(plan, found, {"solve": 1.0})).splitlines()[-1]
+    assert (
+        last.startswith("This run does not fit: it needs ") and " Try: no flags make it fit here; --method gptq" in last
+    )
+
+
+def test_the_plan_ends_with_what_to_know(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "available_memory", lambda: 21_000_000_000)
+    monkeypatch.setattr(forecast, "free_disk", lambda _folder: 60_000_000_000)
+    plan = planned(model, GPTQ())
+    last = str(Forecast(plan, estimate.estimate(plan), {"solve": 170.0})).splitlines()[-1]
+    assert re.fullmatch(
+        r"This run fits: it needs \d+ MB of 21\.0 GB memory and \d+ kB of 60\.0 GB disk, and takes about 3 min\.", last
+    )
 
 
 def test_what_is_advised_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +479,8 @@ def test_advice_for_ranks_is_of_one_ranks_share(model: Path, monkeypatch: pytest
     sketched = make_plan(model, **settings, sketch=True)
     share = estimate.shared(whole, None, 4, 4)
     assert whole.samples is not None and share.windows == (16, 64)
-    assert share.memory[0].parts == estimate.shared(sketched, None, 4, 4).memory[0].parts
+    base = {"base": 0}  # grows as this process does
+    assert share.memory[0].parts | base == estimate.shared(sketched, None, 4, 4).memory[0].parts | base
     half = estimate.shared(sketched.changed(calibration=replace(data, nsamples=32)), None, 4, 4).memory[0].need
     monkeypatch.setattr(estimate, "available_memory", lambda: 4 * (half + (share.memory[0].need - half) // 4))
     with pytest.raises(SettingError, match=r"(--nsamples 32|--offload DIR) fits"):
@@ -439,37 +555,36 @@ def test_figures_in_words() -> None:
     "method", [RTN(), GPTQ(), GPTAQ(), NearPlane(), nearplane.OBQ()], ids=lambda m: type(m).__name__
 )
 def test_rates_are_measured_and_add_up(method: Method, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "PROBLEMS", [(8, 32), (16, 64)])
-    monkeypatch.setattr(pace, "TINY", [(8, 32)])
-    monkeypatch.setattr(pace, "DISK_BYTES", 1024)
+    monkeypatch.setattr(forecast, "PROBLEM", (16, 64))
+    monkeypatch.setattr(forecast, "DISK_BYTES", 1024)
     plan = planned(model, method)
-    measured = pace.rates(plan)
-    assert measured.flop > 0 and measured.load > 0 and measured.weight + measured.column >= 0
     found = estimate.estimate(plan)
-    phases = pace.seconds(plan, found, measured)
+    measured = forecast.rates(plan, found)
+    assert measured.flop > 0 and measured.load > 0 and measured.call + measured.number > 0
+    phases = forecast.seconds(plan, found, measured)
     assert all(value >= 0 for value in phases.values()) and phases["write"] > 0
     assert bool(phases["observe"]) == bool(method.needs)
 
 
 def test_the_fit_finds_the_terms() -> None:
     shapes = [(64, 512), (1024, 256), (512, 512), (512, 1024)]
+    rows = torch.tensor([[n, m * n, n * n] for m, n in shapes], dtype=torch.float64)
     for terms in ((3e-5, 2e-7, 1e-8), (0.0, 2e-7, 0.0), (3e-5, 0.0, 1e-7)):
-        times = [(m, n, terms[0] * n + terms[1] * m * n + terms[2] * n * n) for m, n in shapes]
-        assert pace._fit(times) == pytest.approx(terms, rel=1e-6, abs=1e-15)
-    assert pace._fit([(8, 16, -1.0)]) == pytest.approx((0, 0, 0), abs=1e-9)  # explained by its FLOPs
+        times = rows @ torch.tensor(terms, dtype=torch.float64)
+        assert list(probe.non_negative(rows, times)) == pytest.approx(terms, rel=1e-6, abs=1e-15)
 
 
 def test_time_counts_the_work(model: Path) -> None:
     """One FLOP a second, and nothing else costs: the sweep's m n² per stage, H's n² per token."""
     plan = planned(model, GPTQ())
-    nothing = dict.fromkeys(pace.Rates.__annotations__, 0.0)
+    nothing = dict.fromkeys(forecast.Rates.__annotations__, 0.0)
     found = estimate.estimate(plan)
-    shapes = [stage_shape(stage, False) for block in plan.blocks for stage in block.stages]
-    phases = pace.seconds(plan, found, pace.Rates(**nothing | {"gram": 1.0, "solver_flop": 1.0}))
-    assert phases["observe"] == 128 * sum(s.n**2 for s in shapes)
-    assert phases["solve"] == sum(s.m * s.n**2 for s in shapes)
-    assert phases["prepare"] == pytest.approx(sum(s.n**3 for s in shapes) / 3)
-    forward = pace.seconds(plan, found, pace.Rates(**nothing | {"flop": 1.0}))["forward"]
-    stages = [s.m * s.n for s in shapes]
+    sizes = [estimate.size_of(stage, plan.method.needs) for block in plan.blocks for stage in block.stages]
+    phases = forecast.seconds(plan, found, forecast.Rates(**nothing | {"gram": 1.0, "solver_flop": 1.0}))
+    assert phases["observe"] == 128 * sum(s.n**2 for s in sizes)
+    assert phases["solve"] == pytest.approx(sum(s.m * s.n**2 for s in sizes), rel=0.03)
+    assert phases["prepare"] == pytest.approx(sum(s.n**3 for s in sizes) / 3, rel=0.01)
+    forward = forecast.seconds(plan, found, forecast.Rates(**nothing | {"flop": 1.0}))["forward"]
+    stages = [s.m * s.n for s in sizes]
     attention = 2 * 2 * 32 * 64
     assert forward == 128 * (2 * sum(stages[:-1]) + attention)  # nothing runs behind the last stage's input
