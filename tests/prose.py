@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST = 25  # words
+# A sentence ends where a capital letter, code, a formula or a name that is written small follows.
+END = re.compile(r"(?<=[.!?])[)\"”*]*\s+(?=[(\"“*]*(?:[A-Z0-9ΔΣ]|code|formula|nearplane|transformers|vLLM))")
 
 
 def prose(text: str) -> str:
@@ -25,7 +27,7 @@ def prose(text: str) -> str:
 def sentences(text: str) -> Iterator[list[str]]:
     """Yield each sentence as its words. A list item and a paragraph begin a sentence."""
     for part in re.split(r"\n\s*\n|^\s*(?:[*+-]|\d+\.) ", prose(text), flags=re.M):
-        for sentence in re.split(r"(?<=[.!?])[)\"”*]*\s+(?=[(\"“*]*(?:[A-Z0-9ΔΣ]|code|formula|nearplane|transformers|vLLM))", part):
+        for sentence in END.split(part):
             words = [word for word in re.split(r"[\s/·—–]+", sentence) if re.search(r"\w", word)]
             if words:
                 yield words
