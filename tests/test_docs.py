@@ -96,6 +96,14 @@ def test_files_that_the_documentation_names_exist() -> None:
             assert "NAME" in path or (ROOT / path).is_file(), f"{page.name} names {path}"
 
 
+def test_every_example_is_tested_and_named() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text() + "".join(page.read_text() for page in DOCS)
+    tests = (ROOT / "tests/test_examples.py").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        assert example.stem in tests, example
+        assert f"examples/{example.name}" in text or example.stem == "demo", example  # which is `make demo`
+
+
 def test_the_method_in_contributing_solves() -> None:
     block = re.search(r"```python\n(from dataclasses.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
     assert block is not None
