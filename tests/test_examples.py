@@ -38,6 +38,13 @@ def test_own_loop(model: Path) -> None:
     assert len(results) == 14 and all(0 < value < 1 for _, value in results)
 
 
+def test_own_grid(model: Path) -> None:
+    errors = load("own_grid").compare(str(model), str(model.parent / "text.txt"), nsamples=4, seqlen=32)
+    assert list(errors) == ["powers", "uniform"]
+    for found in errors.values():
+        assert len(found) == 7 and all(0 < error < 0.1 for error in found.values())
+
+
 def test_own_method_from_the_command_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES.parent))
     words = [str(model), str(model.parent / "out"), "--method", "examples.own_method:Cautious", "--caution", "2"]
