@@ -205,6 +205,9 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
     if "windows" in data:
         lines.append("a block's line: error, the mean of its linears' ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")
         lines.append("of rounding to nearest; its worst linear; time taken; eta, time left")
+        if {"target", "shrink"} <= method.keys() and method["target"]:
+            lines.append("α, the share of the drift that is repaired: such linears leave their weights on")
+            lines.append("purpose, so an error near or above rtn is no fault where α > 0")
     else:
         lines.append("a block's line: weight error, the mean of its linears' ‖Q-W‖²/‖W‖²;")
         lines.append("its worst linear; time taken; eta, time left")
@@ -274,6 +277,8 @@ def block_line(
         worst = max(read, key=lambda row: row.error or 0.0)
         mean, rtn = (sum(error or 0.0 for error in errors) / len(read) for errors in _errors(read))
         start += f"error {number_of(mean)} (rtn {rough(rtn)})"
+        aimed = [row.alpha for row in read if row.alpha is not None]
+        start += f"  α {sum(aimed) / len(aimed):.2f}" if any(aimed) else ""
         most = rough(worst.error or 0.0)
     else:
         worst = max(rows, key=lambda row: row.weight_error)

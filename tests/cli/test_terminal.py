@@ -203,7 +203,7 @@ def test_a_bar_on_a_terminal_goes_away_with_an_error(
 
     monkeypatch.setattr(RTN, "solve", failing)
     with pytest.raises(nearplane.NearplaneError, match="stop"), Terminal() as show:
-        nearplane.quantize(model, tmp_path / "out", method="rtn", group_size=32, show=show)
+        nearplane.quantize(model, tmp_path / "out", method="rtn", group_size=32, force=True, show=show)
     import sys
 
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
