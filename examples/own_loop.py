@@ -5,13 +5,7 @@ python examples/own_loop.py MODEL [TEXT_FILE]
 
 import sys
 
-import torch
-
-from nearplane import GPTQ, Calibration, Grid
-from nearplane.core.certificate import ratio
-from nearplane.models.discover import discover
-from nearplane.models.source import open_source
-from nearplane.run.stream import Place, stream
+from nearplane import GPTQ, Calibration, Grid, discover, open_source, stream
 
 
 def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 128) -> list[tuple[str, float]]:
@@ -20,8 +14,7 @@ def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 1
     tokens = Calibration(dataset=text, nsamples=nsamples, seqlen=seqlen).load(source.tokenizer)
     method, grid = GPTQ(), Grid(bits=4, group_size=32)
     results = []
-    cpu = torch.device("cpu")
-    for block in stream(source, discover(source), tokens.ids, place=Place(cpu, torch.float32), reference=False):
+    for block in stream(source, discover(source), tokens.ids):
         for stage in block.stages:
             moments = block.observe(stage, method.needs)  # one pass over the samples
             state = method.prepare(moments)  # factor once ...
@@ -29,7 +22,8 @@ def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 1
                 quantized = method.solve(block.weight(site), state, grid)
                 block.replace(site, quantized, grid)  # later stages see the rounded weight
                 if quantized.certificate is not None:
-                    results.append((site.name, ratio(quantized.certificate)))
+                    loss, bound, _ = quantized.certificate
+                    results.append((site.name, float(loss.sum() / bound.sum())))
     return results
 
 

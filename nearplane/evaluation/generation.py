@@ -96,27 +96,13 @@ def generate(
         SettingError: settings that cannot work, or a prompt that is too long.
         NearplaneError: no token was generated.
     """
-    if max_new_tokens < 1 or not (temperature == 0 or 0.01 <= temperature <= 100):
-        raise SettingError(
-            f"max_new_tokens must be at least 1, temperature 0 or from 0.01 to 100; got {max_new_tokens}, {temperature}."
-        )
+    _refuse(max_new_tokens, temperature, seed)
     refuse_unless_causal(model, "generate")
-    if not 0 <= seed < 2**63:
-        raise SettingError(f"seed must be from 0 to 2**63 - 1; got {seed}.")
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise SettingError("this model's tokenizer has no chat template; leave out --chat.")
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    ids = inputs["input_ids"]
-    if not ids.shape[1]:
-        raise SettingError("the prompt has no tokens.")
+    ids = _prompt_ids(tokenizer, prompt, chat)
     check_positions(model, ids.shape[1] + max_new_tokens)
     streamer = _Streamer(tokenizer, write)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if temperature > 0:
-        sampling["temperature"] = temperature
         torch.manual_seed(seed)
     device = next(model.parameters()).device
     start = time.perf_counter()
@@ -143,6 +129,29 @@ def generate(
         torch.get_num_threads(),
         packed[0].why() if packed else "dense weights",
     )
+
+
+def _refuse(max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Raise SettingError for settings that have no meaning."""
+    if max_new_tokens < 1 or not (temperature == 0 or 0.01 <= temperature <= 100):
+        raise SettingError(
+            f"max_new_tokens must be at least 1, temperature 0 or from 0.01 to 100; got {max_new_tokens}, {temperature}."
+        )
+    if not 0 <= seed < 2**63:
+        raise SettingError(f"seed must be from 0 to 2**63 - 1; got {seed}.")
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """Tokenize a prompt, (1, tokens); with ``chat`` put it through the tokenizer's template."""
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise SettingError("this model's tokenizer has no chat template; leave out --chat.")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if not ids.shape[1]:
+        raise SettingError("the prompt has no tokens.")
+    return ids
 
 
 @contextmanager

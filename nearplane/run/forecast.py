@@ -121,6 +121,8 @@ class Forecast:
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join([*lines, self.verdict()])
 
+    __repr__ = __str__
+
     def verdict(self) -> str:
         """Return whether the run fits, and what to do if it does not, in a sentence or two."""
         lacks = self.lacking()
