@@ -84,16 +84,19 @@ def quantize(
             plan = complete(plan)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
-        _run(plan, writer, report, ranks, told)
-        return ranks.tell(report)
+        return ranks.tell(_run(plan, writer, report, ranks, told))
 
 
-def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show) -> None:
+def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show) -> Report:
     """Walk; the report, the saver and the terminal read the events. Only rank 0 has a writer."""
     with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
         if plan.undecided:
             plan = _decide(plan, writer, report, ranks, show, stop)
         done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
+        if ranks.tell(writer is not None and writer.complete):  # an earlier session ended while it tidied up
+            if writer:
+                writer.finish()
+            return report if writer is None else Report.read(writer.out)
         saver = Saver(plan, writer, report, ranks.world) if writer else None
         show.begin(report, plan.blocks, len(done), resume=plan.job.resume, mixed=plan.mixed)
         for event in walk(plan, done, ranks):
@@ -108,6 +111,7 @@ def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: 
             with report.timed("write"):
                 saver.finish()
         show.end()
+        return report
 
 
 def _decide(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, stop: Stop) -> Plan:

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
 from nearplane.run.events import BlockDone, Event, Noted, Solved, StageDone
 from nearplane.run.measure import LinearRow
@@ -40,6 +42,13 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0  # times the run went on after it was ended
 
+    @classmethod
+    def read(cls, out: Path) -> "Report":
+        """Read the report beside a finished checkpoint."""
+        stored: dict[str, Any] = dict(read_json(out / REPORT))
+        known = {field.name: stored[field.name] for field in fields(cls)}
+        return cls(**{**known, "linears": [_row(row) for row in known["linears"]]})
+
     def mark(self) -> "Mark":
         """Return where the record stands."""
         return Mark(len(self.linears), len(self.events), dict(self.rounds), self.bytes["quantized"], dict(self.seconds))
@@ -57,7 +66,7 @@ class Report:
 
     def extend(self, part: dict[str, Any]) -> None:
         """Add entries that ``since`` returned."""
-        self.linears += [LinearRow(**{**row, "shape": tuple(row["shape"])}) for row in part["linears"]]
+        self.linears += [_row(row) for row in part["linears"]]
         self.events += part["events"]
         for key, count in part["rounds"].items():
             self.rounds[key] += count
@@ -114,3 +123,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the record and its totals, for JSON."""
         return {**asdict(self), "totals": self.totals}
+
+
+def _row(stored: dict[str, Any]) -> LinearRow:
+    """Return a row as it comes back from JSON."""
+    return LinearRow(**{**stored, "shape": tuple(stored["shape"])})
