@@ -30,6 +30,7 @@ from nearplane.run.estimate import refuse
 from nearplane.run.events import BlockDone, Show, StageDone
 from nearplane.run.forecast import Forecast, forecast
 from nearplane.run.job import Job
+from nearplane.run.measure import Clock
 from nearplane.run.plan import Plan, complete, draft
 from nearplane.run.report import Report
 from nearplane.run.resume import Saver, restore
@@ -98,31 +99,36 @@ def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: 
                 writer.finish()
             return report if writer is None else Report.read(writer.out)
         saver = Saver(plan, writer, report, ranks.world) if writer else None
+        clock = Clock()
         show.begin(report, plan.blocks, len(done), resume=plan.job.resume, mixed=plan.mixed)
         for event in walk(plan, done, ranks):
             report.take(event)
             if saver:
-                with report.timed("write"):
+                with clock("write"):
                     saver.take(event)
+                report.spend(clock.take())
             show.take(event)
             if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
                 stop.check()
         if saver:
-            with report.timed("write"):
+            with clock("write"):
                 saver.finish()
+            report.spend(clock.take())
         show.end()
         return report
 
 
 def _decide(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, stop: Stop) -> Plan:
     """Return the plan with the bits that its budget buys."""
-    with report.timed("budget"), show.counting("budget", sum(len(block.stages) for block in plan.blocks)) as advance:
+    clock = Clock()
+    with clock("budget"), show.counting("budget", sum(len(block.stages) for block in plan.blocks)) as advance:
 
         def tick() -> None:
             advance()
             stop.check()
 
         plan = decide(plan, writer.records if writer else [], ranks, tick)
+    report.spend(clock.take())
     report.settings = plan.settings
     return plan
 

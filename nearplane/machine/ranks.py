@@ -288,21 +288,6 @@ def together(device: str) -> Iterator[Ranks]:
         _close()
 
 
-def is_first() -> bool:
-    """Return whether this process reports to the user, by torchrun's environment."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def started() -> tuple[list[str], int]:
-    """Return the words that start such a run, up to the command's own, and the number of machines."""
-    world, nodes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
-        return ["nearplane"], 1
-    size = ["--nnodes", str(nodes)] if nodes > 1 else []
-    local = os.environ.get("LOCAL_WORLD_SIZE", str(world))
-    return ["torchrun", *size, "--nproc-per-node", local, "-m", "nearplane"], nodes
-
-
 def _own_device(name: str, local: int) -> str:
     """Return a rank's device; for several GPUs the one of its number on this machine."""
     if name == "auto":

@@ -1,8 +1,5 @@
 """The record of a run: settings, versions, hashes, and the errors of every linear."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +68,7 @@ class Report:
         for key, count in part["rounds"].items():
             self.rounds[key] += count
         self.bytes["quantized"] += part["bytes"]
-        for key, value in part["seconds"].items():
-            self.seconds[key] = self.seconds.get(key, 0.0) + value
+        self.spend(part["seconds"])
         self.resumed = part["resumed"]
 
     def take(self, event: Event) -> None:
@@ -87,17 +83,12 @@ class Report:
                 self.rounds["kept"] += sum(course.rounds for course in event.courses)
                 self.rounds["rejected"] += sum(course.rejected for course in event.courses)
             case BlockDone():
-                for phase, seconds in event.seconds.items():
-                    self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+                self.spend(event.seconds)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def spend(self, seconds: dict[str, float]) -> None:
+        """Add seconds to their phases."""
+        for phase, more in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + more
 
     @property
     def totals(self) -> dict[str, Any]:
