@@ -20,6 +20,8 @@ Need = Literal["H", "D", "R", "held_out"]
 class Method(Protocol):
     """A frozen dataclass whose fields are its options.
 
+    Where memory is not plenty, and for ``plan``, small stages of random numbers are solved first (``run/probe.py``).
+
     Optional members: ``refuses(shape)``, the reason why a weight of that (out, in) cannot be solved, or None;
     ``rows_independent = True``, a promise that ``solve`` of some rows gives what it gives them among all rows, with the same
     state, so that several ranks may take some each.
