@@ -1,9 +1,9 @@
-"""What ``plan`` predicts, beside what the run then takes: seconds and peak memory (RSS), each in a process of its own.
+"""Compare what ``plan`` predicts with what the run then takes: seconds and peak memory (RSS), each in its own process.
 
     python benchmarks/plan.py [--threads 1] [--settings rtn gptq nearplane] [--layers 30] [--json plan.json]
 
 The model is the demo model, SmolLM2-135M, or its first ``--layers`` blocks. Time is wall time around ``quantize`` and around
-nothing else; memory is ru_maxrss of the whole process. The plan runs right before its run: other work on the
+nothing else; memory is the peak of the whole process. The plan runs right before its run: other work on the
 machine shows in both, as far as it lasts.
 """
 
@@ -26,20 +26,21 @@ SETTINGS: dict[str, list[str]] = {
 }
 # In a fresh process: the command line's own code, then its wall seconds and peak memory as the last line.
 RUN = """
-import resource, sys, time
+import sys, time
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 from nearplane.cli.main import main
+from nearplane.machine.memory import peak_resident
 start = time.perf_counter()
 status = main(sys.argv[2:])
 spent = time.perf_counter() - start
 print()
-print(status, spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(status, spent, peak_resident())
 """
 
 
 def run(threads: int, words: list[str]) -> tuple[str, float, float]:
-    """What a command prints, its seconds and its peak memory in bytes."""
+    """Return what a command prints, its seconds and its peak memory in bytes."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-c", RUN, str(threads), *words]
     done = subprocess.run(
@@ -52,7 +53,7 @@ def run(threads: int, words: list[str]) -> tuple[str, float, float]:
 
 
 def cut(layers: int, folder: Path) -> Path:
-    """The demo model's first blocks, as a folder."""
+    """Write the demo model's first blocks to a folder."""
     from safetensors.torch import load_file, save_file
 
     from nearplane.models.locate import locate
@@ -72,7 +73,7 @@ def cut(layers: int, folder: Path) -> Path:
 
 
 def compare(name: str, model: str, threads: int, layers: int) -> dict[str, Any]:
-    """One setting: the plan, then the run."""
+    """Plan and run one setting."""
     printed, planning, _ = run(threads, ["plan", model, *SETTINGS[name], "--json"])
     plan = json.loads(printed)
     with tempfile.TemporaryDirectory() as scratch:

@@ -20,6 +20,8 @@ Need = Literal["H", "D", "R", "held_out"]
 class Method(Protocol):
     """A frozen dataclass whose fields are its options.
 
+    ``plan``, and ``quantize`` where memory is short, solve small stages of random numbers first (``run/probe.py``).
+
     Optional members:
 
     - ``refuses(shape)``: the reason why a weight of that (out, in) cannot be solved, or None.

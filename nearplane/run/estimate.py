@@ -36,7 +36,7 @@ from nearplane.models.inputs import PROBE_TOKENS
 from nearplane.run.measure import MEASURED_AT_ONCE
 from nearplane.run.mix import JUDGED
 from nearplane.run.plan import Plan
-from nearplane.run.probe import Probe, Size
+from nearplane.run.probe import Ample, Probe, Size
 from nearplane.run.stream import batch_rows, kept
 
 # Tokenizer and text, buffers of kernels, and memory that the allocator keeps, measured on the demo model
@@ -317,18 +317,21 @@ def gb(size: float) -> str:
 def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> None:
     """Raise SettingError, with the numbers, where a run does not fit into memory or onto the disk of ``out``.
 
-    Several ``ranks`` hold some of the samples each, and those of one machine share its memory.
+    Several ``ranks`` hold some of the samples each, and those of one machine share its memory. The method is probed only if
+    a generous bound does not fit.
     """
-    found = estimate(plan, offload) if ranks is None else shared(plan, offload, ranks.world, ranks.machine)
-    lacks = found.lacking(out)
-    if lacks:
-        advice = "; ".join(suggestions(plan, found, out, 1 if ranks is None else ranks.world))
-        raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
+    world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
+    if shared(plan, offload, world, machine, Ample(plan.method, plan.grid, solver_dtype(plan))).lacking(out):
+        found = shared(plan, offload, world, machine)
+        lacks = found.lacking(out)
+        if lacks:
+            advice = "; ".join(suggestions(plan, found, out, world))
+            raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
 
 
 def shared(plan: Plan, offload: Path | None, world: int, machine: int, probe: Probe | None = None) -> Estimate:
     """Estimate one rank of ``world``, ``machine`` of them on this machine."""
-    part = _with_samples(plan, -(-plan.calibration.nsamples // world))
+    part = plan if world == 1 else _with_samples(plan, -(-plan.calibration.nsamples // world))
     return replace(estimate(part, offload, probe), ranks=machine)
 
 

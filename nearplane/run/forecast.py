@@ -308,4 +308,4 @@ def clock(seconds: float) -> str:
             return (
                 f"{seconds / unit:.0f} {name}" if unit == 60 or seconds >= 20 * unit else f"{seconds / unit:.1f} {name}"
             )
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"

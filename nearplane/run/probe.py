@@ -44,6 +44,8 @@ UNIT, SMALL_UNIT = 256, 64
 # A method is slow if it makes more calls, or reads more numbers, on a stage of 64 x 64.
 MOST_CALLS, MOST_NUMBERS = 16384, 3e7
 TOKENS = 512
+# Numbers for each weight and for each entry of H that are taken to be plenty.
+AMPLE = 1000
 # Stages that are timed, the smallest among them.
 TIMED = 5
 # FLOPs beside those of matrix products: a share of (numbers of one argument) x (order of another).
@@ -269,6 +271,14 @@ class Probe:
         if (size, grid) not in self._traces:
             self._traces[size, grid] = trace(self.method, size, grid, self.dtype)
         return self._traces[size, grid]
+
+
+class Ample(Probe):
+    """A bound in place of a probe: no method takes more, and where that much fits nothing needs to be probed."""
+
+    def _memory(self, size: Size) -> Held:
+        most = AMPLE * (size.m + size.n) * size.n * self.dtype.itemsize
+        return Held(most, 0.0, most, 0.0)
 
 
 def _enlarged(traces: list[Trace], sizes: list[Size], real: Size) -> list[float]:

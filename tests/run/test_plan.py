@@ -227,6 +227,20 @@ def test_a_method_of_ones_own_is_estimated(model: Path, tmp_path: Path) -> None:
     )
 
 
+def test_nothing_is_probed_where_memory_is_plenty(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[Size] = []
+    trace = probe.trace
+    monkeypatch.setattr(probe, "trace", lambda method, size, *rest: probed.append(size) or trace(method, size, *rest))
+    plan, out = planned(model, GPTQ()), tmp_path / "out"
+    estimate.refuse(plan, out)
+    assert not probed
+    need = estimate.estimate(plan).memory[0].need
+    probed.clear()
+    monkeypatch.setattr(estimate, "available_memory", lambda: need + 10_000)
+    estimate.refuse(plan, out)
+    assert probed
+
+
 def test_a_method_that_cannot_solve_random_numbers_is_named(model: Path) -> None:
     @dataclass(frozen=True)
     class Picky(Mine):
@@ -542,7 +556,7 @@ def test_figures_in_words() -> None:
         assert estimate.gb(size) == words
     for seconds, words in (
         (0.5, "0.5 s"),
-        (100, "100.0 s"),
+        (100, "100 s"),
         (200, "3 min"),
         (9000, "2.5 h"),
         (2e5, "2.3 days"),
