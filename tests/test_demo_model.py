@@ -9,8 +9,10 @@ import transformers
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, Quantized
+from nearplane.cli.terminal import Terminal
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
+from nearplane.run.events import Event, Solved
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -57,19 +59,15 @@ def test_gptq_on_its_first_blocks_is_far_below_rounding(tmp_path: Path) -> None:
 
     solved: list[int] = []
     rows = []
-    original = nearplane.Report.add
 
-    def keep(self: nearplane.Report, *args: object, **kwargs: object) -> object:
-        row = original(self, *args, **kwargs)  # type: ignore[arg-type]
-        rows.append(row)
-        return row
+    class Keeps(Terminal):
+        def take(self, event: Event) -> None:
+            rows.extend([event.row] if isinstance(event, Solved) else [])
 
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(nearplane.Report, "add", keep)
     grid, few = Grid(bits=3, group_size=64, sym=False, fit="minmax"), Calibration(nsamples=4, seqlen=256)
-    with monkeypatch.context(), pytest.raises(Enough):
-        nearplane.quantize("demo", tmp_path / "out", method=Brief(), grid=grid, calibration=few, progress=False)
-    monkeypatch.undo()
+    with pytest.raises(Enough):
+        show = Keeps(silent=True)
+        nearplane.quantize("demo", tmp_path / "out", method=Brief(), grid=grid, calibration=few, show=show)
     assert len(rows) == 14 and len(list((tmp_path / "out").glob("part-*"))) == 2  # two blocks are done, and kept
     for row in rows:
         assert row.error is not None and row.rtn_error is not None and row.error < 0.6 * row.rtn_error, row

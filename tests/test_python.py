@@ -10,7 +10,7 @@ import torch
 import nearplane
 from nearplane import Job, LoadSettings, SettingError
 from nearplane.models.source import load_tokenizer
-from nearplane.run import pace
+from nearplane.run import forecast
 
 SETTINGS: dict[str, Any] = {"bits": 3, "group_size": 32, "sym": False, "method": "gptq", "nsamples": 4, "seqlen": 32}
 
@@ -49,7 +49,7 @@ def test_silent_if_asked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "rates", lambda _plan: pace.Rates(*[1e-6] * 12))
+    monkeypatch.setattr(forecast, "rates", lambda _plan, _found: forecast.Rates(*[1e-6] * 10))
     found = nearplane.plan(model, **SETTINGS)
     assert found.plan.grid.bits == 3 and repr(found) == str(found) and "14 linears in 2 blocks" in repr(found)
     assert nearplane.plan(model, Job.of(None, SETTINGS), ranks=2, device="cpu").ranks == 2

@@ -17,8 +17,8 @@ from nearplane.formats.parts import Writer
 
 
 def python(code: str, *arguments: str, hidden: bool = False) -> "subprocess.Popen[str]":
-    """Start a Python; ``hidden``: as on a system that has neither fcntl nor resource."""
-    hide = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n" if hidden else ""
+    """Start a Python; ``hidden``: as on a system that has no fcntl."""
+    hide = "import sys; sys.modules['fcntl'] = None\n" if hidden else ""
     words = [sys.executable, "-c", hide + textwrap.dedent(code), *arguments]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

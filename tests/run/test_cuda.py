@@ -23,7 +23,7 @@ from nearplane.run.resume import Saver
 from nearplane.runtime.linear import TENSORS, quantized_linears
 from nearplane.runtime.triton import linear as triton_linear
 
-sys.path.insert(0, str(Path(__file__).parent / "runtime"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from problems import problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
