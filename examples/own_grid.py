@@ -9,12 +9,9 @@ import sys
 
 import torch
 
-from nearplane import GPTQ, Calibration, Grid, Moments
+from nearplane import GPTQ, Calibration, Grid, Moments, discover, open_source, stream
 from nearplane.core.grid import dequantize
 from nearplane.core.levels import Codebook
-from nearplane.models.discover import discover
-from nearplane.models.source import open_source
-from nearplane.run.stream import Place, stream
 
 POWERS = Codebook("powers", (-1.0, -0.5, -0.25, 0.0, 0.125, 0.25, 0.5, 1.0))
 GRIDS = {"powers": Grid.of(POWERS, group_size=32), "uniform": Grid(bits=3, group_size=32)}
@@ -25,8 +22,7 @@ def compare(model: str, text: str | None = None, nsamples: int = 4, seqlen: int 
     source, method = open_source(model), GPTQ()
     tokens = Calibration(dataset=text, nsamples=nsamples, seqlen=seqlen).load(source.tokenizer)
     errors: dict[str, dict[str, float]] = {name: {} for name in GRIDS}
-    place = Place(torch.device("cpu"), torch.float32)
-    for block in stream(source, discover(source)[:1], tokens.ids, place=place, reference=False):
+    for block in stream(source, discover(source)[:1], tokens.ids):
         for stage in block.stages:
             moments = block.observe(stage, method.needs)
             state = method.prepare(moments)

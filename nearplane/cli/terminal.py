@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import product
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -278,7 +279,7 @@ def block_line(
         mean, rtn = (sum(error or 0.0 for error in errors) / len(read) for errors in _errors(read))
         start += f"error {number_of(mean)} (rtn {rough(rtn)})"
         aimed = [row.alpha for row in read if row.alpha is not None]
-        start += f"  α {sum(aimed) / len(aimed):.2f}" if any(aimed) else ""
+        start += f"  α {sum(aimed) / len(aimed):.2f}".replace("0.", ".") if any(aimed) else ""
         most = rough(worst.error or 0.0)
     else:
         worst = max(rows, key=lambda row: row.weight_error)
@@ -287,10 +288,10 @@ def block_line(
     weights = sum(row.shape[0] * row.shape[1] for row in rows)
     bits = sum(_width(row.bits) * row.shape[0] * row.shape[1] for row in rows) / weights
     name = _short(worst.name.removeprefix(f"{block}."))
-    for more in ([f"  {bits:.1f} bits{end}"] if mixed else []) + [end]:
-        room = COLUMNS - len(f"{start}  worst  {most}{more}")
-        if room >= min(len(name), ENOUGH):
-            return f"{start}  worst {name if len(name) <= room else '…' + name[1 - room :]} {most}{more}"
+    for more, word in product([f"  {bits:.1f} bits{end}"] * mixed + [end], ("  worst ", "  ")):
+        room = COLUMNS - len(f"{start}{word} {most}{more}")
+        if room >= len(name) or (room >= ENOUGH and word == "  "):
+            return f"{start}{word}{name if len(name) <= room else '…' + name[1 - room :]} {most}{more}"
     return f"{start}{end}"[:COLUMNS]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
+from nearplane.core.levels import Uniform
 from nearplane.formats.bits import pack
 from nearplane.formats.store import Store
 
@@ -118,7 +119,7 @@ class Format(ABC):
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
-        return None
+        return levels_reason(grid)
 
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why engines will refuse a weight that can be stored; None if none is known to."""
@@ -227,6 +228,14 @@ def by_grid(grid: Grid, grids: Mapping[str, Grid] | None) -> dict[Grid, list[str
     if len(found) > 1:
         return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
     return {next(iter(found), grid): []}
+
+
+def levels_reason(grid: Grid) -> str | None:
+    """Tell that levels are no integers: parts and checkpoints hold integer codes with zeros; None if they are."""
+    if isinstance(grid.levels, Uniform):
+        return None
+    name = getattr(grid.levels, "name", type(grid.levels).__name__)
+    return f"no checkpoint format holds the levels {name}, which are no integers; solve on such a grid with examples/own_grid.py"
 
 
 def tail_reason(grid: Grid, in_features: int) -> str | None:

@@ -15,7 +15,7 @@ from test_resume import GRID, contents, model, run, whole  # noqa: F401
 
 import nearplane
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
-from nearplane.core.errors import NearplaneError, NumericalError
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.grid import dequantize
 from nearplane.core.moments import Moments
 from nearplane.formats import FORMATS
@@ -289,3 +289,16 @@ def test_odd_shapes_through_disk(method: Any, shape: tuple[int, int], grid: Grid
     assert found.layers["m"].shape == shape
     assert torch.equal(found.quantized("m").codes, solved.codes)
     torch.testing.assert_close(found.weight("m"), dequantize(solved, grid), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "gptq_v2"])
+def test_levels_that_are_no_integers_are_refused_before_a_block_is_opened(
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+) -> None:
+    monkeypatch.setattr(NearPlane, "solve", lambda *_: pytest.fail("a weight was solved"))
+    with pytest.raises(SettingError, match=r"q_proj: no checkpoint format holds the levels nf4, which are no integers"):
+        run(model, tmp_path / "out", grid=Grid.named("nf4"), format=format, force=True)
+    assert not (tmp_path / "out").exists()
