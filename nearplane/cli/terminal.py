@@ -288,7 +288,8 @@ def block_line(
     weights = sum(row.shape[0] * row.shape[1] for row in rows)
     bits = sum(_width(row.bits) * row.shape[0] * row.shape[1] for row in rows) / weights
     name = _short(worst.name.removeprefix(f"{block}."))
-    for more, word in product([f"  {bits:.1f} bits{end}"] * mixed + [end], ("  worst ", "  ")):
+    words = ("  ",) if "α" in start else ("  worst ", "  ")
+    for more, word in product([f"  {bits:.1f} bits{end}"] * mixed + [end], words):
         room = COLUMNS - len(f"{start}{word} {most}{more}")
         if room >= len(name) or (room >= ENOUGH and word == "  "):
             return f"{start}{word}{name if len(name) <= room else '…' + name[1 - room :]} {most}{more}"
