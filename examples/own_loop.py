@@ -1,10 +1,14 @@
 """The walk by hand: the loop inside nearplane.quantize, written by a user who wants to see every layer.
 
+``walk`` opens, observes, solves and replaces by itself. ``follow`` lets ``nearplane.walk`` do that, and reads its events.
+
 python examples/own_loop.py MODEL [TEXT_FILE]
 """
 
 import sys
+from typing import Any
 
+import nearplane
 from nearplane import GPTQ, Calibration, Grid, discover, open_source, stream
 
 
@@ -25,6 +29,12 @@ def walk(model: str, text: str | None = None, nsamples: int = 4, seqlen: int = 1
                     loss, bound, _ = quantized.certificate
                     results.append((site.name, float(loss.sum() / bound.sum())))
     return results
+
+
+def follow(model: str, **settings: Any) -> list[tuple[str, float | None]]:
+    """Return (name, error) of every linear, as the package's own walk yields them; writes nothing."""
+    plan = nearplane.make_plan(model, **settings)
+    return [(event.site.name, event.row.error) for event in nearplane.walk(plan) if isinstance(event, nearplane.Solved)]
 
 
 if __name__ == "__main__":

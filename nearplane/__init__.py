@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
     from nearplane.models.discover import Block, Site, Stage, discover
     from nearplane.models.source import open_source
+    from nearplane.run.events import BlockDone, Noted, Solved, StageDone
     from nearplane.run.forecast import Forecast
     from nearplane.run.job import Job, Override
-    from nearplane.run.plan import make_plan
+    from nearplane.run.plan import Plan, make_plan
     from nearplane.run.report import Report
     from nearplane.run.stream import Place, stream
     from nearplane.run.walk import walk
@@ -54,10 +55,11 @@ _HOMES = {
     "nearplane.methods": ("GPTAQ", "GPTQ", "OBQ", "RTN", "Method", "NearPlane", "ResComp"),
     "nearplane.models.discover": ("Block", "Site", "Stage", "discover"),
     "nearplane.models.source": ("open_source",),
+    "nearplane.run.events": ("BlockDone", "Noted", "Solved", "StageDone"),
     "nearplane.run.forecast": ("Forecast",),
     "nearplane.run.job": ("Job", "Override"),
     "nearplane.run.report": ("Report",),
-    "nearplane.run.plan": ("make_plan",),
+    "nearplane.run.plan": ("Plan", "make_plan"),
     "nearplane.run.stream": ("Place", "stream"),
     "nearplane.run.walk": ("walk",),
 }
@@ -70,6 +72,7 @@ __all__ = [
     "RTN",
     "Anatomy",
     "Block",
+    "BlockDone",
     "Calibration",
     "Conversion",
     "Evaluation",
@@ -83,16 +86,20 @@ __all__ = [
     "Moments",
     "NearPlane",
     "NearplaneError",
+    "Noted",
     "NumericalError",
     "Override",
     "Place",
+    "Plan",
     "Quantized",
     "Report",
     "ResComp",
     "SettingError",
     "Site",
+    "Solved",
     "Speed",
     "Stage",
+    "StageDone",
     "TokenGrid",
     "Verification",
     "bench",

@@ -142,6 +142,9 @@ def plan(model: str | Path, job: Job | None = None, *, ranks: int = 1, **setting
         ranks: processes of this machine that share the run; memory and time are each one's.
         settings: fields of ``Job`` and of its parts that are others, by name.
 
+    Returns:
+        The forecast. Printed, it is a text that ends with whether the run fits.
+
     Raises:
         NearplaneError: whatever cannot work, in one sentence.
     """
@@ -156,6 +159,9 @@ def load(path: str | Path, **settings: Any) -> nn.Module:
     Args:
         path: a transformers folder, a hub id, or "demo".
         settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, head_bits, trust_remote_code.
+
+    Returns:
+        A ``torch.nn.Module``: the model's transformers class, in evaluation mode.
 
     Raises:
         NearplaneError: a folder that cannot be read, in one sentence.
@@ -187,6 +193,9 @@ def evaluate(
         kv_bits: round keys and values to so many bits, 2 to 8, in this evaluation; 16: not at all.
         progress: show a bar.
         settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``.
+
+    Returns:
+        Perplexity, with KL (nats per token) and top-1 agreement where there is a reference, and the protocol.
 
     Raises:
         NearplaneError: a model or text that cannot be measured, in one sentence.
@@ -261,6 +270,9 @@ def inspect(model: str | Path, grid: Grid | None = None, *, trust_remote_code: b
         grid: for which sizes after quantization are computed; none: ``Grid()``.
         trust_remote_code: run Python code that comes with the model.
         fields: fields of ``Grid`` that are others, by name: ``bits=3``.
+
+    Returns:
+        What the folder holds. Printed, it is a text for people.
 
     Raises:
         NearplaneError: a folder that cannot be read, in one sentence.

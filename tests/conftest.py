@@ -1,5 +1,6 @@
 """Run-time checks of shapes and dtypes, reproducible examples, and threads that do not fight over cores."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,8 +30,9 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 # tests/oracles.py is shared by the folders below, under any of pytest's import modes.
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Small matrices: a second thread costs more than it brings, and pytest-xdist fills the other cores.
-torch.set_num_threads(1)
+# Small matrices: a second thread costs more than it brings, and pytest-xdist fills the other cores. With TEST_THREADS=2, or with
+# ATEN_CPU_CAPABILITY=default or avx2, sums are added in another order: no test may depend on it.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 settings.register_profile(
     "nearplane", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]

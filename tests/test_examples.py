@@ -36,6 +36,9 @@ def model(tmp_path: Path) -> Path:
 def test_own_loop(model: Path) -> None:
     results = load("own_loop").walk(str(model), str(model.parent / "text.txt"), nsamples=4, seqlen=32)
     assert len(results) == 14 and all(0 < value < 1 for _, value in results)
+    text = str(model.parent / "text.txt")
+    followed = load("own_loop").follow(str(model), method="gptq", dataset=text, nsamples=4, seqlen=32, group_size=32)
+    assert [name for name, _ in followed] == [name for name, _ in results] and all(error for _, error in followed)
 
 
 def test_own_grid(model: Path) -> None:

@@ -78,7 +78,7 @@ def test_inspect(model: Path, out: Path) -> None:
     packed = nearplane.inspect(str(out))
     assert packed.quantized and packed.linears == 14 and packed.after is None
     (line,) = [line for line in str(packed).splitlines() if "q_proj" in line]
-    assert " ".join(line.split()) == "model.layers.*.self_attn.q_proj 2 x 64 x 64 3 bits, group 32, asymmetric"
+    assert " ".join(line.split()) == "model.layers.*.self_attn.q_proj 2 of 64 x 64 3 bits, group 32, asymmetric"
     with pytest.raises(SettingError, match="unknown setting 'bitts'"):
         nearplane.inspect(model, bitts=3)
 

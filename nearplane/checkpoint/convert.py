@@ -76,6 +76,9 @@ def convert(
         trust_remote_code: whether the model's own Python may run.
         progress: whether to draw a bar.
 
+    Returns:
+        What was written. Printed, it is one line.
+
     Raises:
         NearplaneError: before anything is written, for what the format cannot hold exactly, with the layer's name and
             the reason.

@@ -139,7 +139,7 @@ def _quantized(model: str | Path, checkpoint: Checkpoint) -> Anatomy:
         alike.setdefault((NUMBER.sub("*", name), what), []).append(name)
     shown = [(names[0] if len(names) == 1 else pattern, len(names), what) for (pattern, what), names in alike.items()]
     wide = max((len(name) for name, _, _ in shown), default=0)
-    lines += [f"  {name:<{wide}}  {f'{number} x' if number > 1 else '':>6}  {what}" for name, number, what in shown]
+    lines += [f"  {name:<{wide}}  {f'{number} of' if number > 1 else '':>6}  {what}" for name, number, what in shown]
     told = checkpoint.config.get(KEY)
     if isinstance(told, dict):
         lines.append(f"rotated: {', '.join(told.get('kinds', []))}")

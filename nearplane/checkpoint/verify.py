@@ -84,6 +84,9 @@ def verify(
         trust_remote_code: whether the model's own Python may run.
         progress: whether to draw a bar.
 
+    Returns:
+        The verdict, problems, notes, and every file with its sha256.
+
     Raises:
         NearplaneError: only for a folder that is no checkpoint at all, and for settings; everything else is in
             ``problems``.

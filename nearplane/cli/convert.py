@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nearplane.machine.progress import printed
+
 SETTINGS: dict[str, None] = {}
 
 
@@ -25,5 +27,7 @@ def run(options: Options, _: dict[str, Any]) -> int:
     """Write, and print what was written."""
     from nearplane.checkpoint.convert import convert
 
-    print(convert(options.out, options.new, options.format, trust_remote_code=options.trust_remote_code, progress=True))
+    printed(
+        convert(options.out, options.new, options.format, trust_remote_code=options.trust_remote_code, progress=True)
+    )
     return 0

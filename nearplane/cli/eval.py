@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nearplane.core.errors import SettingError
+from nearplane.machine.progress import printed
 
 SETTINGS = {"nearplane.checkpoint.load:LoadSettings": None}
 
@@ -56,5 +57,5 @@ def run(options: Options, settings: dict[str, Any]) -> int:
 
         choices |= {"kv_bits": options.kv_bits, "seqlen": options.seqlen or 2048}
         result = evaluate(options.model, progress=True, **choices, **settings)
-    print(json.dumps({"model": options.model, **result.as_dict()}) if options.json else result)
+    printed(result) if not options.json else print(json.dumps({"model": options.model, **result.as_dict()}))
     return 0

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from nearplane.machine.progress import printed
+
 SETTINGS = {"nearplane.core.grid:Grid": None}
 
 
@@ -23,5 +25,5 @@ def run(options: Options, settings: dict[str, Any]) -> int:
     """Print the anatomy."""
     from nearplane.api import inspect
 
-    print(inspect(options.model, trust_remote_code=options.trust_remote_code, **settings))
+    printed(inspect(options.model, trust_remote_code=options.trust_remote_code, **settings))
     return 0

@@ -95,6 +95,9 @@ def _run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     if word in ("-h", "--help", "help"):
+        if words[0] in ("help", "completion"):
+            print(USAGE)
+            return 0
         word, words = words[0], [*words[1:], "--help"]
     module = verb(word)
     if {"-h", "--help"} & set(words):

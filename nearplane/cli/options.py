@@ -314,7 +314,7 @@ def _parser(verb: ModuleType, options: list[Option]) -> _Parser:
     for option in sorted(options, key=_rank):
         title = "arguments" if option.by_place else option.group
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        _add(group, option)
+        _add(group, option, hidden=option.name in getattr(verb, "WITHOUT", ()))
     return parser
 
 
@@ -325,9 +325,10 @@ def _rank(option: Option) -> tuple[int, int]:
     return (1, FIRST.index(option.name)) if option.group == USED_FIRST else (2, 0)
 
 
-def _add(group: Any, option: Option) -> None:
+def _add(group: Any, option: Option, *, hidden: bool) -> None:
     default = option.shown_default
     text = (option.doc + f" (default: {default})" * bool(default)).replace("%", "%%")
+    text = argparse.SUPPRESS if hidden else text
     if option.by_place:
         group.add_argument(option.name, metavar=option.metavar, help=text, type=option.value)
     elif "bool" in option.kind.types:

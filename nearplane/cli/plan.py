@@ -6,9 +6,10 @@ from typing import Any
 
 from nearplane.cli import quantize
 from nearplane.cli.options import JOB
-from nearplane.machine.progress import waiting
+from nearplane.machine.progress import printed, waiting
 
 SETTINGS = {JOB: None}
+WITHOUT = ("resume", "force")  # accepted, so that the words of quantize do, and not shown: they change nothing here
 GROUPS = quantize.GROUPS
 EPILOG = quantize.EPILOG
 
@@ -35,5 +36,5 @@ def run(options: Options, settings: dict[str, Any]) -> int:
         from nearplane.api import plan
 
         found = plan(options.model, ranks=options.ranks, **settings)
-    print(json.dumps(found.as_dict()) if options.json else found)
+    printed(found) if not options.json else print(json.dumps(found.as_dict()))
     return 1 if found.lacking() else 0

@@ -6,6 +6,7 @@ from typing import Any
 
 from nearplane.cli.options import JOB
 from nearplane.cli.terminal import Terminal
+from nearplane.core.errors import SettingError
 from nearplane.machine.signals import is_first
 
 SETTINGS = {JOB: None}
@@ -39,6 +40,8 @@ class Options:
 
 def run(options: Options, settings: dict[str, Any]) -> int:
     """Quantize, and print the summary of the run on standard output."""
+    if options.verbose and options.quiet:
+        raise SettingError("--verbose and --quiet exclude each other; give one.")
     with Terminal(verbose=options.verbose, quiet=options.quiet, silent=not is_first()) as show:
         show.say(f"opening {options.model}")
         from nearplane.api import quantize

@@ -207,8 +207,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
         lines.append("a block's line: error, the mean of its linears' ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")
         lines.append("of rounding to nearest; its worst linear; time taken; eta, time left")
         if {"target", "shrink"} <= method.keys() and method["target"]:
-            lines.append("α, the share of the drift that is repaired: such linears leave their weights on")
-            lines.append("purpose, so an error near or above rtn is no fault where α > 0")
+            lines.append("α, the share of the drift that is repaired: such linears leave their weights")
+            lines.append("on purpose, so an error near or above rtn is no fault where α > 0")
     else:
         lines.append("a block's line: weight error, the mean of its linears' ‖Q-W‖²/‖W‖²;")
         lines.append("its worst linear; time taken; eta, time left")

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from nearplane.machine.progress import printed
+
 SETTINGS: dict[str, None] = {}
 
 
@@ -31,7 +33,7 @@ def run(options: Options, _: dict[str, Any]) -> int:
     from nearplane.checkpoint.verify import verify
 
     result = verify(options.out, options.engine, trust_remote_code=options.trust_remote_code, progress=True)
-    print(json.dumps(result.as_dict()) if options.json else result)
+    printed(result) if not options.json else print(json.dumps(result.as_dict()))
     if options.files and not options.json:
         print(result.listing())
     return 0 if result.ok else 1

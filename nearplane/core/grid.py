@@ -81,6 +81,10 @@ class Grid:
     def __post_init__(self) -> None:
         if self.bits != "ternary" and (not isinstance(self.bits, int) or not 2 <= self.bits <= 8):
             raise SettingError(f"bits must be 2 to 8, or ternary; got {self.bits!r}.")
+        if type(self.group_size) is not int or not isinstance(self.sym, bool):
+            raise SettingError(
+                f"group_size must be a whole number and sym True or False; got {self.group_size!r} and {self.sym!r}."
+            )
         if self.group_size != -1 and self.group_size < 1:
             raise SettingError(f"group_size must be positive, or -1 for one scale per row; got {self.group_size}.")
         if self.bits == "ternary" and not self.sym:

@@ -61,6 +61,9 @@ class Calibration:
     """Mixtures of experts: calibrate every expert on every token; the router's choice still makes the output."""
 
     def __post_init__(self) -> None:
+        for name in ("nsamples", "seqlen", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise SettingError(f"{name} must be a whole number; got {getattr(self, name)!r}.")
         if self.nsamples < 1 or self.seqlen < 2:
             raise SettingError(
                 f"nsamples must be at least 1 and seqlen at least 2; got {self.nsamples} and {self.seqlen}."

@@ -46,6 +46,9 @@ def compare(
         progress: show a bar.
         settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``.
 
+    Returns:
+        Relative error and cosine of the final hidden states, or top-1 accuracy with ``labels``.
+
     Raises:
         NearplaneError: with one sentence, for a model or inputs that cannot be measured.
     """

@@ -20,9 +20,26 @@ def wrapped(words: str, width: int, indent: str = "  ") -> str:
     return "\n".join(broken)
 
 
-@lru_cache(maxsize=2)
+def printed(text: object) -> None:
+    """Print a text on standard output; on a terminal its lines are broken at words, elsewhere they stay whole."""
+    lines, width = str(text).splitlines(), shutil.get_terminal_size().columns
+    if sys.stdout.isatty():
+        lines = [
+            wrapped(line, max(20, width - 1), " " * (2 + len(line) - len(line.lstrip())))
+            if len(line) >= width
+            else line
+            for line in lines
+        ]
+    print("\n".join(lines))
+
+
 def _console(stream: TextIO) -> "Console":
-    """The console that writes to a stream; one for each, so that lines go above its bar."""
+    """Return the console of a stream, one for each, so that lines go above its bar."""
+    return _made(getattr(stream, "rich_proxied_file", stream))  # what stands in for the stream while a bar is shown
+
+
+@lru_cache(maxsize=2)
+def _made(stream: TextIO) -> "Console":
     from rich.console import Console
 
     return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -212,6 +212,9 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
             small files are fetched.
         trust_remote_code: run Python code that comes with the model.
 
+    Returns:
+        The source: a skeleton on the meta device, and its tensors, read when they are asked for.
+
     Raises:
         NearplaneError: a missing, unreadable, pickled, remote-code or unknown model.
         SettingError: a model that is quantized already.

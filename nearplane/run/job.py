@@ -197,7 +197,7 @@ class Job:
             taken = {key: given.pop(key) for key in list(given) if is_dataclass(part) and key in _names(part)}
             changes[name] = replace(part, **taken) if taken else part
         if given:
-            raise SettingError(_unknown(next(iter(given)), own | _known(parts)))
+            raise SettingError(_unknown(next(iter(given)), method, own | _known(parts)))
         return replace(job, **{name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()})
 
 
@@ -322,7 +322,10 @@ def _known(parts: Mapping[str, Any]) -> set[str]:
     return found | set(ACTIVATIONS)
 
 
-def _unknown(name: str, known: set[str]) -> str:
+def _unknown(name: str, method: Method, known: set[str]) -> str:
+    others = [other for other, kind in METHODS.items() if is_dataclass(kind) and name in {f.name for f in fields(kind)}]
+    if others:
+        return f"{name} is a setting of method {others[0]}, not of {type(method).__name__}."
     near = get_close_matches(name, sorted(known), n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(sorted(known))}."
     return f"unknown setting {name!r}{hint}"

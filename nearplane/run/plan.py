@@ -232,6 +232,9 @@ def make_plan(model: str | Path, job: Job | None = None, *, sketch: bool = False
         sketch: read no weight; such a plan can be estimated, not walked.
         settings: as ``Job.of`` takes them.
 
+    Returns:
+        The plan, ready for ``walk``.
+
     Raises:
         NearplaneError: whatever cannot work; SettingError where a setting is the reason.
     """

@@ -20,7 +20,7 @@ class Mark(NamedTuple):
     seconds: dict[str, float]
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The record of one run, written as ``report.json`` beside the checkpoint."""
 
@@ -39,10 +39,20 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0  # times the run went on after it was ended
 
+    def __str__(self) -> str:
+        totals, size = self.totals, self.bytes
+        mean, rtn = totals["mean_error"], totals["mean_rtn_error"]
+        error = "" if mean is None else f", mean error {mean:.4f} (rtn {rtn:.4f})"
+        kept = f"{totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight{error}"
+        spent = f"{size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB in {totals['seconds']:.0f} s"
+        return f"{self.model} -> {self.out}: {kept}; {spent}; {len(self.events)} notes in events"
+
+    __repr__ = __str__
+
     @classmethod
-    def read(cls, out: Path) -> "Report":
-        """Read the report beside a finished checkpoint."""
-        stored: dict[str, Any] = dict(read_json(out / REPORT))
+    def read(cls, out: str | Path) -> "Report":
+        """Read the report beside a finished checkpoint. NearplaneError where there is none."""
+        stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
         known = {field.name: stored[field.name] for field in fields(cls)}
         return cls(**{**known, "linears": [_row(row) for row in known["linears"]]})
 

@@ -272,6 +272,9 @@ def stream(
         activations: how inputs of sites are rounded in the quantized stream.
         place: device, dtype, folder for the streams, ranks.
 
+    Yields:
+        Each block while its weights are in memory, in the order in which the model runs them.
+
     Raises:
         NearplaneError: every activation is NaN or Inf, or ``place.offload`` cannot be written to.
         NumericalError: a weight holds NaN or Inf.

@@ -209,3 +209,39 @@ def test_a_bar_on_a_terminal_goes_away_with_an_error(
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "quantize" in shown and "block 1/2  weight error" in shown
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
+
+
+def test_a_real_terminal_of_eighty_columns(model: Path, tmp_path: Path) -> None:
+    """Lines of blocks stand by themselves above the bar, and no line is wider than the terminal."""
+    import fcntl
+    import os
+    import pty
+    import select
+    import struct
+    import subprocess
+    import sys
+    import termios
+
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    words = [sys.executable, "-m", "nearplane", "quantize", str(model), str(tmp_path / "out"), "--group-size", "32"]
+    words += ["--dataset", str(model.parent / "text.txt"), "--nsamples", "4", "--seqlen", "32", "--verbose"]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
+    run = subprocess.Popen(words, stdin=child, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    shown = b""
+    while run.poll() is None or select.select([parent], [], [], 0.2)[0]:
+        if select.select([parent], [], [], 0.2)[0]:
+            try:
+                shown += os.read(parent, 65536)
+            except OSError:
+                break
+    os.close(parent)
+    assert run.wait(60) == 0
+    # What a terminal keeps of a line: from the last return to its start, without colours.
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
+    blocks = [line for line in lines if re.search(r"block +\d+/\d+", line)]
+    assert len(blocks) == 2 and all(line.startswith("block ") for line in blocks), blocks
+    assert any(line.startswith("model.layers.0 ") for line in lines)
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
