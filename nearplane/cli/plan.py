@@ -18,8 +18,8 @@ EPILOG = quantize.EPILOG
 class Options:
     """Say what quantize will need with the same flags, before any compute: memory, disk, time, and whether it fits here.
 
-    Reads no weight: MODEL may be a folder that holds nothing but config.json. The time comes from a few seconds of
-    measuring this machine. Exit status: 0 if the run fits, 1 if it does not.
+    Reads no weight: MODEL may be a folder that holds nothing but config.json. The time comes from about ten
+    seconds of measuring this machine. Exit status: 0 if the run fits, 1 if it does not.
     """
 
     model: str

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nearplane.core.errors import NearplaneError
+from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.progress import say
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -22,14 +22,14 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a path may begin with a dot, a
 
 
 def refuse_missing(model: str | Path) -> None:
-    """Raise NearplaneError for a model that is no folder, no ``demo`` and cannot be a hub id; asks no hub."""
+    """Raise SettingError for a model that is no folder, no ``demo`` and cannot be a hub id; asks no hub."""
     folder = Path(model).expanduser()
     if folder.is_dir() or str(model) == "demo":
         return
     if folder.exists():
-        raise NearplaneError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
+        raise SettingError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
     if not HUB_ID.fullmatch(str(model)):
-        raise NearplaneError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
+        raise SettingError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
 
 
 def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
