@@ -419,7 +419,7 @@ def test_plan_and_quantize_have_the_same_flags(capsys: pytest.CaptureFixture[str
         return {word.rstrip(".") for word in words if word.startswith("--")}
 
     assert flags("plan") - flags("quantize") == {"--json", "--ranks"}
-    assert flags("quantize") - flags("plan") == {"--verbose", "--quiet"}
+    assert flags("quantize") - flags("plan") == {"--force", "--quiet", "--resume", "--verbose"}
 
 
 def test_hidden_states_need_room_where_they_go(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
