@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nearplane.cli.fields import methods
 from nearplane.cli.main import USAGE, VERBS, known_names, verb
-from nearplane.cli.options import USED_FIRST, Option, options_of, reference_of
+from nearplane.cli.options import USED_FIRST, Option, options_of, takes_job
 
 HEAD = """# The command line
 
@@ -69,7 +69,7 @@ def page() -> str:
             if not title.startswith("method "):
                 text += f"\n**{title}**\n" if title else ""
                 text += f"\n{table(groups[title])}\n"
-        if name == "quantize" and reference_of(module):
+        if name == "quantize" and takes_job(module):
             for method in methods():
                 own = [option for option in options_of(module, method) if option.group == f"method {method}"]
                 text += f"\n**--method {method}**\n\n{table(own) if own else 'No options of its own.'}\n"

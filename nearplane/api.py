@@ -277,5 +277,10 @@ def inspect(model: str | Path, grid: Grid | None = None, *, trust_remote_code: b
     Raises:
         NearplaneError: a folder that cannot be read, in one sentence.
     """
-    chosen = Job.of(Job(grid=grid or Grid()), fields).grid
-    return inspect_folder(model, chosen, trust_remote_code=trust_remote_code)
+    given = Job(grid=grid or Grid())
+    chosen = Job.of(given, fields)
+    if replace(chosen, grid=given.grid) != given:
+        raise SettingError(
+            f"inspect takes settings of the grid only, such as bits and group_size; got {', '.join(fields)}."
+        )
+    return inspect_folder(model, chosen.grid, trust_remote_code=trust_remote_code)

@@ -81,6 +81,8 @@ def test_inspect(model: Path, out: Path) -> None:
     assert " ".join(line.split()) == "model.layers.*.self_attn.q_proj 2 of 64 x 64 3 bits, group 32, asymmetric"
     with pytest.raises(SettingError, match="unknown setting 'bitts'"):
         nearplane.inspect(model, bitts=3)
+    with pytest.raises(SettingError, match="inspect takes settings of the grid only"):
+        nearplane.inspect(model, bits=3, nsamples=4)
 
 
 def test_bench_verify_convert_and_evaluate_print_as_text(model: Path, out: Path) -> None:

@@ -91,11 +91,6 @@ def export(
     writer.finish()
 
 
-def needs_copy(format: Format) -> bool:
-    """Tell whether export writes the quantized weights a second time, beside the parts."""
-    return not format.neutral
-
-
 def copied_bytes(format: Format, weights: Iterable[tuple[tuple[int, int], Grid]]) -> int:
     """Count the bytes of the parts, which lie on disk beside the shards until export ends; 0 where they become shards.
 
@@ -103,7 +98,7 @@ def copied_bytes(format: Format, weights: Iterable[tuple[tuple[int, int], Grid]]
         format: that of the checkpoint.
         weights: (out, in) and grid of every quantized weight.
     """
-    return sum(NEUTRAL.nbytes(shape, grid) for shape, grid in weights) if needs_copy(format) else 0
+    return sum(NEUTRAL.nbytes(shape, grid) for shape, grid in weights) if not format.neutral else 0
 
 
 def rest_of(
@@ -163,7 +158,7 @@ def routing(source: Source) -> set[str]:
 
 def _pack_parts(writer: Writer, format: Format, tick: Callable[[], None]) -> None:
     """Make shards of the parts: one for one, so that memory holds one at a time."""
-    if not needs_copy(format):
+    if format.neutral:
         return
     writer.repack()
     for record in writer.records:

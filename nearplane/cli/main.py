@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nearplane.cli.fields import constant, methods
-from nearplane.cli.options import SWITCHES, help_text, options_of, parse, reference_of
+from nearplane.cli.options import SWITCHES, help_text, options_of, parse, takes_job
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.signals import Interrupted, started
 from nearplane.models.locate import locate, refuse_missing
@@ -186,7 +186,7 @@ def completion(shell: str) -> str:
     for name in VERBS:
         module = verb(name)
         found = options_of(module)
-        if reference_of(module):
+        if takes_job(module):
             found += [option for method in methods() for option in options_of(module, method)]
             values.append(f'    {name}:--method) words="{" ".join(methods())}" ;;')
         shown = dict.fromkeys(flag for option in found if not option.by_place for flag in option.flags)

@@ -111,13 +111,13 @@ def options_of(verb: ModuleType, method: str | None = None) -> list[Option]:
         made = _settings(reference, method)
         found += made if names is None else [option for option in made if option.name in names]
     groups = {name: title for title, names in getattr(verb, "GROUPS", {}).items() for name in names}
-    first = FIRST if reference_of(verb) else ()
+    first = FIRST if takes_job(verb) else ()
     return [
         replace(o, group=USED_FIRST if o.name in first and not o.own else groups.get(o.name, o.group)) for o in found
     ]
 
 
-def reference_of(verb: ModuleType) -> bool:
+def takes_job(verb: ModuleType) -> bool:
     """Whether a verb takes the settings of a quantization."""
     return JOB in verb.SETTINGS
 
@@ -219,7 +219,7 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         SettingError: an unknown option, with the nearest known one; a value of the wrong type; a missing word.
     """
     words = canonical(words)
-    method = method_given(words) if reference_of(verb) else None
+    method = method_given(words) if takes_job(verb) else None
     options = options_of(verb, method)
     _refuse_unknown(verb, words, options, method)
     parser = _parser(verb, options)
@@ -245,7 +245,7 @@ def _refuse_unknown(verb: ModuleType, words: Sequence[str], options: list[Option
             return
         if not re.match(r"-[^\d\s.]", word) or " " in flag or flag in known:
             continue
-        for other in methods() if reference_of(verb) else ():
+        for other in methods() if takes_job(verb) else ():
             if flag.replace("--no-", "--") in {f"--{f.name.replace('_', '-')}" for f in fields_of(methods()[other])}:
                 raise SettingError(
                     f"{flag} is an option of --method {other}, not of {method or 'nearplane'}; {advice(verb)}"
@@ -349,5 +349,5 @@ def _add(group: Any, option: Option, *, hidden: bool) -> None:
 def help_text(verb: ModuleType, words: Sequence[str]) -> str:
     """The help of a verb, with the options of the method that the words name."""
     words = canonical(words)
-    method = method_given(words) if reference_of(verb) else None
+    method = method_given(words) if takes_job(verb) else None
     return _parser(verb, options_of(verb, method)).format_help()

@@ -140,10 +140,11 @@ class Terminal:
     def take(self, event: "Event") -> None:
         """Show an event: a line for a finished block, with ``verbose`` one for a stage and a note."""
         from nearplane.run.events import BlockDone, Noted, StageDone
+        from nearplane.run.stage import is_expert
 
         if isinstance(event, StageDone):
             self._rows += event.rows
-            if self.verbose and not _experts_only(event.stage):
+            if self.verbose and not is_expert(event.stage):
                 self.say(stage_line(event.block, event.stage, event.rows, self._mixed))
             if self._bar is not None:
                 self._bar.advance(self._task)
@@ -354,23 +355,12 @@ def stage_line(block: "Block", stage: "Stage", rows: "list[LinearRow]", mixed: b
     return f"{line}  {worst.tokens} tokens  {seconds:.1f}s"
 
 
-def _experts_only(stage: "Stage") -> bool:
-    from nearplane.models.experts import EXPERT
-
-    return all(EXPERT.fullmatch(site.name) for site in stage)
-
-
 def expert_lines(rows: "list[LinearRow]") -> list[str]:
     """One line for the experts of a layer, in place of one for each stage."""
-    from nearplane.models.experts import EXPERT
+    from nearplane.run.stage import by_layer
 
-    layers: dict[str, dict[str, list[LinearRow]]] = {}
-    for row in rows:
-        match = EXPERT.fullmatch(row.name)
-        if match is not None:
-            layers.setdefault(match[1], {}).setdefault(match[2], []).append(row)
     found = []
-    for layer, experts in layers.items():
+    for layer, experts in by_layer(rows).items():
         of = [row for expert in experts.values() for row in expert]
         errors = [(row.error, row.rtn_error or 0.0, row.tokens) for row in of if row.error is not None]
         line = f"{layer} {len(experts)} experts, "

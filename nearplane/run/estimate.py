@@ -318,7 +318,7 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     """Raise SettingError, with the numbers, where a run does not fit into memory or onto the disk of ``out``.
 
     Several ``ranks`` hold some of the samples each, and those of one machine share its memory. The method is probed only if
-    a generous bound does not fit.
+    a generous guess (``Ample``) does not fit.
     """
     world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
     if shared(plan, offload, world, machine, Ample(plan.method, plan.grid, solver_dtype(plan))).lacking(out):

@@ -191,7 +191,7 @@ class Job:
         parts["calibration"] = given.pop("calibration", None) or job.calibration
         rounding = {name: given.pop(name) for name in ACTIVATIONS if name in given}
         parts["activations"] = _activations(given.pop("activations", job.activations), rounding)
-        own = {name for name in (f.name for f in fields(cls))}
+        own = {f.name for f in fields(cls)}
         changes: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
         for name, part in parts.items():
             taken = {key: given.pop(key) for key in list(given) if is_dataclass(part) and key in _names(part)}

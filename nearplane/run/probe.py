@@ -44,7 +44,7 @@ UNIT, SMALL_UNIT = 256, 64
 # A method is slow if it makes more calls, or reads more numbers, on a stage of 64 x 64.
 MOST_CALLS, MOST_NUMBERS = 16384, 3e7
 TOKENS = 512
-# Numbers for each weight and for each entry of H that are taken to be plenty.
+# Numbers for each weight and for each entry of H that are taken to be plenty for any method: a guess, not a bound.
 AMPLE = 1000
 # Stages that are timed, the smallest among them.
 TIMED = 5
@@ -274,7 +274,7 @@ class Probe:
 
 
 class Ample(Probe):
-    """A bound in place of a probe: no method takes more, and where that much fits nothing needs to be probed."""
+    """A generous guess in place of a probe, far above what any known method takes: where it fits, nothing is probed."""
 
     def _memory(self, size: Size) -> Held:
         most = AMPLE * (size.m + size.n) * size.n * self.dtype.itemsize

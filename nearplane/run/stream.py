@@ -279,7 +279,6 @@ def stream(
         NearplaneError: every activation is NaN or Inf, or ``place.offload`` cannot be written to.
         NumericalError: a weight holds NaN or Inf.
     """
-    place = place or Place()
     with torch.no_grad(), _scratch(place.offload) as folder:
         walk = Walk(source, blocks, samples, replace(place, offload=folder), reference, activations)
         for k, block in enumerate(blocks):

@@ -10,7 +10,7 @@ import torch
 
 import nearplane
 from nearplane import RTN, Grid
-from nearplane.checkpoint.export import copied_bytes, needs_copy
+from nearplane.checkpoint.export import copied_bytes
 from nearplane.core.activations import TokenGrid
 from nearplane.formats import FORMATS
 from nearplane.formats.compressed import NEUTRAL
@@ -38,7 +38,7 @@ def test_which_formats_take_a_second_copy(
     """And what it takes is what lies on the disk when the last shard has been written beside the parts."""
     options, rotate = dict(KINDS[kind]), KINDS[kind].get("rotate")
     format = FORMATS[options["format"]].running(options.get("activations"), rotate is not None)
-    assert needs_copy(format) == (kind in ("int-quantized", "gptq", "gptq_v2"))
+    assert format.neutral == (kind not in ("int-quantized", "gptq", "gptq_v2"))
     most, finish = [], Writer.finish
 
     def finished(writer: Writer) -> None:
@@ -55,8 +55,8 @@ def test_which_formats_take_a_second_copy(
     stored = Grid(4, 32, scale_dtype="float16" if "gptq" in kind else "float32")
     weights = [(layer.shape, stored) for layer in layers]
     shards, size = most[0]
-    assert shards == (3 if needs_copy(format) else 0)
-    assert copied_bytes(format, weights) == (sum(NEUTRAL.nbytes(*w) for w in weights) if needs_copy(format) else 0)
+    assert shards == (0 if format.neutral else 3)
+    assert copied_bytes(format, weights) == (0 if format.neutral else sum(NEUTRAL.nbytes(*w) for w in weights))
     assert size - 20_000 < sum(NEUTRAL.nbytes(*w) for w in weights) < size  # the rest are headers
     assert not list((tmp_path / "out").glob("*.unfinished")) and not (tmp_path / "out" / ".nearplane").exists()
     assert nearplane.verify(tmp_path / "out").ok
