@@ -25,8 +25,6 @@ early = [name for name in sys.modules if name.startswith(CHECKED)]
 assert not early, f"imported before their type checks could be installed: {early}"
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
-# Public names are imported when they are first used; tests reach into modules by nearplane.run.stream and the like.
-
 # tests/oracles.py is shared by the folders below, under any of pytest's import modes.
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.checkpoint.export import Rest, Solved, export
+from nearplane.checkpoint.export import Rest, Solved, export, left_out
 from nearplane.checkpoint.load import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
@@ -27,9 +27,9 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
+from nearplane.models.experts_disk import names_in_model
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
-from nearplane.models.towers import linears_besides
 from nearplane.transforms.hooks import turned_linears
 
 QUANTIZATION = ("quantization_config", "compression_config")
@@ -94,7 +94,7 @@ def convert(
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
-    ignore = linears_besides(model, set(modules.values()))
+    ignore = left_out(model, names_in_model(model, checkpoint.dense), set(modules.values()))
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
     settings = _settings(checkpoint, modules)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearplane.core.grid import Grid, Quantized
 from nearplane.formats.base import Format
@@ -122,7 +122,9 @@ def rest_of(
     disk = {site: source.names[f"{site}.weight"].removesuffix(".weight") for site in grids}
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {name: grids[site] for site in grids for name in (disk[site], site)}
-    quantization = format.config(grid, ignore=left_out(source, set(grids)), settings=settings, grids=named)
+    quantization = format.config(
+        grid, ignore=left_out(source.model, source.names, set(grids)), settings=settings, grids=named
+    )
     config = {key: value for key, value in source.written_config().items() if key != "torch_dtype"}
     config |= {"dtype": str(stored).removeprefix("torch."), "quantization_config": quantization}
 
@@ -134,25 +136,26 @@ def rest_of(
     return Rest(dense, get, config, source.folder, source.trust_remote_code)
 
 
-def left_out(source: Source, quantized: set[str]) -> list[str]:
+def left_out(model: nn.Module, names: Mapping[str, str], quantized: set[str]) -> list[str]:
     """Name every linear that is not quantized, by all names under which loaders may look for it.
 
     Args:
-        source: the model.
+        model: its skeleton.
+        names: on disk of the tensors that are not quantized, by their names in the model; others do no harm.
         quantized: names in the model of the linears that are.
     """
-    ignore = linears_besides(source.model, quantized)
-    if not is_causal(source.model):  # the part below the head is often loaded by itself, under shorter names
-        prefix = f"{getattr(source.model, 'base_model_prefix', '')}."
+    ignore = linears_besides(model, quantized)
+    if not is_causal(model):  # the part below the head is often loaded by itself, under shorter names
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
         ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
-        ignore += [name for name in bare_linears(source.config) if not {name, prefix + name} & {*quantized, *ignore}]
+        ignore += [name for name in bare_linears(model.config) if not {name, prefix + name} & {*quantized, *ignore}]
     # Routers that are no linears here are linears in engines, by their names on disk.
-    return ignore + sorted({name.removesuffix(".weight") for name in routing(source)} - set(ignore))
+    return ignore + sorted({name.removesuffix(".weight") for name in routing(model, names)} - set(ignore))
 
 
-def routing(source: Source) -> set[str]:
-    """Name the weights on disk that route tokens to experts."""
-    found = (source.names.get(f"{name}.weight") for name in routers(source.model))
+def routing(model: nn.Module, names: Mapping[str, str]) -> set[str]:
+    """Name the weights on disk that route tokens to experts; ``names``: on disk, by names in the model."""
+    found = (names.get(f"{name}.weight") for name in routers(model))
     return {name for name in found if name is not None}
 
 

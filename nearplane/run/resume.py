@@ -139,7 +139,8 @@ class Saver:
         grids = {site.name: plan.grid_of(site) for site in plan.sites}
         rest = rest_of(source, plan.grid, grids, plan.format, plan.stored, settings)
         report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
-        routes, unreached = routing(source), {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
+        routes = routing(source.model, source.names)
+        unreached = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
         for name in rest.dense:
             shape, dtype = source.store.shape(name), source.store.dtype(name)
             size = prod(shape) * (plan.stored if dtype.is_floating_point else dtype).itemsize

@@ -93,6 +93,22 @@ def test_there_and_back_is_byte_for_byte(sym: bool, tmp_path: Path) -> None:
     assert (out / "config.json").read_bytes() == (tmp_path / "back" / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit", "mixtral"])
+@pytest.mark.parametrize(("before", "after"), [("gptq", CT), (CT, "gptq")])
+def test_the_same_linears_stay_dense_as_in_a_run(kind: str, before: str, after: str, tmp_path: Path) -> None:
+    """Routers and linears of a bare model are named, as in a run: engines may look for packed weights otherwise."""
+    model = tiny.build_mixture(kind) if kind in tiny.MIXTURES else tiny.build(kind)
+    tiny.save(model, tmp_path / "model")
+    made, wanted = (written(tmp_path, format) for format in (before, after))
+    nearplane.convert(made, tmp_path / "new", after)
+    found, right = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "new", wanted))
+    for part in ("ignore", "dynamic"):
+        assert found["quantization_config"].get(part) == right["quantization_config"].get(part)
+    named = json.dumps(right["quantization_config"])
+    assert all(word in named for word in {"bert": ["pooler"], "mixtral": ["block_sparse_moe"]}.get(kind, []))
+    assert found.keys() == right.keys()
+
+
 def test_a_conv1d_moves_between_the_gptqs_only(tmp_path: Path) -> None:
     out = written(tmp_path, "gptq", kind="gpt2")
     nearplane.convert(out, tmp_path / "new", "gptq_v2")

@@ -14,6 +14,7 @@ import torch
 from test_resume import contents
 
 import nearplane
+import nearplane.api
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
 from nearplane.cli.main import main
 from nearplane.run.estimate import CUDA_CONTEXT, estimate

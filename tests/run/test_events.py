@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import nearplane
+import nearplane.core.grid
 from nearplane.run.events import BlockDone, Noted, Solved, StageDone
 from nearplane.run.plan import make_plan
 from nearplane.run.walk import walk

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from test_resume import contents
 
 import nearplane
+import nearplane.api
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, NearPlane, ResComp
 from nearplane.cli.main import _how_to_resume, main
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
@@ -231,21 +232,27 @@ def test_errors_are_everyones_and_said_once(model: Path, tmp_path: Path) -> None
     assert not (tmp_path / "rows").exists() and not (tmp_path / "alone").exists()
 
 
+def signalled(rank: int, number: signal.Signals) -> list[int]:
+    """Have rank 1 get a signal at its sixth stage; gives the count of stages."""
+    stages, observed = [0], nearplane.run.stage.observed
+
+    def count(*args: Any) -> Any:
+        stages[0] += 1
+        if rank == 1 and stages[0] == 6:
+            os.kill(os.getpid(), number)
+        return observed(*args)
+
+    nearplane.run.stage.observed = count
+    return stages
+
+
 def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Path) -> None:
     """Of three; resumed by two."""
     out = tmp_path / "out"
 
     def work(rank: int) -> None:
         exact()
-        stages, observed = [0], nearplane.run.stage.observed
-
-        def count(*args: Any) -> Any:
-            stages[0] += 1
-            if rank == 1 and stages[0] == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return observed(*args)
-
-        nearplane.run.stage.observed = count
+        signalled(rank, signal.SIGKILL)
         run(model, out, method=NearPlane(), budget=5.5)
 
     first, killed, last = forked(3, tmp_path, work)
@@ -272,15 +279,7 @@ def test_a_killed_rank_is_named_and_the_run_can_go_on(model: Path, tmp_path: Pat
 
 def test_a_signal_to_one_rank_stops_all_after_the_stage(model: Path, tmp_path: Path) -> None:
     def work(rank: int) -> Any:
-        stages, observed = [0], nearplane.run.stage.observed
-
-        def count(*args: Any) -> Any:
-            stages[0] += 1
-            if rank == 1 and stages[0] == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return observed(*args)
-
-        nearplane.run.stage.observed = count
+        stages = signalled(rank, signal.SIGTERM)
         words = ["quantize", str(model), str(tmp_path / "out"), "--method", "gptq", "--nsamples", "7", "--seqlen", "24"]
         return main([*words, "--dataset", str(model.parent / "text.txt"), "--group-size", "16"]), stages[0]
 

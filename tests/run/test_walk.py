@@ -11,6 +11,7 @@ import torch
 from close import near
 
 import nearplane
+import nearplane.api
 from nearplane import GPTAQ, GPTQ, OBQ, RTN, Calibration, Grid, Moments, NearPlane, Quantized, ResComp
 from nearplane.core.grid import dequantize
 from nearplane.models.discover import discover
