@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -59,8 +59,7 @@ class LoadSettings:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(Dtype):
-            raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {self.dtype!r}.")
+        pick_dtype(self.dtype)
         cpu.check(self.arithmetic)
         for name in ("packed", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):

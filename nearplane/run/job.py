@@ -20,13 +20,13 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
+from nearplane.machine.devices import Dtype, pick_dtype
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.run.names import ALIASES
 from nearplane.transforms.rotation import Rotate, make_rotate
 from nearplane.transforms.view import Transform
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 OVERRIDDEN = ("bits", "group_size", "sym", "fit")
 WIDTHS = (2, 3, 4, 8)
 # Settings that are fields of ``TokenGrid``, by the names that a user gives them.
@@ -156,8 +156,7 @@ class Job:
             raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
         if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
             raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
-        if self.dtype not in get_args(Dtype):
-            raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {self.dtype!r}.")
+        pick_dtype(self.dtype)
         pick_format(self.format)
         for transform in (self.rotation, *self.transforms):
             if isinstance(transform, type) or not (hasattr(transform, "promise") and hasattr(transform, "apply")):

@@ -29,9 +29,8 @@ class LinearRow:
 
     name: str
     shape: tuple[int, int]
-    error: (
-        float | None
-    )  # ‖(Q-W)X̂‖² / ‖WX̂‖² on the quantized model's inputs, of at most 1024 rows; None: no data was read
+    error: float | None
+    """‖(Q-W)X̂‖² / ‖WX̂‖² on the quantized model's inputs, of at most 1024 rows; None: no data was read."""
     rtn_error: float | None  # the same with every weight rounded to nearest on the same scales
     weight_error: float  # ‖Q-W‖² / ‖W‖²
     loss: float | None  # Σ_j d_j (v_j - q_j)² over all rows: what the sweep minimized
@@ -194,7 +193,7 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
 def observed(name: str, moments: Moments, power: int) -> list[str]:
     """List sentences about the tokens of a stage; ``power``: of 2, by which the moments were scaled.
 
-    An expert of few tokens is told of with its layer's others (``scarce.py``).
+    An expert of few tokens is told of with its layer's others (``run/stage.py``).
     """
     events = []
     if power:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nearplane.core.errors import SettingError, some_of
+from nearplane.core.errors import NumericalError, SettingError, some_of
 from nearplane.core.grid import Grid
 from nearplane.formats.base import Format, fused, grid_name
 from nearplane.models.discover import Block, Site
@@ -272,7 +272,9 @@ def _solve(
         options={"mip_rel_gap": 0},
     )
     if found.x is None:
-        raise RuntimeError(f"the choice of bits failed: {found.message}")
+        raise NumericalError(
+            f"the budget's integer program was not solved ({found.message}); try other --widths or another --budget."
+        )
     for (i, k), chosen in zip(flat, found.x, strict=True):
         if chosen > 0.5:
             picks[i] = k
