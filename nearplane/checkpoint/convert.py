@@ -27,7 +27,7 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
-from nearplane.models.experts_disk import names_in_model
+from nearplane.models.experts_disk import names_in_model, split_names
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
 from nearplane.transforms.hooks import turned_linears
@@ -94,7 +94,9 @@ def convert(
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
-    ignore = left_out(model, names_in_model(model, checkpoint.dense), set(modules.values()))
+    names = names_in_model(model, split_names(model, checkpoint.store, checkpoint.dense)[1])
+    matrices = [name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1]
+    ignore = left_out(model, names, set(modules.values()), matrices)
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
     settings = _settings(checkpoint, modules)

@@ -19,7 +19,7 @@ from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.parts import Writer
 from nearplane.formats.store import REPORT
 from nearplane.models.experts import routers
-from nearplane.models.experts_disk import copied
+from nearplane.models.experts_disk import copied, unowned
 from nearplane.models.inputs import bare_linears, is_causal
 from nearplane.models.source import Source
 from nearplane.models.towers import linears_besides
@@ -106,7 +106,7 @@ def rest_of(
     grid: Grid,
     grids: Mapping[str, Grid],
     format: Format,
-    stored: torch.dtype,
+    dtype: torch.dtype | None,
     settings: Mapping[str, Any],
 ) -> Rest:
     """Gather what a quantized model holds besides its quantized weights.
@@ -116,41 +116,59 @@ def rest_of(
         grid: of all linears, unless ``grids`` says otherwise.
         grids: grid of each quantized linear, by its name in the model.
         format: that of the checkpoint.
-        stored: dtype of dense floating tensors.
+        dtype: of dense floating tensors; None: each keeps its own.
         settings: of the run, for formats with fields for them.
     """
     disk = {site: source.names[f"{site}.weight"].removesuffix(".weight") for site in grids}
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {name: grids[site] for site in grids for name in (disk[site], site)}
-    quantization = format.config(
-        grid, ignore=left_out(source.model, source.names, set(grids)), settings=settings, grids=named
-    )
-    config = {key: value for key, value in source.written_config().items() if key != "torch_dtype"}
-    config |= {"dtype": str(stored).removeprefix("torch."), "quantization_config": quantization}
+    dense = sorted(copied(source.store, {f"{name}.weight" for name in disk.values()}))
+    matrices = [name for name in dense if len(source.store.shape(name)) > 1]
+    ignore = left_out(source.model, source.names, set(grids), matrices)
+    quantization = format.config(grid, ignore=ignore, settings=settings, grids=named)
+    config = _in_dtype(source.written_config(), dtype or source.dtype, every=dtype is not None)
+    config["quantization_config"] = quantization
 
     def get(name: str) -> Tensor:
-        value = source.store.get(name)
-        return value.to(stored) if value.is_floating_point() else value
+        return source.store.get(name).to(source.written(name, dtype))
 
-    dense = sorted(copied(source.store, {f"{name}.weight" for name in disk.values()}))
     return Rest(dense, get, config, source.folder, source.trust_remote_code)
 
 
-def left_out(model: nn.Module, names: Mapping[str, str], quantized: set[str]) -> list[str]:
+def _in_dtype(config: dict[str, Any], dtype: torch.dtype, *, every: bool) -> dict[str, Any]:
+    """Name a dtype in config.json: of the whole and of the text part; of the other parts, too, with ``every``."""
+    name = str(dtype).removeprefix("torch.")
+    result = {key: value for key, value in config.items() if key != "torch_dtype"}
+    for key, part in result.items():
+        if isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"} and (every or key == "text_config"):
+            result[key] = _in_dtype(part, dtype, every=every)
+    return result | {"dtype": name}
+
+
+def left_out(
+    model: nn.Module, names: Mapping[str, str], quantized: set[str], matrices: Iterable[str] = ()
+) -> list[str]:
     """Name every linear that is not quantized, by all names under which loaders may look for it.
+
+    Engines look for a linear by its name on disk, transformers by its name in the model. A stored matrix that no parameter
+    takes is named as well: an engine may have a module for it, such as a layer that predicts further tokens.
 
     Args:
         model: its skeleton.
         names: on disk of the tensors that are not quantized, by their names in the model; others do no harm.
         quantized: names in the model of the linears that are.
+        matrices: names on disk of all tensors that are not quantized, of two or more dimensions.
     """
     ignore = linears_besides(model, quantized)
+    on_disk = [names.get(f"{name}.weight", name).removesuffix(".weight") for name in ignore]
     if not is_causal(model):  # the part below the head is often loaded by itself, under shorter names
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
         ignore += [name for name in bare_linears(model.config) if not {name, prefix + name} & {*quantized, *ignore}]
     # Routers that are no linears here are linears in engines, by their names on disk.
-    return ignore + sorted({name.removesuffix(".weight") for name in routing(model, names)} - set(ignore))
+    others = {*on_disk, *unowned(model, names, matrices)}
+    others |= {name.removesuffix(".weight") for name in routing(model, names)}
+    return ignore + sorted(others - set(ignore))
 
 
 def routing(model: nn.Module, names: Mapping[str, str]) -> set[str]:

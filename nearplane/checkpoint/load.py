@@ -26,7 +26,7 @@ from nearplane.machine.progress import say
 from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
 from nearplane.models.locate import locate
-from nearplane.models.source import open_skeleton
+from nearplane.models.source import kept_in_float32, open_skeleton
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
@@ -219,9 +219,11 @@ def _state(
 ) -> dict[str, Tensor]:
     """Gather the tensors that transformers is to place: the dense ones, and those to be made dense. All are finite."""
     state: dict[str, Tensor] = {}
+    kept, names = kept_in_float32(skeleton, dtype), names_in_model(skeleton, checkpoint.dense)
+    exact = {name for parameter, name in names.items() if kept(parameter)}
     for name in (name for name in checkpoint.dense if name not in members.taken):
         value = checkpoint.store.get(name)
-        state[name] = value.to(dtype) if value.is_floating_point() else value
+        state[name] = value.to(dtype) if value.is_floating_point() and name not in exact else value
     if not packed:
         state |= members.fused(dtype)
         for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):

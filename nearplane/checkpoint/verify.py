@@ -21,7 +21,7 @@ from nearplane.formats.journal import unfinished
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.machine.progress import bar
-from nearplane.models.experts_disk import names_in_model, split
+from nearplane.models.experts_disk import names_in_model, split_names, unowned
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.towers import is_linear
@@ -217,9 +217,8 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
     folder, modules, state = checkpoint.store.folder, dict(model.named_modules()), model.state_dict()
     quantized = {f"{name}.weight": name for name in (*checkpoint.layers, *broken)}
     known = checkpoint.store.lost.union(quantized)  # whose shapes are no matter here
-    store = split(model, checkpoint.store)
-    names = (set(checkpoint.dense) & store.names) | (store.names - checkpoint.store.names)
-    dense = [name for name in sorted(names) if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
+    store, names = split_names(model, checkpoint.store, checkpoint.dense)
+    dense = [name for name in names if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
     on_disk = names_in_model(model, [*dense, *known])
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = []
@@ -245,21 +244,36 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
             found.problem(reason)
         elif isinstance(module, Conv1D) and checkpoint.reader is not None and conv1d_reason(checkpoint.reader):
             found.problem(f"{layer}: {conv1d_reason(checkpoint.reader)}.")
-    _check_ignored(checkpoint, modules, on_disk, set(quantized), found)
+    _check_ignored(checkpoint, model, on_disk, set(quantized), found)
 
 
 def _check_ignored(
-    checkpoint: Checkpoint, modules: dict[str, nn.Module], on_disk: dict[str, str], quantized: set[str], found: Findings
+    checkpoint: Checkpoint, model: nn.Module, on_disk: dict[str, str], quantized: set[str], found: Findings
 ) -> None:
-    """Check that linears not stored quantized are left out by the configuration, or engines look for their codes."""
-    expected = []
-    for name, module in modules.items():
+    """Check that what is not stored quantized is left out by the configuration, or engines look for its codes.
+
+    Engines ask by the name on disk. transformers asks by the name in the model, where the two differ.
+    """
+    expected, renamed = dict[str, None](), list[str]()
+    for name, module in model.named_modules():
         disk = on_disk.get(f"{name}.weight", f"{name}.weight")
         kind = "Linear" if isinstance(module, nn.Linear) else type(module).__name__
-        known = {name, disk.removesuffix(".weight")}
-        if is_linear(module) and disk not in quantized and checkpoint.expects(known, kind):
-            expected.append(name)
+        if not is_linear(module) or disk in quantized:
+            continue
+        if checkpoint.expects({disk.removesuffix(".weight")}, kind):
+            expected[disk.removesuffix(".weight")] = None
+        elif checkpoint.expects({name}, kind):
+            renamed.append(name)
+    matrices = [name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1]
+    strays = [name for name in unowned(model, on_disk, matrices) if f"{name}.weight" in checkpoint.store.names]
+    expected |= {name: None for name in strays if checkpoint.expects({name}, "Linear")}
     if expected:
         found.problem(
-            f"Neither quantized nor left out by the quantization_config, so that engines look for codes: {some_of(expected)}."
+            "Neither quantized nor left out by the quantization_config, so that engines look for codes: "
+            f"{some_of(list(expected))}."
+        )
+    if renamed:
+        found.note(
+            "Left out by their names on disk, not by their names in the model, so that transformers looks for codes: "
+            f"{some_of(renamed)}."
         )

@@ -45,6 +45,8 @@ NOTES = (
     ("too few tokens to hold any out", "had too few tokens to hold any out, so none could judge", MORE),
     (r"\d+ of \d+ experts were reached by no token", "have experts that no token reached, which are rounded to nearest",
      f"{MORE}, or --all-experts"),
+    ("was reached by no token", "were reached by no token, or by zeros only, and are rounded to nearest",
+     f"{MORE}, or look whether the model uses them at all"),
     (r"\d+ of \d+ experts were shown fewer", "have experts that few tokens reached, damped by count",
      f"{MORE}, or --all-experts"),
     ("the probe forward did not reach it", "were not reached by the probe forward and stay dense", NOTHING),

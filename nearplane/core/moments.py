@@ -18,6 +18,8 @@ from nearplane.core.errors import NumericalError, SettingError
 
 # A stage that loses a larger share of its tokens to NaN or Inf is an error.
 MOST_DROPPED = 0.05
+# Units in the last place by which a difference of two sums may be wrong.
+ROUNDING = 64
 # Solvers multiply moments with each other; float32 is safe while the mean diagonal of H is 2^-48 to 2^48.
 WIDEST = 48
 
@@ -115,13 +117,21 @@ class Moments:
     @overload
     def fit(self, moment: Literal["D", "R"]) -> Tensor | None: ...
     def fit(self, moment: Literal["H", "D", "R"]) -> Tensor | None:
-        """Return one moment over the tokens that are not held out; None where the moment is not kept."""
+        """Return one moment over the tokens that are not held out; None where the moment is not kept.
+
+        A feature of the input that is zero on these tokens has zeros in H, not the rounding errors of a difference.
+        """
         whole: Tensor | None = getattr(self, moment)
         part: Tensor | None = getattr(self.held, moment, None)
         if whole is None or part is None or self.held is None or not 0 < self.held.tokens < self.tokens:
             return whole
         share = self.held.tokens / self.tokens
-        return torch.sub(whole, part, alpha=share).div_(1 - share)
+        rest = torch.sub(whole, part, alpha=share).div_(1 - share)
+        if moment == "H":
+            dead = rest.diagonal() <= ROUNDING * torch.finfo(rest.dtype).eps * whole.diagonal()
+            if bool(dead.any()):
+                rest.masked_fill_(dead[:, None], 0.0).masked_fill_(dead, 0.0)
+        return rest
 
     def _absorb(self, other: "Moments") -> None:
         tokens = self.tokens + other.tokens

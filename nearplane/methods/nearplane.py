@@ -138,6 +138,8 @@ class NearPlane:
         if trial is None or not (ridges or dampings):
             return taken, own
         H = moments.fit("H")
+        if not bool(H.diagonal().any()):  # only held-out tokens are not zero: nothing to judge
+            return taken, own
         wanted = trial.fit_pull() if ridges else None
         rounding = trial.rounding(grid) if dampings else None
         steps: dict[float, Tensor] = {}

@@ -7,7 +7,7 @@ written under names of their own that vLLM's loaders read (``Layout.names``).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TypeGuard
@@ -22,12 +22,15 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.store import Store
 from nearplane.models.experts import EXPERT, Experts, Layout, Part, experts_of
 
 NUMBER = re.compile(r"\.(\d+)(?=\.)")
+# Modules whose weights engines never look for as codes, or whose names are listed as linears'.
+OWNERS = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
 MEMBER = re.compile(r"(.+)\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -160,9 +163,37 @@ def unread(model: nn.Module) -> str | None:
     return next((name for name in large if name.rpartition(".")[2] in targets), None)
 
 
+def split_names(model: nn.Module, store: Store, dense: Iterable[str]) -> tuple[Store, list[str]]:
+    """Show fused tensors among the ``dense`` ones of a store as the tensors of single experts, and list all by name."""
+    whole = split(model, store)
+    return whole, sorted((set(dense) & whole.names) | (whole.names - store.names))
+
+
 def copied(store: Store, quantized: set[str]) -> frozenset[str]:
     """Return the names of a source's tensors to write beside the ``quantized`` ones."""
     return store.rejoined(quantized) if isinstance(store, SplitStore) else store.names - quantized
+
+
+def unowned(model: nn.Module, names: Mapping[str, str], matrices: Iterable[str]) -> list[str]:
+    """Name modules by their stored matrices that no linear of the model has, but an engine's module may.
+
+    These are matrices that no parameter takes, weights of modules that are neither linears nor embeddings nor
+    convolutions, and fused tensors of experts.
+
+    Args:
+        model: the skeleton, its experts taken apart.
+        names: on disk, by name in the model.
+        matrices: names on disk of dense tensors of two or more dimensions.
+    """
+    state, modules, found = model.state_dict(), dict(model.named_modules()), dict[str, None]()
+    owners = {disk: name.rpartition(".")[0] for name, disk in names.items() if name in state}
+    for tensor in matrices:
+        parent, _, leaf = tensor.rpartition(".")
+        if parent.endswith("experts"):  # engines ask for the module that holds fused tensors
+            found |= {parent: None, tensor: None}
+        elif leaf == "weight" and not isinstance(modules.get(owners.get(tensor, "")), OWNERS):
+            found[parent] = None
+    return list(found)
 
 
 def loading_notes(model: nn.Module, store: Store, written: dict[str, str], asymmetric: bool) -> list[str]:

@@ -8,7 +8,8 @@ weight is read (``sketch.py``). Every tensor that is read is checked for NaN and
 import copy
 import hashlib
 import mmap
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +73,24 @@ class Source:
         """The tensors on disk, before any transform."""
         return self.store
 
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """Names of parameters and buffers by their names on disk."""
+        return {disk: name for name, disk in self.names.items()}
+
+    def written(self, name: str, asked: torch.dtype | None) -> torch.dtype:
+        """Return the dtype in which a stored tensor is written where it stays dense.
+
+        Args:
+            name: on disk.
+            asked: dtype for floating tensors; None: each keeps its own. Tensors that transformers keeps in float32 keep
+                their own, too.
+        """
+        own = self.store.dtype(name)
+        if asked is None or not own.is_floating_point:
+            return own
+        return own if kept_in_float32(self.model, asked)(self.parameters.get(name, name)) else asked
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which most bytes of the checkpoint are stored."""
@@ -96,18 +115,18 @@ class Source:
         """Return the hash of the stored tensor ``name``, read as ``value``."""
         return fingerprint(value)
 
-    def check(self, besides: set[str], stored: torch.dtype) -> str:
+    def check(self, besides: set[str], asked: torch.dtype | None) -> str:
         """Check and hash every stored tensor that is copied unquantized.
 
         Args:
             besides: names of the quantized linears, whose weights are left out.
-            stored: dtype in which the tensors will be written.
+            asked: dtype in which the tensors will be written, as ``written`` takes it.
 
         Returns:
             Hashes, separated by spaces.
 
         Raises:
-            NumericalError: a tensor holds NaN or Inf, or would in ``stored``.
+            NumericalError: a tensor holds NaN or Inf, or would as it will be written.
         """
         sites, sums = {self.names[name + ".weight"] for name in besides}, list[str]()
         for name in sorted(self.store.names - sites):
@@ -117,9 +136,10 @@ class Source:
                 raise NumericalError(
                     f"weight {name} holds NaN or Inf; the checkpoint is broken, download or convert it again."
                 )
-            if not finite(value, stored):
+            written = self.written(name, asked)
+            if not finite(value, written):
                 raise NumericalError(
-                    f"weight {name} does not fit the range of {str(stored)[6:]}; give another --dtype."
+                    f"weight {name} does not fit the range of {str(written)[6:]}; give another --dtype."
                 )
         return " ".join(sums)
 
@@ -289,6 +309,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise NearplaneError(
             f"{folder} has no tokenizer that transformers can load ({type(error).__name__})."
         ) from error
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Return a test for names of parameters that transformers keeps in float32 where a model is loaded in ``dtype``."""
+    kinds = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",)}.get(dtype, ())
+    parts = [part for kind in kinds for part in getattr(model, f"_keep_in_fp32_modules{kind}", None) or ()]
+    if not parts:
+        return lambda _name: False
+    pattern = re.compile("|".join(part.replace("*", ".*") for part in sorted(parts)))
+    return lambda name: pattern.search(name) is not None
 
 
 def refuse_unread(model: nn.Module, folder: Path) -> None:

@@ -298,8 +298,7 @@ def _prefix(name: str, blocks: list[str]) -> str | None:
 def _stored(plan: Plan, name: str) -> int:
     """Return the bytes of a dense tensor as it will be written."""
     store = plan.source.store
-    dtype = store.dtype(name)
-    return prod(store.shape(name)) * (plan.stored if dtype.is_floating_point else dtype).itemsize
+    return prod(store.shape(name)) * plan.source.written(name, plan.dense).itemsize
 
 
 def _companion(path: Path) -> bool:

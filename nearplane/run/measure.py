@@ -48,7 +48,7 @@ class LinearRow:
     seconds: float
     bits: int | str | None = None  # None in the records of runs that were begun by a version that did not write it
     group_size: int | None = None
-    rounded: bool = False  # to nearest in place of the method: an expert that no token reached
+    rounded: bool = False  # to nearest in place of the method: no token reached it, or only zeros
 
 
 class Clock:

@@ -78,6 +78,11 @@ class Plan:
         """The rounding of a quantized linear's input."""
         return self.job.activations
 
+    @property
+    def dense(self) -> torch.dtype | None:
+        """The dtype that was asked for dense tensors; None: each keeps its own."""
+        return pick_dtype(self.job.dtype)
+
     def changed(self, **settings: Any) -> "Plan":
         """Return the plan with some fields of its job changed; nothing is read again."""
         return replace(self, job=replace(self.job, **settings))
@@ -190,6 +195,7 @@ class Plan:
             "calibration": asdict(self.calibration) if self.samples is not None else None,
             "format": self.format.name,
             "stored_dtype": str(self.stored).removeprefix("torch."),
+            "dense_dtype": "as stored" if self.dense is None else str(self.dense).removeprefix("torch."),
             "compute_dtype": str(self.compute).removeprefix("torch."),
             "device": self.device.type,  # which of the GPUs decides nothing
             **({} if self.activations is None else {"activations": asdict(self.activations)}),
@@ -280,7 +286,7 @@ def complete(plan: Plan) -> Plan:
     plan = replace(plan, source=source)
     if plan.method.needs:
         plan = replace(plan, samples=gather(source, job.calibration))
-    return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
+    return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
 
 
 def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
@@ -333,9 +339,22 @@ def _about_loading(plan: Plan) -> list[str]:
     unused = sorted(source.store.names - set(source.names.values()))
     if unused:
         found.append(f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}")
+    exact = _exact(plan)
+    if exact:
+        found.append(
+            f"{len(exact)} tensors keep their own dtype, because transformers keeps them in float32, the first: {exact[0]}"
+        )
     written = {site.name: source.names[f"{site.name}.weight"].removesuffix(".weight") for site in sites}
     asymmetric = any(not plan.grid_of(site).sym for site in sites if EXPERT.fullmatch(site.name))
     return found + loading_notes(source.model, source.store, written, asymmetric)
+
+
+def _exact(plan: Plan) -> list[str]:
+    """List dense tensors that keep their dtype although another was asked for."""
+    source, asked = plan.source, plan.dense
+    dense = source.store.names - {source.names[f"{site.name}.weight"] for site in plan.sites}
+    floats = sorted(name for name in dense if source.store.dtype(name).is_floating_point)
+    return [name for name in floats if asked is not None and source.written(name, asked) != asked]
 
 
 def _mostly_dense(plan: Plan) -> str | None:

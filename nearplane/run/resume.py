@@ -137,13 +137,13 @@ class Saver:
         if hasattr(plan.method, "damp_percent"):
             settings["damp_percent"] = plan.method.damp_percent
         grids = {site.name: plan.grid_of(site) for site in plan.sites}
-        rest = rest_of(source, plan.grid, grids, plan.format, plan.stored, settings)
+        rest = rest_of(source, plan.grid, grids, plan.format, plan.dense, settings)
         report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
         routes = routing(source.model, source.names)
         unreached = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
         for name in rest.dense:
-            shape, dtype = source.store.shape(name), source.store.dtype(name)
-            size = prod(shape) * (plan.stored if dtype.is_floating_point else dtype).itemsize
+            shape = source.store.shape(name)
+            size = prod(shape) * source.written(name, plan.dense).itemsize
             report.bytes["dense"] += size
             if len(shape) >= 2:
                 reason = "the probe forward did not reach it" if name in unreached else "not a linear of a block"

@@ -2,7 +2,7 @@
 
 Rows are split over the ranks where they are independent. An expert shown fewer tokens than it has inputs has a singular
 Hessian, whose directions are as uncertain as tokens are missing: its damping is ``damp_percent`` times inputs over tokens,
-at most 1. An expert that no token reached, or only zeros, is rounded to nearest. Both are named, in one line for each layer.
+at most 1. A linear that no token reached, or only zeros, is rounded to nearest. Both are named, experts in one line a layer.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.grid import Certificate, Course, Grid, Quantized
-from nearplane.core.moments import Moments
+from nearplane.core.moments import MOST_DROPPED, Moments
 from nearplane.machine.ranks import Ranks
 from nearplane.methods import RTN
 from nearplane.methods.base import Method, rows_independent
@@ -93,13 +93,13 @@ class Ready(NamedTuple):
 
 
 def prepare_stage(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> Ready:
-    """Observe a stage's input and prepare the method; experts that no token reached are to be rounded to nearest."""
+    """Observe a stage's input and prepare the method; linears that no token reached are to be rounded to nearest."""
     method = plan.method
     if not method.needs:
         return Ready(method, None, Knowledge())
     with clock("observe"):
         moments = block.observe(stage, method.needs)
-    if unseen(stage, moments):
+    if unseen(moments):
         return Ready(method, None, Knowledge(rounded=True))
     power = moments.rescale()
     moments.check()
@@ -149,10 +149,12 @@ def is_expert(stage: Stage) -> bool:
     return all(EXPERT.fullmatch(site.name) for site in stage)
 
 
-def unseen(stage: Stage, moments: Moments) -> bool:
-    """Tell whether no token, or only zeros, reached an expert."""
-    shown = moments.tokens + moments.dropped
-    return is_expert(stage) and (shown == 0 or (moments.dropped == 0 and not bool(moments.H.diagonal().any())))
+def unseen(moments: Moments) -> bool:
+    """Tell whether no token reached a linear, or only zeros (or values whose squares are zero)."""
+    if moments.tokens == 0:
+        return moments.dropped == 0
+    few = moments.dropped <= MOST_DROPPED * (moments.tokens + moments.dropped)
+    return few and not bool(moments.H.diagonal().any())
 
 
 def damped(method: Method, stage: Stage, moments: Moments) -> Method:
@@ -175,8 +177,10 @@ def by_layer(rows: Iterable[LinearRow]) -> dict[str, dict[str, list[LinearRow]]]
 
 
 def told(rows: Iterable[LinearRow]) -> list[str]:
-    """List sentences about the experts among the rows of one block."""
-    events = []
+    """List sentences about linears of one block that no token reached, and experts that few did."""
+    rows, events = list(rows), []
+    why = "reached by no token, or by zeros only, and rounded to nearest"
+    events += [f"{row.name} was {why}" for row in rows if row.rounded and EXPERT.fullmatch(row.name) is None]
     for layer, experts in by_layer(rows).items():
         rounded = {e: e for e, of in experts.items() if any(row.rounded for row in of)}
         few = {
@@ -185,7 +189,6 @@ def told(rows: Iterable[LinearRow]) -> list[str]:
             if e not in rounded and any(0 < row.tokens < row.shape[1] for row in of)
         }
         if rounded:
-            why = "reached by no token, or by zeros only, and rounded to nearest"
             events.append(f"{layer}: {_some(rounded, experts, why)}")
         if few:
             why = "shown fewer tokens than they have inputs, and damped by count"

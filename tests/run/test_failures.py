@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +303,60 @@ def test_levels_that_are_no_integers_are_refused_before_a_block_is_opened(
     with pytest.raises(SettingError, match=r"q_proj: no checkpoint format holds the levels nf4, which are no integers"):
         run(model, tmp_path / "out", grid=Grid.named("nf4"), format=format, force=True)
     assert not (tmp_path / "out").exists()
+
+
+def _zeroed(part: str) -> Any:
+    """A model with a linear whose inputs are all zero, and the name of that linear."""
+    made = tiny.build("opt" if part == "relu" else "llama")
+    with torch.no_grad():
+        if part == "relu":
+            made.model.decoder.layers[0].fc1.bias.fill_(-1000.0)
+            return made, "model.decoder.layers.0.fc2"
+        layer = made.model.layers[1]
+        zeroed = {"up_proj": layer.mlp.up_proj, "v_proj": layer.self_attn.v_proj}[part]
+        zeroed.weight.zero_()
+    return made, f"model.layers.1.{'mlp.down_proj' if part == 'up_proj' else 'self_attn.o_proj'}"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": m} for m in ("gptq", "gptaq", "rescomp", "nearplane")] + [{"budget": 3.5}]
+)
+@pytest.mark.parametrize("part", ["relu", "up_proj", "v_proj"])
+def test_inputs_that_are_all_zero(part: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Such a linear is rounded to nearest, counted and named; the others are solved, and the run ends well."""
+    made, name = _zeroed(part)
+    tiny.save(made, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    data = {"dataset": str(tmp_path / "text.txt"), "nsamples": 8, "seqlen": 16}
+    report = nearplane.quantize(tmp_path / "model", tmp_path / "out", group_size=32, progress=False, **data, **settings)
+    assert report.totals["rounded_linears"] == 1
+    assert [row.name for row in report.linears if row.rounded] == [name]
+    assert [e for e in report.events if "rounded to nearest" in e and name in e]
+    layer = open_checkpoint(tmp_path / "out").layers[name]
+    weight, grid = made.get_submodule(name).weight.detach(), replace(layer.grid, fit="mse")
+    expected = RTN().solve(weight, None, replace(grid, scale_dtype="float32"))
+    assert torch.equal(open_checkpoint(tmp_path / "out").quantized(name).codes, expected.codes)
+
+
+@pytest.mark.parametrize("where", ["held out", "not held out"])
+def test_inputs_that_are_zero_on_some_tokens_only(where: str) -> None:
+    """Nothing can be judged then, and what is left is a plain sweep."""
+    x, zeros = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)), torch.zeros(600, 40)
+    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(1))
+
+    def moments(tokens: torch.Tensor) -> Moments:
+        made = Moments.zeros(40, drift=True)
+        made.add(tokens, 1.01 * tokens)
+        return made
+
+    parts = (zeros, x) if where == "held out" else (x, zeros)
+    both = moments(parts[0]).join(moments(parts[1]))
+    if where == "held out":
+        assert int((both.fit("H") != 0).sum()) == 0
+    method = NearPlane(rounds=0)
+    solved = method.solve(weight, method.prepare(both), GRID)
+    plain = GPTQ(order="activation").solve(weight, GPTQ(order="activation").prepare(both), GRID)
+    assert solved.course is not None and solved.course.alpha == 0.0
+    error = [dequantize(q, GRID) - weight for q in (solved, plain)]
+    losses = [float(((e @ both.H) * e).sum()) for e in error]
+    assert losses[0] <= 1.05 * losses[1]
