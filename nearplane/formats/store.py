@@ -179,11 +179,51 @@ class Store:
         """Count the bytes of a tensor; reads no data."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
+    def rejoined(self, quantized: set[str]) -> frozenset[str]:
+        """Return the names to copy beside the ``quantized`` ones."""
+        return self.names - quantized
+
     def _where(self, name: str) -> Shard:
         """Find the shard of a tensor. Raises NearplaneError where there is none."""
         if name not in self._file:
             raise NearplaneError(f"{self.folder} holds no tensor named {name}.")
         return self._shards[self._file[name]]
+
+
+class Twice(Store):
+    """A store that shows one tensor under a second name."""
+
+    def __init__(self, store: Store, name: str, like: str) -> None:
+        """Wrap ``store``; ``name``: the second name of the tensor ``like``."""
+        self.store, self.name, self.like = store, name, like
+        self.folder, self.names = store.folder, store.names | {name}
+
+    def get(self, name: str) -> Tensor:
+        """Read a tensor."""
+        return self.store.get(self._known(name))
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Read ``count`` rows of a tensor's first dimension."""
+        return self.store.rows(self._known(name), first, count)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape; reads no data."""
+        return self.store.shape(self._known(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; reads no data."""
+        return self.store.dtype(self._known(name))
+
+    def nbytes(self, name: str) -> int:
+        """Return a tensor's size in bytes; reads no data."""
+        return self.store.nbytes(self._known(name))
+
+    def rejoined(self, quantized: set[str]) -> frozenset[str]:
+        """Return the names to copy beside the ``quantized`` ones."""
+        return self.store.rejoined(quantized) | ({self.name} - quantized)
+
+    def _known(self, name: str) -> str:
+        return self.like if name == self.name else name
 
 
 def parse_json(path: Path) -> Any:

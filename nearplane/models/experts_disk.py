@@ -171,7 +171,7 @@ def split_names(model: nn.Module, store: Store, dense: Iterable[str]) -> tuple[S
 
 def copied(store: Store, quantized: set[str]) -> frozenset[str]:
     """Return the names of a source's tensors to write beside the ``quantized`` ones."""
-    return store.rejoined(quantized) if isinstance(store, SplitStore) else store.names - quantized
+    return store.rejoined(quantized)
 
 
 def unowned(model: nn.Module, names: Mapping[str, str], matrices: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.moments import all_finite
-from nearplane.formats.store import Store, read_json
+from nearplane.formats.store import Store, Twice, read_json
 from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
@@ -53,6 +53,7 @@ class Source:
     notes: list[str] = field(default_factory=list)  # remarks on the transforms, for the user
     sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as stored on disk
     sketch: bool = False  # no weight is read: see sketch.py
+    twice: tuple[str, str] | None = None  # the parameter of an untied head, and the embedding's, whose values it has
     promise_of: "Source | None" = None  # of a view with known sizes and unknown tensors: the opened source
 
     @cached_property
@@ -66,12 +67,12 @@ class Source:
 
     def written_config(self) -> dict[str, Any]:
         """Return config.json for a folder with this source's tensors."""
-        return self.raw_config()
+        return self.raw_config() if self.twice is None else without_tie(self.raw_config())
 
     @property
     def original(self) -> Store:
         """The tensors on disk, before any transform."""
-        return self.store
+        return self.store.store if isinstance(self.store, Twice) else self.store
 
     @cached_property
     def parameters(self) -> dict[str, str]:
@@ -189,11 +190,22 @@ class Source:
             return
         stand_down(self.model)
         self.sketch = False
-        if isinstance(self.store, Promised):
+        if isinstance(self.original, Promised):
             self.folder = locate(self.name, trust_remote_code=self.trust_remote_code)
             self.store = split(self.model, Store(self.folder))
+            if self.twice is not None:
+                self._show(*self.twice)
             self.names = _disk_names(self.model, self.store, self.folder)
         self.unload("")
+
+    def show_twice(self, parameter: str, like: str) -> None:
+        """Give a tied parameter a tensor of its own, with the values of the parameter ``like``."""
+        self.twice = parameter, like
+        self._show(parameter, like)
+        self.names = {**self.names, parameter: parameter}
+
+    def _show(self, parameter: str, like: str) -> None:
+        self.store = Twice(self.store, parameter, names_in_model(self.model, self.store.names)[like])
 
     def unload(self, prefix: str) -> None:
         """Send the parameters below ``prefix`` back to the meta device."""
@@ -329,6 +341,13 @@ def refuse_unread(model: nn.Module, folder: Path) -> None:
             f"{folder}: transformers merges weights of {type(model).__name__} while loading ({name}) into a module of "
             "experts that nearplane cannot take apart."
         )
+
+
+def without_tie(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that ties no head to an embedding, in its text part neither."""
+    text = config.get("text_config")
+    inner = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def finite(value: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -115,6 +115,9 @@ class Job:
     override: tuple[Override, ...] = ()
     """Another grid where REGEX is found in a linear's name: bits, group_size, sym or fit. Repeatable; the last one wins.
     As 'down_proj=bits=8,group_size=64'."""
+    head_bits: int | None = None
+    """Quantize the output head, too, with so many bits. A head that shares the input embedding's weight gets a tensor of its
+    own. --override 'lm_head=bits=8,group_size=32' does the same with any grid."""
     ignore: tuple[str, ...] = ()
     """Leave dense the linears in whose names REGEX is found. Repeatable."""
     towers: tuple[str, ...] = ()
@@ -152,6 +155,8 @@ class Job:
             compiled("ignore", pattern)
         if not all(isinstance(word, str) and word for word in self.towers):
             raise SettingError(f"towers are names, such as text or vision; got {list(self.towers)}.")
+        if self.head_bits is not None and (type(self.head_bits) is not int or not 2 <= self.head_bits <= 8):
+            raise SettingError(f"head_bits must be a whole number from 2 to 8; got {self.head_bits!r}.")
         if self.budget is not None and not (isfinite(self.budget) and self.budget > 0):
             raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
         if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):

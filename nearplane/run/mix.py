@@ -50,6 +50,32 @@ def leave_out(
     return kept, ignored
 
 
+def wants_head(job: Job, head: str, linears: Iterable[str]) -> bool:
+    """Tell whether a job quantizes the output head: by ``head_bits``, or by an override that is found in its name alone.
+
+    Args:
+        head: name of the head.
+        linears: names on disk of the blocks' linears.
+
+    Raises:
+        SettingError: the head is both asked for and left out.
+    """
+    named = [some.pattern for some in job.override if re.search(some.pattern, head)]
+    alone = [pattern for pattern in named if not any(re.search(pattern, name) for name in linears)]
+    wanted = job.head_bits is not None or bool(alone)
+    left = next((pattern for pattern in job.ignore if re.search(pattern, head)), None)
+    if wanted and left is not None:
+        asked = "head_bits" if job.head_bits is not None else f"override {alone[0]!r}"
+        raise SettingError(
+            f"{asked} quantizes the output head {head}, and ignore {left!r} leaves it dense; give one of them."
+        )
+    if wanted and job.activations is not None:
+        raise SettingError(
+            f"no engine rounds what goes into an output head; quantize {head} without --act-bits, or not at all."
+        )
+    return wanted
+
+
 def assign(names: Iterable[str], grid: Grid, job: Job) -> tuple[dict[str, Grid], frozenset[str]]:
     """The grid of each linear by its name on disk, and those whose bits an override gives.
 

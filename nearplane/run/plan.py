@@ -5,6 +5,7 @@ told from it. ``complete`` reads what must be read before the walk: the proof of
 tensors that are copied.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from math import prod
@@ -25,15 +26,16 @@ from nearplane.formats.base import conv1d_reason
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
-from nearplane.models.discover import Block, Site, Stage, discover
+from nearplane.models.discover import Block, Site, Stage, discover, head_name
 from nearplane.models.experts import EXPERT, show_all
 from nearplane.models.experts_disk import converts, loading_notes
+from nearplane.models.head import head_block, head_site, untie
 from nearplane.models.inputs import MEDIA, reads
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
-from nearplane.run.job import Job
-from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units
+from nearplane.run.job import Job, Override
+from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units, wants_head
 from nearplane.run.stream import OpenBlock, Place, stream
 
 
@@ -270,6 +272,17 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
             raise
         source.read_weights()
         blocks = discover(source)
+    linears = [source.names[f"{site.name}.weight"].removesuffix(".weight") for b in blocks for site in b.sites]
+    head = head_name(source) or "lm_head"
+    if wants_head(job, head, linears):
+        site = head_site(source)
+        untie(source, site.name)
+        blocks = [*blocks, head_block(blocks, site)]
+        if job.head_bits is not None:
+            own = Override(
+                f"^{re.escape(source.names[f'{site.name}.weight'].removesuffix('.weight'))}$", bits=job.head_bits
+            )
+            job = replace(job, override=(*job.override, own))
     for transform in job.equivalences:
         source = replace(transform.promise(source), promise_of=source.promise_of or source)
     return _settle(source, blocks, job, format, device)

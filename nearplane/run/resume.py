@@ -137,6 +137,8 @@ class Saver:
         if hasattr(plan.method, "damp_percent"):
             settings["damp_percent"] = plan.method.damp_percent
         grids = {site.name: plan.grid_of(site) for site in plan.sites}
+        if "lm_head" in grids:  # GPTQ's field for it
+            settings["lm_head"] = True
         rest = rest_of(source, plan.grid, grids, plan.format, plan.dense, settings)
         report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
         routes = routing(source.model, source.names)

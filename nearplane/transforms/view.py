@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import SettingError
-from nearplane.formats.store import Store
-from nearplane.models.source import Source
+from nearplane.formats.store import Store, Twice
+from nearplane.models.source import Source, without_tie
 from nearplane.transforms.hadamard import Rotation, online, rotation
 from nearplane.transforms.hooks import KEY
 from nearplane.transforms.roles import Anatomy, Norm
@@ -100,7 +100,7 @@ class ChangedSource(Source):
         store = self.store
         while isinstance(store, ChangedStore):
             store = store.original
-        return store
+        return store.store if isinstance(store, Twice) else store
 
     def digest(self, name: str, value: Tensor) -> str:
         """Hash the original tensor: the last digits of a changed one depend on the number of threads."""
@@ -118,11 +118,7 @@ class RotatedSource(ChangedSource):
         """Return config.json for the rotated weights."""
         entry = {**self.settings["rotate"], **({"online": self.online} if self.online else {})}
         raw = {**super().written_config(), KEY: entry}
-        if not self.untied:
-            return raw
-        nested = raw.get("text_config")
-        inner = {"text_config": {**nested, "tie_word_embeddings": False}} if isinstance(nested, dict) else {}
-        return {**raw, **inner, "tie_word_embeddings": False}
+        return without_tie(raw) if self.untied else raw
 
 
 def changed(source: Source, name: str, changes: dict[str, Change], settings: dict[str, Any]) -> ChangedSource:

@@ -201,7 +201,7 @@ def test_damping_by_count() -> None:
     ):
         assert damped(method, stage, moments) is method
     nothing = Moments(torch.zeros(64, 64))
-    assert unseen(nothing) and not unseen([Site("model.layers.0.mlp.up_proj", (8, 64))], nothing)
+    assert unseen(nothing) and not unseen(enough)
     assert not unseen(Moments(torch.zeros(64, 64), dropped=2)) and not unseen(few)
     assert told([]) == [] and expert_lines([]) == []
 
