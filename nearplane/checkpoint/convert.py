@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.checkpoint.export import Rest, Solved, export, left_out
+from nearplane.checkpoint.export import Rest, Solved, export, head_names, left_out
 from nearplane.checkpoint.load import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
@@ -99,7 +99,7 @@ def convert(
     ignore = left_out(model, names, set(modules.values()), matrices)
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
-    settings = _settings(checkpoint, modules)
+    settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
     config = {**_plain(checkpoint.config), "quantization_config": quantization}
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder, trust_remote_code)
@@ -162,11 +162,10 @@ def _exact(name: str, quantized: Quantized, grid: Grid, target: Format) -> Quant
     return quantized._replace(scale=scale)
 
 
-def _settings(checkpoint: Checkpoint, modules: dict[str, str]) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Give settings for the new configuration: who wrote it, from what, and what the old one records of the run."""
     known = checkpoint.reader.run_settings(checkpoint.quantization or {}) if checkpoint.reader else {}
-    head = {"lm_head": True} if "lm_head" in modules.values() else {}
-    return {"version": environment()["nearplane"], "converted_from": checkpoint.format, **known, **head}
+    return {"version": environment()["nearplane"], "converted_from": checkpoint.format, **known}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nearplane.formats.base import ONLINE_ONLY_HERE, ONLY_HERE, tail_reason
 from nearplane.formats.read import Checkpoint
 from nearplane.models.experts import EXPERT, experts_of
 from nearplane.models.experts_disk import converts, merges_experts, names_in_model
-from nearplane.models.inputs import is_causal
+from nearplane.models.inputs import is_causal, output_head
 from nearplane.transforms.hooks import turned_linears
 
 ENGINES: tuple[str, ...] = ("vllm", "sglang", "transformers")
@@ -66,6 +66,8 @@ class Model:
     """Whether transformers takes these experts apart itself."""
     zeros: bool = False
     """Whether some of these experts are asymmetric."""
+    head: bool = False
+    """Whether the output head is quantized."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def verdict(engine: str, checkpoint: Described) -> Verdict:
     if checkpoint.model is not None:
         refusals.append(_model_refusal(engine, format, checkpoint.model))
         caveats.append(_model_caveat(engine, checkpoint.model) if format == COMPRESSED else None)
+        caveats.append(_head(engine, format) if checkpoint.model.head else None)
     kept = (tuple(dict.fromkeys(filter(None, sentences))) for sentences in (refusals, caveats))
     return Verdict(*kept)
 
@@ -180,6 +183,7 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid]) -> Model:
         experts=bool(experts),
         scaled=all(module.layout.scaled for module in experts),
         zeros=not all(grid.sym for grid in found.values()),
+        head=any(model.get_submodule(name) is output_head(model) for name in layers),
     )
 
 
@@ -237,6 +241,13 @@ def _several(engine: str, format: str) -> str | None:
             "load this one, whose dynamic rules name several, with the package gptqmodel itself"
         )
     return f"{TITLES[engine]} takes several grids from GPTQ's dynamic rules, which nothing here has tried"
+
+
+def _head(engine: str, format: str) -> str | None:
+    """Tell what to know of a quantized output head. vLLM 0.32 ran one of 4 bits on a CPU, in both formats."""
+    if engine == "vllm" or (engine == "transformers" and format == COMPRESSED):
+        return None
+    return f"whether {TITLES[engine]} loads a quantized output head was not tried"
 
 
 def _kernels(engine: str, format: str, grid: Grid) -> str | None:

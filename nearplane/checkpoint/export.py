@@ -20,7 +20,7 @@ from nearplane.formats.parts import Writer
 from nearplane.formats.store import REPORT
 from nearplane.models.experts import routers
 from nearplane.models.experts_disk import copied, unowned
-from nearplane.models.inputs import bare_linears, is_causal
+from nearplane.models.inputs import bare_linears, is_causal, output_head
 from nearplane.models.source import Source
 from nearplane.models.towers import linears_besides
 
@@ -143,6 +143,18 @@ def _in_dtype(config: dict[str, Any], dtype: torch.dtype, *, every: bool) -> dic
         if isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"} and (every or key == "text_config"):
             result[key] = _in_dtype(part, dtype, every=every)
     return result | {"dtype": name}
+
+
+def head_names(model: nn.Module, quantized: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name a quantized output head, as a setting of formats; empty where the head stays dense.
+
+    Args:
+        model: its skeleton.
+        quantized: names on disk of the quantized linears, by their names in the model.
+    """
+    head = output_head(model)
+    name = next((name for name in quantized if model.get_submodule(name) is head), None)
+    return {} if name is None else {"lm_head": sorted({name, quantized[name]})}
 
 
 def left_out(

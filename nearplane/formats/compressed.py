@@ -108,10 +108,11 @@ class CompressedTensors(Format):
         """Write one group for all linears, or for several grids one group each, which names its modules.
 
         None of several may target the class: vLLM asks for a fused module's class before it asks for the names of its
-        parts. The library refuses keys it does not know, so ``settings`` stay out.
+        parts. The library refuses keys it does not know, so ``settings`` stay out. A quantized output head is named, because
+        vLLM's class of it is no linear's.
         """
-        groups = by_grid(grid, grids)
-        described = [_group(some, names or ["Linear"], self.activations, self.online) for some, names in groups.items()]
+        groups, every = by_grid(grid, grids), ["Linear", *settings.get("lm_head", ())]
+        described = [_group(some, names or every, self.activations, self.online) for some, names in groups.items()]
         return {
             "quant_method": "compressed-tensors",
             "version": LAYOUT_VERSION,

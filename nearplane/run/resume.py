@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nearplane.checkpoint.engines import verdicts
-from nearplane.checkpoint.export import export, rest_of, routing
+from nearplane.checkpoint.export import export, head_names, rest_of, routing
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.formats.parts import Part, Writer
@@ -137,8 +137,7 @@ class Saver:
         if hasattr(plan.method, "damp_percent"):
             settings["damp_percent"] = plan.method.damp_percent
         grids = {site.name: plan.grid_of(site) for site in plan.sites}
-        if "lm_head" in grids:  # GPTQ's field for it
-            settings["lm_head"] = True
+        settings |= head_names(source.model, {site: plan.disk_name(site) for site in grids})
         rest = rest_of(source, plan.grid, grids, plan.format, plan.dense, settings)
         report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
         routes = routing(source.model, source.names)

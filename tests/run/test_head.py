@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 import nearplane
+from nearplane.checkpoint.engines import ENGINES, described, verdict
 from nearplane.core.errors import SettingError
 from nearplane.data.text import Calibration
 from nearplane.formats.read import open_checkpoint
@@ -79,11 +81,30 @@ def test_a_head_is_resumed_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         nearplane.quantize(model, tmp_path / "out", **settings(tmp_path, head_bits=8))
     monkeypatch.undo()
-    with pytest.raises(SettingError, match="override was .*lm_head"):
+    with pytest.raises(SettingError, match=r"override was .*lm_head"):
         nearplane.quantize(model, tmp_path / "out", **settings(tmp_path, resume=True))
     nearplane.quantize(model, tmp_path / "out", **settings(tmp_path, head_bits=8, resume=True))
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_transformers_and_vllm_find_the_head(mixed: bool, tmp_path: Path) -> None:
+    """vLLM's class of a head is no linear's, so that a group must name it; transformers then multiplies the same."""
+    model = tiny.with_text(tmp_path, tie_word_embeddings=True)
+    head = {"head_bits": 8} if mixed else {"override": ("lm_head=bits=4",)}
+    nearplane.quantize(model, tmp_path / "out", **settings(tmp_path, **head))
+    groups = open_checkpoint(tmp_path / "out").config["quantization_config"]["config_groups"].values()
+    assert sum("lm_head" in group["targets"] for group in groups) == 1
+    assert any("Linear" in group["targets"] for group in groups) != mixed
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found, wanted = theirs(ids).logits, nearplane.load(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    judged = {engine: verdict(engine, described(open_checkpoint(tmp_path / "out"), theirs)) for engine in ENGINES}
+    assert not any(found.refusals for found in judged.values())
+    assert "output head was not tried" in str(judged["sglang"]) and "head" not in str(judged["vllm"])
 
 
 def test_without_a_request_the_head_stays_dense(tmp_path: Path) -> None:
