@@ -38,7 +38,15 @@ def head_block(blocks: list[Block], site: Site) -> Block:
 
 
 def untie(source: Source, head: str) -> None:
-    """Give a tied head a weight of its own, in place: in the skeleton, in the names, in the written configuration."""
+    """Give a tied head a weight of its own, in place: in the skeleton, in the names, in the written configuration.
+
+    Args:
+        source: the opened model, in sketch mode or not.
+        head: name of the head's module; nothing is done where it has a weight on disk.
+
+    Raises:
+        SettingError: the head has no weight on disk, and no input embedding whose weight it shares.
+    """
     weight, table = f"{head}.weight", embedding_name(source)
     if weight in source.names:
         return
