@@ -2,7 +2,7 @@
 
     python examples/demo.py [OUT]      (default: demo-out)
 
-Calibrates on two thirds of the embedded text (CPython's language reference) and measures perplexity on the rest.
+Calibrates on the embedded text and measures perplexity on its held-out part.
 """
 
 import shutil

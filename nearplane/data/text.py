@@ -1,14 +1,14 @@
 """Turn text into token windows, seeded and hashed.
 
 The text is tokenized once, as a whole, without padding. Calibration takes ``nsamples`` windows of ``seqlen`` tokens at seeded
-random places (as GPTQ does, arXiv 2210.17323); evaluation takes consecutive windows. Without a dataset the text is
-CPython's own language reference (``pydoc_data.topics``), which every interpreter has. Two topics of three are for
-calibration, the third is held out.
+random places (as GPTQ does, arXiv 2210.17323); evaluation takes consecutive windows. Without a dataset the text is the embedded
+one, two files that ship with the package (``data/embedded``): one for calibration, one held out.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +24,9 @@ NAMED = {
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
 }
 Part = Literal["calibration", "evaluation"]
+# The files of the embedded text, and what an origin calls them. A changed file takes the next version: figures name it.
+EMBEDDED_VERSION = 1
+EMBEDDED = {"calibration": ("calibration.txt", "calibration"), "evaluation": ("held_out.txt", "held out")}
 
 
 class Text(NamedTuple):
@@ -162,18 +165,17 @@ def digest(ids: Tensor) -> str:
 
 
 def _embedded(part: Part) -> Text:
-    """Return a part of CPython's language reference."""
-    from pydoc_data.topics import topics
-
-    held_out = part == "evaluation"
-    parts: dict[bool, list[str]] = {False: [], True: []}
-    for i, (_, body) in enumerate(sorted(topics.items())):
-        parts[i % 3 == 2] += body.split("\n\n")
-    # Topics quote each other, so that paragraphs of the calibration part are left out of the other.
-    seen = "\n\n".join(parts[False]) if held_out else ""
-    chosen = [paragraph for paragraph in parts[held_out] if paragraph not in seen]
-    share = "held-out third" if held_out else "two thirds"
-    return Text("\n\n".join(chosen), f"embedded text (CPython's language reference, {share})")
+    """Read a part of the text that ships with the package, equal on every machine."""
+    file, name = EMBEDDED[part]
+    try:
+        content = resources.files("nearplane.data").joinpath("embedded", file).read_bytes()
+    except OSError as error:
+        raise NearplaneError(
+            f"the embedded text nearplane/data/embedded/{file} cannot be read ({error.strerror}); "
+            "install nearplane again, or name a text with --dataset."
+        ) from error
+    short = hashlib.sha256(content).hexdigest()[:8]
+    return Text(content.decode("utf-8"), f"embedded text v{EMBEDDED_VERSION} ({name}, sha256 {short})")
 
 
 def _from_file(path: Path) -> Text:

@@ -1,14 +1,17 @@
 """Text to token windows: seeded, hashed, and clear about what is missing."""
 
 import builtins
+import hashlib
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import nearplane
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.data.text import Calibration, digest, read_text, tokenize
+from nearplane.data.text import EMBEDDED, EMBEDDED_VERSION, Calibration, Part, digest, read_text, sentences, tokenize
 
 
 class Bytes:
@@ -41,13 +44,70 @@ def test_a_text_of_exactly_one_window() -> None:
     assert Calibration(nsamples=3, seqlen=n + 1).load(Bytes(), longest=64).ids.shape == (3, 64)
 
 
-def test_embedded_parts_are_disjoint_and_large() -> None:
-    calibration, held_out = read_text(None, "calibration"), read_text(None, "evaluation")
-    assert len(calibration.content) > 200_000 and len(held_out.content) > 100_000
-    paragraphs = {p for p in held_out.content.split("\n\n") if len(p) > 200}
-    # Topics of the language reference quote each other: those paragraphs belong to calibration only.
-    assert len(paragraphs) > 50 and not [p for p in paragraphs if p in calibration.content]
-    assert "embedded" in calibration.origin and "embedded" in held_out.origin
+# Version -> SHA-256 of both parts. Another text is another version: every figure measured on it says which.
+SUMS = {
+    1: {
+        "calibration": "8c23ab2b5b7d987f5736c86907bf5e8fad05782b9a4770886bcf642db0fc1976",
+        "evaluation": "7928918695fece719518628935ac55160ee4aaaccdec33f75b8f22e15ab7c7a5",
+    }
+}
+PARTS: tuple[Part, Part] = ("calibration", "evaluation")
+
+
+def test_embedded_text_is_that_of_its_version() -> None:
+    for part, name in zip(PARTS, ("calibration", "held out"), strict=True):
+        text = read_text(None, part)
+        found = hashlib.sha256(text.content.encode()).hexdigest()
+        assert found == SUMS[EMBEDDED_VERSION][part], "a changed text takes the next EMBEDDED_VERSION"
+        assert text.origin == f"embedded text v{EMBEDDED_VERSION} ({name}, sha256 {found[:8]})"
+        assert read_text("embedded", part) == text
+
+
+def test_embedded_parts_share_no_paragraph_and_no_line_of_prose() -> None:
+    calibration, held_out = (read_text(None, part).content for part in PARTS)
+    assert len(calibration.encode()) > 150_000 and len(held_out.encode()) > 70_000
+    paragraphs = [p.strip() for p in held_out.split("\n\n") if p.strip()]
+    assert len(paragraphs) > 300 and len(set(paragraphs)) == len(paragraphs)
+    known = {p.strip() for p in calibration.split("\n\n")}
+    assert not [p for p in paragraphs if p in known or (len(p) > 40 and p in calibration)]
+    assert not [line for line in held_out.splitlines() if len(line.strip()) > 50 and line.strip() in calibration]
+
+
+def test_embedded_parts_are_mixed() -> None:
+    """Few windows of the held-out part, which are its first, see all kinds; so does each third of the calibration part."""
+    calibration, held_out = (read_text(None, part).content for part in PARTS)
+    signs = ("User: ", "```python", "def ", "## ", " the ", " und ", "。", "\n| ")
+    assert not [sign for sign in signs if sign not in held_out[: len(held_out) // 4]]
+    length = len(calibration) // 3
+    for third in (calibration[:length], calibration[length : 2 * length], calibration[2 * length :]):
+        assert not [sign for sign in ("User: ", "```", "def ", "## ", " the ", " und ", "。") if sign not in third]
+
+
+def test_embedded_text_makes_sentences() -> None:
+    class Tokenizer(Bytes):
+        pad_token_id = 0
+
+        def __call__(self, text: str, max_length: int = 0, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": list(text.encode())[:max_length]}
+
+    ids, mask, origin = sentences(Calibration(nsamples=512, seqlen=64), Tokenizer(), None)
+    assert ids.shape == mask.shape == (512, 64) and int(mask.sum(1).min()) >= 1
+    assert float((mask.sum(1) == 64).float().mean()) > 0.5  # most paragraphs are longer than a few words
+    assert origin == read_text(None, "calibration").origin
+
+
+def test_the_wheel_holds_the_embedded_text() -> None:
+    root = Path(nearplane.__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["nearplane"]
+    held = {path for pattern in data for path in (root / "nearplane").glob(pattern)}
+    assert {root / "nearplane/data/embedded" / file for file, _ in EMBEDDED.values()} <= held
+    assert root / "nearplane/data/embedded/README.md" in held  # its licence
+
+
+def test_a_package_without_its_text_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EMBEDDED, "evaluation", ("gone.txt", "held out"))
+    with pytest.raises(NearplaneError, match=r"embedded/gone\.txt cannot be read .*install nearplane again"):
+        read_text(None, "evaluation")
 
 
 def test_jsonl(tmp_path: Path) -> None:
