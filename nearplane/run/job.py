@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, plain_numbers
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
@@ -45,6 +45,7 @@ class Override:
     fit: Fit | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         compiled("override", self.pattern)
         if not self.fields:
             raise SettingError(f"override {self.pattern!r} changes nothing; give it {', '.join(OVERRIDDEN)}.")
@@ -147,6 +148,7 @@ class Job:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_method(self.method)
         for pattern in self.ignore:
             compiled("ignore", pattern)
