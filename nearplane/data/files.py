@@ -44,10 +44,11 @@ MAGIC = {
 }
 
 
-def is_file_name(path: Path) -> bool:
-    """Whether a name means a file, to judge by its ending, although no such file exists."""
+def is_file_name(name: str) -> bool:
+    """Whether a name means a file, to judge by its form, although no such file exists."""
+    path = Path(name)
     known = (*JSON, *LINES, *PARQUET, *TABLES, *PACKED, *RAW, ".arrow", ".zip", ".zst", ".yaml", ".yml")
-    return path.suffix.lower() in known or path.is_absolute() or str(path)[:1] in "~." or len(path.parts) > 2
+    return path.suffix.lower() in known or path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2
 
 
 def read_file(path: Path, column: str | None = None, split: str | None = None) -> str | Iterator[Row]:

@@ -91,15 +91,19 @@ def documents(rows: Iterable[Row], name: str, column: str | None, tokenizer: Any
         if isinstance(row, Mapping):
             chosen = pick(list(row), chosen, place)
             value, mask = row[chosen], row.get("attention_mask")
-        place = f"{place}: {chosen}" if isinstance(row, Mapping) else f"{place}: it"
-        if isinstance(value, str):
+        place = f"{place}: {chosen}" if isinstance(row, Mapping) else place
+        spoken, numbers = chosen in COLUMNS[2:], chosen == COLUMNS[0]
+        if isinstance(value, str) and not (spoken or numbers):
             texts.append(_encodable(value, place))
         elif _is_list(value) and len(value) > 0 and isinstance(value[0], Mapping):
             texts.append(_encodable(_conversation(value, tokenizer, place, name), place))
-        elif _is_list(value) and chosen not in ("text", *COLUMNS[2:]):
+        elif _is_list(value) and chosen != COLUMNS[1] and not spoken:
             ids.append(_token_ids(value, mask, place))
         else:
-            raise NearplaneError(f"{place} is {_shown(value)}, not a text; mend that row, or choose another column.")
+            wanted = "conversation" if spoken else "list of token ids" if numbers else "text"
+            raise NearplaneError(
+                f"{place} is {_shown(value)}, not a {wanted}; mend that row, or choose another column."
+            )
     if texts and ids:
         raise NearplaneError(f"{name}: some rows are texts, others are token ids; give rows of one kind.")
     if not texts and not ids:
@@ -257,7 +261,7 @@ def _vector(value: Any, place: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
     if found.size == 0:
         return np.zeros(0, np.int64)
     if found.ndim != 1 or found.dtype.kind not in "iu" + "b" * place.endswith("attention_mask") or found.min() < 0:
-        raise NearplaneError(f"{place} is {_shown(value)}, not a text and no vector of token ids.")
+        raise NearplaneError(f"{place} is {_shown(value)}, not a text and not a vector of token ids.")
     return found.astype(np.int64)
 
 
@@ -314,4 +318,6 @@ def _shown(value: Any) -> str:
         return f"the number {value}" if not isinstance(value, bool) else str(value).lower()
     if isinstance(value, list | tuple) and not value:
         return "an empty list"
-    return "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a text" if isinstance(value, str) else f"a {type(value).__name__}"

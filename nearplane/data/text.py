@@ -246,7 +246,7 @@ def read_text(
         NearplaneError: the text cannot be read.
     """
     dataset = check(dataset)
-    if dataset is None or dataset == "embedded":
+    if dataset is None or (isinstance(dataset, str) and dataset == "embedded"):
         for what, name in (("split", split), ("column", column)):
             if name is not None:
                 raise SettingError(f"the embedded text has no {what}s, so there is no {what} {name!r}; give --dataset.")
@@ -265,7 +265,7 @@ def read_text(
             return Text(found, str(path))
         chosen = f" ({split})" if split else ""
         return _joined(documents(found, f"dataset file {path}", column, tokenizer), f"{path}{chosen}")
-    if is_file_name(path):
+    if is_file_name(dataset):
         raise NearplaneError(f"dataset file {dataset} does not exist.")
     return _from_hub(dataset, part, tokenizer, split, column)
 
@@ -345,7 +345,8 @@ JOINT = "\n\n"
 def _joined(found: Documents, origin: str) -> Text:
     """Join rows to one text."""
     rows = len(found.texts) or len(found.ids)
-    return Text(JOINT.join(found.texts), f"{origin}, {rows} rows of {found.column}", found.texts, found.ids)
+    counted = f"{rows} row{'s' * (rows != 1)} of {found.column}"
+    return Text(JOINT.join(found.texts), f"{origin}, {counted}", found.texts, found.ids)
 
 
 def _held(dataset: Any, found: Documents, split: str | None) -> Text:

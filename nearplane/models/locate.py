@@ -39,7 +39,7 @@ def refuse_loaded(model: Any) -> None:
 def given_path(name: str, value: Any) -> Path:
     """Return a path that a user gives. SettingError, with the setting's ``name``, for anything that is none."""
     if not isinstance(value, str | os.PathLike):
-        raise SettingError(f"{name} must be a path; got a {type(value).__name__}.")
+        raise SettingError(f"{name} must be a path; got {str(value)[:80]}.")
     return Path(value)
 
 

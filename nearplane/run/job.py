@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.errors import SettingError, plain_numbers
+from nearplane.core.errors import SettingError, plain, plain_numbers
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
@@ -186,7 +186,7 @@ class Job:
             SettingError: an unknown name, with the nearest known one; or a value that has no meaning.
         """
         job = job or cls()
-        given = _canonical({**(settings or {}), **more})
+        given = {name: plain(value) for name, value in _canonical({**(settings or {}), **more}).items()}
         method = _method(given.pop("method", None), job.method)
         parts: dict[str, Any] = {"method": method, "grid": given.pop("grid", None) or job.grid}
         parts["calibration"] = given.pop("calibration", None) or job.calibration
