@@ -14,16 +14,17 @@ from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.cli.terminal import Terminal
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.data.rows import Rows
 from nearplane.evaluation.generation import Generation, threads_set
 from nearplane.evaluation.generation import generate as generate_text
-from nearplane.evaluation.perplexity import Evaluation
+from nearplane.evaluation.perplexity import Evaluation, check_windows
 from nearplane.evaluation.perplexity import evaluate as evaluate_model
 from nearplane.evaluation.speed import bench
 from nearplane.formats.parts import Writer
 from nearplane.machine.devices import give_memory_back
 from nearplane.machine.ranks import Ranks, together
 from nearplane.machine.signals import Stop, stoppable
-from nearplane.models.locate import locate
+from nearplane.models.locate import given_path, locate, refuse_loaded
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
 from nearplane.run.estimate import refuse
@@ -73,7 +74,8 @@ def quantize(
     Example:
         >>> nearplane.quantize("demo", "out", bits=3, group_size=64, sym=False, nsamples=16)  # doctest: +SKIP
     """
-    job, out = Job.of(job, settings), Path(out)
+    refuse_loaded(model)
+    job, out = Job.of(job, settings), given_path("out", out)
     give_memory_back()
     with together(job.device) as ranks, show or Terminal(silent=not progress) as told:
         told.silent = told.silent or ranks.rank > 0
@@ -82,6 +84,7 @@ def quantize(
             plan = draft(model, replace(job, device=ranks.device), reads=True)  # opened once; no weight is read
             if not job.force:
                 refuse(plan, out, job.offload, ranks)
+            _ = plan.settings  # refused here where report.json cannot hold one of them
             plan = complete(plan)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
         report.events += plan.warnings()
@@ -172,9 +175,12 @@ def load(path: str | Path, **settings: Any) -> nn.Module:
 def evaluate(
     model: str | Path,
     *,
-    dataset: str | None = None,
+    dataset: str | Path | Rows | None = None,
+    dataset_split: str | None = None,
+    dataset_column: str | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
+    bos: bool = True,
     reference: str | Path | None = None,
     kv_bits: int = 16,
     progress: bool = False,
@@ -186,9 +192,13 @@ def evaluate(
 
     Args:
         model: a transformers folder, a hub id, or "demo".
-        dataset: a text file or dataset name; none: the held-out part of the embedded text.
+        dataset: a file or dataset name, or rows in memory as ``Calibration`` takes them; none: the held-out part of the
+            embedded text.
+        dataset_split: split of the dataset; none: test or validation, where it has splits.
+        dataset_column: column of the dataset's rows; none: the first known one.
         seqlen: tokens per window, cut to the model's own limit.
         windows: at most so many windows.
+        bos: begin each window with the tokens that the tokenizer puts before a text, where it does so; they are not scored.
         reference: the original model.
         kv_bits: round keys and values to so many bits, 2 to 8, in this evaluation; 16: not at all.
         progress: show a bar.
@@ -200,15 +210,16 @@ def evaluate(
     Raises:
         NearplaneError: a model or text that cannot be measured, in one sentence.
     """
-    if seqlen < 2 or (windows is not None and windows < 1):
-        raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
+    check_windows(seqlen, windows)
+    for some in (model, reference):
+        refuse_loaded(some)
     chosen = LoadSettings.of(settings)
     loaded = load_model(model, chosen)
     original = None if reference is None else load_model(reference, chosen.of_original())
     tokenizer = load_tokenizer(locate(model), trust_remote_code=chosen.trust_remote_code)
     return evaluate_model(
-        loaded, tokenizer, dataset=dataset, seqlen=seqlen, windows=windows, reference=original, kv_bits=kv_bits,
-        progress=progress,
+        loaded, tokenizer, dataset=dataset, dataset_split=dataset_split, dataset_column=dataset_column, seqlen=seqlen,
+        windows=windows, bos=bos, reference=original, kv_bits=kv_bits, progress=progress,
     )  # fmt: skip
 
 

@@ -120,6 +120,22 @@ def save(model: Any, folder: Path) -> Path:
     return folder
 
 
+def marking(folder: Path, first: str = "<s>", last: str = "</s>", template: str | None = None) -> Path:
+    """Let the tokenizer in a folder put BOS, token 1, before each text and EOS, token 2, behind it; an empty word: none."""
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    marks = [(word, number) for word, number in ((first, 1), (last, 2)) if word]
+    words = {word: i for word, i in words.items() if i not in dict(marks).values()} | dict(marks)
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    shape = f"{first} $A {last}".strip()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=shape, special_tokens=marks)
+    names = {key: word for key, word in (("bos_token", first), ("eos_token", last)) if word}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return folder
+
+
 def with_text(folder: Path, words: int = 2000, **settings: Any) -> Path:
     """A Llama in ``folder/model``, and beside it ``text.txt`` to calibrate on."""
     (folder / "text.txt").write_text(text(words))

@@ -28,7 +28,7 @@ from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.experts_disk import names_in_model, split_names
-from nearplane.models.locate import locate
+from nearplane.models.locate import given_path, locate, refuse_loaded
 from nearplane.models.source import open_skeleton
 from nearplane.transforms.hooks import turned_linears
 
@@ -83,7 +83,8 @@ def convert(
         NearplaneError: before anything is written, for what the format cannot hold exactly, with the layer's name and
             the reason.
     """
-    target, writer = pick_format(format), Writer(Path(out))
+    refuse_loaded(path)
+    target, writer = pick_format(format), Writer(given_path("out", out))
     folder = locate(path, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder, formats=formats)
     if checkpoint.format is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.activations import TokenGrid, round_tokens
-from nearplane.core.errors import NearplaneError, NumericalError, SettingError
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError, plain_numbers
 from nearplane.core.moments import all_finite
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import again
@@ -59,6 +59,7 @@ class LoadSettings:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         pick_dtype(self.dtype)
         cpu.check(self.arithmetic)
         for name in ("packed", "trust_remote_code"):

@@ -8,6 +8,8 @@ from typing import Any
 from nearplane.core.errors import SettingError
 from nearplane.machine.progress import printed
 
+# Options that both kinds of measurement take under one name.
+SHARED = ("dataset", "dataset_split", "dataset_column", "windows", "bos", "reference")
 SETTINGS = {"nearplane.checkpoint.load:LoadSettings": None}
 
 
@@ -22,8 +24,12 @@ class Options:
     model: str
     """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
     dataset: str | None = None
-    """Text file or dataset name; none: the held-out part of the embedded text. A folder of images or recordings for a model
-    that reads such."""
+    """File of texts or dataset name, as quantize takes it; none: the held-out part of the embedded text. A folder of images
+    or recordings for a model that reads such."""
+    dataset_split: str | None = None
+    """Split of the dataset; none: test or validation, where a dataset has splits."""
+    dataset_column: str | None = None
+    """Column of the dataset's rows; none: input_ids, text, messages or conversations, the first that there is."""
     labels: Path | None = None
     """A folder of images for each class (or such folders in train and test): top-1 accuracy, of the model's classifier head
     if it knows the classes, else of a linear probe on frozen features."""
@@ -31,6 +37,9 @@ class Options:
     """Tokens per window, cut to the model's own limit; none: 2048, or 512 for models that are no decoders."""
     windows: int | None = None
     """Read only this many windows, or files."""
+    bos: bool = True
+    """Begin each window with the tokens that the tokenizer puts before a text, such as BOS, where it does so; these are not
+    scored."""
     reference: str | None = None
     """The original model, to compare with."""
     kv_bits: int = 16
@@ -43,7 +52,7 @@ def run(options: Options, settings: dict[str, Any]) -> int:
     """Measure a model by what it is for, and print the result with its protocol."""
     from nearplane.evaluation.compare import compare, is_language_model
 
-    choices = {name: getattr(options, name) for name in ("dataset", "windows", "reference")}
+    choices = {name: getattr(options, name) for name in SHARED}
     result: Any
     if options.labels or not is_language_model(
         options.model, trust_remote_code=settings.get("trust_remote_code", False)

@@ -90,7 +90,7 @@ class Option(Field):
         """Read a word. SettingError, saying what the option takes, for one that is no such value."""
         if word in self.kind.choices:
             return word
-        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Path": Path, "str": str}
+        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "Path": Path}
         for name, read in readers.items():
             if name in self.kind.types:
                 try:

@@ -204,7 +204,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
     lines += [f"ignore {pattern!r}: left dense" for pattern in settings.get("ignore", ())]
     lines += choice_table(settings) if verbose else _choices(settings)
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "seqlen" in data else ""
-    lines.append(f"calibration {data['origin']}{amount}")
+    begun = f", each begins with {data['opening']}" if data.get("opening") else ""
+    lines.append(f"calibration {data['origin']}{amount}{begun}")
     lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
     if "windows" in data:
         lines.append("a block's line: error, the mean of its linears' ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")

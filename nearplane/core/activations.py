@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, plain_numbers
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TokenGrid:
     """Share of the token's range that is kept, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise SettingError(f"act_bits and kv_bits are 2 to 8 (16 leaves activations alone); got {self.bits!r}.")
         if not isinstance(self.sym, bool):

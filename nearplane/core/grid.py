@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from nearplane.core.errors import NumericalError, SettingError
+from nearplane.core.errors import NumericalError, SettingError, plain_numbers
 from nearplane.core.levels import FP4, NF4, Levels, Uniform
 from nearplane.core.scales import PowerOfTwo, Scales, Stored
 from nearplane.core.scales import ScaleDtype as ScaleDtype  # noqa: PLC0414 - others import it from here
@@ -79,6 +79,7 @@ class Grid:
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.bits != "ternary" and (not isinstance(self.bits, int) or not 2 <= self.bits <= 8):
             raise SettingError(f"bits must be 2 to 8, or ternary; got {self.bits!r}.")
         if type(self.group_size) is not int or not isinstance(self.sym, bool):

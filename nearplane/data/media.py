@@ -197,7 +197,7 @@ def some_files(calibration: Calibration, endings: tuple[str, ...], what: str) ->
     """
     if calibration.dataset is None:
         raise SettingError(f"this model reads {what}, of which none come with nearplane; give --dataset FOLDER.")
-    files = files_below(Path(calibration.dataset).expanduser(), endings, what)
+    files = files_below(Path(str(calibration.dataset)).expanduser(), endings, what)
     generator = torch.Generator().manual_seed(calibration.seed)
     order = torch.randperm(len(files), generator=generator)[: calibration.nsamples]
     return [files[i] for i in sorted(order.tolist())]

@@ -30,7 +30,8 @@ from nearplane.data.media import (
     waveforms,
     waves,
 )
-from nearplane.data.text import Calibration, digest, read_text, sentences, tokenize
+from nearplane.data.rows import Rows
+from nearplane.data.text import Calibration, consecutive, read_text, spelled
 from nearplane.models import inputs
 from nearplane.models.inputs import AUDIO, DECODER, IMAGES, MEDIA, TEXT, WAVES
 from nearplane.models.source import Source, load_tokenizer
@@ -75,6 +76,8 @@ def gather(source: Source, calibration: Calibration) -> Samples:
     model, wanted = source.model, inputs.reads(source.model)
     if calibration.sentences and wanted != (TEXT,):
         raise SettingError(f"sentences are for models that read text only; this one reads {', '.join(wanted)}.")
+    if MEDIA & set(wanted):
+        refuse_of_text(calibration.dataset, calibration.dataset_split, calibration.dataset_column)
     batch: Batch = {}
     data: dict[str, Any] = {}
     notes: list[str] = []
@@ -88,6 +91,7 @@ def gather(source: Source, calibration: Calibration) -> Samples:
         count = len(next(iter(batch.values()))) if batch else calibration.nsamples
         text = _text(source, calibration, count, bool(batch))
         data = {**data, "text": text.data} if batch else text.data
+        notes += text.notes
         batch = text.arguments | batch
         if DECODER in wanted:
             batch = _decoded(model, batch, keep=TEXT in wanted)
@@ -95,7 +99,15 @@ def gather(source: Source, calibration: Calibration) -> Samples:
 
 
 def held_out(
-    owner: Owner, model: nn.Module, dataset: str | None, seqlen: int, windows: int | None
+    owner: Owner,
+    model: nn.Module,
+    dataset: str | Path | Rows | None,
+    seqlen: int,
+    windows: int | None,
+    *,
+    dataset_split: str | None = None,
+    dataset_column: str | None = None,
+    bos: bool = True,
 ) -> tuple[Batch, str]:
     """Gather the samples that an encoder or a vision model is measured on.
 
@@ -105,6 +117,9 @@ def held_out(
         dataset: a folder of images or recordings, all of which are used in order; or a text. None: the embedded text.
         seqlen: tokens per window of text, at most the model's positions.
         windows: the most windows of text, or files; None: all.
+        dataset_split: split of a text dataset.
+        dataset_column: column of a text dataset.
+        bos: begin each window with the tokens that the tokenizer puts before a text.
 
     Returns:
         Arguments of the forward on the CPU, and their origin in words.
@@ -114,38 +129,50 @@ def held_out(
         NearplaneError: the dataset cannot be read or is too short.
     """
     wanted = inputs.reads(model)
-    batch: Batch = {}
-    origin = ""
-    if MEDIA & set(wanted):
-        if dataset is None:
-            raise SettingError("this model reads images or recordings; give --dataset FOLDER to measure it on.")
-        if IMAGES in wanted:
-            batch[IMAGES] = pixel_values(
-                owner, files_below(Path(dataset).expanduser(), IMAGE_FILES, "images")[:windows]
-            )[0]
-        if AUDIO in wanted:
-            batch[AUDIO] = features(owner, files_below(Path(dataset).expanduser(), AUDIO_FILES, RECORDINGS)[:windows])[
-                0
-            ]
-        if WAVES in wanted:
-            batch[WAVES] = waveforms(
-                owner, files_below(Path(dataset).expanduser(), WAVE_FILES, "recordings")[:windows]
-            )[0]
-        origin, windows = dataset, len(next(iter(batch.values())))
+    batch, origin = _media(owner, wanted, dataset, windows)
+    if batch:
+        refuse_of_text(dataset, dataset_split, dataset_column)
+        windows = len(next(iter(batch.values())))
     if {TEXT, DECODER} & set(wanted):
-        text = read_text(None if batch else dataset, "evaluation")
         tokenizer = load_tokenizer(owner.folder, trust_remote_code=owner.trust_remote_code)
-        ids, seqlen = tokenize(tokenizer, text), min(seqlen, longest_input(model) or seqlen)
-        count = min(len(ids) // seqlen, windows or len(ids))
-        if count == 0:
-            raise NearplaneError(f"text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}.")
+        given = None if batch else dataset
+        text = read_text(given, "evaluation", tokenizer, split=dataset_split, column=dataset_column)
+        ids, opening = consecutive(tokenizer, text, min(seqlen, longest_input(model) or seqlen), windows, bos=bos)
         check_vocabulary(ids, model)
-        batch = {name: value[:count] for name, value in batch.items()}
-        batch[TEXT] = ids[: count * seqlen].view(count, seqlen)
-        origin = f"{origin} and {text.origin}".removeprefix(" and ")
+        batch = {name: value[: len(ids)] for name, value in batch.items()} | {TEXT: ids}
+        begun = f", each window begins with {spelled(tokenizer, opening)}" if bos and opening else ""
+        origin = f"{origin} and {text.origin}{begun}".removeprefix(" and ")
         if DECODER in wanted:
             batch = _decoded(model, batch, keep=TEXT in wanted)
     return batch, origin
+
+
+def _media(
+    owner: Owner, wanted: tuple[str, ...], dataset: str | Path | Rows | None, most: int | None
+) -> tuple[Batch, str]:
+    """Read the images and recordings of a folder, at most ``most``, for a model that reads such; else nothing."""
+    readers: dict[str, tuple[tuple[str, ...], str, Any]] = {
+        IMAGES: (IMAGE_FILES, "images", pixel_values), AUDIO: (AUDIO_FILES, RECORDINGS, features),
+        WAVES: (WAVE_FILES, "recordings", waveforms),
+    }  # fmt: skip
+    if MEDIA & set(wanted) and not isinstance(dataset, str | Path):
+        raise SettingError("this model reads images or recordings; give --dataset FOLDER to measure it on.")
+    batch: Batch = {}
+    for name in (name for name in readers if name in wanted):
+        endings, what, read = readers[name]
+        batch[name] = read(owner, files_below(Path(str(dataset)).expanduser(), endings, what)[:most])[0]
+    return batch, str(dataset) if batch else ""
+
+
+def refuse_of_text(dataset: str | Path | Rows | None, split: str | None, column: str | None) -> None:
+    """Raise SettingError for settings of a text dataset, given for a model that reads files of a folder."""
+    if dataset is not None and not isinstance(dataset, str | Path):
+        raise SettingError(
+            f"this model reads images or recordings from a folder; dataset is a {type(dataset).__name__}."
+        )
+    for name, value in (("dataset_split", split), ("dataset_column", column)):
+        if value is not None:
+            raise SettingError(f"{name} is for texts; this model reads images or recordings from a folder.")
 
 
 def longest_input(model: nn.Module) -> int | None:
@@ -244,19 +271,18 @@ def positions(shapes: list[tuple[int, ...]], samples: Mapping[str, Tensor]) -> i
 
 def _text(source: Source, calibration: Calibration, count: int, embedded: bool) -> Samples:
     """Gather ``count`` windows of text, or sentences. ``embedded``: read the embedded text, not the dataset."""
-    longest = longest_input(source.model)
-    if calibration.sentences:
-        ids, mask, origin = sentences(calibration, source.tokenizer, longest)
-        check_vocabulary(ids, source.model)
-        size = {"windows": len(ids), "seqlen": ids.shape[1], "tokens": int(mask.sum())}
-        data = {**size, "origin": origin, "sha256": digest(ids * mask)}
-        return Samples({TEXT: ids, "attention_mask": mask}, data)
     adapted = replace(calibration, nsamples=count, dataset=None if embedded else calibration.dataset)
-    tokens = adapted.load(source.tokenizer, longest)
+    tokens = adapted.load(source.tokenizer, longest_input(source.model))
     check_vocabulary(tokens.ids, source.model)
-    windows, seqlen = tokens.ids.shape
-    size = {"windows": windows, "seqlen": seqlen, "tokens": windows * seqlen}
-    return Samples({TEXT: tokens.ids}, size | {k: v for k, v in tokens._asdict().items() if k != "ids"})
+    batch = {TEXT: tokens.ids}
+    if tokens.mask is not None:
+        wanted = inputs.reads(source.model)
+        if wanted != (TEXT,):
+            raise SettingError(
+                f"rows of token ids of different lengths are for models that read text only; this one reads {', '.join(wanted)}."
+            )
+        batch["attention_mask"] = tokens.mask
+    return Samples(batch, tokens.record(), tokens.notes)
 
 
 def _decoded(model: nn.Module, batch: Batch, *, keep: bool) -> Batch:
@@ -266,6 +292,8 @@ def _decoded(model: nn.Module, batch: Batch, *, keep: bool) -> Batch:
     start = next((s for s in (getattr(config, key, None) for key in
                   ("decoder_start_token_id", "bos_token_id", "pad_token_id")) if isinstance(s, int)), 0)  # fmt: skip
     half = max(1, ids.shape[1] // 2)
+    if bool((ids[:, 0] == start).all()):  # the tokenizer puts the start token there itself
+        ids = ids[:, 1:]
     decoder = torch.cat([torch.full((len(ids), 1), start), ids[:, : half - 1]], 1)
     rest = batch if keep else {name: value for name, value in batch.items() if name != TEXT}
     return rest | {DECODER: decoder}

@@ -3,15 +3,19 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.core.errors import SettingError
 from nearplane.data.media import labelled
+from nearplane.data.rows import Rows
 from nearplane.data.samples import held_out
 from nearplane.evaluation.features import Features, classify
 from nearplane.evaluation.features import compare as compare_models
+from nearplane.evaluation.perplexity import check_windows
 from nearplane.machine.progress import say
 from nearplane.models import inputs
-from nearplane.models.locate import locate, read_config
+from nearplane.models.locate import locate, read_config, refuse_loaded
 from nearplane.models.source import open_skeleton
 
 
@@ -27,10 +31,13 @@ def compare(
     model: str | Path,
     *,
     reference: str | Path | None = None,
-    dataset: str | None = None,
+    dataset: str | Path | Rows | None = None,
+    dataset_split: str | None = None,
+    dataset_column: str | None = None,
     labels: str | Path | None = None,
     seqlen: int = 512,
     windows: int | None = None,
+    bos: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> Features:
@@ -39,10 +46,14 @@ def compare(
     Args:
         model: a transformers folder, a hub id, or "demo": an encoder, an encoder-decoder or a vision model.
         reference: its original.
-        dataset: a text, or a folder of images or recordings; none: the held-out part of the embedded text.
+        dataset: a text (a file, a name, or rows in memory as ``Calibration`` takes them), or a folder of images or
+            recordings; none: the held-out part of the embedded text.
+        dataset_split: split of a text dataset.
+        dataset_column: column of a text dataset.
         labels: a folder of images for each class: top-1 accuracy instead, which needs no ``reference``.
         seqlen: tokens per window of text.
         windows: at most so many windows, or files.
+        bos: begin each window with the tokens that the tokenizer puts before a text, where it does so.
         progress: show a bar.
         settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``.
 
@@ -53,12 +64,13 @@ def compare(
         NearplaneError: with one sentence, for a model or inputs that cannot be measured.
     """
     chosen = LoadSettings.of(settings)
+    for some in (model, reference):
+        refuse_loaded(some)
     if reference is None and labels is None:
         raise SettingError(
             "such a model is measured against its original (--reference), or on images of classes (--labels)."
         )
-    if seqlen < 2 or (windows is not None and windows < 1):
-        raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
+    seqlen, windows = check_windows(seqlen, windows)
     trust = chosen.trust_remote_code
     folder = locate(model, trust_remote_code=trust)
     loaded = load_model(model, chosen)
@@ -69,15 +81,22 @@ def compare(
         )
     owner = Folder(folder, read_config(folder, trust_remote_code=trust), trust)
     if labels is not None:
-        if inputs.reads(loaded) != (inputs.IMAGES,):
-            raise SettingError("labels are for models that read images only.")
-        train, test, names, notes = labelled(owner, Path(labels).expanduser())
-        for note in notes:
-            say(f"note: {note}")
-        return classify(loaded, original, train, test, names, str(labels))
+        return _classify(owner, loaded, original, labels)
     assert original is not None
-    samples, origin = held_out(owner, loaded, dataset, seqlen, windows)
+    samples, origin = held_out(
+        owner, loaded, dataset, seqlen, windows, dataset_split=dataset_split, dataset_column=dataset_column, bos=bos
+    )
     return compare_models(loaded, original, samples, origin, progress=progress)
+
+
+def _classify(owner: Folder, model: nn.Module, original: nn.Module | None, labels: str | Path) -> Features:
+    """Measure top-1 accuracy on images of classes."""
+    if inputs.reads(model) != (inputs.IMAGES,):
+        raise SettingError("labels are for models that read images only.")
+    train, test, names, notes = labelled(owner, Path(labels).expanduser())
+    for note in notes:
+        say(f"note: {note}")
+    return classify(model, original, train, test, names, str(labels))
 
 
 def is_language_model(model: str | Path, *, trust_remote_code: bool = False) -> bool:

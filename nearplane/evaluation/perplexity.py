@@ -1,11 +1,15 @@
 """Perplexity, and with a reference model the divergence from it.
 
 Protocol: the whole text is tokenized once and cut into consecutive windows of ``seqlen`` tokens; each window is read on its
-own, its first token is not scored. perplexity = exp(mean negative log-likelihood of the scored tokens).
+own. Where the tokenizer puts BOS before a text, each window begins with BOS, which counts as one of its tokens and is not
+scored; every token of the text is. Otherwise the first token of a window is not scored.
+perplexity = exp(mean negative log-likelihood of the scored tokens).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.errors import NearplaneError, SettingError, plain
+from nearplane.data.rows import Rows
 from nearplane.data.samples import check_vocabulary, longest_input
-from nearplane.data.text import digest, read_text, tokenize
+from nearplane.data.text import consecutive, digest, read_text, spelled
 from nearplane.evaluation.cache import RoundedCache
 from nearplane.machine.progress import track
 from nearplane.models.inputs import refuse_unless_causal
@@ -38,19 +43,26 @@ class Evaluation:
     top1: float | None = None  # share of tokens whose most likely successor agrees
     reference_perplexity: float | None = None
     kv_bits: int = 16
+    opening: str = ""
+    """The tokens that the tokenizer puts before a text, such as BOS."""
+    bos: bool = True
+    """Whether each window begins with ``opening``."""
 
     @property
     def protocol(self) -> str:
         """One line that lets somebody else repeat the measurement."""
-        return (
-            f"{self.dataset}; tokenized once, {self.windows} consecutive windows of {self.seqlen} tokens, "
-            f"first token of each unscored: {self.tokens} tokens scored"
-            + (
-                ""
-                if self.kv_bits == 16
-                else f"; keys and values simulated in {self.kv_bits} bits, which no checkpoint carries"
+        first = "first token of each unscored"
+        if self.opening:
+            first = (
+                f"each begins with {self.opening}, unscored" if self.bos else f"{first}, {self.opening} not put before"
             )
-        )
+        parts = [
+            self.dataset,
+            f"tokenized once, {self.windows} consecutive windows of {self.seqlen} tokens, {first}: {self.tokens} tokens scored",
+        ]
+        if self.kv_bits != 16:
+            parts.append(f"keys and values simulated in {self.kv_bits} bits, which no checkpoint carries")
+        return "; ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the protocol, for JSON."""
@@ -71,9 +83,12 @@ def evaluate(
     model: nn.Module,
     tokenizer: Any,
     *,
-    dataset: str | None = None,
+    dataset: str | Path | Rows | None = None,
+    dataset_split: str | None = None,
+    dataset_column: str | None = None,
     seqlen: int = 2048,
     windows: int | None = None,
+    bos: bool = True,
     reference: nn.Module | None = None,
     compared: int | None = None,
     kv_bits: int = 16,
@@ -83,36 +98,31 @@ def evaluate(
 
     ``windows`` limits how many windows are read, ``compared`` how many of them the reference reads, too: it is half the
     cost. ``kv_bits`` below 16 rounds keys and values of ``model`` as they enter its cache (``cache.py``). ``seqlen`` is cut to
-    the model's own limit of positions.
+    the model's own limit of positions. ``bos`` begins each window with the tokens that the tokenizer puts before a text.
     """
+    (seqlen, windows), kv_bits = check_windows(seqlen, windows), plain(kv_bits)
     if kv_bits != 16:
         TokenGrid(kv_bits)
-    if seqlen < 2 or (windows is not None and windows < 1):
-        raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
     refuse_unless_causal(model, "perplexity")
     seqlen = min(seqlen, longest_input(model) or seqlen)
-    text = read_text(dataset, "evaluation")
-    ids = tokenize(tokenizer, text)
-    count = min(len(ids) // seqlen, windows or len(ids))
-    if count == 0:
-        raise NearplaneError(f"text {text.origin} has {len(ids)} tokens, fewer than one window of seqlen={seqlen}.")
-    check_vocabulary(ids, model)
+    text = read_text(dataset, "evaluation", tokenizer, split=dataset_split, column=dataset_column)
+    batch, opening = consecutive(tokenizer, text, seqlen, windows, bos=bos)
+    check_vocabulary(batch, model)
     if reference is not None:
-        _check_pair(model, reference, ids)
-    batch = ids[: count * seqlen].view(count, seqlen)
+        _check_pair(model, reference, batch)
+    count, unscored = len(batch), max(1, len(opening) if bos else 0)
     compared = count if compared is None else min(compared, count)
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
     with torch.inference_mode():
         for k, window in enumerate(track(batch, "eval", enabled=progress)):
             logits = _logits(model, window, kv_bits)
-            nll += _nll(logits, window)
+            nll += _nll(logits, window, unscored)
             if reference is not None and k < compared:
                 expected = _logits(reference, window)
-                reference_nll += _nll(expected, window)
-                for a in range(0, seqlen - 1, CHUNK):
-                    part = slice(a, min(a + CHUNK, seqlen - 1))
+                reference_nll += _nll(expected, window, unscored)
+                for part in _chunks(unscored - 1, seqlen - 1):
                     divergence.add(expected[part], logits[part])
-    scored = count * (seqlen - 1)
+    scored = count * (seqlen - unscored)
     if not math.isfinite(nll):
         raise NearplaneError("the model's loss is not finite: its weights or its dtype are broken.")
     return Evaluation(
@@ -126,7 +136,18 @@ def evaluate(
         top1=divergence.top1 if reference is not None else None,
         reference_perplexity=_exp(reference_nll / divergence.tokens) if reference is not None else None,
         kv_bits=kv_bits,
+        opening=spelled(tokenizer, opening),
+        bos=bos,
     )
+
+
+def check_windows(seqlen: Any, windows: Any) -> tuple[int, int | None]:
+    """Return both as Python's numbers. SettingError unless they are whole and in their range; ``windows`` may be None."""
+    seqlen, windows = plain(seqlen), plain(windows)
+    for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1)):
+        if not (isinstance(value, int) and value >= least) and not (name == "windows" and value is None):
+            raise SettingError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+    return seqlen, windows
 
 
 def _check_pair(model: nn.Module, reference: nn.Module, ids: Tensor) -> None:
@@ -145,14 +166,20 @@ def _logits(model: nn.Module, window: Tensor, kv_bits: int = 16) -> Tensor:
     return logits
 
 
-def _nll(logits: Tensor, window: Tensor) -> float:
+def _nll(logits: Tensor, window: Tensor, unscored: int) -> float:
+    """Sum the negative log-likelihoods of a window's tokens, without the first ``unscored``."""
     total = 0.0
     target = window[1:].to(logits.device)
-    for a in range(0, len(target), CHUNK):
-        part = slice(a, min(a + CHUNK, len(target)))
+    for part in _chunks(unscored - 1, len(target)):
         loss = nn.functional.cross_entropy(logits[part].float(), target[part], reduction="sum")
         total += float(loss)
     return total
+
+
+def _chunks(first: int, last: int) -> Iterator[slice]:
+    """Yield the positions from ``first`` on and before ``last``, ``CHUNK`` at a time."""
+    for a in range(first, last, CHUNK):
+        yield slice(a, min(a + CHUNK, last))
 
 
 def _exp(value: float) -> float:

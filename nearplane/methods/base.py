@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.certificate import verify
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, plain_numbers
 from nearplane.core.factor import Factor, Order, factorize
 from nearplane.core.grid import Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
@@ -81,6 +81,7 @@ class Sweeping:
     """Fit every scale before the sweep; --no-static-groups fits each group when the sweep reaches it (natural order)."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.order not in ("natural", "activation", "pivot"):
             raise SettingError(f"order must be natural, activation or pivot; got {self.order!r}.")
         if not 0 <= self.damp_percent <= 1:

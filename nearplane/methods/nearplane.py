@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nearplane.core.beam import beam_sweep
 from nearplane.core.certificate import verify
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, plain_numbers
 from nearplane.core.factor import Factor, Order, column_cost, factorize
 from nearplane.core.grid import Course, Grid, Quantized, fit_groups
 from nearplane.core.heldout import Trial
@@ -72,6 +72,7 @@ class NearPlane:
     """Undo a round that raises the held-out loss of a sample of rows, and stop; --no-gate keeps every round."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.order not in get_args(Order):
             raise SettingError(f"order must be one of {', '.join(get_args(Order))}; got {self.order!r}.")
         if self.shrink not in get_args(Shrink):

@@ -21,8 +21,31 @@ TIMM = "timm_wrapper"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a path may begin with a dot, a hub id not
 
 
+def refuse_loaded(model: Any) -> None:
+    """Raise SettingError for a model that is neither a path nor a word, such as one that is loaded; None passes."""
+    if model is None or isinstance(model, str | os.PathLike):
+        return
+    kind = type(model).__name__
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise SettingError(f"MODEL is a transformers folder, a hub id, or demo; got a {kind}.")
+    name = str(getattr(model.config, "_name_or_path", None) or "")
+    same = f"; if it is unchanged, give {name!r}, where it came from" if name and Path(name).is_dir() else ""
+    raise SettingError(
+        f"a loaded model ({kind}) is not taken, because weights are read from disk block by block: save it and its tokenizer "
+        f"with save_pretrained(FOLDER), and give FOLDER{same}."
+    )
+
+
+def given_path(name: str, value: Any) -> Path:
+    """Return a path that a user gives. SettingError, with the setting's ``name``, for anything that is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise SettingError(f"{name} must be a path; got {str(value)[:80]}.")
+    return Path(value)
+
+
 def refuse_missing(model: str | Path) -> None:
     """Raise SettingError for a model that is no folder, no ``demo`` and cannot be a hub id; asks no hub."""
+    refuse_loaded(model)
     folder = Path(model).expanduser()
     if folder.is_dir() or str(model) == "demo":
         return
@@ -43,6 +66,7 @@ def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool =
     Raises:
         NearplaneError: no such folder, and no such model on the hub or no network.
     """
+    refuse_loaded(model)
     if str(model) == "demo":
         return demo_folder()
     refuse_missing(model)

@@ -22,7 +22,7 @@ import torch
 from nearplane.checkpoint.engines import verdicts
 from nearplane.core.errors import SettingError
 from nearplane.core.moments import all_finite
-from nearplane.data.text import read_text, tokenize
+from nearplane.data.text import tokenize
 from nearplane.machine.memory import free_disk
 from nearplane.methods.base import Need, rows_independent
 from nearplane.run.budget import measuring
@@ -274,11 +274,14 @@ def reading(plan: Plan) -> float:
     0 where there is no tokenizer yet, or the text would have to be downloaded.
     """
     dataset, start = plan.calibration.dataset, time.perf_counter()
-    if not (plan.source.folder / "tokenizer_config.json").exists() or not (dataset is None or Path(dataset).is_file()):
+    there = not isinstance(dataset, str) or Path(dataset).expanduser().is_file()
+    if not there or not (plan.source.folder / "tokenizer_config.json").exists():
         return 0.0
-    text, tokenizer = read_text(dataset, "calibration"), plan.source.tokenizer
+    tokenizer = plan.source.tokenizer
+    text = plan.calibration.read(tokenizer)
     loaded = time.perf_counter()
-    tokenize(tokenizer, text._replace(content=text.content[:SAMPLE]))
+    if not text.ids:
+        tokenize(tokenizer, text._replace(content=text.content[:SAMPLE]))
     share = max(1.0, len(text.content) / SAMPLE)
     return loaded - start + share * (time.perf_counter() - loaded)
 

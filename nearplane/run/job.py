@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import SettingError, plain, plain_numbers
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
@@ -45,6 +45,7 @@ class Override:
     fit: Fit | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         compiled("override", self.pattern)
         if not self.fields:
             raise SettingError(f"override {self.pattern!r} changes nothing; give it {', '.join(OVERRIDDEN)}.")
@@ -150,6 +151,7 @@ class Job:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_method(self.method)
         for pattern in self.ignore:
             compiled("ignore", pattern)
@@ -189,7 +191,7 @@ class Job:
             SettingError: an unknown name, with the nearest known one; or a value that has no meaning.
         """
         job = job or cls()
-        given = _canonical({**(settings or {}), **more})
+        given = {name: plain(value) for name, value in _canonical({**(settings or {}), **more}).items()}
         method = _method(given.pop("method", None), job.method)
         parts: dict[str, Any] = {"method": method, "grid": given.pop("grid", None) or job.grid}
         parts["calibration"] = given.pop("calibration", None) or job.calibration

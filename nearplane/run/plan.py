@@ -36,6 +36,7 @@ from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
 from nearplane.run.job import Job, Override
 from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units, wants_head
+from nearplane.run.report import recordable
 from nearplane.run.stream import OpenBlock, Place, stream
 
 
@@ -180,10 +181,12 @@ class Plan:
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
     def _shortened(self) -> str | None:
-        cut = None if self.samples is None or self.calibration.sentences else self.samples.length
-        if cut is None or not self._text_only or cut == self.calibration.seqlen:
+        limit = longest_input(self.source.model)
+        if self.samples is None or self.samples.length is None or self.calibration.sentences or not self._text_only:
             return None
-        return f"seqlen cut to {cut}, the model's limit of positions"
+        if limit is None or limit >= self.calibration.seqlen:
+            return None
+        return f"seqlen cut to {limit}, the model's limit of positions"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -191,10 +194,10 @@ class Plan:
         options: dict[str, Any] = (
             asdict(self.method) if is_dataclass(self.method) and not isinstance(self.method, type) else {}
         )
-        return {
+        found = {
             "method": {"name": type(self.method).__name__, **options},
             "grid": asdict(self.grid),
-            "calibration": asdict(self.calibration) if self.samples is not None else None,
+            "calibration": self._calibrated,
             "format": self.format.name,
             "stored_dtype": str(self.stored).removeprefix("torch."),
             "dense_dtype": "as stored" if self.dense is None else str(self.dense).removeprefix("torch."),
@@ -205,6 +208,17 @@ class Plan:
             **self.source.settings,
             **({} if self.choices is None else {"choices": self.choices}),
         }
+        return {name: recordable(value, name) for name, value in found.items()}
+
+    @property
+    def _calibrated(self) -> dict[str, Any] | None:
+        """Settings of the calibration data; a dataset in memory by its kind, number of rows and hash."""
+        if self.samples is None:
+            return None
+        dataset = self.calibration.dataset
+        held = self.samples.data.get("dataset", self.samples.data["origin"])
+        named = dataset if dataset is None or isinstance(dataset, str) else held
+        return {**asdict(replace(self.calibration, dataset=None)), "dataset": named}
 
     def described(self) -> Described:
         """Describe the checkpoint that the plan leads to, for the engines' verdicts."""

@@ -1,9 +1,15 @@
 """The record of a run: settings, versions, hashes, and the errors of every linear."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from nearplane.core.errors import SettingError, plain
 from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
 from nearplane.run.events import BlockDone, Event, Noted, Solved, StageDone
@@ -129,3 +135,30 @@ class Report:
 def _row(stored: dict[str, Any]) -> LinearRow:
     """Return a row as it comes back from JSON."""
     return LinearRow(**{**stored, "shape": tuple(stored["shape"])})
+
+
+def recordable(value: Any, name: str) -> Any:
+    """Return a setting as ``report.json`` and the records of a run hold it.
+
+    Args:
+        value: numbers, words, paths, dtypes, and lists, tuples and mappings of these.
+        name: the setting's name, for errors.
+
+    Raises:
+        SettingError: a value that JSON cannot hold.
+    """
+    value = plain(value)
+    if isinstance(value, Enum):
+        return recordable(value.value, name)
+    if isinstance(value, Mapping):
+        return {str(key): recordable(part, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [recordable(part, name) for part in value]
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and isfinite(value)):
+        return value
+    shown = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
+    raise SettingError(
+        f"{name} is {shown}, which report.json cannot hold; settings are finite numbers, words, paths, and lists of these."
+    )

@@ -6,12 +6,22 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import nearplane
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.data.text import EMBEDDED, EMBEDDED_VERSION, Calibration, Part, digest, read_text, sentences, tokenize
+from nearplane.data.text import (
+    EMBEDDED,
+    EMBEDDED_VERSION,
+    Calibration,
+    Part,
+    consecutive,
+    digest,
+    read_text,
+    tokenize,
+)
 
 
 class Bytes:
@@ -90,7 +100,9 @@ def test_embedded_text_makes_sentences() -> None:
         def __call__(self, text: str, max_length: int = 0, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": list(text.encode())[:max_length]}
 
-    ids, mask, origin = sentences(Calibration(nsamples=512, seqlen=64), Tokenizer(), None)
+    made = Calibration(nsamples=512, seqlen=64, sentences=True).load(Tokenizer())
+    ids, mask, origin = made.ids, made.mask, made.origin
+    assert mask is not None
     assert ids.shape == mask.shape == (512, 64) and int(mask.sum(1).min()) >= 1
     assert float((mask.sum(1) == 64).float().mean()) > 0.5  # most paragraphs are longer than a few words
     assert origin == read_text(None, "calibration").origin
@@ -142,3 +154,103 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(NearplaneError, match="needs: pip install"):
         read_text("wikitext2", "calibration")
+
+
+class Marked(Bytes):
+    """It opens a text with tokens 200 and 201, and ends it with 202, unless asked not to."""
+
+    bos_token_id, eos_token_id = 200, 202
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = list(text.encode())
+        return {"input_ids": [200, 201, *ids, 202] if add_special_tokens else ids}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [{200: "<b>", 201: "<c>"}[token] for token in ids]
+
+
+class Always(Bytes):
+    """It marks a text whether asked to or not."""
+
+    bos_token_id, eos_token_id = 200, 202
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [200, *text.encode(), 202]}
+
+
+LETTERS = "".join(chr(97 + i % 26) for i in range(100))
+
+
+@pytest.mark.parametrize(("tokenizer", "opening"), [(Marked(), [200, 201]), (Always(), [200]), (Bytes(), [])])
+def test_each_window_begins_as_the_tokenizer_begins_a_text(tokenizer: Any, opening: list[int], tmp_path: Path) -> None:
+    """The opening counts as part of the window, and neither it nor EOS stands in the middle."""
+    path = tmp_path / "a.txt"
+    path.write_text(LETTERS)
+    tokens = Calibration(path, nsamples=60, seqlen=30).load(tokenizer)
+    assert tokens.ids.shape == (60, 30) and tokens.text_tokens == 100
+    for row in tokens.ids.tolist():
+        assert row[: len(opening)] == opening and bytes(row[len(opening) :]) in LETTERS.encode()
+    ids, found = consecutive(tokenizer, read_text(path, "evaluation"), 30, None, bos=True)
+    assert list(found) == opening and ids.shape == (3, 30)
+    assert bytes(ids[:, len(opening) :].flatten().tolist()) == LETTERS.encode()[: 3 * (30 - len(opening))]
+
+
+def test_without_bos_windows_are_cut_from_the_marked_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(LETTERS)
+    whole = [200, 201, *LETTERS.encode(), 202]
+    ids, found = consecutive(Marked(), read_text(path, "evaluation"), 30, None, bos=False)
+    assert ids.flatten().tolist() == whole[:90] and found == (200, 201)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(0, len(whole) - 30 + 1, (5,), generator=generator)
+    tokens = Calibration(path, nsamples=5, seqlen=30, bos=False).load(Marked())
+    assert tokens.ids.tolist() == [whole[a : a + 30] for a in start.tolist()] and tokens.opening == ""
+    assert Calibration(path, nsamples=5, seqlen=30).load(Marked()).record()["opening"] == "<b> <c>"
+
+
+def test_an_opening_that_the_text_brings_is_not_doubled() -> None:
+    rows = ["<b><c>abcd", "efgh"]
+    ids, _ = consecutive(Marked(), read_text(rows, "evaluation"), 12, None, bos=True)
+    assert ids.tolist() == [[200, 201, *b"abcd\n\nefgh"]]
+    one = torch.tensor([200, 201, *LETTERS.encode()])
+    ids, _ = consecutive(Marked(), read_text([one, one], "evaluation"), 102, None, bos=True)
+    assert ids.tolist() == [one.tolist()] * 2
+
+
+def test_a_window_must_hold_more_than_its_opening() -> None:
+    with pytest.raises(SettingError, match="seqlen=2 leaves no token behind the 2 that each window begins with"):
+        Calibration([LETTERS], seqlen=2).load(Marked())
+    with pytest.raises(NearplaneError, match="fewer than one window of seqlen=103"):
+        Calibration([LETTERS], seqlen=103).load(Marked())
+    assert Calibration([LETTERS], nsamples=1, seqlen=102).load(Marked()).ids[0].tolist() == [
+        200,
+        201,
+        *LETTERS.encode(),
+    ]
+
+
+def test_sentences_are_rows_of_a_dataset() -> None:
+    class Padding(Marked):
+        pad_token_id = 0
+
+    rows = ["ab\n\nc", "d"]
+    tokens = Calibration(rows, nsamples=2, sentences=True).load(Padding())
+    assert sorted(tokens.ids.tolist()) == [[200, 201, *b"ab\n\nc", 202], [200, 201, *b"d", 202, 0, 0, 0, 0]]
+    assert tokens.mask is not None and sorted(tokens.mask.sum(1).tolist()) == [4, 8]
+    bare = Calibration(rows, nsamples=2, sentences=True, bos=False).load(Padding())
+    assert sorted(bare.ids.tolist()) == [[*b"ab\n\nc", 202], [*b"d", 202, 0, 0, 0, 0]]
+
+
+def test_settings_of_a_calibration(tmp_path: Path) -> None:
+    made = Calibration(tmp_path / "a.txt", nsamples=np.int64(4), seqlen=torch.tensor(8), seed=np.uint8(3), bos=np.True_)
+    assert made == Calibration(str(tmp_path / "a.txt"), nsamples=4, seqlen=8, seed=3)
+    assert all(type(getattr(made, name)) is int for name in ("nsamples", "seqlen", "seed"))
+    for wrong, says in (
+        ({"nsamples": 4.5}, "nsamples must be a whole number; got 4.5"),
+        ({"nsamples": np.float64(4)}, "nsamples must be a whole number"),
+        ({"bos": "no"}, "bos must be True or False"),
+        ({"dataset_split": 3}, "dataset_split must be a name"),
+        ({"dataset_column": ""}, "dataset_column must be a name"),
+    ):
+        with pytest.raises(SettingError, match=says):
+            Calibration(**wrong)

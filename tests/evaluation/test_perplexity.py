@@ -9,6 +9,7 @@ import torch
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.evaluation.perplexity import Divergence, evaluate
+from nearplane.models.source import load_tokenizer
 
 
 class Words:
@@ -41,6 +42,78 @@ def test_perplexity_is_exp_of_the_mean_loss_with_the_first_token_unscored(text: 
     assert result.perplexity == pytest.approx(math.exp(total / scored), rel=1e-5)
     assert evaluate(model, Words(), dataset=text, seqlen=40, windows=2).tokens == 78
     assert "5 consecutive windows of 40" in result.protocol
+
+
+class Opening(Words):
+    """It puts <s> (1) before a text and </s> (2) behind it."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return ["<s>" for _ in ids]
+
+
+def losses(model: torch.nn.Module, ids: list[int]) -> tuple[list[float], torch.Tensor]:
+    """Of each token but the first its negative log-likelihood; and all log-probabilities."""
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(1)
+    return [-float(p[t - 1, ids[t]]) for t in range(1, len(ids))], p
+
+
+def test_with_bos_every_token_of_the_text_is_scored(text: str) -> None:
+    model, other = tiny.build("llama"), tiny.build("llama", seed=1)
+    result = evaluate(model, Opening(), dataset=text, seqlen=40, reference=other)
+    ids = Words()(Path(text).read_text())["input_ids"]
+    nll, kl = [], []
+    for first in range(0, 39 * 5, 39):  # 210 tokens: five times 39, fifteen left over
+        window = [1, *ids[first : first + 39]]
+        found, q = losses(model, window)
+        _, p = losses(other, window)
+        nll += found
+        kl += [float((p[t].exp() * (p[t] - q[t])).sum()) for t in range(39)]
+    assert (result.windows, result.tokens, len(nll)) == (5, 195, 195)
+    assert result.perplexity == pytest.approx(math.exp(sum(nll) / 195), rel=1e-5)
+    assert result.kl == pytest.approx(sum(kl) / 195, rel=1e-4)
+    assert "5 consecutive windows of 40 tokens, each begins with <s>, unscored: 195 tokens scored" in result.protocol
+    assert result.as_dict()["bos"] is True and result.as_dict()["opening"] == "<s>"
+
+
+def test_without_bos_the_marked_text_is_cut(text: str) -> None:
+    model = tiny.build("llama")
+    result = evaluate(model, Opening(), dataset=text, seqlen=40, bos=False)
+    ids = Opening()(Path(text).read_text())["input_ids"]
+    nll = [loss for w in range(5) for loss in losses(model, ids[40 * w : 40 * w + 40])[0]]
+    assert result.perplexity == pytest.approx(math.exp(sum(nll) / 195), rel=1e-5)
+    assert "first token of each unscored, <s> not put before: 195" in result.protocol
+    same = evaluate(model, Words(), dataset=text, seqlen=40)
+    assert same.perplexity == evaluate(model, Words(), dataset=text, seqlen=40, bos=False).perplexity
+    assert "<s>" not in same.protocol and "first token of each unscored: 195" in same.protocol
+
+
+def test_an_opening_of_several_tokens(text: str) -> None:
+    class Two(Opening):
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+            ids = Words.__call__(self, text)["input_ids"]
+            return {"input_ids": [1, 1, *ids] if add_special_tokens else ids}
+
+    model = tiny.build("llama")
+    result = evaluate(model, Two(), dataset=text, seqlen=40, windows=1)
+    found, _ = losses(model, [1, 1, *Words()(Path(text).read_text())["input_ids"][:38]])
+    assert result.tokens == 38 and result.perplexity == pytest.approx(math.exp(sum(found[1:]) / 38), rel=1e-5)
+    assert evaluate(model, Two(), dataset=text, seqlen=40, windows=1, reference=model).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_texts_in_memory_and_tokens(text: str, tmp_path: Path) -> None:
+    model, content = tiny.build("llama"), Path(text).read_text()
+    tokenizer = load_tokenizer(tiny.marking(tiny.save(model, tmp_path / "model")))
+    expected = evaluate(model, Opening(), dataset=text, seqlen=40).perplexity
+    ids = torch.tensor(Words()(content)["input_ids"])
+    for dataset in (Path(text), [content], [{"text": content}], ids, ids[None], [ids[:100], ids[100:]]):
+        assert evaluate(model, tokenizer, dataset=dataset, seqlen=40).perplexity == expected
 
 
 def test_divergence_from_itself_is_zero_and_from_another_is_not(text: str) -> None:
