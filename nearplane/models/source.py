@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.moments import all_finite
-from nearplane.formats.store import Store, read_json
+from nearplane.formats.originals import already, empty, is_original, named_strays, plain_config, strays, unexplained
+from nearplane.formats.read import open_original, stated
+from nearplane.formats.store import INDEX, Store, read_index, read_json
 from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
@@ -64,8 +66,8 @@ class Source:
         return read_json(self.folder / "config.json")
 
     def written_config(self) -> dict[str, Any]:
-        """Return config.json for a folder with this source's tensors."""
-        return self.raw_config()
+        """Return config.json for a folder with this source's tensors, which are dense."""
+        return plain_config(self.raw_config())
 
     @property
     def original(self) -> Store:
@@ -171,7 +173,8 @@ class Source:
         self.sketch = False
         if isinstance(self.store, Promised):
             self.folder = locate(self.name, trust_remote_code=self.trust_remote_code)
-            self.store = split(self.model, Store(self.folder))
+            store, told = open_original(Store(self.folder))
+            self.store, self.notes = split(self.model, store), [*self.notes, *([told] if told else [])]
             self.names = _disk_names(self.model, self.store, self.folder)
         self.unload("")
 
@@ -215,22 +218,27 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     Returns:
         The source: a skeleton on the meta device, and its tensors, read when they are asked for.
 
+    Weights stored as FP8 or FP4 with scales are shown as dense ones (``formats/small_floats.py``).
+
     Raises:
-        NearplaneError: a missing, unreadable, pickled, remote-code or unknown model.
-        SettingError: a model that is quantized already.
+        NearplaneError: a missing, unreadable, pickled, remote-code or unknown model; a tensor of a quantized weight that
+            config.json does not explain.
+        SettingError: a model that is quantized in another way.
     """
     folder = locate(model, weights=not sketch, trust_remote_code=trust_remote_code)
     bare = sketch and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     store = None if bare else Store(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
-        raise SettingError(f"{model} is quantized already; give the original model.")
+    told, coded = None, _refuse_quantized(str(model), folder, store)
+    if store is not None:
+        store, told = open_original(store)
+    undress(config)
     dtype = promised_dtype(folder) if store is None else None
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
     refuse_unread(skeleton, folder)
     if store is None:
         assert dtype is not None
-        store = Promised(folder, skeleton, dtype)
+        store = Promised(folder, skeleton, dtype, coded=coded)
         names = {name: name for name in store.names}
     else:
         store = split(skeleton, store)
@@ -238,15 +246,24 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     set_visit(skeleton, "each")
     if sketch:
         stand_in(skeleton)
-    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, sketch=sketch)
+    notes = [told] if told else []
+    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, notes=notes, sketch=sketch)
 
 
 def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
     """Return the configuration and the skeleton of a folder, without its quantization if it has one."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    undress(config)
+    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+
+
+def undress(config: Any) -> None:
+    """Take the quantization out of a configuration and out of those inside it, in place."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            undress(getattr(config, name))
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
@@ -334,6 +351,31 @@ def only_rows(value: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def _refuse_quantized(model: str, folder: Path, store: Store | None) -> bool:
+    """Raise SettingError for a model that is quantized and is no original that is read as dense.
+
+    Args:
+        model: as the user gave it.
+        folder: its folder.
+        store: its tensors; None: the folder holds none.
+
+    Returns:
+        Whether it is an original whose weights are stored as small floats.
+
+    Raises:
+        NearplaneError: the folder holds no tensors, and the index shows quantized ones.
+    """
+    quantization = stated(folder, read_json(folder / "config.json"))
+    if quantization is not None and not is_original(quantization):
+        if store is not None and not strays(store, store.names):
+            raise SettingError(empty(folder, quantization))
+        raise SettingError(already(model, folder, quantization))
+    if quantization is None and store is None and (folder / INDEX).is_file():
+        for name in named_strays(read_index(folder / INDEX)):
+            raise NearplaneError(unexplained(folder, name, None))
+    return quantization is not None
+
+
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
     """Return the name on disk of every parameter. NearplaneError for a missing one or another shape."""
     state, on_disk = model.state_dict(), names_in_model(model, store.names)
@@ -345,6 +387,8 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             if store.shape(on_disk[name]) != tuple(value.shape):
                 stored, wanted = list(store.shape(on_disk[name])), list(value.shape)
                 raise NearplaneError(f"{folder}: {on_disk[name]} has shape {stored}, config.json asks for {wanted}.")
+            if value.is_floating_point() and not store.dtype(on_disk[name]).is_floating_point:
+                raise NearplaneError(unexplained(folder, on_disk[name], None, store.dtype(on_disk[name])))
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)
