@@ -21,8 +21,10 @@ AT_ONCE = 1 << 22
 # By the three bits after the sign: 2 of the exponent, 1 of the mantissa.
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FP4 = torch.cat([E2M1, -E2M1])
-# The two numbers of a byte, the low half first.
-PAIRS = torch.stack([FP4.repeat(16), FP4.repeat_interleave(16)], 1)
+# The two numbers of a byte, the low half first, as one word, which is gathered faster.
+PAIRS = torch.stack([FP4.repeat(16), FP4.repeat_interleave(16)], 1).view(torch.int64).flatten()
+# The number of each code.
+EIGHT = {dtype: torch.arange(256, dtype=torch.uint8).view(dtype).float() for dtype in SMALL_FLOATS}
 # Scales that are a power of two, by their byte; the last is NaN.
 POWERS = torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("nan")])
 # Endings of a scale, after the whole name of its weight.
@@ -321,9 +323,19 @@ def _fill(result: Tensor, codes: Tensor, scale: Tensor, coded: Coded, first: int
         row = row // height
     column = torch.arange(columns) // width
     for some in _slices(len(result), columns):
-        values = PAIRS[codes[some].view(torch.uint8).int()].flatten(-2) if coded.packed else codes[some].float()
-        wide = scale[row[some]] if len(scale) > 1 else scale
-        torch.mul(values, wide[:, column] if wide.shape[1] > 1 else wide, out=result[some])
+        values, each = _values(codes[some], coded.packed), scale[row[some]] if len(scale) > 1 else scale
+        if columns % width:
+            torch.mul(values, each[:, column], out=result[some])
+        else:  # without a scale for each column in memory
+            blocks = (len(values), -1, width)
+            torch.mul(values.view(blocks), each[..., None], out=result[some].view(blocks))
+
+
+def _values(codes: Tensor, packed: bool) -> Tensor:
+    """Look up the numbers of codes (rows, columns), or of two codes a byte."""
+    table = PAIRS if packed else EIGHT[codes.dtype]
+    found = torch.index_select(table, 0, codes.reshape(-1).view(torch.uint8).int())
+    return found.view(torch.float32).view(len(codes), -1)
 
 
 def _slices(rows: int, columns: int) -> Iterator[slice]:
