@@ -189,12 +189,12 @@ def already(model: str, folder: Path, quantization: Mapping[str, Any]) -> str:
     method = method_of(quantization)
     bits = quantization.get("bits") or quantization.get("w_bit") or (4 if quantization.get("load_in_4bit") else None)
     bits = f", {bits} bits" if isinstance(bits, int) else ""
-    return f"{model} is quantized already ({method}{bits}); {remedy(folder, method)}."
+    return f"{model} is quantized already ({method}{bits}); {remedy(folder)}."
 
 
-def remedy(folder: Path, method: str) -> str:
+def remedy(folder: Path) -> str:
     """Say what to give in place of a quantized model."""
-    return f"give {original(folder)}, or a dense copy of it that {method} itself has written"
+    return f"give {original(folder)}, or make it dense with the tool that wrote it"
 
 
 def original(folder: Path) -> str:

@@ -150,6 +150,7 @@ def read_tensors(
     """Open tensors whose description is at hand; the arguments are ``Checkpoint``'s and ``open_checkpoint``'s."""
     layers = {} if reader is None else reader.find(store, quantization or {}, broken)
     if reader is not None and not layers and not broken and not store.lost:
+        refuse_strays(store, store.names, quantization)
         raise NearplaneError(empty(store.folder, {"quant_method": reader.name, **(quantization or {})}))
     taken = {name for layer in layers.values() for name in layer.tensors.values()}
     return Checkpoint(store, config, quantization, reader, layers, sorted(store.names - taken))
@@ -166,7 +167,7 @@ def _reader(store: Store, quantization: dict[str, Any], formats: Sequence[Format
     )
     raise NearplaneError(
         f"{store.folder} is quantized with {method}; nearplane reads {known}, and originals in FP8 and MXFP4; "
-        f"{remedy(store.folder, method)}."
+        f"{remedy(store.folder)}."
     )
 
 

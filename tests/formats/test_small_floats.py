@@ -17,6 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.small_floats import DenseStore
+from nearplane.formats.store import Shard
 
 Tensors = dict[str, Tensor]
 W = "m.weight"
@@ -171,6 +172,22 @@ def test_mxfp4_is_what_transformers_reads(dtype: torch.dtype, tmp_path: Path) ->
     assert torch.equal(store.get(name).to(dtype), read) and torch.equal(store.rows(name, 1, 2).to(dtype), read[1:])
 
 
+def test_of_a_fused_tensor_one_expert_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and scales of the others stay on disk."""
+    blocks = torch.randint(0, 256, (3, 40, 4, 16), dtype=torch.uint8)
+    stored = {"x_blocks": blocks, "x_scales": torch.full((3, 40, 4), 120, dtype=torch.uint8)}
+    store = opened(tmp_path, stored, {"quant_method": "mxfp4"}).store
+    right, read = store.get("x")[1:2], [0]
+    get = Shard._get
+
+    def counted(self: Shard, name: str, part: Any) -> Tensor:
+        read[0] += part.end - part.start
+        return get(self, name, part)
+
+    monkeypatch.setattr(Shard, "_get", counted)
+    assert torch.equal(store.rows("x", 1, 1), right) and read[0] == 40 * 4 * 17
+
+
 SCHEMES: dict[str, dict[str, Any]] = {
     "float-quantized": {"num_bits": 8, "type": "float", "strategy": "channel"},
     "nvfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
@@ -227,6 +244,7 @@ BAD: list[tuple[str, Any, Any]] = [
     (r"names blocks of \[0, 128\]", {"weight_block_size": [0, 128]}, lambda t: None),
     (r"tensor n\.weight_scale_inv .* does not explain", {}, lambda t: t.update({"n.weight_scale_inv": torch.ones(1)})),
     (r"tensor n\.qweight \(int32\) .* does not explain", {}, lambda t: t.update({"n.qweight": torch.ones(1).int()})),
+    (r"tensor m\.weight .* \(gptq\) does not explain", {"quant_method": "gptq", "bits": 4}, lambda t: None),
     (
         r"tensor m\.weight_zero_point .* does not explain", {},
         lambda t: t.update({"m.weight_zero_point": torch.ones(1)}),
@@ -356,5 +374,5 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", OTHERS)
 def test_other_methods_are_named(method: str, tmp_path: Path) -> None:
     extra = {"quantization": OTHERS[method]} if method == "mlx" else {}
-    with pytest.raises(NearplaneError, match=f"is quantized with {method}; .*original model.*that {method} itself has"):
+    with pytest.raises(NearplaneError, match=f"is quantized with {method}; .*original model.*or make it dense"):
         opened(tmp_path, {"m.weight": torch.ones(2, 2, dtype=torch.uint8)}, OTHERS[method], **extra)

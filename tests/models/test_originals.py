@@ -160,6 +160,19 @@ def test_quantizing_an_original_is_quantizing_its_dense_model(
     )
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "fused"])
+def test_fused_experts_that_stay_dense_are_written_dense(
+    kind: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = made(kind)
+    run(folder, tmp_path / "out", method=RTN(), ignore=["layers.1.*experts"])
+    run(dense_of(folder), tmp_path / "right", method=RTN(), ignore=["layers.1.*experts"])
+    written, right = tensors(tmp_path / "out"), tensors(tmp_path / "right")
+    assert written.keys() == right.keys() and all(torch.equal(written[name], right[name]) for name in right)
+    assert written["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    assert nearplane.verify(tmp_path / "out").ok
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_an_original_is_resumed_and_its_scales_are_watched(
     kind: str, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
