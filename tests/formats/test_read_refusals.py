@@ -92,7 +92,7 @@ BAD_GPTQ: list[tuple[str, Change]] = [
     (r"m\.qweight .* int32 matrix", lambda t, c: t.update({"m.qweight": torch.zeros(0, OUT, dtype=torch.int32)})),
     (r"m\.qzeros .* int32 matrix", lambda t, c: t.update({"m.qzeros": t["m.qzeros"].long()})),
     (r"but no m\.qzeros", lambda t, c: t.pop("m.qzeros")),
-    ("no quantized tensor", lambda t, c: t.update({"w": t.pop("m.qweight")})),
+    (r"tensor m\.qzeros .* does not explain", lambda t, c: t.update({"w": t.pop("m.qweight")})),
 ]
 
 
