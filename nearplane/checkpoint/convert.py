@@ -22,6 +22,7 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats import Format, pick_format
 from nearplane.formats.base import ONLINE_ONLY_HERE, SCALE_NAMES, check, conv1d_reason
+from nearplane.formats.originals import plain_config
 from nearplane.formats.parts import Writer
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import REPORT
@@ -31,8 +32,6 @@ from nearplane.models.experts_disk import names_in_model, split_names
 from nearplane.models.locate import given_path, locate, refuse_loaded
 from nearplane.models.source import open_skeleton
 from nearplane.transforms.hooks import turned_linears
-
-QUANTIZATION = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ def convert(
     target, writer = pick_format(format), Writer(given_path("out", out))
     folder = locate(path, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder, formats=formats)
+    if checkpoint.original is not None:
+        raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
     if checkpoint.format is None:
         raise SettingError(f"{path} is not quantized; use nearplane quantize.")
     if checkpoint.format == target.name:
@@ -102,7 +103,7 @@ def convert(
     named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
-    config = {**_plain(checkpoint.config), "quantization_config": quantization}
+    config = {**plain_config(checkpoint.config), "quantization_config": quantization}
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder, trust_remote_code)
     weights = (
         Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
@@ -167,12 +168,3 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Give settings for the new configuration: who wrote it, from what, and what the old one records of the run."""
     known = checkpoint.reader.run_settings(checkpoint.quantization or {}) if checkpoint.reader else {}
     return {"version": environment()["nearplane"], "converted_from": checkpoint.format, **known}
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Take the quantization out of a config.json, wherever a tool put it."""
-    config = {key: value for key, value in config.items() if key not in QUANTIZATION}
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        config["text_config"] = {key: value for key, value in text.items() if key not in QUANTIZATION}
-    return config

@@ -59,19 +59,22 @@ def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -
     source = open_source(model, trust_remote_code=trust_remote_code)
     blocks = discover(source)
     lines = [f"{model}: {source.config.model_type}, {len(blocks)} blocks, stored in {str(source.dtype)[6:]}"]
+    if checkpoint.original is not None:
+        lines = [f"{model}: {source.config.model_type}, {len(blocks)} blocks, of {str(source.dtype)[6:]}"]
+        lines.append(checkpoint.original)
     for first, last, block in _runs(blocks):
         lines.append(f"\n{block.name if first == last else f'blocks {first} to {last}, each like {block.name}'}")
         lines += _block(block, source)
     sites = {source.names[s.name + ".weight"]: s for b in blocks for s in b.sites}
-    before = sum(source.store.nbytes(n) for n in source.store.names)
+    dense_before, before = sum(source.store.nbytes(n) for n in source.store.names), source.store.total
     inside = sum(source.store.nbytes(n) for n in sites)
     weights = sum(s.shape[0] * s.shape[1] for s in sites.values())
     width = source.dtype.itemsize
     packing = FORMATS["compressed-tensors"]
     grid = replace(grid, scale_dtype=packing.scale_dtype(source.dtype))
-    after = before - inside + sum(packing.nbytes(s.shape, grid) for s in sites.values())
+    after = dense_before - inside + sum(packing.nbytes(s.shape, grid) for s in sites.values())
     lines.append(f"\nquantized: {weights:,} weights in {len(sites)} linears")
-    lines.append(f"left dense: {(before - inside) // width:,} parameters, the largest:")
+    lines.append(f"left dense: {(dense_before - inside) // width:,} parameters, the largest:")
     dense = sorted((n for n in source.store.names if n not in sites), key=source.store.nbytes, reverse=True)
     lines += [f"    {n:<48} {list(source.store.shape(n))}" for n in dense[:3]]
     lines.append(f"bytes before {before:,}, after {after:,} ({grid.bits} bits, group_size {grid.group_size})")

@@ -19,14 +19,16 @@ from transformers.pytorch_utils import Conv1D
 from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError, plain_numbers
 from nearplane.core.moments import all_finite
+from nearplane.formats.originals import unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint
-from nearplane.formats.store import again
+from nearplane.formats.store import SMALL_FLOATS, again
 from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
 from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
 from nearplane.models.locate import locate
-from nearplane.models.source import kept_in_float32, open_skeleton
+from nearplane.models.source import open_skeleton
+from nearplane.models.values import kept_in_float32
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
@@ -178,6 +180,9 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
     config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     _check_size(skeleton, checkpoint)
+    if checkpoint.original is not None:
+        say(f"note: {folder}: {checkpoint.original}")
+    _refuse_codes(skeleton, checkpoint)
     modules = modules_of(skeleton, checkpoint)
     members = Members(skeleton, checkpoint, modules)
     dtype = named or _stored(checkpoint)
@@ -251,11 +256,21 @@ def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
         )
 
 
+def _refuse_codes(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise NearplaneError for a weight of the model that is stored in integers: it is quantized, in an unknown way."""
+    store, floats = checkpoint.store, {name for name, p in skeleton.named_parameters() if p.is_floating_point()}
+    whole = [name for name in checkpoint.dense if not store.dtype(name).is_floating_point]
+    for name, disk in sorted(names_in_model(skeleton, whole).items()) if whole else ():
+        if name in floats:
+            raise NearplaneError(unexplained(store.folder, disk, checkpoint.quantization, store.dtype(disk)))
+
+
 def _stored(checkpoint: Checkpoint) -> torch.dtype:
     """Read the dtype that config.json names; float32 where it names none."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     found = getattr(torch, str(named), None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
+    known = isinstance(found, torch.dtype) and found.is_floating_point and found not in SMALL_FLOATS
+    return found if known and found is not None else torch.float32
 
 
 def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

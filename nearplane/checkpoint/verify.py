@@ -18,6 +18,7 @@ from nearplane.checkpoint.load import misfit
 from nearplane.core.errors import NearplaneError, some_of
 from nearplane.formats.base import conv1d_reason, fused, grid_name
 from nearplane.formats.journal import unfinished
+from nearplane.formats.originals import strays, unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.machine.progress import bar
@@ -119,6 +120,7 @@ def verify(
                 _check_finite(checkpoint, name, found)
                 display.advance(task)
     if checkpoint is not None:
+        _check_strays(checkpoint, broken, found)
         _check_configuration(checkpoint, found)
         _check_siblings(checkpoint, broken, found)
         model = None
@@ -151,6 +153,19 @@ def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint |
     if lost:
         found.note(f"Not checked, because no file gives them: {some_of(sorted(lost))}.")
     return checkpoint
+
+
+def _check_strays(checkpoint: Checkpoint, broken: dict[str, str], found: Findings) -> None:
+    """List tensors of quantized weights that the configuration does not explain; ``broken`` layers are listed already."""
+    folder, stated = checkpoint.store.folder, checkpoint.quantization
+    with found.listing():
+        left = [name for name in strays(checkpoint.store, checkpoint.dense) if name.rpartition(".")[0] not in broken]
+        if left:
+            found.problem(unexplained(folder, left[0], stated, checkpoint.store.dtype(left[0])))
+        if len(left) > 1:
+            found.note(f"More such tensors: {some_of(left[1:])}.")
+    if checkpoint.original is not None:
+        found.note(f"{checkpoint.original}.")
 
 
 def _check_finite(checkpoint: Checkpoint, name: str, found: Findings) -> None:

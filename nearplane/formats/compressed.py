@@ -35,6 +35,7 @@ from nearplane.formats.base import (
     unused_bits,
 )
 from nearplane.formats.bits import pack, unpack, words_of
+from nearplane.formats.originals import refuse_transforms
 from nearplane.formats.store import Store
 
 # The release of the library whose reading of these tensors is the one described here.
@@ -134,10 +135,7 @@ class CompressedTensors(Format):
     ) -> dict[str, StoredLayer]:
         """Packed and plain integer weights, each by the config group that targets it."""
         where = f"quantization_config of {store.folder}"
-        for key, meaning in (("transform_config", "online transforms"), ("sparsity_config", "sparse weights")):
-            part = config.get(key)
-            if part and not (isinstance(part, dict) and part.get("format") == "dense"):
-                raise NearplaneError(f"{where} asks for {meaning} ({key}), which nearplane does not read.")
+        refuse_transforms(config, where)
         schemes = _schemes(config, where)
         ignore = [str(entry) for entry in setting(config, "ignore", list, [], where)]
 

@@ -17,7 +17,12 @@ from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Quantized
 from nearplane.formats import FORMATS
 from nearplane.formats.base import Decoded, Format, StoredLayer
+from nearplane.formats.originals import KEYS as QUANTIZATION
+from nearplane.formats.originals import dense_view, empty, is_original, method_of, parts_of, refuse_strays, remedy, told
 from nearplane.formats.store import Store, read_json
+
+# Where ModelOpt states its quantization, in folders whose config.json does not.
+MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Checkpoint:
     """Quantized weights by module prefix."""
     dense: list[str]
     """Names of all other tensors, sorted."""
+    original: str | None = None
+    """What becomes of weights stored as small floats, which ``store`` shows as dense ones; None: there are none."""
 
     @property
     def format(self) -> str | None:
@@ -92,17 +99,45 @@ def open_checkpoint(folder: Path, broken: dict[str, str] | None = None, formats:
     Args:
         folder: the checkpoint.
         broken: where a layer whose tensors do not fit goes, by name with the reason; the rest is opened then, without
-            the files that cannot be read.
+            the files that cannot be read, and tensors that no configuration explains are left to the caller.
         formats: formats of the caller's own, asked before those of ``FORMATS``.
 
     Raises:
         NearplaneError: names the file, tensor or quantization method that is missing, damaged or not supported.
     """
-    store = Store(folder, partial=broken is not None)
+    return _open(Store(folder, partial=broken is not None), broken, formats)
+
+
+def open_original(store: Store) -> tuple[Store, str | None]:
+    """View the tensors of a model that is to be quantized; reads no weight.
+
+    Args:
+        store: of a folder whose ``stated`` configuration is none, or that of an original.
+
+    Returns:
+        The tensors, weights that are stored as small floats as dense ones; and what to tell of these.
+
+    Raises:
+        NearplaneError: names the tensor that shows that a weight is quantized in another way.
+    """
+    found = _open(store)
+    return found.store, found.original
+
+
+def _open(store: Store, broken: dict[str, str] | None = None, formats: Sequence[Format] = ()) -> Checkpoint:
+    """Open a folder's tensors; the arguments are ``open_checkpoint``'s."""
     config, known = read_json(store.folder / "config.json"), (*formats, *FORMATS.values())
-    quantization = _quantization(store, config, known)
-    reader = None if quantization is None else _reader(store, quantization, known)
-    return read_tensors(store, config, quantization, reader, broken)
+    quantization = stated(store.folder, config, known)
+    own = quantization is not None and any(format.claims(quantization) for format in formats)
+    if quantization is not None and is_original(quantization) and not own:
+        store = dense_view(store, quantization, config, broken)
+        found = Checkpoint(store, config, None, None, {}, sorted(store.names), told(store, quantization))
+    else:
+        reader = None if quantization is None else _reader(store, quantization, known)
+        found = read_tensors(store, config, quantization, reader, broken)
+    if broken is None:
+        refuse_strays(store, found.dense, quantization)
+    return found
 
 
 def read_tensors(
@@ -115,9 +150,8 @@ def read_tensors(
     """Open tensors whose description is at hand; the arguments are ``Checkpoint``'s and ``open_checkpoint``'s."""
     layers = {} if reader is None else reader.find(store, quantization or {}, broken)
     if reader is not None and not layers and not broken and not store.lost:
-        raise NearplaneError(
-            f"{store.folder} says that it is quantized ({reader.name}), but holds no quantized tensor."
-        )
+        refuse_strays(store, store.names, quantization)
+        raise NearplaneError(empty(store.folder, {"quant_method": reader.name, **(quantization or {})}))
     taken = {name for layer in layers.values() for name in layer.tensors.values()}
     return Checkpoint(store, config, quantization, reader, layers, sorted(store.names - taken))
 
@@ -127,28 +161,39 @@ def _reader(store: Store, quantization: dict[str, Any], formats: Sequence[Format
     for format in formats:
         if format.claims(quantization):
             return format
-    known = " and ".join(dict.fromkeys(format.reads or format.name for format in formats))
+    known, method = (
+        " and ".join(dict.fromkeys(format.reads or format.name for format in formats)),
+        method_of(quantization),
+    )
     raise NearplaneError(
-        f"{store.folder} is quantized with {quantization.get('quant_method')}; nearplane reads {known}."
+        f"{store.folder} is quantized with {method}; nearplane reads {known}, and originals in FP8 and MXFP4; "
+        f"{remedy(store.folder)}."
     )
 
 
-def _quantization(store: Store, config: dict[str, Any], formats: Sequence[Format]) -> dict[str, Any] | None:
+def stated(
+    folder: Path, config: dict[str, Any], formats: Sequence[Format] = tuple(FORMATS.values())
+) -> dict[str, Any] | None:
     """Find the quantization_config, wherever tools have put it; None if there is none.
 
-    Besides the usual place: the text model's part of a multimodal config.json, ``compression_config`` (before 2025), and
-    a file of the format's own beside config.json, which names no method.
+    Besides the usual place: the text model's part of a multimodal config.json, ``compression_config`` (before 2025),
+    ``quantization`` (MLX), and a file of the format's own beside config.json, which names no method.
     """
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+    for part in parts_of(config):
+        for key in QUANTIZATION:
             found = part.get(key)
             if isinstance(found, dict) and found:
-                return found
+                named = "quant_method" in found or "config_groups" in found or "quantization" not in config
+                return found if named else {**found, "quant_method": "mlx"}
             if found:
-                raise NearplaneError(f"{key} of {store.folder / 'config.json'} must be an object; it is {found!r}.")
+                raise NearplaneError(f"{key} of {folder / 'config.json'} must be an object; it is {found!r}.")
+    if isinstance(config.get("quantization"), dict) and "bits" in config["quantization"]:
+        return {**config["quantization"], "quant_method": "mlx"}
     for format in formats:
-        if format.beside is not None and (store.folder / format.beside).exists():
-            legacy = read_json(store.folder / format.beside)
+        if format.beside is not None and (folder / format.beside).exists():
+            legacy = read_json(folder / format.beside)
             return {**legacy, "quant_method": legacy.get("quant_method", format.name)}
+    if (folder / MODELOPT).exists():
+        inner = read_json(folder / MODELOPT).get("quantization")
+        return {**(inner if isinstance(inner, dict) else {}), "quant_method": "modelopt"}
     return None

@@ -33,7 +33,12 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+# Floats that are no numbers of a weight until they are multiplied by a scale.
+SMALL_FLOATS = {DTYPES[name] for name in DTYPES if name.startswith("F8")}
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu  # of scales: an exponent
 
 
 class Stored(NamedTuple):
@@ -183,6 +188,15 @@ class Store:
         """Return the names to copy beside the ``quantized`` ones."""
         return self.names - quantized
 
+    def reading(self, name: str) -> int:
+        """Count the bytes of memory that reading a tensor takes; reads no data."""
+        return self.nbytes(name)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(self.nbytes(name) for name in self.names)
+
     def _where(self, name: str) -> Shard:
         """Find the shard of a tensor. Raises NearplaneError where there is none."""
         if name not in self._file:
@@ -217,6 +231,10 @@ class Twice(Store):
     def nbytes(self, name: str) -> int:
         """Return a tensor's size in bytes; reads no data."""
         return self.store.nbytes(self._known(name))
+
+    def reading(self, name: str) -> int:
+        """Count the bytes of memory that reading a tensor takes; reads no data."""
+        return self.store.reading(self._known(name))
 
     def rejoined(self, quantized: set[str]) -> frozenset[str]:
         """Return the names to copy beside the ``quantized`` ones."""

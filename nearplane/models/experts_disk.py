@@ -78,6 +78,18 @@ class SplitStore(Store):
         """Return a tensor's size in bytes; reads no data."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
+    def reading(self, name: str) -> int:
+        """Count the bytes of memory that reading a tensor takes: of a fused one the slab of an expert is read."""
+        piece = self.pieces.get(name)
+        if piece is None:
+            return self.store.reading(name)
+        return max(self.nbytes(name), self.store.reading(piece.tensor) // piece.layout.experts)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors on disk."""
+        return self.store.total
+
     def rejoined(self, quantized: set[str]) -> frozenset[str]:
         """Return the names to copy beside the ``quantized`` ones. A layer without a quantized expert stays fused."""
         apart = {piece.module for name, piece in self.pieces.items() if name in quantized}

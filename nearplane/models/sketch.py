@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError
-from nearplane.formats.store import Store, read_json
+from nearplane.formats.store import SMALL_FLOATS, Store, read_json
+
+# Bytes of memory that a weight stored as a small float takes while it is made dense: code, scale and float32, rounded up.
+READ_CODED = 6
 
 
 class Unsketchable(NearplaneError):
@@ -26,10 +29,17 @@ class Unsketchable(NearplaneError):
 class Promised(Store):
     """The tensors that a configuration promises: every parameter under the model's own name, tied ones once."""
 
-    def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
-        """List the tensors of a skeleton; floats get ``dtype``. ``folder`` holds the configuration."""
+    def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype, *, coded: bool = False) -> None:
+        """List the tensors of a skeleton; floats get ``dtype``.
+
+        Args:
+            folder: holds the configuration.
+            model: the skeleton.
+            dtype: of floats.
+            coded: matrices will be stored as small floats, and made dense in float32 when they are read.
+        """
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        self.folder = folder
+        self.folder, self.coded = folder, coded
         self._promised = {
             name: (tuple(value.shape), dtype if value.is_floating_point() else value.dtype)
             for name, value in model.state_dict().items()
@@ -52,6 +62,11 @@ class Promised(Store):
     def nbytes(self, name: str) -> int:
         """Return the size in bytes that a tensor will have."""
         return prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def reading(self, name: str) -> int:
+        """Count the bytes of memory that reading a tensor will take."""
+        dense = self.coded and len(self.shape(name)) > 1
+        return READ_CODED * prod(self.shape(name)) if dense else self.nbytes(name)
 
 
 def stand_in(model: nn.Module) -> None:
@@ -101,7 +116,7 @@ def promised_dtype(folder: Path) -> torch.dtype:
         raise NearplaneError(
             f"{folder / 'config.json'} names the dtype {named!r}, which is no floating dtype of torch."
         )
-    return dtype
+    return torch.bfloat16 if dtype in SMALL_FLOATS else dtype
 
 
 class _Draw:

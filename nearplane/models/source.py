@@ -6,10 +6,7 @@ weight is read (``sketch.py``). Every tensor that is read is checked for NaN and
 """
 
 import copy
-import hashlib
-import mmap
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,18 +18,15 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
-from nearplane.core.moments import all_finite
-from nearplane.formats.store import Store, Twice, read_json
+from nearplane.formats.originals import already, empty, is_original, named_strays, plain_config, strays, unexplained
+from nearplane.formats.read import open_original, stated
+from nearplane.formats.store import INDEX, Store, Twice, read_index, read_json
 from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
 from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
 from nearplane.models.sketch import Promised, drawn, promised_dtype, stand_down, stand_in
-
-# Elements that are processed at a time.
-AT_ONCE = 1 << 22
-# 64-bit words that a fingerprint adds up: 4 KiB.
-ADDED_UP = 512
+from nearplane.models.values import fingerprint, finite, kept_in_float32, only_rows
 
 
 @dataclass
@@ -66,8 +60,9 @@ class Source:
         return read_json(self.folder / "config.json")
 
     def written_config(self) -> dict[str, Any]:
-        """Return config.json for a folder with this source's tensors."""
-        return self.raw_config() if self.twice is None else without_tie(self.raw_config())
+        """Return config.json for a folder with this source's tensors, which are dense."""
+        config = plain_config(self.raw_config())
+        return config if self.twice is None else without_tie(config)
 
     @property
     def original(self) -> Store:
@@ -192,7 +187,8 @@ class Source:
         self.sketch = False
         if isinstance(self.original, Promised):
             self.folder = locate(self.name, trust_remote_code=self.trust_remote_code)
-            self.store = split(self.model, Store(self.folder))
+            store, told = open_original(Store(self.folder))
+            self.store, self.notes = split(self.model, store), [*self.notes, *([told] if told else [])]
             if self.twice is not None:
                 self._show(*self.twice)
             self.names = _disk_names(self.model, self.store, self.folder)
@@ -247,22 +243,27 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     Returns:
         The source: a skeleton on the meta device, and its tensors, read when they are asked for.
 
+    Weights stored as FP8 or FP4 with scales are shown as dense ones (``formats/small_floats.py``).
+
     Raises:
-        NearplaneError: a missing, unreadable, pickled, remote-code or unknown model.
-        SettingError: a model that is quantized already.
+        NearplaneError: a missing, unreadable, pickled, remote-code or unknown model; a tensor of a quantized weight that
+            config.json does not explain.
+        SettingError: a model that is quantized in another way.
     """
     folder = locate(model, weights=not sketch, trust_remote_code=trust_remote_code)
     bare = sketch and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     store = None if bare else Store(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None or (folder / "quantize_config.json").exists():
-        raise SettingError(f"{model} is quantized already; give the original model.")
+    told, coded = None, _refuse_quantized(str(model), folder, store)
+    if store is not None:
+        store, told = open_original(store)
+    undress(config)
     dtype = promised_dtype(folder) if store is None else None
     skeleton = build_skeleton(config, folder, trust_remote_code=trust_remote_code)
     refuse_unread(skeleton, folder)
     if store is None:
         assert dtype is not None
-        store = Promised(folder, skeleton, dtype)
+        store = Promised(folder, skeleton, dtype, coded=coded)
         names = {name: name for name in store.names}
     else:
         store = split(skeleton, store)
@@ -270,15 +271,24 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     set_visit(skeleton, "each")
     if sketch:
         stand_in(skeleton)
-    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, sketch=sketch)
+    notes = [told] if told else []
+    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, notes=notes, sketch=sketch)
 
 
 def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:
     """Return the configuration and the skeleton of a folder, without its quantization if it has one."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    undress(config)
+    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+
+
+def undress(config: Any) -> None:
+    """Take the quantization out of a configuration and out of those inside it, in place."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return config, build_skeleton(copy.deepcopy(config), folder, trust_remote_code=trust_remote_code)
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            undress(getattr(config, name))
 
 
 def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
@@ -323,16 +333,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return a test for names of parameters that transformers keeps in float32 where a model is loaded in ``dtype``."""
-    kinds = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",)}.get(dtype, ())
-    parts = [part for kind in kinds for part in getattr(model, f"_keep_in_fp32_modules{kind}", None) or ()]
-    if not parts:
-        return lambda _name: False
-    pattern = re.compile("|".join(part.replace("*", ".*") for part in sorted(parts)))
-    return lambda name: pattern.search(name) is not None
-
-
 def refuse_unread(model: nn.Module, folder: Path) -> None:
     """Raise NearplaneError for fused experts of an unknown layout."""
     name = unread(model)
@@ -350,37 +350,29 @@ def without_tie(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **inner, "tie_word_embeddings": False}
 
 
-def finite(value: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Return whether a tensor holds neither NaN nor Inf, after conversion to ``dtype`` if given."""
-    if not value.is_floating_point():
-        return True
-    return all(all_finite(part.to(dtype or value.dtype)) for part in torch.split(value.flatten(), AT_ONCE))
+def _refuse_quantized(model: str, folder: Path, store: Store | None) -> bool:
+    """Raise SettingError for a model that is quantized and is no original that is read as dense.
 
+    Args:
+        model: as the user gave it.
+        folder: its folder.
+        store: its tensors; None: the folder holds none.
 
-def fingerprint(value: Tensor) -> str:
-    """Hash the bytes of a tensor: BLAKE2b of one 64-bit sum per 4 KiB.
+    Returns:
+        Whether it is an original whose weights are stored as small floats.
 
-    Any single changed number changes the hash. Hashing runs at about the speed of memory.
+    Raises:
+        NearplaneError: the folder holds no tensors, and the index shows quantized ones.
     """
-    raw = value.flatten().view(torch.uint8)
-    parts = len(raw) // (8 * ADDED_UP)
-    whole = parts * 8 * ADDED_UP
-    total = raw[:whole].view(torch.int64).view(parts, ADDED_UP).sum(1)
-    digest = hashlib.blake2b(total.numpy().tobytes(), digest_size=8)
-    digest.update(raw[whole:].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def only_rows(value: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy the given rows of a matrix; all other rows are zero.
-
-    The result is an anonymous memory map, whose untouched pages take no memory.
-    """
-    pages = mmap.mmap(-1, value.numel() * dtype.itemsize)
-    result = torch.frombuffer(pages, dtype=dtype).view(value.shape)
-    for part in torch.split(rows, max(1, AT_ONCE // value.shape[1])):
-        result[part] = value[part].to(dtype)
-    return result
+    quantization = stated(folder, read_json(folder / "config.json"))
+    if quantization is not None and not is_original(quantization):
+        if store is not None and not strays(store, store.names):
+            raise SettingError(empty(folder, quantization))
+        raise SettingError(already(model, folder, quantization))
+    if quantization is None and store is None and (folder / INDEX).is_file():
+        for name in named_strays(read_index(folder / INDEX)):
+            raise NearplaneError(unexplained(folder, name, None))
+    return quantization is not None
 
 
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
@@ -394,6 +386,8 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             if store.shape(on_disk[name]) != tuple(value.shape):
                 stored, wanted = list(store.shape(on_disk[name])), list(value.shape)
                 raise NearplaneError(f"{folder}: {on_disk[name]} has shape {stored}, config.json asks for {wanted}.")
+            if value.is_floating_point() and not store.dtype(on_disk[name]).is_floating_point:
+                raise NearplaneError(unexplained(folder, on_disk[name], None, store.dtype(on_disk[name])))
             names[name] = on_disk[name]
         elif value.is_meta and name not in tied:
             missing.append(name)

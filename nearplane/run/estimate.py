@@ -192,7 +192,7 @@ class _Walk:
         for name, prefix in inside.items():
             self.blocks[prefix] += numbers[name]
         apart = [name for name in numbers if name not in inside and not (head and name.startswith(head + "."))]
-        self.largest_linear = max((store.nbytes(source.names[s.name + ".weight"]) for s in plan.sites), default=0)
+        self.largest_linear = max((store.reading(source.names[s.name + ".weight"]) for s in plan.sites), default=0)
         table = embedding_name(source)
         rows, width = store.shape(source.names[table]) if table is not None and table in apart else (0, 0)
         beside = sum(numbers[name] for name in apart if name != table)
@@ -204,7 +204,7 @@ class _Walk:
         self.quantized = plan.nbytes(list(sites.values()))
         rest = [name for name in store.names if name not in sites]
         self.dense = sum(_stored(plan, name) for name in rest)
-        self.largest_dense = max((store.nbytes(name) for name in rest), default=0)
+        self.largest_dense = max((store.reading(name) for name in rest), default=0)
         self.files = sum(p.stat().st_size for p in source.folder.glob("*") if p.is_file() and _companion(p))
 
     def disk(self) -> dict[str, int]:

@@ -139,7 +139,7 @@ class Saver:
         grids = {site.name: plan.grid_of(site) for site in plan.sites}
         settings |= head_names(source.model, {site: plan.disk_name(site) for site in grids})
         rest = rest_of(source, plan.grid, grids, plan.format, plan.dense, settings)
-        report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
+        report.bytes["before"] = source.original.total
         routes = routing(source.model, source.names)
         unreached = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
         for name in rest.dense:

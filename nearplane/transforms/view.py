@@ -80,6 +80,10 @@ class ChangedStore(Store):
         """Return a tensor's size in bytes in that dtype."""
         return self.original.nbytes(self._like(name))
 
+    def reading(self, name: str) -> int:
+        """Count the bytes of memory that reading the stored tensor takes."""
+        return self.original.reading(self._like(name))
+
     def _like(self, name: str) -> str:
         return self.changes[name].like if name in self.changes else name
 

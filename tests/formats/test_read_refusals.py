@@ -56,7 +56,10 @@ BAD_COMPRESSED: list[tuple[str, Change]] = [
     ),
     ("says that it is quantized .* no quantized tensor", lambda t, c: [t.clear(), t.update(a=torch.ones(1))]),
     ("quantized with awq; nearplane reads", lambda t, c: c.update(quant_method="awq")),
-    ("quantized with fp8; nearplane reads", lambda t, c: c.update(quant_method="fp8")),
+    (
+        r"tensor m.weight_packed \(int32\) is part .* \(fp8\) does not explain",
+        lambda t, c: c.update(quant_method="fp8"),
+    ),
     ("quantized with bitsandbytes; nearplane reads", lambda t, c: c.update(quant_method="bitsandbytes")),
 ]
 
@@ -89,7 +92,7 @@ BAD_GPTQ: list[tuple[str, Change]] = [
     (r"m\.qweight .* int32 matrix", lambda t, c: t.update({"m.qweight": torch.zeros(0, OUT, dtype=torch.int32)})),
     (r"m\.qzeros .* int32 matrix", lambda t, c: t.update({"m.qzeros": t["m.qzeros"].long()})),
     (r"but no m\.qzeros", lambda t, c: t.pop("m.qzeros")),
-    ("no quantized tensor", lambda t, c: t.update({"w": t.pop("m.qweight")})),
+    (r"tensor m\.qzeros .* does not explain", lambda t, c: t.update({"w": t.pop("m.qweight")})),
 ]
 
 

@@ -24,7 +24,7 @@ from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats import parts as write
 from nearplane.formats.journal import STATE, Journal
 from nearplane.formats.store import INDEX
-from nearplane.models.source import fingerprint
+from nearplane.models.values import fingerprint
 from nearplane.run.forward import OnDisk
 
 TIMES = ("seconds", "resumed")
