@@ -20,18 +20,20 @@ from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.moments import all_finite
 from nearplane.formats.read import Checkpoint, open_checkpoint
-from nearplane.formats.store import again
+from nearplane.formats.store import again, read_json
 from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
 from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
-from nearplane.models.locate import locate
+from nearplane.models.locate import BAD_CONFIG, first_line, locate
 from nearplane.models.source import open_skeleton
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
 from nearplane.runtime.linear import QuantizedLinear, quantize_head, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,34 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
                 module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, settings.arithmetic)
     result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
+    take_generation(result, folder)
     return result.to(device).eval()
+
+
+def take_generation(model: nn.Module, folder: Path) -> None:
+    """Give a model that generates the folder's generation settings, as transformers' from_pretrained does.
+
+    A folder without generation_config.json has those of its config.json. NearplaneError for settings that are unusable.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        return
+    path = folder / GENERATION
+    there = path.exists() or path.is_symlink()
+    try:
+        raw = read_json(path if there else folder / "config.json")
+        read = transformers.GenerationConfig
+        found = read.from_dict(raw) if there else read.from_model_config(raw)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(found, name)
+            for token in value if isinstance(value, list) and name == "eos_token_id" else [value]:
+                if token is not None and type(token) is not int:
+                    raise ValueError(f"{name} is {value!r}")
+    except BAD_CONFIG as error:
+        raise NearplaneError(
+            f"{path if there else folder / 'config.json'} holds unusable generation settings ({first_line(error)}); "
+            f"mend it, or {again(folder)}."
+        ) from error
+    model.generation_config = found
 
 
 def _state(
