@@ -21,6 +21,7 @@ from nearplane.formats.store import REPORT
 from nearplane.models.experts import routers
 from nearplane.models.experts_disk import copied
 from nearplane.models.inputs import bare_linears, is_causal
+from nearplane.models.locate import without_code
 from nearplane.models.source import Source
 from nearplane.models.towers import linears_besides
 
@@ -46,8 +47,6 @@ class Rest:
     """config.json, ``quantization_config`` included."""
     folder: Path
     """Where tokenizer and other companions are copied from."""
-    code: bool
-    """Whether the model's own Python is among them."""
 
 
 def export(
@@ -83,7 +82,7 @@ def export(
         writer.json("config.json", rest.config)
         for file, content in format.extra_files(rest.config["quantization_config"]).items():
             writer.json(file, content)
-        writer.companions(rest.folder, code=rest.code)
+        writer.companions(rest.folder)
         if isinstance(report, Path):
             writer.copy(report)
         elif report is not None:
@@ -125,7 +124,8 @@ def rest_of(
     quantization = format.config(
         grid, ignore=left_out(source.model, source.names, set(grids)), settings=settings, grids=named
     )
-    config = {key: value for key, value in source.written_config().items() if key != "torch_dtype"}
+    raw = without_code(source.written_config(), trust_remote_code=source.trust_remote_code)
+    config = {key: value for key, value in raw.items() if key != "torch_dtype"}
     config |= {"dtype": str(stored).removeprefix("torch."), "quantization_config": quantization}
 
     def get(name: str) -> Tensor:
@@ -133,7 +133,7 @@ def rest_of(
         return value.to(stored) if value.is_floating_point() else value
 
     dense = sorted(copied(source.store, {f"{name}.weight" for name in disk.values()}))
-    return Rest(dense, get, config, source.folder, source.trust_remote_code)
+    return Rest(dense, get, config, source.folder)
 
 
 def left_out(model: nn.Module, names: Mapping[str, str], quantized: set[str]) -> list[str]:

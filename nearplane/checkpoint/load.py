@@ -57,6 +57,8 @@ class LoadSettings:
     are vector instructions for it."""
     head_bits: int | None = None
     """Also round the output head to so many bits, in memory."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; MODEL@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -85,7 +87,7 @@ class LoadSettings:
         return cls(**settings)
 
     def of_original(self) -> "LoadSettings":
-        """Settings for the original beside a checkpoint: same device and dtype, nothing rounded."""
+        """Settings for the original beside a checkpoint: same device and dtype, nothing rounded, no revision."""
         return LoadSettings(device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
@@ -175,7 +177,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
     settings = settings or LoadSettings()
     device, named = pick_device(settings.device), pick_dtype(settings.dtype)
     packed, head_bits, trust_remote_code = settings.packed, settings.head_bits, settings.trust_remote_code
-    folder = locate(model, trust_remote_code=trust_remote_code)
+    folder = locate(model, revision=settings.revision)
     config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     _check_size(skeleton, checkpoint)

@@ -60,7 +60,7 @@ def compare(
     if seqlen < 2 or (windows is not None and windows < 1):
         raise SettingError(f"seqlen must be at least 2 and windows at least 1; got {seqlen} and {windows}.")
     trust = chosen.trust_remote_code
-    folder = locate(model, trust_remote_code=trust)
+    folder = locate(model, revision=chosen.revision)
     loaded = load_model(model, chosen)
     original = None if reference is None else load_model(reference, chosen.of_original())
     if original is not None and type(original.config) is not type(loaded.config):
@@ -80,7 +80,7 @@ def compare(
     return compare_models(loaded, original, samples, origin, progress=progress)
 
 
-def is_language_model(model: str | Path, *, trust_remote_code: bool = False) -> bool:
+def is_language_model(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
     """Whether a model is measured by perplexity: a decoder of text."""
-    folder = locate(model, trust_remote_code=trust_remote_code)
+    folder = locate(model, revision=revision)
     return inputs.is_causal(open_skeleton(folder, trust_remote_code=trust_remote_code)[1])

@@ -25,7 +25,15 @@ from nearplane.formats.store import Store, read_json
 from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
-from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
+from nearplane.models.locate import (
+    BAD_CONFIG,
+    MOST_BUFFERS,
+    commit_of,
+    first_line,
+    locate,
+    read_config,
+    with_revision,
+)
 from nearplane.models.sketch import Promised, drawn, promised_dtype, stand_down, stand_in
 
 # Elements that are processed at a time.
@@ -52,6 +60,8 @@ class Source:
     notes: list[str] = field(default_factory=list)  # remarks on the transforms, for the user
     sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as stored on disk
     sketch: bool = False  # no weight is read: see sketch.py
+    revision: str | None = None  # of a hub id, as it was asked for
+    commit: str | None = None  # of a hub id, the one whose files were read
     promise_of: "Source | None" = None  # of a view with known sizes and unknown tensors: the opened source
 
     @cached_property
@@ -170,7 +180,10 @@ class Source:
         stand_down(self.model)
         self.sketch = False
         if isinstance(self.store, Promised):
-            self.folder = locate(self.name, trust_remote_code=self.trust_remote_code)
+            repository = self.name if self.revision is None else self.name.partition("@")[0]
+            self.folder = locate(
+                repository, revision=self.commit or self.revision
+            )  # of the same commit as the small files
             self.store = split(self.model, Store(self.folder))
             self.names = _disk_names(self.model, self.store, self.folder)
         self.unload("")
@@ -203,7 +216,9 @@ class Source:
             module._buffers[leaf] = value
 
 
-def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: bool = False) -> Source:
+def open_source(
+    model: str | Path, *, sketch: bool = False, trust_remote_code: bool = False, revision: str | None = None
+) -> Source:
     """Open a local transformers folder, a hub id or ``demo``. No weight is read.
 
     Args:
@@ -211,6 +226,7 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
         sketch: read no weight until ``Source.read_weights``. The folder may hold config.json alone; of a hub id only the
             small files are fetched.
         trust_remote_code: run Python code that comes with the model.
+        revision: of a hub id, the branch, tag or commit.
 
     Returns:
         The source: a skeleton on the meta device, and its tensors, read when they are asked for.
@@ -219,7 +235,7 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
         NearplaneError: a missing, unreadable, pickled, remote-code or unknown model.
         SettingError: a model that is quantized already.
     """
-    folder = locate(model, weights=not sketch, trust_remote_code=trust_remote_code)
+    folder = locate(model, weights=not sketch, revision=revision)
     bare = sketch and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     store = None if bare else Store(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -238,7 +254,11 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     set_visit(skeleton, "each")
     if sketch:
         stand_in(skeleton)
-    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, sketch=sketch)
+    asked = with_revision(model, revision)[1]
+    return Source(
+        str(model), folder, config, store, skeleton, names, trust_remote_code, sketch=sketch, revision=asked,
+        commit=commit_of(folder),
+    )  # fmt: skip
 
 
 def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:

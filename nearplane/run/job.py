@@ -143,6 +143,8 @@ class Job:
     """Go on after the last finished block in OUT; with the same settings, but for damp_percent and nsamples."""
     force: bool = False
     """Run even if the estimate of memory or disk says that the run cannot fit."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; MODEL@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -22,6 +22,7 @@ from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
 from nearplane.formats.base import conv1d_reason
+from nearplane.formats.companions import companions
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
@@ -29,6 +30,7 @@ from nearplane.models.discover import Block, Site, Stage, discover
 from nearplane.models.experts import EXPERT, show_all
 from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.inputs import MEDIA, reads
+from nearplane.models.locate import code_left_out
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
@@ -168,7 +170,12 @@ class Plan:
         missed = "the probe forward did not reach it, stays dense"
         unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
         notes += [*self.source.notes, *_about_loading(self)]
-        notes += [self._shortened(), _no_stream(self), *(self.samples.notes if self.samples else [])]
+        notes += [
+            *_about_files(self.source),
+            self._shortened(),
+            _no_stream(self),
+            *(self.samples.notes if self.samples else []),
+        ]
         notes += [] if self.ignored else [_mostly_dense(self)]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
@@ -254,7 +261,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     """
     device = pick_device(job.device)
     format = pick_format(job.format).running(job.activations, "r4" in job.rotation.kinds)
-    source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code)
+    source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code, revision=job.revision)
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
     try:
@@ -336,6 +343,13 @@ def _about_loading(plan: Plan) -> list[str]:
     written = {site.name: source.names[f"{site.name}.weight"].removesuffix(".weight") for site in sites}
     asymmetric = any(not plan.grid_of(site).sym for site in sites if EXPERT.fullmatch(site.name))
     return found + loading_notes(source.model, source.store, written, asymmetric)
+
+
+def _about_files(source: Source) -> list[str]:
+    """Name what of the model's folder is not in the checkpoint."""
+    left = code_left_out(source.raw_config(), trust_remote_code=source.trust_remote_code)
+    code = f"auto_map of config.json is written without {', '.join(left)}: transformers' own class is quantized, not that code"
+    return [note for note in (companions(source.folder).note(), code if left else None) if note is not None]
 
 
 def _mostly_dense(plan: Plan) -> str | None:

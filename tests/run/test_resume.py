@@ -33,7 +33,10 @@ GRID = Grid(bits=3, group_size=16, sym=False)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.with_text(tmp_path_factory.mktemp("resume"), num_hidden_layers=3)
+    folder = tiny.with_text(tmp_path_factory.mktemp("resume"), num_hidden_layers=3)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')  # sub-folders resume, too
+    return folder
 
 
 @pytest.fixture(scope="module")
