@@ -29,6 +29,6 @@ def run(options: Options, _: dict[str, Any]) -> int:
     """Write, and print what was written."""
     from nearplane.checkpoint.convert import convert
 
-    asked = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     printed(convert(options.out, options.new, options.format, progress=True, **asked))
     return 0

@@ -27,6 +27,6 @@ def run(options: Options, settings: dict[str, Any]) -> int:
     """Print the anatomy."""
     from nearplane.api import inspect
 
-    asked = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     printed(inspect(options.model, **asked, **settings))
     return 0

@@ -34,7 +34,7 @@ def run(options: Options, _: dict[str, Any]) -> int:
     """Print the verdict; returns 1 where something is wrong."""
     from nearplane.checkpoint.verify import verify
 
-    asked = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     result = verify(options.out, options.engine, progress=True, **asked)
     printed(result) if not options.json else print(json.dumps(result.as_dict()))
     if options.files and not options.json:

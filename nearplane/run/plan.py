@@ -295,9 +295,10 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     stored = pick_dtype(job.dtype) or source.dtype
     grid = replace(job.grid, scale_dtype=format.scale_dtype(stored))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
-    blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)))
+    rest = {name.removesuffix(".weight") for pair in source.names.items() for name in pair} - {*disk, *disk.values()}
+    blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest))
     sites = [site for block in blocks for site in block.sites]
-    grids, fixed = assign([disk[site.name] for site in sites], grid, job)
+    grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job)
     refuse_split(grids, ignored, job, fixed)
     for site in sites:
         left = job.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below

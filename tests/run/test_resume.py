@@ -222,8 +222,7 @@ def test_what_is_complete_is_not_written_again(
     whole = model.parent / "whole-gptq"
     for removed in (0, 1, 3):
         out = shutil.copytree(solved[0], tmp_path / str(removed))
-        for path in whole.iterdir():
-            shutil.copy(path, out)
+        shutil.copytree(whole, out, dirs_exist_ok=True)
         for number in range(3, 3 - removed, -1):
             (out / STATE / f"block-{number - 1:05}.json").unlink()
         files = [path for path in out.glob("*") if path.is_file() and "part-" not in path.name]
