@@ -7,7 +7,7 @@ tensors that are copied.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from nearplane.checkpoint.engines import Described, Weight, model_facts
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid
+from nearplane.core.grid import Grid, spoiled_groups
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
@@ -32,7 +32,7 @@ from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.inputs import MEDIA, reads
 from nearplane.models.locate import code_left_out
 from nearplane.models.sketch import Unsketchable
-from nearplane.models.source import Source, open_source
+from nearplane.models.source import AT_ONCE, Source, open_source
 from nearplane.models.towers import linears_besides
 from nearplane.run.job import Job
 from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units
@@ -62,6 +62,8 @@ class Plan:
     choices: list[dict[str, Any]] | None = None
     """The bits that a budget has chosen."""
     samples: Samples | None = None
+    notes: Sequence[str] = ()
+    """Remarks on weights, for the user."""
     copied: str = ""
     """Hashes of the tensors that the checkpoint takes over from the source as they are."""
 
@@ -169,7 +171,7 @@ class Plan:
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
         missed = "the probe forward did not reach it, stays dense"
         unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
-        notes += [*self.source.notes, *_about_loading(self)]
+        notes += [*self.source.notes, *self.notes, *_about_loading(self)]
         notes += [
             *_about_files(self.source),
             self._shortened(),
@@ -284,10 +286,46 @@ def complete(plan: Plan) -> Plan:
         source = transform.apply(source, plan.device)
         if job.calibration.all_experts:
             show_all(source.model, source.folder)
-    plan = replace(plan, source=source)
+    plan = replace(plan, source=source, notes=_check_scales(plan, source))
     if plan.method.needs:
         plan = replace(plan, samples=gather(source, job.calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.stored))
+
+
+# Of a linear's sum of squares, the share in groups whose scale float16 cannot hold, from which a run is refused.
+SPOILED = 0.5
+
+
+def _check_scales(plan: Plan, source: Source) -> list[str]:
+    """Read every weight whose scales are stored in float16, and refuse a linear that such scales would spoil.
+
+    Returns:
+        Sentences about linears of which a smaller part is spoiled.
+
+    Raises:
+        SettingError: names the linear.
+    """
+    notes = []
+    for site in plan.sites:
+        grid = min(plan.possible(site), key=lambda grid: grid.storage_bits)
+        if grid.scale_dtype != "float16":
+            continue
+        weight = source.store.get(source.names[f"{site.name}.weight"])
+        rows = torch.split(weight.T if site.transposed else weight, max(1, AT_ONCE // max(1, site.shape[1])))
+        found = [spoiled_groups(part.float(), grid) for part in rows]
+        bad, energy = (torch.cat(parts) for parts in zip(*found, strict=True))
+        lost, total = float(energy[bad].sum()), float(energy.sum())
+        if not bool(bad.any()) or not isfinite(total):  # weights that are not finite are named where they are read
+            continue
+        largest = float(weight.abs().max())
+        told = f"{int(bad.sum())} of {bad.numel()} scales leave the range of float16 (weights up to {largest:.2g})"
+        if lost >= SPOILED * total:
+            other = (
+                "--dtype bfloat16" if plan.format.casts_scales else "--format compressed-tensors with --dtype bfloat16"
+            )
+            raise SettingError(f"{site.name}: {told}, in which {plan.format.name} would store them; use {other}.")
+        notes.append(f"{site.name}: {told}, with {lost / total:.2g} of its weights' squares; these groups are coarse")
+    return notes
 
 
 def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
