@@ -87,6 +87,7 @@ def quantize(
             _ = plan.settings  # refused here where report.json cannot hold one of them
             plan = complete(plan)
         report = Report(str(model), plan.settings, str(out), data=plan.data)
+        report.revision, report.commit = plan.source.revision, plan.source.commit
         report.events += plan.warnings()
         return ranks.tell(_run(plan, writer, report, ranks, told))
 
@@ -161,7 +162,7 @@ def load(path: str | Path, **settings: Any) -> nn.Module:
 
     Args:
         path: a transformers folder, a hub id, or "demo".
-        settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, head_bits, trust_remote_code.
+        settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, head_bits, revision, trust_remote_code.
 
     Returns:
         A ``torch.nn.Module``: the model's transformers class, in evaluation mode.
@@ -202,7 +203,8 @@ def evaluate(
         reference: the original model.
         kv_bits: round keys and values to so many bits, 2 to 8, in this evaluation; 16: not at all.
         progress: show a bar.
-        settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``.
+        settings: fields of ``LoadSettings``; of the reference ``device``, ``dtype`` and ``trust_remote_code``. A revision of
+            the reference stands behind an @.
 
     Returns:
         Perplexity, with KL (nats per token) and top-1 agreement where there is a reference, and the protocol.
@@ -216,7 +218,7 @@ def evaluate(
     chosen = LoadSettings.of(settings)
     loaded = load_model(model, chosen)
     original = None if reference is None else load_model(reference, chosen.of_original())
-    tokenizer = load_tokenizer(locate(model), trust_remote_code=chosen.trust_remote_code)
+    tokenizer = load_tokenizer(locate(model, revision=chosen.revision), trust_remote_code=chosen.trust_remote_code)
     return evaluate_model(
         loaded, tokenizer, dataset=dataset, dataset_split=dataset_split, dataset_column=dataset_column, seqlen=seqlen,
         windows=windows, bos=bos, reference=original, kv_bits=kv_bits, progress=progress,
@@ -266,19 +268,25 @@ def generate(
         if tokenizer is None and not str(folder):
             raise SettingError("this model does not say which folder it came from; give its tokenizer.")
         loaded = model if isinstance(model, nn.Module) else load_model(model, chosen)
-        tokenizer = tokenizer or load_tokenizer(locate(folder), trust_remote_code=chosen.trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(
+            locate(folder, revision=chosen.revision), trust_remote_code=chosen.trust_remote_code
+        )
         return generate_text(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat, temperature=temperature, seed=seed,
             write=write or (lambda _: None),
         )  # fmt: skip
 
 
-def inspect(model: str | Path, grid: Grid | None = None, *, trust_remote_code: bool = False, **fields: Any) -> Anatomy:
+def inspect(
+    model: str | Path, grid: Grid | None = None, *, revision: str | None = None, trust_remote_code: bool = False,
+    **fields: Any,
+) -> Anatomy:  # fmt: skip
     """Look into a folder: blocks, stages and sizes of a model, or the grids of a quantized checkpoint.
 
     Args:
         model: a transformers folder, a hub id, or "demo".
         grid: for which sizes after quantization are computed; none: ``Grid()``.
+        revision: of a hub id, the branch, tag or commit.
         trust_remote_code: run Python code that comes with the model.
         fields: fields of ``Grid`` that are others, by name: ``bits=3``.
 
@@ -294,4 +302,4 @@ def inspect(model: str | Path, grid: Grid | None = None, *, trust_remote_code: b
         raise SettingError(
             f"inspect takes settings of the grid only, such as bits and group_size; got {', '.join(fields)}."
         )
-    return inspect_folder(model, chosen.grid, trust_remote_code=trust_remote_code)
+    return inspect_folder(model, chosen.grid, revision=revision, trust_remote_code=trust_remote_code)

@@ -22,6 +22,7 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats import Format, pick_format
 from nearplane.formats.base import ONLINE_ONLY_HERE, SCALE_NAMES, check, conv1d_reason
+from nearplane.formats.companions import companions
 from nearplane.formats.originals import plain_config
 from nearplane.formats.parts import Writer
 from nearplane.formats.read import Checkpoint, open_checkpoint
@@ -29,7 +30,7 @@ from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.experts_disk import names_in_model, split_names
-from nearplane.models.locate import given_path, locate, refuse_loaded
+from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
 from nearplane.transforms.hooks import turned_linears
 
@@ -46,12 +47,15 @@ class Conversion:
     dense: int
     scales: str | None = None
     """The dtype in which scales are now, if some had another; their values are the same."""
+    note: str | None = None
+    """Files of ``path`` that are not in ``out``, with the reasons."""
 
     def __str__(self) -> str:
         kept = "codes, scales and zeros as they were"
         if self.scales is not None:
             kept = f"codes and zeros as they were, scales of the same values, now {self.scales}"
-        return f"{self.out}: {self.layers} layers from {self.before} to {self.after}, {kept}; {self.dense} other tensors copied"
+        line = f"{self.out}: {self.layers} layers from {self.before} to {self.after}, {kept}; {self.dense} other tensors copied"
+        return line if self.note is None else f"{line}\nnote: {self.note}"
 
     __repr__ = __str__
 
@@ -62,6 +66,7 @@ def convert(
     format: str | Format,
     *,
     formats: Sequence[Format] = (),
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Conversion:
@@ -72,11 +77,12 @@ def convert(
         out: a folder that does not exist or is empty; it appears whole or not at all.
         format: "compressed-tensors", "gptq", "gptq_v2" or a format of the caller's own.
         formats: formats of the caller's own that ``path`` may be in.
+        revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
         progress: whether to draw a bar.
 
     Returns:
-        What was written. Printed, it is one line.
+        What was written. Printed, it is one line, and a note on files that were not copied.
 
     Raises:
         NearplaneError: before anything is written, for what the format cannot hold exactly, with the layer's name and
@@ -84,7 +90,7 @@ def convert(
     """
     refuse_loaded(path)
     target, writer = pick_format(format), Writer(given_path("out", out))
-    folder = locate(path, trust_remote_code=trust_remote_code)
+    folder = locate(path, revision=revision)
     checkpoint = open_checkpoint(folder, formats=formats)
     if checkpoint.original is not None:
         raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
@@ -103,8 +109,9 @@ def convert(
     named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
-    config = {**plain_config(checkpoint.config), "quantization_config": quantization}
-    rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder, trust_remote_code)
+    plain = without_code(plain_config(checkpoint.config), trust_remote_code=trust_remote_code)
+    config = {**plain, "quantization_config": quantization}
+    rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (
         Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
     )
@@ -114,7 +121,8 @@ def convert(
         export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
     now = {grids[name].scale_dtype for name, layer in checkpoint.layers.items() if layer.grid != grids[name]}
     count = len(checkpoint.layers), len(checkpoint.dense)
-    return Conversion(str(path), str(out), checkpoint.format, target.name, *count, ", ".join(sorted(now)) or None)
+    scales, note = ", ".join(sorted(now)) or None, companions(folder).note()
+    return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note)
 
 
 def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:

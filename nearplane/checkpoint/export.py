@@ -21,6 +21,7 @@ from nearplane.formats.store import REPORT
 from nearplane.models.experts import routers
 from nearplane.models.experts_disk import copied, unowned
 from nearplane.models.inputs import bare_linears, is_causal, output_head
+from nearplane.models.locate import without_code
 from nearplane.models.source import Source
 from nearplane.models.towers import linears_besides
 
@@ -46,8 +47,6 @@ class Rest:
     """config.json, ``quantization_config`` included."""
     folder: Path
     """Where tokenizer and other companions are copied from."""
-    code: bool
-    """Whether the model's own Python is among them."""
 
 
 def export(
@@ -83,7 +82,7 @@ def export(
         writer.json("config.json", rest.config)
         for file, content in format.extra_files(rest.config["quantization_config"]).items():
             writer.json(file, content)
-        writer.companions(rest.folder, code=rest.code)
+        writer.companions(rest.folder)
         if isinstance(report, Path):
             writer.copy(report)
         elif report is not None:
@@ -126,13 +125,14 @@ def rest_of(
     matrices = [name for name in dense if len(source.store.shape(name)) > 1]
     ignore = left_out(source.model, source.names, set(grids), matrices)
     quantization = format.config(grid, ignore=ignore, settings=settings, grids=named)
-    config = _in_dtype(source.written_config(), dtype or source.dtype, every=dtype is not None)
+    raw = without_code(source.written_config(), trust_remote_code=source.trust_remote_code)
+    config = _in_dtype(raw, dtype or source.dtype, every=dtype is not None)
     config["quantization_config"] = quantization
 
     def get(name: str) -> Tensor:
         return source.store.get(name).to(source.written(name, dtype))
 
-    return Rest(dense, get, config, source.folder, source.trust_remote_code)
+    return Rest(dense, get, config, source.folder)
 
 
 def _in_dtype(config: dict[str, Any], dtype: torch.dtype, *, every: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from nearplane.formats.store import (
     parse_json,
     read_index,
     read_json,
+    stays_inside,
 )
 
 LEFTOVERS = (f"*{UNFINISHED}", ".*.tmp")  # what ``formats/parts.py`` calls a file that is not done
@@ -78,7 +79,7 @@ def sums(folder: Path, found: Findings) -> Iterator[FileSum]:
         try:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                yield FileSum(path.name, stream.tell(), digest)
+                yield FileSum(path.relative_to(folder).as_posix(), stream.tell(), digest)
         except OSError as error:
             found.problem(f"{path} cannot be read: {error}.")
 
@@ -110,8 +111,14 @@ def check_sums(folder: Path, hashed: list[FileSum], found: Findings) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """List the files of the folder itself, by name, links that lead nowhere among them."""
-    return sorted(path for path in folder.iterdir() if path.is_file() or not path.exists())
+    """List the files of the folder itself, links that lead nowhere among them, and those of sub-folders that have sums."""
+    found = {path for path in folder.iterdir() if path.is_file() or not path.exists()}
+    try:
+        lines = (folder / SUMS).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):  # said where the sums are compared
+        lines = []
+    named = {folder / line[66:] for line in lines if "/" in line[66:] and stays_inside(line[66:])}
+    return sorted(found | {path for path in named if path.is_file()})
 
 
 def check_files(folder: Path, found: Findings) -> None:
@@ -123,7 +130,7 @@ def check_files(folder: Path, found: Findings) -> None:
             )
     for path in sorted(folder.glob("*.json")):
         with found.listing():
-            parse_json(path)
+            _check_code(folder, path, parse_json(path), found)
     with found.listing():
         if not (folder / "config.json").exists():
             read_json(folder / "config.json")  # raises the sentence that every reader would
@@ -139,6 +146,16 @@ def check_files(folder: Path, found: Findings) -> None:
             found.note(f"{path} is what readers take; {INDEX} does not name it, and they ignore what it names.")
         elif indexed:
             found.note(f"{path} is not named in {INDEX}; no reader takes it for weights.")
+
+
+def _check_code(folder: Path, path: Path, content: object, found: Findings) -> None:
+    """Look for the Python files that a configuration names in ``auto_map``; readers that trust its code want them."""
+    named = content.get("auto_map") if isinstance(content, dict) else None
+    for value in named.values() if isinstance(named, dict) else ():
+        for entry in value if isinstance(value, list) else [value]:
+            module = entry.rpartition(".")[0] if isinstance(entry, str) and "--" not in entry else ""
+            if module and not (folder / f"{module}.py").is_file():
+                found.note(f"{path} names code in {module}.py (auto_map), which is missing.")
 
 
 def _check_index(folder: Path, found: Findings) -> set[str]:

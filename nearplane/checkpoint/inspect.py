@@ -41,22 +41,23 @@ class Anatomy:
     __repr__ = __str__
 
 
-def inspect(model: str | Path, grid: Grid, *, trust_remote_code: bool = False) -> Anatomy:
+def inspect(model: str | Path, grid: Grid, *, revision: str | None = None, trust_remote_code: bool = False) -> Anatomy:
     """Look into a folder: blocks, stages, shapes, what is quantized and what is not, bytes before and after.
 
     Args:
         model: a transformers folder, a hub id, or "demo".
         grid: for which sizes after quantization are computed.
+        revision: of a hub id, the branch, tag or commit.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
         NearplaneError: a folder that cannot be read, in one sentence.
     """
-    folder = locate(model)
+    folder = locate(model, revision=revision)
     checkpoint = open_checkpoint(folder)
     if checkpoint.quantization is not None:
         return _quantized(model, checkpoint)
-    source = open_source(model, trust_remote_code=trust_remote_code)
+    source = open_source(model, trust_remote_code=trust_remote_code, revision=revision)
     blocks = discover(source)
     lines = [f"{model}: {source.config.model_type}, {len(blocks)} blocks, stored in {str(source.dtype)[6:]}"]
     if checkpoint.original is not None:

@@ -21,12 +21,12 @@ from nearplane.core.errors import NearplaneError, NumericalError, SettingError, 
 from nearplane.core.moments import all_finite
 from nearplane.formats.originals import unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint
-from nearplane.formats.store import SMALL_FLOATS, again
+from nearplane.formats.store import SMALL_FLOATS, again, read_json
 from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
 from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
-from nearplane.models.locate import locate
+from nearplane.models.locate import BAD_CONFIG, first_line, locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.values import kept_in_float32
 from nearplane.runtime import cpu
@@ -34,6 +34,8 @@ from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
 from nearplane.runtime.linear import QuantizedLinear, quantize_head, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class LoadSettings:
     are vector instructions for it."""
     head_bits: int | None = None
     """Also round the output head to so many bits, in memory."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; MODEL@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -86,7 +90,7 @@ class LoadSettings:
         return cls(**settings)
 
     def of_original(self) -> "LoadSettings":
-        """Settings for the original beside a checkpoint: same device and dtype, nothing rounded."""
+        """Settings for the original beside a checkpoint: same device and dtype, nothing rounded, no revision."""
         return LoadSettings(device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
@@ -176,7 +180,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
     settings = settings or LoadSettings()
     device, named = pick_device(settings.device), pick_dtype(settings.dtype)
     packed, head_bits, trust_remote_code = settings.packed, settings.head_bits, settings.trust_remote_code
-    folder = locate(model, trust_remote_code=trust_remote_code)
+    folder = locate(model, revision=settings.revision)
     config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     _check_size(skeleton, checkpoint)
@@ -212,7 +216,34 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
                 module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, settings.arithmetic)
     result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
+    take_generation(result, folder)
     return result.to(device).eval()
+
+
+def take_generation(model: nn.Module, folder: Path) -> None:
+    """Give a model that generates the folder's generation settings, as transformers' from_pretrained does.
+
+    A folder without generation_config.json has those of its config.json. NearplaneError for settings that are unusable.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        return
+    path = folder / GENERATION
+    there = path.exists() or path.is_symlink()
+    try:
+        raw = read_json(path if there else folder / "config.json")
+        read = transformers.GenerationConfig
+        found = read.from_dict(raw) if there else read.from_model_config(raw)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(found, name)
+            for token in value if isinstance(value, list) and name == "eos_token_id" else [value]:
+                if token is not None and type(token) is not int:
+                    raise ValueError(f"{name} is {value!r}")
+    except BAD_CONFIG as error:
+        raise NearplaneError(
+            f"{path if there else folder / 'config.json'} holds unusable generation settings ({first_line(error)}); "
+            f"mend it, or {again(folder)}."
+        ) from error
+    model.generation_config = found
 
 
 def _state(

@@ -75,13 +75,15 @@ class Verification:
 
 
 def verify(
-    path: str | Path, engine: str | None = None, *, trust_remote_code: bool = False, progress: bool = False
-) -> Verification:
+    path: str | Path, engine: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Verification:  # fmt: skip
     """Read every file and tensor of a checkpoint again, and list what is wrong.
 
     Args:
         path: folder or hub id, quantized or not, ours or another tool's.
         engine: "vllm", "sglang" or "transformers", to list also what that engine would refuse.
+        revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
         progress: whether to draw a bar.
 
@@ -94,7 +96,7 @@ def verify(
     """
     if engine is not None:
         check_engine(engine)
-    folder = locate(path, trust_remote_code=trust_remote_code)
+    folder = locate(path, revision=revision)
     reason = unfinished(folder)
     if reason is not None:
         return Verification(str(path), None, engine, (), 0, 0, (reason,), ())

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SETTINGS = {"nearplane.checkpoint.load:LoadSettings": ("trust_remote_code",)}
+SETTINGS = {"nearplane.checkpoint.load:LoadSettings": ("revision", "trust_remote_code")}
 
 
 @dataclass(frozen=True)

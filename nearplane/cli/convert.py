@@ -19,6 +19,8 @@ class Options:
     """Folder to write; must not exist, or be empty."""
     format: str
     """The format to write: compressed-tensors, gptq or gptq_v2."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; OUT@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -27,7 +29,6 @@ def run(options: Options, _: dict[str, Any]) -> int:
     """Write, and print what was written."""
     from nearplane.checkpoint.convert import convert
 
-    printed(
-        convert(options.out, options.new, options.format, trust_remote_code=options.trust_remote_code, progress=True)
-    )
+    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    printed(convert(options.out, options.new, options.format, progress=True, **asked))
     return 0

@@ -54,9 +54,8 @@ def run(options: Options, settings: dict[str, Any]) -> int:
 
     choices = {name: getattr(options, name) for name in SHARED}
     result: Any
-    if options.labels or not is_language_model(
-        options.model, trust_remote_code=settings.get("trust_remote_code", False)
-    ):
+    asked = {name: settings[name] for name in ("trust_remote_code", "revision") if name in settings}
+    if options.labels or not is_language_model(options.model, **asked):
         if options.kv_bits != 16 or settings.keys() & {"head_bits", "arithmetic"}:
             raise SettingError("--head-bits, --kv-bits and --arithmetic are for language models.")
         choices |= {"labels": options.labels, "seqlen": options.seqlen or 512}

@@ -17,6 +17,8 @@ class Options:
 
     model: str
     """A transformers folder, a hub id, or "demo"."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; MODEL@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -25,5 +27,6 @@ def run(options: Options, settings: dict[str, Any]) -> int:
     """Print the anatomy."""
     from nearplane.api import inspect
 
-    printed(inspect(options.model, trust_remote_code=options.trust_remote_code, **settings))
+    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    printed(inspect(options.model, **asked, **settings))
     return 0

@@ -104,16 +104,16 @@ def _run(argv: list[str]) -> int:
         print(help_text(module, words), end="")
         return 0
     options, settings = parse(module, words)
-    _refuse_missing(getattr(options, "model", None) or options.out)
+    _refuse_missing(getattr(options, "model", None) or options.out, {**vars(options), **settings}.get("revision"))
     _quiet_transformers()
     return int(module.run(options, settings))
 
 
-def _refuse_missing(model: str) -> None:
+def _refuse_missing(model: str, revision: str | None) -> None:
     """Refuse a model that is not there before torch is imported; of a hub id the small files are fetched first."""
     refuse_missing(model)
-    if model != "demo" and not Path(model).expanduser().is_dir():
-        locate(model, weights=False)
+    if model != "demo" or revision is not None:
+        locate(model, weights=False, revision=revision)
 
 
 def verb(name: str) -> ModuleType:

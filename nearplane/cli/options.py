@@ -35,7 +35,7 @@ HIDDEN = ("scale_dtype",)
 METAVARS = {
     "override": "REGEX=FIELD=VALUE,...", "ignore": "REGEX", "towers": "NAME,...", "rotate": "r1,r2[,r4]",
     "budget": "BITS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME", "method": "NAME", "device": "NAME",
-    "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
+    "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {
@@ -184,7 +184,10 @@ def canonical(words: Sequence[str]) -> list[str]:
     result: list[str] = []
     for word in words:
         if not word.startswith("--"):
-            result.append(word)
+            if word.startswith("-:") and result and result[-1][2:] in REPEATED:  # a pattern of GPTQModel's, no flag
+                result[-1] += f"={word}"
+            else:
+                result.append(word)
             continue
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")

@@ -24,6 +24,8 @@ class Options:
     """List every file with its bytes and sha256."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; OUT@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -32,7 +34,8 @@ def run(options: Options, _: dict[str, Any]) -> int:
     """Print the verdict; returns 1 where something is wrong."""
     from nearplane.checkpoint.verify import verify
 
-    result = verify(options.out, options.engine, trust_remote_code=options.trust_remote_code, progress=True)
+    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    result = verify(options.out, options.engine, progress=True, **asked)
     printed(result) if not options.json else print(json.dumps(result.as_dict()))
     if options.files and not options.json:
         print(result.listing())

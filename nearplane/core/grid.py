@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError, plain_numbers
@@ -277,6 +277,28 @@ def fit_groups(
         tail = part(full, weight.shape[1], weight.shape[1] - full)
         scale, zero = torch.cat([scale, tail[0]], 1), torch.cat([zero, tail[1]], 1)
     return grid.scales.round_rows(scale, zero)
+
+
+def spoiled_groups(
+    weight: Float[Tensor, "out in"], grid: Grid
+) -> tuple[Bool[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """Find the groups whose scale cannot be stored: rounding the scale moves the largest weight by more than one step.
+
+    A float16 below 6e-5 has few digits, none below 3e-8, and ends at 65504. Scales are those of the whole range (``minmax``).
+
+    Args:
+        weight: The weight; a group of zeros is never spoiled.
+        grid: With ``scale_dtype`` as scales will be stored.
+
+    Returns:
+        Which groups are spoiled, and the sum of squares of every group.
+    """
+    width, columns = grid.group_width(weight.shape[1]), weight.shape[1]
+    groups = torch.nn.functional.pad(weight, (0, -columns % width)).reshape(len(weight), -1, width)
+    scale = grid.levels.scale(groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0))
+    stored = grid.scales.nearest(scale)
+    steps = (stored - scale).abs() / scale * (1 << (grid.storage_bits - 1))
+    return (scale > 0) & ~(steps <= 1), groups.square().sum(2)
 
 
 def _grid_of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

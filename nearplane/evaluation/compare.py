@@ -72,7 +72,7 @@ def compare(
         )
     seqlen, windows = check_windows(seqlen, windows)
     trust = chosen.trust_remote_code
-    folder = locate(model, trust_remote_code=trust)
+    folder = locate(model, revision=chosen.revision)
     loaded = load_model(model, chosen)
     original = None if reference is None else load_model(reference, chosen.of_original())
     if original is not None and type(original.config) is not type(loaded.config):
@@ -99,7 +99,7 @@ def _classify(owner: Folder, model: nn.Module, original: nn.Module | None, label
     return classify(model, original, train, test, names, str(labels))
 
 
-def is_language_model(model: str | Path, *, trust_remote_code: bool = False) -> bool:
+def is_language_model(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
     """Whether a model is measured by perplexity: a decoder of text."""
-    folder = locate(model, trust_remote_code=trust_remote_code)
+    folder = locate(model, revision=revision)
     return inputs.is_causal(open_skeleton(folder, trust_remote_code=trust_remote_code)[1])

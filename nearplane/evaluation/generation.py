@@ -13,6 +13,7 @@ from transformers import TextStreamer
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.memory import peak_resident
 from nearplane.models.inputs import refuse_unless_causal
+from nearplane.models.locate import first_line
 from nearplane.runtime.linear import quantized_linears
 
 MOST_THREADS = 1024
@@ -82,6 +83,9 @@ def generate(
 ) -> Generation:
     """Continue a prompt, or with ``chat`` answer it through the tokenizer's template.
 
+    The settings of the folder's generation_config.json hold: every end token, repetition_penalty, top_p, suppressed
+    tokens. Beams, do_sample, temperature and lengths do not; a prompt is continued greedily unless ``temperature`` is given.
+
     Args:
         model: a decoder of text.
         tokenizer: the model's own.
@@ -101,20 +105,23 @@ def generate(
     ids = _prompt_ids(tokenizer, prompt, chat)
     check_positions(model, ids.shape[1] + max_new_tokens)
     streamer = _Streamer(tokenizer, write)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
     device = next(model.parameters()).device
     start = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=torch.ones_like(ids, device=device),
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+    try:
+        with torch.inference_mode():
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=torch.ones_like(ids, device=device),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **_options(model, tokenizer, temperature),
+            )
+    except (ValueError, TypeError) as error:
+        raise NearplaneError(
+            f"transformers cannot generate ({first_line(error)}); the settings are those of generation_config.json."
+        ) from error
     arrivals = streamer.arrivals[1:]  # the first is the prompt
     if not arrivals:
         raise NearplaneError("the model generated nothing.")
@@ -129,6 +136,23 @@ def generate(
         torch.get_num_threads(),
         packed[0].why() if packed else "dense weights",
     )
+
+
+def _options(model: nn.Module, tokenizer: Any, temperature: float) -> dict[str, Any]:
+    """Return what stands in for the model's own generation settings; all others stay, its end tokens among them.
+
+    One sequence is streamed, greedy or sampled, whatever search the settings ask for.
+    """
+    own: Any = model.generation_config
+    options: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    options |= dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids"))
+    options |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    if own.pad_token_id is None:
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        options["pad_token_id"] = next((token for token in known if token is not None), None)
+    if own.stop_strings is not None:
+        options["tokenizer"] = tokenizer
+    return options
 
 
 def _refuse(max_new_tokens: int, temperature: float, seed: int) -> None:

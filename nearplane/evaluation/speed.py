@@ -88,6 +88,7 @@ def bench(
     threads: int | None = None,
     against: tuple[str, ...] = ("bf16", "fp32"),
     head_bits: int = 8,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Speed:
@@ -104,6 +105,7 @@ def bench(
         threads: CPU threads; none: as torch decides.
         against: dense models to compare with, "bf16" and "fp32".
         head_bits: width of the output head in the row that rounds it.
+        revision: of a hub id, the branch, tag or commit.
         trust_remote_code: run Python code that comes with the model.
         progress: show a bar.
 

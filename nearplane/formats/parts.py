@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized
+from nearplane.formats.companions import companions
 from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.journal import LAYOUT, STATE, Journal, file_hash, holder, sync
 from nearplane.formats.read import Checkpoint, read_tensors
@@ -31,10 +32,6 @@ from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, Shard, Stor
 FINAL = "model-{:05}-of-{:05}.safetensors"
 # Holds times, and so has other bytes each run: two runs that did the same have the same sums.
 UNSUMMED = (REPORT,)
-
-# Files that make a folder a usable model, besides weights and config.json.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-              "generation_config.json", "*.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE*")  # fmt: skip
 
 # Tensors wait in memory until so many bytes of them make a file.
 SHARD_BYTES = 4 << 30
@@ -206,23 +203,27 @@ class Writer:
         """Write a JSON file of this name."""
         self.text(name, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def copy(self, path: Path) -> None:
-        """Copy a file under its own name; what a link points to, not the link."""
-        target = self._target(path.name)
+    def copy(self, path: Path, name: str | None = None) -> None:
+        """Copy a file; what a link points to, not the link. ``name``: below the folder, its sub-folders included."""
+        name = name or path.name
+        target = self._target(name, deep=True)
         if not path.is_file():
             raise NearplaneError(f"{path} is not a file and cannot be copied to {self.out}.")
         if self.complete:
             return
+        self._make_folder(target.parent)
         with self._atomic(target, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
-            self._sums[path.name] = file_hash(temporary)
+            self._sums[name] = file_hash(temporary)
 
-    def companions(self, folder: Path, *, code: bool) -> None:
-        """Copy the files that make a folder a usable model besides weights and configuration; ``code``: its Python, too."""
-        for pattern in (*COMPANIONS, *(["*.py"] if code else [])):
-            for path in sorted(folder.glob(pattern)):
-                if path.is_file():
-                    self.copy(path)
+    def companions(self, folder: Path) -> None:
+        """Copy what makes a folder a usable model besides weights and configuration (``formats/companions.py``).
+
+        A file of a name that was written here stays as it was written.
+        """
+        for name in companions(folder).copied:
+            if name not in self._sums:
+                self.copy(folder / name, name)
 
     def finish(self) -> None:
         """Give the shards their final names and write the index: from here on the folder is complete. Then tidy up."""
@@ -275,11 +276,21 @@ class Writer:
             temporary.chmod(mode)
             sync(temporary)
             temporary.replace(target)
-            sync(self.out)
+            sync(target.parent)
         except (OSError, SafetensorError) as error:
             raise NearplaneError(
                 f"{target} cannot be written ({error}): it needs {need / 1e9:.3g} GB and {_free(self.out)}."
             ) from error
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a sub-folder of the output, which goes again where the run gives up."""
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            for path in reversed(missing):
+                path.mkdir()
+                self._created.insert(0, path)
+        except OSError as error:
+            raise NearplaneError(f"folder {folder} cannot be made: {error}.") from error
 
     def _part(self, shard: int, *, copied: bool | None = None) -> Path:
         """Name a part, or a shard that is made of parts (``copied``)."""
@@ -288,16 +299,18 @@ class Writer:
 
     def _leftovers(self) -> list[Path]:
         """List files of the folder that are not done."""
-        return [
-            path
-            for pattern in (*(f"{stem}-*{UNFINISHED}" for stem in STEMS), ".*.tmp")
-            for path in self.out.glob(pattern)
-        ]
+        parts = [path for stem in STEMS for path in self.out.glob(f"{stem}-*{UNFINISHED}")]
+        return parts + [path for path in self.out.rglob(".*.tmp") if STATE not in path.parts]
 
-    def _target(self, name: str) -> Path:
-        """Give the path of a file to be written. Raises SettingError for a name that is none, or one of the writer's own."""
+    def _target(self, name: str, *, deep: bool = False) -> Path:
+        """Give the path of a file to be written. Raises SettingError for a name that is none, or one of the writer's own.
+
+        ``deep``: whether the file may lie in a sub-folder.
+        """
         self._refuse_finished()
-        if not name or Path(name).name != name or name in (INDEX, SUMS):
+        path = PurePosixPath(name)
+        inside = not path.is_absolute() and ".." not in path.parts if deep else path.name == name
+        if not name or not inside or str(path) != name or name in (INDEX, SUMS):
             raise SettingError(f"{name!r} is not a file name that can be written into {self.out}.")
         return self.out / name
 

@@ -133,7 +133,7 @@ class Store:
         if not self.folder.is_dir():
             problem = "is not a folder" if self.folder.exists() else "does not exist"
             raise NearplaneError(f"{self.folder} {problem}; give the folder that holds model.safetensors.")
-        promised = _weight_map(self.folder)
+        promised = weight_map(self.folder)
         # Insertion order of the shards is that of the index, so that the first problem reported is the first shard's.
         self._shards = dict[str, Shard]()
         files = dict.fromkeys(promised.values())
@@ -274,7 +274,7 @@ def lacking(folder: Path, name: str, file: str) -> str:
     return f"{folder / INDEX} promises tensor {name} in {file}, which lacks it; {again(folder)}."
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def weight_map(folder: Path) -> dict[str, str]:
     """Map each tensor to its file, as the index promises; a single file has one entry under its own name.
 
     A lone ``model.safetensors`` is preferred to an index, as transformers does.
@@ -313,12 +313,12 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(promised, dict) or not promised:
         raise NearplaneError(f"{path} has no weight_map; {again(path.parent)}.")
     for name, file in promised.items():
-        if not isinstance(file, str) or not _stays_inside(file):
+        if not isinstance(file, str) or not stays_inside(file):
             raise NearplaneError(f"{path} places tensor {name} in {file!r}, outside of the folder; refused.")
     return promised
 
 
-def _stays_inside(file: str) -> bool:
+def stays_inside(file: str) -> bool:
     """Tell whether a relative path has no way up. Symbolic links may leave: the Hugging Face cache is made of them."""
     return bool(file) and all(
         not path.anchor and ".." not in path.parts for path in (PurePosixPath(file), PureWindowsPath(file))

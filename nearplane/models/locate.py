@@ -11,13 +11,22 @@ from typing import Any
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.progress import say
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Of a hub id: the weights, and by ending or name what else makes a folder a usable model, in sub-folders, too. Python is
+# copied, not run. A star stands for any characters, slashes included.
+HUB_WEIGHTS = ["*.safetensors"]
+HUB_PATTERNS = [
+    "*.json", "*.jsonl", "*.model", "*.txt", "*.jinja", "*.py", "*.yaml", "*.yml", "*.toml", "*.xml", "*.csv", "*.tsv",
+    "*.vocab", "*.vocab.*", "*.spm", "*.bpe", "*.tiktoken", "*.dict", "*.npy", "*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "*NOTICE*",
+    "*COPYING*", "*COPYRIGHT*", "*POLICY*", "*TERMS*",
+]  # fmt: skip
 # No transformer is near these limits. A configuration beyond them would loop or allocate for ever.
 MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30
 # Exceptions of transformers over values that it does not expect.
 BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 # transformers' wrapper of timm's models; timm's own files name no model_type.
 TIMM = "timm_wrapper"
+ADAPTER = "adapter_config.json"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a path may begin with a dot, a hub id not
 
 
@@ -46,52 +55,107 @@ def given_path(name: str, value: Any) -> Path:
 def refuse_missing(model: str | Path) -> None:
     """Raise SettingError for a model that is no folder, no ``demo`` and cannot be a hub id; asks no hub."""
     refuse_loaded(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir() or str(model) == "demo":
+    repository, _ = with_revision(model, None)
+    folder = Path(repository).expanduser()
+    if folder.is_dir() or repository == "demo":
         return
     if folder.exists():
         raise SettingError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
-    if not HUB_ID.fullmatch(str(model)):
+    if not HUB_ID.fullmatch(repository):
         raise SettingError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
 
 
-def locate(model: str | Path, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
+def with_revision(model: str | Path, revision: str | None) -> tuple[str, str | None]:
+    """Split what a user typed into a folder or hub id, and the revision, which may stand behind an @.
+
+    Args:
+        model: a folder, whose name may hold an @, a hub id, ``id@revision``, or ``demo``.
+        revision: a branch, tag or commit that was given by itself.
+
+    Raises:
+        SettingError: a revision of what has none, two revisions, or an empty one.
+    """
+    word = str(model)
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise SettingError(f"revision must be a branch, tag or commit of a hub id; got {revision!r}.")
+    local = word == "demo" or Path(word).expanduser().exists()
+    if not local and "@" in word and HUB_ID.fullmatch(word.partition("@")[0]):
+        word, _, behind = word.partition("@")
+        if not behind:
+            raise SettingError(f"{model} ends in an @ without a revision; give a branch, tag or commit behind it.")
+        if revision is not None:
+            raise SettingError(f"{model} names a revision, and revision {revision!r} is given, too; give one of them.")
+        if word == "demo" or Path(word).expanduser().exists():
+            raise SettingError(f"{word} is here, and not on the hub: it has no revision {behind!r}; leave that out.")
+        return word, behind
+    if local and revision is not None:
+        raise SettingError(f"{word} is here, and not on the hub: it has no revision {revision!r}; leave that out.")
+    return word, revision
+
+
+def locate(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
     """Return the local folder of a model, fetching a hub id if need be.
 
     Args:
-        model: a folder, a hub id, or ``demo``.
+        model: a folder, a hub id, which may end in ``@revision``, or ``demo``.
         weights: of a hub id, fetch the weights too, not the small files only.
-        trust_remote_code: of a hub id, fetch Python files too.
+        revision: of a hub id, the branch, tag or commit; none: the one behind the @, or the newest.
 
     Raises:
-        NearplaneError: no such folder, and no such model on the hub or no network.
+        NearplaneError: no such folder, no such model or revision on the hub, or no network; or an adapter.
     """
-    refuse_loaded(model)
-    if str(model) == "demo":
-        return demo_folder()
     refuse_missing(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    patterns = [pattern for pattern in HUB_PATTERNS if weights or pattern != "*.safetensors"]
-    return _from_hub(str(model), patterns + ["*.py"] * trust_remote_code)
+    repository, revision = with_revision(model, revision)
+    if repository == "demo":
+        return demo_folder()
+    folder = Path(repository).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(repository, HUB_PATTERNS + HUB_WEIGHTS * weights, revision)
+    refuse_adapter(folder)
+    return folder
 
 
-def _from_hub(model: str, patterns: list[str]) -> Path:
+def commit_of(folder: Path) -> str | None:
+    """Name the commit of a folder in the hub's cache; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else None
+
+
+def _from_hub(model: str, patterns: list[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    where = model if revision is None else f"{model} at revision {revision}"
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise NearplaneError(f"{model}: no such folder, and not a valid hub id.") from error
+        raise NearplaneError(f"{where}: no such folder, and not a valid hub id.") from error
     except HfHubHTTPError as error:
-        raise NearplaneError(f"{model}: no such folder, and the hub refused it ({first_line(error)}).") from error
+        raise NearplaneError(f"{where}: no such folder, and the hub refused it ({first_line(error)}).") from error
     except OSError as error:  # no network, and nothing in the cache
         raise NearplaneError(
-            f"{model}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
+            f"{where}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
             "download it where there is a network and give the folder."
         ) from error
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise NearplaneError for an adapter (LoRA) in place of a model, or on top of one."""
+    path = folder / ADAPTER
+    if not path.is_file():
+        return
+    from nearplane.formats.store import read_json
+
+    base = read_json(path).get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    advice = (
+        "merge it first: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED) with peft, "
+        "and give MERGED with the tokenizer's files"
+    )
+    if not (folder / "config.json").exists():
+        raise NearplaneError(f"{folder} holds an adapter{of} ({ADAPTER}), and no model; {advice}.")
+    raise NearplaneError(
+        f"{folder} holds an adapter{of} ({ADAPTER}) beside a model; {advice}. If it is merged already, move {ADAPTER} away."
+    )
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -129,6 +193,31 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (*BAD_CONFIG, OSError, StrictDataclassError) as error:
         raise NearplaneError(f"{path} is not a usable configuration ({first_line(error)}).") from error
+
+
+def code_left_out(raw: dict[str, Any], *, trust_remote_code: bool = False) -> list[str]:
+    """Name the entries of ``auto_map`` that a checkpoint goes without: of classes that were not run.
+
+    Where transformers knows the model_type and the folder's code is not trusted, linears are those of transformers' own
+    class. Entries of another repository, and of tokenizers and processors, stay.
+    """
+    import transformers
+
+    known = raw.get("model_type") in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    named = raw.get("auto_map")
+    if trust_remote_code or not known or not isinstance(named, dict):
+        return []
+    classes = {key: value for key, value in named.items() if "AutoConfig" in key or "AutoModel" in key}
+    return [key for key, value in classes.items() if isinstance(value, str) and "--" not in value]
+
+
+def without_code(raw: dict[str, Any], *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return a config.json without the entries of ``code_left_out``."""
+    left = code_left_out(raw, trust_remote_code=trust_remote_code)
+    if not left:
+        return raw
+    kept = {key: value for key, value in raw["auto_map"].items() if key not in left}
+    return {key: kept if key == "auto_map" else value for key, value in raw.items() if key != "auto_map" or kept}
 
 
 def _need_timm(folder: Path) -> None:

@@ -24,7 +24,15 @@ from nearplane.formats.store import INDEX, Store, Twice, read_index, read_json
 from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
-from nearplane.models.locate import BAD_CONFIG, MOST_BUFFERS, first_line, locate, read_config
+from nearplane.models.locate import (
+    BAD_CONFIG,
+    MOST_BUFFERS,
+    commit_of,
+    first_line,
+    locate,
+    read_config,
+    with_revision,
+)
 from nearplane.models.sketch import Promised, drawn, promised_dtype, stand_down, stand_in
 from nearplane.models.values import fingerprint, finite, kept_in_float32, only_rows
 
@@ -48,6 +56,8 @@ class Source:
     sums: dict[str, str] = field(default_factory=dict)  # hash of each parameter that was read, as stored on disk
     sketch: bool = False  # no weight is read: see sketch.py
     twice: tuple[str, str] | None = None  # the parameter of an untied head, and the embedding's, whose values it has
+    revision: str | None = None  # of a hub id, as it was asked for
+    commit: str | None = None  # of a hub id, the one whose files were read
     promise_of: "Source | None" = None  # of a view with known sizes and unknown tensors: the opened source
 
     @cached_property
@@ -186,7 +196,9 @@ class Source:
         stand_down(self.model)
         self.sketch = False
         if isinstance(self.original, Promised):
-            self.folder = locate(self.name, trust_remote_code=self.trust_remote_code)
+            repository = self.name if self.revision is None else self.name.partition("@")[0]
+            commit = self.commit or self.revision  # of the same commit as the small files
+            self.folder = locate(repository, revision=commit)
             store, told = open_original(Store(self.folder))
             self.store, self.notes = split(self.model, store), [*self.notes, *([told] if told else [])]
             if self.twice is not None:
@@ -231,7 +243,9 @@ class Source:
             module._buffers[leaf] = value
 
 
-def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: bool = False) -> Source:
+def open_source(
+    model: str | Path, *, sketch: bool = False, trust_remote_code: bool = False, revision: str | None = None
+) -> Source:
     """Open a local transformers folder, a hub id or ``demo``. No weight is read.
 
     Args:
@@ -239,6 +253,7 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
         sketch: read no weight until ``Source.read_weights``. The folder may hold config.json alone; of a hub id only the
             small files are fetched.
         trust_remote_code: run Python code that comes with the model.
+        revision: of a hub id, the branch, tag or commit.
 
     Returns:
         The source: a skeleton on the meta device, and its tensors, read when they are asked for.
@@ -250,7 +265,7 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
             config.json does not explain.
         SettingError: a model that is quantized in another way.
     """
-    folder = locate(model, weights=not sketch, trust_remote_code=trust_remote_code)
+    folder = locate(model, weights=not sketch, revision=revision)
     bare = sketch and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     store = None if bare else Store(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -271,8 +286,11 @@ def open_source(model: str | Path, *, sketch: bool = False, trust_remote_code: b
     set_visit(skeleton, "each")
     if sketch:
         stand_in(skeleton)
-    notes = [told] if told else []
-    return Source(str(model), folder, config, store, skeleton, names, trust_remote_code, notes=notes, sketch=sketch)
+    notes, asked = [told] if told else [], with_revision(model, revision)[1]
+    return Source(
+        str(model), folder, config, store, skeleton, names, trust_remote_code, notes=notes, sketch=sketch, revision=asked,
+        commit=commit_of(folder),
+    )  # fmt: skip
 
 
 def open_skeleton(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, nn.Module]:

@@ -26,6 +26,8 @@ import torch
 
 from nearplane.checkpoint.export import copied_bytes
 from nearplane.core.errors import SettingError
+from nearplane.formats.companions import companions
+from nearplane.formats.journal import STATE
 from nearplane.formats.parts import SHARD_BYTES
 from nearplane.machine.memory import available_memory, cuda_memory, free_disk, resident
 from nearplane.machine.ranks import Ranks
@@ -205,7 +207,7 @@ class _Walk:
         rest = [name for name in store.names if name not in sites]
         self.dense = sum(_stored(plan, name) for name in rest)
         self.largest_dense = max((store.reading(name) for name in rest), default=0)
-        self.files = sum(p.stat().st_size for p in source.folder.glob("*") if p.is_file() and _companion(p))
+        self.files = sum((source.folder / name).stat().st_size for name in companions(source.folder).copied)
 
     def disk(self) -> dict[str, int]:
         """Return the bytes that are written; solved weights lie there twice where the export packs them anew."""
@@ -283,7 +285,7 @@ class _Walk:
 
 def written(out: Path) -> int:
     """Return the bytes that an earlier run has left in ``out``."""
-    return sum(path.stat().st_size for path in out.glob("*") if path.is_file())
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and STATE not in path.parts)
 
 
 def _names(stage: Stage) -> str:
@@ -299,10 +301,6 @@ def _stored(plan: Plan, name: str) -> int:
     """Return the bytes of a dense tensor as it will be written."""
     store = plan.source.store
     return prod(store.shape(name)) * plan.source.written(name, plan.dense).itemsize
-
-
-def _companion(path: Path) -> bool:
-    return path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def gb(size: float) -> str:

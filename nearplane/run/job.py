@@ -8,7 +8,7 @@ their own names: ``Job.of(bits=3, nsamples=64, method="gptq", damp_percent=0.02)
 import importlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from math import isfinite
@@ -27,6 +27,8 @@ from nearplane.run.names import ALIASES
 from nearplane.transforms.rotation import Rotate, make_rotate
 from nearplane.transforms.view import Transform
 
+# Before the patterns of other tools: of compressed-tensors, and of GPTQModel's dynamic rules.
+FORMS = ("re:", "-:", "+:")
 OVERRIDDEN = ("bits", "group_size", "sym", "fit")
 WIDTHS = (2, 3, 4, 8)
 # Settings that are fields of ``TokenGrid``, by the names that a user gives them.
@@ -147,6 +149,8 @@ class Job:
     """Go on after the last finished block in OUT; with the same settings, but for damp_percent and nsamples."""
     force: bool = False
     """Run even if the estimate of memory or disk says that the run cannot fit."""
+    revision: str | None = None
+    """Of a hub id, the branch, tag or commit; MODEL@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -207,14 +211,30 @@ class Job:
         return replace(job, **{name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()})
 
 
-def compiled(what: str, pattern: str) -> re.Pattern[str]:
-    """Compile a user's regular expression. SettingError, naming the setting ``what``, for anything else."""
+def compiled(what: str, pattern: str) -> Callable[[str], re.Match[str] | None]:
+    """Compile a user's regular expression to a function of a name.
+
+    A plain one is searched for. In other tools' form, ``re:REGEX`` (compressed-tensors), ``-:REGEX`` and ``+:REGEX``
+    (GPTQModel), it matches from the name's start, as in those tools.
+
+    Raises:
+        SettingError: no regular expression, or a form that means another setting than ``what``.
+    """
     if not isinstance(pattern, str) or not pattern:
         raise SettingError(f"{what} takes a regular expression; got {pattern!r}.")
+    form = next((form for form in FORMS if pattern.startswith(form)), "")
+    other = {("override", "-:"): "leaves linears dense; give it to ignore", ("ignore", "+:"): "changes the grid of linears; "
+             "give it to override"}.get((what, form))  # fmt: skip
+    if other is not None:
+        raise SettingError(f"{what} {pattern!r}: in this form a pattern {other}.")
+    plain = pattern.removeprefix(form)
+    if not plain:
+        raise SettingError(f"{what} {pattern!r} has no regular expression behind {form!r}.")
     try:
-        return re.compile(pattern)
+        regex = re.compile(plain)
     except re.error as error:
         raise SettingError(f"{what} {pattern!r} is no regular expression ({error}).") from error
+    return regex.match if form else regex.search
 
 
 def method_class(name: str) -> type[Method]:

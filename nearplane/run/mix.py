@@ -1,11 +1,12 @@
 """Which linear gets which grid: overrides by name, linears left dense, and what a budget leaves open.
 
 A pattern is a regular expression that is searched (``re.search``) in a linear's name on disk, so that "down_proj" means
-every one of them and "layers\\.0\\." a block. Overrides are applied in the order in which they are given: of two that
-match a linear the later one wins, field by field. What is left out is left out whatever an override says.
+every one of them and "layers\\.0\\." a block. One that is found in no such name is searched in names in the model. Patterns
+in other tools' forms, as "re:...", match from the start (``job.compiled``). Overrides are applied in the order in which they
+are given: of two that match a linear the later one wins, field by field. What is left out is left out whatever an
+override says.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,15 +16,16 @@ from nearplane.core.grid import Grid
 from nearplane.formats.base import Format, fused, grid_name
 from nearplane.models.discover import Block, Site
 from nearplane.models.towers import chosen_towers
-from nearplane.run.job import Job
+from nearplane.run.job import Job, compiled
 
 
 def leave_out(
-    blocks: list[Block], job: Job, disk: Callable[[str], str], others: Iterable[str]
+    blocks: list[Block], job: Job, disk: Callable[[str], str], others: Iterable[str], dense: Iterable[str] = ()
 ) -> tuple[list[Block], dict[str, str]]:
     """The blocks without the linears that are left dense, and those, by name on disk, with the reason.
 
-    ``others``: linears that stay dense anyway; a pattern may name them. SettingError for one that is found nowhere.
+    ``others``: linears that stay dense anyway, and ``dense``: names of all else that does, such as routers and embeddings; a
+    pattern may name them. SettingError for one that is found nowhere.
     """
     ignored: dict[str, str] = {}
     if job.towers:
@@ -32,8 +34,9 @@ def leave_out(
         ignored = {disk(name): f"towers {', '.join(job.towers)}" for name in rest}
     sites = [site.name for block in blocks for site in block.sites]
     for pattern in job.ignore:
-        matched = [name for name in sites if re.search(pattern, disk(name))]
-        if not matched and not any(re.search(pattern, name) for name in others):
+        found = compiled("ignore", pattern)
+        matched = [name for name in sites if found(disk(name))] or [name for name in sites if found(name)]
+        if not matched and not any(found(name) for name in (*others, *dense)):
             raise SettingError(_nowhere("ignore", pattern, [disk(name) for name in sites]))
         for name in matched:
             ignored.setdefault(disk(name), f"ignore {pattern!r}")
@@ -60,10 +63,11 @@ def wants_head(job: Job, head: str, linears: Iterable[str]) -> bool:
     Raises:
         SettingError: the head is both asked for and left out.
     """
-    named = [some.pattern for some in job.override if re.search(some.pattern, head)]
-    alone = [pattern for pattern in named if not any(re.search(pattern, name) for name in linears)]
+    linears = list(linears)
+    found = {some.pattern: compiled("override", some.pattern) for some in job.override}
+    alone = [pattern for pattern, finds in found.items() if finds(head) and not any(map(finds, linears))]
     wanted = job.head_bits is not None or bool(alone)
-    left = next((pattern for pattern in job.ignore if re.search(pattern, head)), None)
+    left = next((pattern for pattern in job.ignore if compiled("ignore", pattern)(head)), None)
     if wanted and left is not None:
         asked = "head_bits" if job.head_bits is not None else f"override {alone[0]!r}"
         raise SettingError(
@@ -76,14 +80,15 @@ def wants_head(job: Job, head: str, linears: Iterable[str]) -> bool:
     return wanted
 
 
-def assign(names: Iterable[str], grid: Grid, job: Job) -> tuple[dict[str, Grid], frozenset[str]]:
+def assign(names: Mapping[str, str], grid: Grid, job: Job) -> tuple[dict[str, Grid], frozenset[str]]:
     """The grid of each linear by its name on disk, and those whose bits an override gives.
 
-    SettingError for an override whose pattern is found in no name.
+    ``names``: in the model, by name on disk. SettingError for an override whose pattern is found in no name.
     """
     grids, fixed = dict.fromkeys(names, grid), set()
     for override in job.override:
-        matched = [name for name in grids if re.search(override.pattern, name)]
+        found = compiled("override", override.pattern)
+        matched = [name for name in grids if found(name)] or [name for name in grids if found(names[name])]
         if not matched:
             raise SettingError(_nowhere("override", override.pattern, list(grids)))
         for name in matched:
@@ -107,6 +112,7 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], job: Job
     if not job.override and not ignored:
         return
     patterns = [("override", some.pattern) for some in job.override] + [("ignore", some) for some in job.ignore]
+    finders = [(what, pattern, compiled(what, pattern)) for what, pattern in patterns]
     for names in fused([*grids, *ignored]):
         kinds: dict[str, str] = {}
         for name in names:
@@ -114,9 +120,7 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], job: Job
         if len(kinds) == 1:
             continue
         (first, a), (second, b) = list(kinds.items())[:2]
-        partial = (
-            f"{what} {p!r}" for what, p in patterns if 0 < sum(bool(re.search(p, n)) for n in names) < len(names)
-        )
+        partial = (f"{what} {p!r}" for what, p, found in finders if 0 < sum(bool(found(n)) for n in names) < len(names))
         raise SettingError(
             f"{a} {first} and {b} {second}, but engines fuse {some_of(names)}, which must be alike; "
             f"widen {next(partial, 'the patterns')} to match all of them."

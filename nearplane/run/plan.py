@@ -8,7 +8,7 @@ tensors that are copied.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import nn
 from nearplane.checkpoint.engines import Described, Weight, model_facts
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid
+from nearplane.core.grid import Grid, spoiled_groups
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
 from nearplane.formats.base import conv1d_reason
+from nearplane.formats.companions import companions
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
@@ -31,9 +32,11 @@ from nearplane.models.experts import EXPERT, show_all
 from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.head import head_block, head_site, untie
 from nearplane.models.inputs import MEDIA, reads
+from nearplane.models.locate import code_left_out
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
+from nearplane.models.values import AT_ONCE
 from nearplane.run.job import Job, Override
 from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units, wants_head
 from nearplane.run.report import recordable
@@ -63,6 +66,8 @@ class Plan:
     choices: list[dict[str, Any]] | None = None
     """The bits that a budget has chosen."""
     samples: Samples | None = None
+    notes: Sequence[str] = ()
+    """Remarks on weights, for the user."""
     copied: str = ""
     """Hashes of the tensors that the checkpoint takes over from the source as they are."""
 
@@ -175,8 +180,13 @@ class Plan:
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
         missed = "the probe forward did not reach it, stays dense"
         unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
-        notes += [*self.source.notes, *_about_loading(self)]
-        notes += [self._shortened(), _no_stream(self), *(self.samples.notes if self.samples else [])]
+        notes += [*self.source.notes, *self.notes, *_about_loading(self)]
+        notes += [
+            *_about_files(self.source),
+            self._shortened(),
+            _no_stream(self),
+            *(self.samples.notes if self.samples else []),
+        ]
         notes += [] if self.ignored else [_mostly_dense(self)]
         return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
@@ -276,7 +286,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     """
     device = pick_device(job.device)
     format = pick_format(job.format).running(job.activations, "r4" in job.rotation.kinds)
-    source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code)
+    source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code, revision=job.revision)
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
     try:
@@ -310,10 +320,46 @@ def complete(plan: Plan) -> Plan:
         source = transform.apply(source, plan.device)
         if job.calibration.all_experts:
             show_all(source.model, source.folder)
-    plan = replace(plan, source=source)
+    plan = replace(plan, source=source, notes=_check_scales(plan, source))
     if plan.method.needs:
         plan = replace(plan, samples=gather(source, job.calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
+
+
+# Of a linear's sum of squares, the share in groups whose scale float16 cannot hold, from which a run is refused.
+SPOILED = 0.5
+
+
+def _check_scales(plan: Plan, source: Source) -> list[str]:
+    """Read every weight whose scales are stored in float16, and refuse a linear that such scales would spoil.
+
+    Returns:
+        Sentences about linears of which a smaller part is spoiled.
+
+    Raises:
+        SettingError: names the linear.
+    """
+    notes = []
+    for site in plan.sites:
+        grid = min(plan.possible(site), key=lambda grid: grid.storage_bits)
+        if grid.scale_dtype != "float16":
+            continue
+        weight = source.store.get(source.names[f"{site.name}.weight"])
+        rows = torch.split(weight.T if site.transposed else weight, max(1, AT_ONCE // max(1, site.shape[1])))
+        found = [spoiled_groups(part.float(), grid) for part in rows]
+        bad, energy = (torch.cat(parts) for parts in zip(*found, strict=True))
+        lost, total = float(energy[bad].sum()), float(energy.sum())
+        if not bool(bad.any()) or not isfinite(total):  # weights that are not finite are named where they are read
+            continue
+        largest = float(weight.abs().max())
+        told = f"{int(bad.sum())} of {bad.numel()} scales leave the range of float16 (weights up to {largest:.2g})"
+        if lost >= SPOILED * total:
+            other = (
+                "--dtype bfloat16" if plan.format.casts_scales else "--format compressed-tensors with --dtype bfloat16"
+            )
+            raise SettingError(f"{site.name}: {told}, in which {plan.format.name} would store them; use {other}.")
+        notes.append(f"{site.name}: {told}, with {lost / total:.2g} of its weights' squares; these groups are coarse")
+    return notes
 
 
 def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
@@ -321,9 +367,10 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     stored = pick_dtype(job.dtype) or source.dtype
     grid = replace(job.grid, scale_dtype=format.scale_dtype(stored))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
-    blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)))
+    rest = {name.removesuffix(".weight") for pair in source.names.items() for name in pair} - {*disk, *disk.values()}
+    blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest))
     sites = [site for block in blocks for site in block.sites]
-    grids, fixed = assign([disk[site.name] for site in sites], grid, job)
+    grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job)
     refuse_split(grids, ignored, job, fixed)
     for site in sites:
         left = job.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
@@ -382,6 +429,13 @@ def _exact(plan: Plan) -> list[str]:
     dense = source.store.names - {source.names[f"{site.name}.weight"] for site in plan.sites}
     floats = sorted(name for name in dense if source.store.dtype(name).is_floating_point)
     return [name for name in floats if asked is not None and source.written(name, asked) != asked]
+
+
+def _about_files(source: Source) -> list[str]:
+    """Name what of the model's folder is not in the checkpoint."""
+    left = code_left_out(source.raw_config(), trust_remote_code=source.trust_remote_code)
+    code = f"auto_map of config.json is written without {', '.join(left)}: transformers' own class is quantized, not that code"
+    return [note for note in (companions(source.folder).note(), code if left else None) if note is not None]
 
 
 def _mostly_dense(plan: Plan) -> str | None:

@@ -43,6 +43,8 @@ class Report:
     dense: list[dict[str, Any]] = field(default_factory=list)  # large parameters not quantized, with the reason
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("before", "after", "quantized", "dense"), 0))
     seconds: dict[str, float] = field(default_factory=dict)
+    revision: str | None = None  # of a model from the hub, as it was asked for
+    commit: str | None = None  # of a model from the hub, whose files were read
     resumed: int = 0  # times the run went on after it was ended
 
     def __str__(self) -> str:
@@ -59,7 +61,8 @@ class Report:
     def read(cls, out: str | Path) -> "Report":
         """Read the report beside a finished checkpoint. NearplaneError where there is none."""
         stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
-        known = {field.name: stored[field.name] for field in fields(cls)}
+        later = ("revision", "commit")  # reports of earlier versions lack them
+        known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored or f.name not in later}
         return cls(**{**known, "linears": [_row(row) for row in known["linears"]]})
 
     def mark(self) -> "Mark":

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from close import near
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nearplane
@@ -18,6 +19,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import dequantize
 from nearplane.formats import FORMATS
 from nearplane.formats.read import open_checkpoint
+from nearplane.run.plan import make_plan
 
 GRID = Grid(bits=4, group_size=32)
 OVERRIDE = {"down_proj": {"bits": 8, "group_size": 96}, r"layers\.1\..*(q|k|v)_proj": {"bits": 3, "group_size": 16}}
@@ -154,6 +156,40 @@ def test_siblings_must_be_alike(model: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+def test_patterns_of_other_tools(model: Path, tmp_path: Path) -> None:
+    """``re:`` of compressed-tensors, ``-:`` and ``+:`` of GPTQModel match from a name's start; ours are searched for."""
+    names = [f"model.layers.{k}.mlp.{leaf}" for k in (0, 1) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    for ignore in ("re:.*mlp.*", "-:.*\\.mlp\\.", "mlp", r"re:model\.layers\.\d+\.mlp", "re:(?i).*MLP"):
+        assert sorted(make_plan(model, sketch=True, method=RTN(), grid=GRID, ignore=ignore).ignored) == sorted(names)
+    for form in ("re:mlp", "-:mlp", "re:layers"):
+        with pytest.raises(SettingError, match="matches no linear"):
+            make_plan(model, sketch=True, method=RTN(), grid=GRID, ignore=form)
+    for pattern in ("re:.*down_proj", "+:.*down_proj$", r"re:model\..*\.down_proj"):
+        plan = make_plan(model, sketch=True, method=RTN(), grid=GRID, override={pattern: {"bits": 8}})
+        assert [n for n, grid in plan.grids.items() if grid.bits == 8] == [
+            n for n in plan.grids if n.endswith("down_proj")
+        ]
+    words = ["plan", str(model), "--method", "rtn", "--group-size", "32"]
+    assert main([*words, "--ignore", "-:.*mlp.*", "--override", "+:.*self_attn.*=bits=8"]) == 0
+    run(model, tmp_path / "out", method=RTN(), ignore=["re:.*mlp.*", "lm_head"])
+    assert set(names) < set(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"])
+
+
+def test_patterns_may_name_what_stays_dense_anyway_and_names_in_the_model(tmp_path: Path) -> None:
+    """Routers and embeddings, as recipes of other tools list them; vision models have other names in files."""
+    mixture = tiny.save(tiny.build_mixture("qwen3_moe"), tmp_path / "mixture")
+    for ignore in ("re:.*mlp.gate$", "re:.*embed_tokens$", "lm_head", "re:.*lm_head"):
+        plan = make_plan(mixture, sketch=True, method=RTN(), group_size=16, ignore=ignore)
+        assert plan.ignored == {} and len(plan.sites) == 32
+    gpt = tiny.save(tiny.build("gpt_neox"), tmp_path / "gpt")
+    (gpt / "model.safetensors").unlink()
+    state = {name.removeprefix("gpt_neox."): value for name, value in tiny.build("gpt_neox").state_dict().items()}
+    save_file({name: value.contiguous() for name, value in state.items()}, gpt / "model.safetensors", {"format": "pt"})
+    for pattern in (r"^layers\.0\.", r"^gpt_neox\.layers\.0\."):
+        plan = make_plan(gpt, sketch=True, method=RTN(), group_size=16, ignore=pattern)
+        assert len(plan.ignored) == 4 and all(name.startswith("layers.0.") for name in plan.ignored)
+
+
 def test_what_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = [str(model), str(out), "--method", "rtn", "--group-size", "32"]
@@ -169,6 +205,8 @@ def test_what_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--override", "down=bits=5", "--format", "gptq"], "stores 2, 3, 4 or 8 bits, not 5"),
         (["--override", "q_proj=bits=8"], "widen override 'q_proj'"),
         (["--ignore", "down", "--override", "down=bits=8"], "no linear"),
+        (["--ignore", "+:down"], "give it to override"), (["--override", "-:down=bits=8"], "give it to ignore"),
+        (["--ignore", "re:"], "no regular expression behind 're:'"), (["--ignore", "re:("], "no regular expression"),
     ):  # fmt: skip
         assert sentence in refused([*words, *more], capsys, out), more
     for override in ({"down": {"wbits": 8}}, {"down": {}}, {"down": 8}, {"down": {"bits": "8"}}, {"": {"bits": 8}}):

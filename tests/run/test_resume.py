@@ -33,7 +33,10 @@ GRID = Grid(bits=3, group_size=16, sym=False)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.with_text(tmp_path_factory.mktemp("resume"), num_hidden_layers=3)
+    folder = tiny.with_text(tmp_path_factory.mktemp("resume"), num_hidden_layers=3)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')  # sub-folders resume, too
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +222,7 @@ def test_what_is_complete_is_not_written_again(
     whole = model.parent / "whole-gptq"
     for removed in (0, 1, 3):
         out = shutil.copytree(solved[0], tmp_path / str(removed))
-        for path in whole.iterdir():
-            shutil.copy(path, out)
+        shutil.copytree(whole, out, dirs_exist_ok=True)
         for number in range(3, 3 - removed, -1):
             (out / STATE / f"block-{number - 1:05}.json").unlink()
         files = [path for path in out.glob("*") if path.is_file() and "part-" not in path.name]
