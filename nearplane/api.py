@@ -33,7 +33,7 @@ from nearplane.run.forecast import Forecast, forecast
 from nearplane.run.job import Job
 from nearplane.run.measure import Clock
 from nearplane.run.plan import Plan, complete, draft
-from nearplane.run.report import Report
+from nearplane.run.report import Report, recordable
 from nearplane.run.resume import Saver, restore
 from nearplane.run.walk import walk
 
@@ -86,7 +86,8 @@ def quantize(
                 refuse(plan, out, job.offload, ranks)
             _ = plan.settings  # refused here where report.json cannot hold one of them
             plan = complete(plan)
-        report = Report(str(model), plan.settings, str(out), data=plan.data)
+        named = recordable(str(model), "MODEL"), recordable(str(out), "OUT")
+        report = Report(named[0], plan.settings, named[1], data=plan.data)
         report.revision, report.commit = plan.source.revision, plan.source.commit
         report.events += plan.warnings()
         return ranks.tell(_run(plan, writer, report, ranks, told))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -280,6 +281,21 @@ def test_what_the_report_cannot_hold_is_refused_before_compute(value: Any, model
     with pytest.raises(SettingError, match=r"method\.note is .*, which report\.json cannot hold"):
         nearplane.quantize(model, tmp_path / "out", dataset=model.parent / "text.txt", **{**SMALL, "method": method})
     assert not seen and not (tmp_path / "out").exists()
+
+
+def test_names_that_the_report_cannot_hold_are_refused_before_compute(
+    model: Path, content: str, tmp_path: Path
+) -> None:
+    """Bytes that are no UTF-8 in the name of a file."""
+    text = tmp_path / os.fsdecode(b"\xff.txt")
+    text.write_text(content)
+    for dataset, out, name in (
+        (text, tmp_path / "out", "calibration.dataset"),
+        ([content], tmp_path / text.stem, "OUT"),
+    ):
+        with pytest.raises(SettingError, match=f"{name} is .*, which is not UTF-8"):
+            nearplane.quantize(model, out, dataset=dataset, **SMALL)
+        assert not out.exists()
 
 
 def test_the_tokenizer_of_the_tests_marks_a_text(model: Path) -> None:

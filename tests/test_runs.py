@@ -278,3 +278,19 @@ def test_vision_study(tmp_path: Path) -> None:
         "| RTN",
         "| GPTQ",
     ]
+
+
+def test_bos_study(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows with and without BOS begin at the same places."""
+    study, text = script("bos.py"), str(folder / "text.txt")
+    model = tiny.save(tiny.build("llama"), tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"bos_token": "w1"})
+    tokenizer.save_pretrained(model)
+    drawn = study["windows"](study["stand_in"](str(model), tmp_path / "marked"), text, 6, 24, 0)
+    assert (drawn["with"][:, 0] == 1).all() and torch.equal(drawn["with"][:, 1:], drawn["without"][:, :-1])
+    words = ["--model", str(model), "--calibration", text, "--test", text, "--methods", "gptq", "--nsamples", "4"]
+    study["main"]([*words, "--seqlen", "64", "--windows", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("original: perplexity with BOS ") and len(lines) == 5
+    assert lines[3].startswith("| gptq | 0 | with BOS |") and lines[4].startswith("| gptq | 0 | without BOS |")

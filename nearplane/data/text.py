@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nearplane.core.errors import NearplaneError, SettingError, plain_numbers
+from nearplane.core.errors import NearplaneError, SettingError, plain, plain_numbers
 from nearplane.data.files import is_file_name, read_file
 from nearplane.data.rows import MOST_ROWS, Documents, Row, Rows, check, documents, in_memory
 
@@ -222,8 +222,11 @@ def consecutive(
         Token ids (windows, seqlen), and the tokens that the tokenizer puts before a text, whether windows begin with them or not.
 
     Raises:
+        SettingError: ``bos`` is neither true nor false.
         NearplaneError: the text is shorter than one window.
     """
+    if not isinstance(plain(bos), bool):
+        raise SettingError(f"bos must be True or False; got {bos!r}.")
     found = opening_of(tokenizer, text)
     opening = found if bos else ()
     ids, width = tokenize(tokenizer, text, opening, marked=not bos), _width(seqlen, opening)

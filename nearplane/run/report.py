@@ -159,6 +159,10 @@ def recordable(value: Any, name: str) -> Any:
         return [recordable(part, name) for part in value]
     if isinstance(value, Path | torch.dtype | torch.device):
         return str(value)
+    if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+        raise SettingError(
+            f"{name} is {value!r}, which is not UTF-8, so that report.json cannot hold it; rename that file."
+        )
     if value is None or isinstance(value, str | int) or (isinstance(value, float) and isfinite(value)):
         return value
     shown = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"

@@ -4,8 +4,10 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -317,3 +319,35 @@ def test_parquet_and_the_datasets_library(tokenizer: Any, tmp_path: Path) -> Non
     for dataset, says in ((path, "the columns are text, label, messages"), (made.to_iterable_dataset(), "only once")):
         with pytest.raises(NearplaneError, match=says):
             read_text(dataset, "calibration", column="body")
+
+
+def test_names_on_the_hub(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which dataset, split and column are asked for, with a stand-in for the library; its refusals are one sentence."""
+    asked: list[Any] = []
+
+    class Streamed(list[Any]):
+        def take(self, count: int) -> list[Any]:
+            return self[:count]
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Streamed:
+        asked.append((name, config, split, streaming))
+        if split == "dev":
+            raise ValueError("Bad split: dev. Available splits: ['train']")
+        return Streamed([{"sentence": "w5", "body": "w6", "messages": TALK}] * 3)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text("ptb", "calibration").content == "w5\n\nw5\n\nw5"
+    assert read_text("some/one", "evaluation", column="body").rows == ("w6",) * 3
+    text = read_text("some/one", "calibration", tokenizer, split="part")
+    assert text.rows[0] == "<s> w9 w5 w10 w6" and text.origin == "some/one (part), 3 rows of messages"
+    assert asked == [
+        ("ptb-text-only/ptb_text_only", "penn_treebank", "train", True),
+        ("some/one", None, "test", True),
+        ("some/one", None, "part", True),
+    ]
+    for choice, says in (
+        ({"split": "dev"}, "Bad split: dev"),
+        ({"column": "text"}, "no column 'text'; the columns are sentence, body, messages"),
+    ):
+        with pytest.raises(NearplaneError, match=says):
+            read_text("some/one", "calibration", **choice)

@@ -144,6 +144,10 @@ def test_refusals(text: str) -> None:
     model = tiny.build("llama", max_position_embeddings=4096)
     with pytest.raises(NearplaneError, match="fewer than one window"):
         evaluate(model, Words(), dataset=text, seqlen=500)
+    with pytest.raises(SettingError, match="bos must be True or False; got 'no'"):
+        evaluate(model, Words(), dataset=text, seqlen=40, bos="no")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"seqlen must be a whole number of at least 2; got 4\.5"):
+        evaluate(model, Words(), dataset=text, seqlen=4.5)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="windows"):
         evaluate(model, Words(), dataset=text, seqlen=40, windows=0)
     with torch.no_grad():
