@@ -44,7 +44,8 @@ TOGETHER = (
 )
 # Scales of activations and of the cache, which a dense model does not have.
 OF_INPUTS = re.compile(
-    r"(^|[._])((input|output|activation|[qkv]|kv|prob)_(global_)?scale|(input|output)_zero_point|qscale_act)$"
+    r"(^|\.)((gate|up|gate_up|down)_proj_)?((input|output|activation|[kv]|kv|prob)_(global_)?scale|(input|output)_zero_point"
+    r"|qscale_act)$"
 )
 NOT_WEIGHTS = (torch.bool, torch.complex64)
 BASE = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?([^\s#]+)", re.MULTILINE)
