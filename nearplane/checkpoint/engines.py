@@ -7,8 +7,9 @@ The facts were read from the engines' sources and documentation at the versions 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from nearplane.core.activations import TokenGrid
@@ -19,6 +20,7 @@ from nearplane.formats.read import Checkpoint
 from nearplane.models.experts import EXPERT, experts_of
 from nearplane.models.experts_disk import converts, merges_experts, names_in_model
 from nearplane.models.inputs import is_causal, output_head
+from nearplane.models.locate import BAD_CONFIG
 from nearplane.transforms.hooks import turned_linears
 
 ENGINES: tuple[str, ...] = ("vllm", "sglang", "transformers")
@@ -30,8 +32,6 @@ COMPRESSED, GPTQS = "compressed-tensors", ("gptq", "gptq_v2")
 # Marlin, the fast kernel of vLLM and SGLang, knows these group sizes, 4 and 8 bits symmetric, and 4 bits asymmetric.
 MARLIN_GROUPS = (-1, 32, 64, 128)
 FAST_BITS = (4, 8)
-# Read by transformers only once their weights are dense: their initialisation looks at weights.
-DENSE_ONLY = ("T5", "MT5", "UMT5")
 # Classes whose fused experts vLLM's loaders split, or read one by one, under the names that are written here.
 SPLIT_BY_VLLM = ("GraniteMoe", "Llama4")
 # Classes that vLLM loads without finding their experts: what it generates is garbage.
@@ -68,6 +68,8 @@ class Model:
     """Whether some of these experts are asymmetric."""
     head: bool = False
     """Whether the output head is quantized."""
+    initialises: bool = False
+    """Whether the class, while it is loaded, initialises weights of linears that are quantized (``initialises_packed``)."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,65 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid]) -> Model:
         scaled=all(module.layout.scaled for module in experts),
         zeros=not all(grid.sym for grid in found.values()),
         head=any(model.get_submodule(name) is output_head(model) for name in layers),
+        initialises=initialises_packed(model, layers.keys() - found.keys()),
     )
+
+
+def initialises_packed(model: nn.Module, quantized: Iterable[str]) -> bool:
+    """Tell whether ``_init_weights`` of a model's class reads the weight of a quantized linear.
+
+    transformers calls that for every module after loading, and a packed linear has no ``weight`` there. So the call is made
+    here on the skeleton, with these weights taken away: in Mamba and T5 it fails.
+
+    Args:
+        model: its skeleton; left as it was.
+        quantized: names of linears in the model.
+    """
+    linears = [model.get_submodule(name) for name in quantized]
+    weights = [linear._parameters.pop("weight") for linear in linears]
+    buffers = [
+        (m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None and not b.is_meta
+    ]
+    try:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer.to("meta")  # computed ones are not to be computed anew
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return any(
+                _reads_weight(owner, module) for owner, module in _initialised(model, model, set(map(id, linears)))
+            )
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for linear, weight in zip(linears, weights, strict=True):
+            linear._parameters["weight"] = weight
+
+
+def _initialised(module: nn.Module, owner: nn.Module, linears: set[int]) -> list[tuple[nn.Module, nn.Module]]:
+    """List modules around the linears, of each class one, with the model inside the model that initialises them."""
+    found: dict[tuple[type, type], tuple[nn.Module, nn.Module]] = {}
+
+    def visit(module: nn.Module, owner: nn.Module) -> bool:
+        if id(module) in linears:
+            return True
+        owner = module if hasattr(module, "_init_weights") else owner
+        holds = any([visit(child, owner) for child in module.children()])
+        if holds:
+            found.setdefault((type(owner), type(module)), (owner, module))
+        return holds
+
+    visit(module, owner)
+    return list(found.values())
+
+
+def _reads_weight(owner: Any, module: nn.Module) -> bool:
+    """Tell whether the initialisation of a module misses a weight; other failures are of tensors without values."""
+    try:
+        owner._init_weights(module)
+    except AttributeError as error:
+        return "has no attribute 'weight'" in str(error)
+    except (*BAD_CONFIG, RuntimeError):
+        pass
+    return False
 
 
 def _refusal(engine: str, format: str, grid: Grid, shapes: Iterable[tuple[int, int]]) -> str | None:
@@ -303,7 +363,7 @@ def _model_caveat(engine: str, model: Model) -> str | None:
     """Tell on what condition the engine loads such a model as compressed-tensors; None if nothing is known."""
     if engine != "transformers":
         return None if model.causal else f"whether {TITLES[engine]} has {model.name} was not looked up"
-    if (model.experts and not model.scaled) or model.name.startswith(DENSE_ONLY):
+    if (model.experts and not model.scaled) or model.initialises:
         return (
             f"{TRANSFORMERS} loads {model.name} with quantization_config=CompressedTensorsConfig(dequantize=True) only"
         )

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.core.activations import TokenGrid, round_tokens
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError, plain_numbers
 from nearplane.core.moments import all_finite
 from nearplane.formats.originals import unexplained
@@ -32,7 +32,7 @@ from nearplane.models.values import kept_in_float32
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
-from nearplane.runtime.linear import QuantizedLinear, quantize_head, set_arithmetic
+from nearplane.runtime.linear import QuantizedLinear, quantize_head, rounded, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
 
 GENERATION = "generation_config.json"
@@ -199,11 +199,11 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
             continue
         if packed:
             hole = result.get_submodule(modules[name])
-            result.set_submodule(modules[name], _packed(checkpoint, name, hole.bias))
+            result.set_submodule(modules[name], _packed(checkpoint, dtype, name, hole.bias))
         elif layer.activations is not None:
             _round_inputs(result, modules[name], layer.activations)
     if apart:
-        members.fill(result, dtype, partial(_packed, checkpoint))
+        members.fill(result, dtype, partial(_packed, checkpoint, dtype))
     _turn_inputs(result, checkpoint)
     if head_bits is not None:
         quantize_head(result, head_bits)
@@ -216,6 +216,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
                 module.__dict__["save_pretrained"] = _refuse_to_save
         set_arithmetic(result, settings.arithmetic)
     result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
+    result.__dict__["name_or_path"] = str(folder)  # what adapters record as their base
     take_generation(result, folder)
     return result.to(device).eval()
 
@@ -338,15 +339,15 @@ class _Hole(nn.Module):
         self.register_buffer("weight", torch.empty(0, 1), persistent=False)
 
 
-def _packed(checkpoint: Checkpoint, name: str, bias: Any) -> QuantizedLinear:
-    """Make a module of a quantized layer."""
+def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> QuantizedLinear:
+    """Make a module of a quantized layer in a model of this dtype."""
     layer, decoded = checkpoint.decode(name)
     columns, grid = layer.shape[1], layer.grid
     width = grid.group_width(columns)
     group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
     tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)
     linear = QuantizedLinear(tiles, bias)
-    linear.activations = layer.activations
+    linear.activations, linear.like = layer.activations, linear.like.to(dtype)
     return linear
 
 
@@ -357,7 +358,7 @@ def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
             f"what goes into {path} is to be rounded, which only packed experts do; load with packed=True."
         )
     linear = model.get_submodule(path)
-    linear.register_forward_pre_hook(lambda _module, args: (round_tokens(args[0], grid), *args[1:]))
+    linear.register_forward_pre_hook(lambda _module, args: (rounded(args[0], grid), *args[1:]))
 
 
 def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -5,6 +5,7 @@ The operator ``nearplane::linear`` makes the product opaque to compilers and tra
 input. ``quantize_head`` quantizes an output head when a model is loaded.
 """
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid, round_tokens
-from nearplane.core.errors import SettingError
+from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, by_column, encode, fit_groups
 from nearplane.runtime import cpu, reference, triton
 from nearplane.runtime.cpu import Arithmetic
@@ -23,17 +24,57 @@ SCALES = (torch.float32, torch.float16, torch.bfloat16)  # by their number among
 GROUP = 64  # columns per group of an output head
 
 
-class QuantizedLinear(nn.Module):
+class SealedWeight(Tensor):
+    """The weight of a packed linear for other code's eyes: its shape, dtype and device, and no values.
+
+    Whatever asks for values is refused: a product, a cast, ``data``, as merging an adapter does.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let questions about the tensor pass, and nothing else. NearplaneError for values."""
+        if func not in _questions():
+            raise NearplaneError(
+                "a packed weight gives no values (QuantizedLinear), and they cannot be changed, merged or copied; load with "
+                "packed=False for dense weights."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], like: Tensor) -> "SealedWeight":
+        """Make one of a shape, with the dtype and device of a tensor. A stand-in of one number takes no memory."""
+        value = torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(shape)
+        return value.as_subclass(cls)
+
+
+@cache
+def _questions() -> frozenset[Any]:
+    """What may be asked of a sealed weight: functions of a tensor that read no value."""
+    getters = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_meta", "is_cuda", "is_cpu", "is_sparse",
+               "is_quantized", "is_nested", "is_leaf", "itemsize", "nbytes", "grad", "grad_fn", "is_mps", "is_xpu")  # fmt: skip
+    methods = ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "element_size",
+               "is_contiguous", "get_device", "__len__", "__hash__", "is_signed", "is_inference", "data_ptr")  # fmt: skip
+    plain = (torch.is_floating_point, torch.is_complex, torch.numel)
+    found = [getattr(Tensor, name).__get__ for name in getters] + [getattr(Tensor, name) for name in methods]
+    return frozenset((*found, *plain))
+
+
+class QuantizedLinear(nn.Linear):
     """A linear layer ``y = x W^T + bias`` with a packed weight, which replaces a ``Linear`` or GPT-2's ``Conv1D``.
 
     The four integer tensors of the weight (``Tiles``) are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work.
-    ``.to(dtype)`` leaves integers alone. Inputs and outputs are float32, float16, bfloat16 or float64.
+    ``.to(dtype)`` leaves integers alone. Inputs and outputs are float32, float16, bfloat16 or float64. Inputs and the bias
+    have gradients, the weight has none: adapters (LoRA) can be trained beside it.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
     order: Tensor
+    like: Tensor
 
     def __init__(self, tiles: Tiles, bias: Tensor | None = None, arithmetic: Arithmetic = "auto") -> None:
         """Take over a packed weight.
@@ -43,13 +84,16 @@ class QuantizedLinear(nn.Module):
             bias: (out,).
             arithmetic: how the C++ kernel multiplies (``cpu.linear``).
         """
-        super().__init__()
+        nn.Module.__init__(self)  # a Linear's would make a weight
         self.shape = tiles.shape
         self.in_features, self.out_features = tiles.shape.columns, tiles.shape.out
         self.arithmetic = arithmetic
         for name in TENSORS:
             self.register_buffer(name, getattr(tiles, name))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
+        # No number, in the dtype of the model, which is no weight's here.
+        dtype = tiles.shape.scale_dtype if bias is None else bias.dtype
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=tiles.codes.device), persistent=False)
         self.activations: TokenGrid | None = None  # grid that rounds inputs per token
         self._handle: cpu.Handle | None = None
 
@@ -59,10 +103,12 @@ class QuantizedLinear(nn.Module):
         return Tiles(self.shape, self.codes, self.scales, self.zeros, self.order)
 
     @property
-    def weight(self) -> Tensor:
-        """A tensor without values on the meta device, for code that reads shape and dtype of a weight."""
-        dtype = self.shape.scale_dtype if self.bias is None else self.bias.dtype
-        return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A tensor without values, for code that reads shape, dtype and device of a weight."""
+        shape = (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():  # compilers know no sealed tensors
+            return torch.empty(shape, dtype=self.like.dtype, device="meta")
+        return SealedWeight.of(shape, self.like)
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32."""
@@ -83,8 +129,9 @@ class QuantizedLinear(nn.Module):
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point() or x.layout != torch.strided:
             raise ValueError(f"expected (..., {self.in_features}) floats, got {list(x.shape)} of {x.dtype}")
         if self.activations is not None:
-            x = round_tokens(x, self.activations)
-        if torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+            x = rounded(x, self.activations)
+        learning = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if torch.compiler.is_compiling() or type(x) is not Tensor or (learning and torch.is_grad_enabled()):
             described = _described(self.shape)
             return cast(Tensor, torch.ops.nearplane.linear(x, *self._parts(), self.bias, *described, self.arithmetic))
         buffers = self._buffers  # a module's attributes are slow to look up, next to a small layer's product
@@ -125,6 +172,13 @@ class QuantizedLinear(nn.Module):
         )
 
 
+def rounded(x: Tensor, grid: TokenGrid) -> Tensor:
+    """Round activations per token; gradients pass as if nothing were rounded (straight through)."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return round_tokens(x, grid)
+    return x + (round_tokens(x.detach(), grid) - x.detach())
+
+
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     """Return every packed linear of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
@@ -149,7 +203,7 @@ def quantize_head(model: nn.Module, bits: int) -> None:
     """
     find: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or isinstance(head, QuantizedLinear):
         raise SettingError(f"{type(model).__name__} has no dense output head to round to {bits} bits.")
     grid = Grid(bits=bits, group_size=GROUP, sym=True, fit="minmax", scale_dtype="float16")
     codes, scales, zeros = [], [], []
@@ -211,13 +265,18 @@ def _(
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:5])
     ctx.described, ctx.dtype = inputs[6:8], inputs[0].dtype
+    ctx.bias = None if inputs[5] is None else inputs[5].dtype
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradient of the input. Codes have none, and a bias is not trained."""
-    tiles = Tiles(_shape(*ctx.described), *ctx.saved_tensors)
-    back = gradient.float() @ dequantize(tiles).to(gradient.device)
-    return back.to(ctx.dtype), *[None] * 8
+    """Return the gradients of the input and the bias. Codes and scales have none."""
+    back = bias = None
+    if ctx.needs_input_grad[0]:
+        tiles = Tiles(_shape(*ctx.described), *ctx.saved_tensors)
+        back = (gradient.float() @ dequantize(tiles).to(gradient.device)).to(ctx.dtype)
+    if ctx.needs_input_grad[5]:
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias)
+    return back, *[None] * 4, bias, *[None] * 3
 
 
 _linear.register_autograd(_backward, setup_context=_remember)

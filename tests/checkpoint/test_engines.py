@@ -1,9 +1,16 @@
 """The verdicts of engines, row by row as docs/formats.md prints them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
+import torch
+import transformers
 
+import nearplane
+from nearplane import RTN
 from nearplane.checkpoint.engines import (
     COMPRESSED,
     ENGINES,
@@ -12,6 +19,7 @@ from nearplane.checkpoint.engines import (
     Model,
     Verdict,
     Weight,
+    initialises_packed,
     rows,
     table,
     verdict,
@@ -21,6 +29,8 @@ from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.formats import FORMATS
+from nearplane.models.source import open_source
+from nearplane.run.plan import make_plan
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 SHAPES = [(64, 128), (256, 128)]
@@ -173,3 +183,46 @@ def test_unknown_names_are_refused() -> None:
         found = judged(engine, "awq", Grid())
         assert "does not know the format awq; only nearplane" in str(found) and found.caveats == ()
         assert found.as_dict()["refusals"] == list(found.refusals)
+
+
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "expand": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("llama", {}), ("bert", {}), ("t5", {}), ("mamba", {"intermediate_size": 128}), ("mamba2", MAMBA2)],
+)
+def test_whether_transformers_loads_packed_weights_is_found_by_trying(
+    kind: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is said of a plan and of the finished folder, against what transformers does with compressed-tensors."""
+    model = tiny.build(kind, **sizes)
+    folder, out = tiny.save(model, tmp_path / "model"), tmp_path / "out"
+    settings: dict[str, Any] = {"method": RTN(), "bits": 4, "group_size": 16}
+    said = verdict("transformers", make_plan(folder, sketch=True, **settings).described())
+    nearplane.quantize(folder, out, progress=False, **settings)
+    assert said.as_dict() == json.loads((out / "report.json").read_text())["engines"]["transformers"]
+    checked = nearplane.verify(out, "transformers")
+    assert checked.ok and not said.refusals
+    dense_only = any("dequantize=True" in caveat for caveat in said.caveats)
+    assert dense_only == any("dequantize=True" in note for note in checked.notes) == (kind not in ("llama", "bert"))
+    kinds, dequantized = type(model), transformers.CompressedTensorsConfig(dequantize=True)
+    kinds.from_pretrained(out, quantization_config=dequantized)
+    if dense_only:
+        with pytest.raises(AttributeError, match="no attribute 'weight'"):
+            kinds.from_pretrained(out)
+    else:
+        kinds.from_pretrained(out)
+
+
+def test_trying_the_initialisation_leaves_the_skeleton_as_it_was(tmp_path: Path) -> None:
+    source = open_source(tiny.save(tiny.build("mamba", intermediate_size=128), tmp_path / "model"))
+    quantized = [name for name, module in source.model.named_modules() if name.endswith(("in_proj", "out_proj"))]
+    before = {**dict(source.model.named_parameters()), **dict(source.model.named_buffers())}
+    values = {name: value.clone() for name, value in before.items() if not value.is_meta}
+    state = torch.get_rng_state()
+    assert initialises_packed(source.model, quantized) and not initialises_packed(source.model, [])
+    after = {**dict(source.model.named_parameters()), **dict(source.model.named_buffers())}
+    assert all(after[name] is value for name, value in before.items()) and after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in values.items())
+    assert torch.equal(torch.get_rng_state(), state)

@@ -200,7 +200,7 @@ def test_wrong_inputs_are_refused(layer: QuantizedLinear) -> None:
 def test_it_says_what_it_is(layer: QuantizedLinear) -> None:
     assert "in_features=96, out_features=40, bias=True, bits=3" in repr(layer)
     weight = layer.weight
-    assert weight.shape == (40, 96) and weight.is_meta
+    assert weight.shape == (40, 96) and weight.device == layer.codes.device
     assert torch.equal(layer.dequantized(), given().dense.float())
 
 
