@@ -29,8 +29,9 @@ MEDIA = frozenset({IMAGES, AUDIO, WAVES})  # inputs that are read from files of 
 WAVE, RATE = 80_000, 16_000  # samples of a sound wave: five seconds at 16 kHz
 PROBE_TOKENS, PROBE_DECODED = 8, 5
 MOST_PIXELS = 4096  # of one side of an image
+VIDEO = ("num_frames", "frames_per_clip", "tubelet_size")  # fields of configurations of models that read videos
 # Exceptions of a model's code over missing arguments, or over shapes and values that it does not expect.
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 
 
 class ForwardFailed(NearplaneError):
@@ -106,9 +107,15 @@ def text_config(config: Any) -> Any:
 
 
 def vocabulary(config: Any) -> int | None:
-    """Return the number of tokens of a configuration's text part; None if any number is a token, as in CANINE."""
-    size = getattr(text_config(config), "vocab_size", None)
-    return size if isinstance(size, int) else None
+    """Return the number of tokens of a configuration's text part; None if any number is a token, as in CANINE.
+
+    The least number of the parts', if several read tokens, as in MusicGen.
+    """
+    try:
+        sizes = [getattr(text_config(config), "vocab_size", None)]
+    except ValueError:  # several
+        sizes = [getattr(getattr(config, name), "vocab_size", None) for name in config.sub_configs]
+    return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
 def reads(model: nn.Module) -> tuple[str, ...]:
@@ -124,6 +131,8 @@ def reads(model: nn.Module) -> tuple[str, ...]:
     main = str(getattr(model, "main_input_name", TEXT))
     if main not in takes and not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in takes.values()):
         main = next((name for name in (*needed, *takes) if name in MEDIA | {TEXT}), needed[0] if needed else main)
+    if main == IMAGES and TEXT in takes and IMAGES not in needed and hasattr(model, "get_image_features"):
+        main = TEXT  # it writes about images, and can do without
     decodes = getattr(model.config, "is_encoder_decoder", False) and DECODER in takes
     return tuple(dict.fromkeys((main, *needed, *((DECODER,) if decodes else ()))))
 
@@ -193,6 +202,10 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
         height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sizes
         return int(channels), int(height), int(width)
     config: Any = getattr(model.config, "vision_config", model.config)
+    if not hasattr(config, "image_size") and hasattr(config, "backbone_config"):
+        config = config.backbone_config
+    if any(getattr(config, name, None) for name in VIDEO):
+        raise NearplaneError(f"a model of type {model.config.model_type} reads videos, on which nearplane does not calibrate.")
     # No caller here asks to interpolate positions, so that the image processor's size may not fit.
     fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     size = (None if fixed else _processed(folder)) or getattr(config, "image_size", None) or 224
@@ -203,7 +216,8 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
 def sound_shape(config: Any, folder: Path, name: str) -> tuple[int, ...]:
     """Return the shape of the mel spectrogram or sound wave that a speech model reads.
 
-    Configurations like whisper's and wav2vec2's name the shape. Otherwise the folder's feature extractor makes it of five seconds.
+    Configurations like whisper's and wav2vec2's name the shape. Otherwise the folder's feature extractor decides, given
+    five seconds.
 
     Args:
         config: the model's configuration.
@@ -275,11 +289,12 @@ def _processed(folder: Path) -> tuple[int, int] | None:
 
 def _order(config: Any) -> tuple[Any, ...]:
     """List transformers' mappings, the likeliest first. Many encoders can also be built as decoders."""
+    rest = (*OTHERS, transformers.AutoModel, transformers.AutoModelForImageTextToText)
     if getattr(config, "is_encoder_decoder", False):
-        return *SEQ2SEQ, CAUSAL, MASKED, *OTHERS, transformers.AutoModel
+        return *SEQ2SEQ, CAUSAL, MASKED, *rest
     encoder = type(config) in MASKED._model_mapping and not getattr(config, "is_decoder", False)
     first = (MASKED, CAUSAL) if encoder else (CAUSAL, MASKED)
-    return *first, *SEQ2SEQ, *OTHERS, transformers.AutoModel
+    return *first, *SEQ2SEQ, *rest
 
 
 def _is_needed(parameter: inspect.Parameter) -> bool:
