@@ -28,6 +28,8 @@ CLASSES = {
     "t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
     "vit": "ViTForImageClassification", "deit": "DeiTModel", "dinov2": "Dinov2Model", "swin": "SwinModel",
     "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel", "wav2vec2": "Wav2Vec2ForCTC",
+    "audio-spectrogram-transformer": "ASTModel", "moonshine": "MoonshineForConditionalGeneration",
+    "speech_to_text": "Speech2TextForConditionalGeneration", "wav2vec2-bert": "Wav2Vec2BertForCTC",
 }  # fmt: skip
 # Configurations of towers inside one, sized like the others.
 PARTS = {"text_config", "vision_config"}
@@ -40,6 +42,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
     "swin": {"depths": [2, 2], "embed_dim": 32, "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
     "clip": {"projection_dim": 32},
+    # Of sound, sizes that the folder's feature extractor must know.
+    "audio-spectrogram-transformer": {"max_length": 64, "time_stride": 8, "frequency_stride": 8},
+    "speech_to_text": {"input_feat_per_channel": 16, "max_source_positions": 600, "conv_channels": 32},
+    "wav2vec2-bert": {"feature_projection_input_dim": 32},
     "wav2vec2": {
         "conv_dim": [16] * 5,
         "conv_stride": [5, 4, 4, 4, 4],

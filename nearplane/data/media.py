@@ -52,7 +52,7 @@ def images(source: Owner, calibration: Calibration) -> Media:
 
 
 def mels(source: Owner, calibration: Calibration) -> Media:
-    """Read ``nsamples`` seeded recordings (.wav) or mel spectrograms (.npy) as (samples, channels, frames)."""
+    """Read ``nsamples`` seeded recordings (.wav) or mel spectrograms (.npy), in the model's order of channels and frames."""
     paths = some_files(calibration, AUDIO_FILES, RECORDINGS)
     spectrograms, bad = features(source, paths)
     return spectrograms, f"{calibration.dataset}: {len(spectrograms)} recordings", bad
@@ -106,12 +106,12 @@ def features(source: Owner, paths: list[Path]) -> tuple[Tensor, list[str]]:
         paths: the files.
 
     Returns:
-        Mel spectrograms (files, channels, frames), and a remark on files that could not be read.
+        Mel spectrograms of one shape (files, ...), and a remark on files that could not be read.
 
     Raises:
         NearplaneError: more than one file in twenty cannot be read, or the feature extractor makes another shape.
     """
-    shape = inputs.mel_shape(source.config)
+    shape = inputs.sound_shape(source.config, source.folder, inputs.AUDIO)
     return _heard(paths, lambda path: _mel(source, path, shape))
 
 
@@ -128,8 +128,8 @@ def waveforms(source: Owner, paths: list[Path]) -> tuple[Tensor, list[str]]:
     Raises:
         NearplaneError: more than one file in twenty cannot be read.
     """
-    (length,) = inputs.wave_shape(source.config)
-    return _heard(paths, lambda path: _wave(source, path, length))
+    shape = inputs.sound_shape(source.config, source.folder, inputs.WAVES)
+    return _heard(paths, lambda path: _sounding(source, path, shape, inputs.WAVES))
 
 
 def labelled(source: Owner, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[str], list[str]]:
@@ -232,30 +232,31 @@ def _pixels(processor: Any, image: Any) -> Tensor:
     return pixels[0].float()
 
 
-def _mel(source: Owner, path: Path, shape: tuple[int, int]) -> Tensor:
-    """Read one file as a mel spectrogram (channels, frames)."""
+def _mel(source: Owner, path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Read one file as a mel spectrogram of one shape."""
     if path.suffix.lower() == ".npy":
         mel = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
         if tuple(mel.shape) != shape:
             raise ValueError(f"shape {list(mel.shape)}, not {list(shape)}")
         return mel
+    return _sounding(source, path, shape, inputs.AUDIO)
+
+
+def _sounding(source: Owner, path: Path, shape: tuple[int, ...], name: str) -> Tensor:
+    """Read one recording as the model's input ``name``. Five seconds of it, unless the configuration says how much is heard."""
     samples, rate = _sound(path)
-    mel = torch.as_tensor(_extractor(source)(samples, sampling_rate=rate, return_tensors="pt")["input_features"])[0]
-    if tuple(mel.shape) != shape:
+    extractor = inputs.feature_extractor(source.folder)
+    stated = inputs.stated_sound(source.config, name)
+    if stated is None or name == inputs.WAVES:
+        length = inputs.five_seconds(extractor) if stated is None else stated[0]
+        first = max(0, (len(samples) - length) // 2)
+        samples = np.resize(samples[first : first + length], length)
+    values = inputs.extract(extractor, samples, rate, name, source.folder)
+    if tuple(values.shape) != shape:
         raise NearplaneError(
-            f"{source.folder}: its feature extractor makes spectrograms of {list(mel.shape)} (channels, frames), "
-            f"the model reads {list(shape)}."
+            f"{source.folder}: its feature extractor makes {name} of {list(values.shape)}, the model reads {list(shape)}."
         )
-    return mel.float()
-
-
-def _wave(source: Owner, path: Path, length: int) -> Tensor:
-    """Read one file as a sound wave of ``length`` samples."""
-    samples, rate = _sound(path)
-    first = max(0, (len(samples) - length) // 2)
-    piece = np.resize(samples[first : first + length], length)
-    values = _extractor(source)(piece, sampling_rate=rate, return_tensors="pt")["input_values"]
-    return torch.as_tensor(values)[0].float()
+    return values
 
 
 def _sound(path: Path) -> tuple[np.ndarray[Any, Any], int]:
@@ -266,17 +267,6 @@ def _sound(path: Path) -> tuple[np.ndarray[Any, Any], int]:
     if width != 2 or not raw:
         raise ValueError(f"{8 * width} bits, not 16" if raw else "empty")
     return np.frombuffer(raw, dtype="<i2").reshape(-1, channels).mean(1).astype(np.float32) / 32768, rate
-
-
-def _extractor(source: Owner) -> Any:
-    """Load the feature extractor in a model folder."""
-    try:
-        return transformers.AutoFeatureExtractor.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise NearplaneError(
-            f"{source.folder} has no feature extractor that transformers can load ({_first(error)}); a model of mel "
-            "spectrograms also takes them as .npy files."
-        ) from error
 
 
 def _enough(values: list[Tensor], bad: list[str], paths: list[Path]) -> list[Tensor]:

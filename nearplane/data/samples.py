@@ -190,8 +190,8 @@ def longest_input(model: nn.Module) -> int | None:
 
 def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
     """Raise NearplaneError if token ids exceed the model's vocabulary."""
-    size = inputs.text_config(model.config).vocab_size
-    if int(ids.max()) >= size:
+    size = inputs.vocabulary(model.config)
+    if size is not None and int(ids.max()) >= size:
         raise NearplaneError(
             f"the tokenizer makes token {int(ids.max())}, the model's vocabulary has {size}: they do not belong together."
         )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ SEQ2SEQ = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSe
 OTHERS = (transformers.AutoModelForImageClassification, transformers.AutoModelForZeroShotImageClassification)
 TEXT, DECODER, IMAGES, AUDIO, WAVES = "input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values"
 MEDIA = frozenset({IMAGES, AUDIO, WAVES})  # inputs that are read from files of a folder
-WAVE = 80_000  # samples of a sound wave: five seconds at 16 kHz
+WAVE, RATE = 80_000, 16_000  # samples of a sound wave: five seconds at 16 kHz
 PROBE_TOKENS, PROBE_DECODED = 8, 5
 MOST_PIXELS = 4096  # of one side of an image
+VIDEO = ("num_frames", "frames_per_clip", "tubelet_size")  # fields of configurations of models that read videos
 # Exceptions of a model's code over missing arguments, or over shapes and values that it does not expect.
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 
 
 class ForwardFailed(NearplaneError):
@@ -104,14 +106,35 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
+def vocabulary(config: Any) -> int | None:
+    """Return the number of tokens of a configuration's text part; None if any number is a token, as in CANINE.
+
+    The least number of the parts', if several read tokens, as in MusicGen.
+    """
+    try:
+        sizes = [getattr(text_config(config), "vocab_size", None)]
+    except ValueError:  # several
+        sizes = [getattr(getattr(config, name), "vocab_size", None) for name in config.sub_configs]
+    return min((size for size in sizes if isinstance(size, int)), default=None)
+
+
 def reads(model: nn.Module) -> tuple[str, ...]:
-    """Return the arguments of a model's forward that a sample must hold."""
+    """Return the arguments of a model's forward that a sample must hold.
+
+    The main input is the class's ``main_input_name``, or the first that the forward takes if it takes none of that name.
+    Others are those without a default. A model that compares embeddings of text and images reads both.
+    """
     takes = inspect.signature(model.forward).parameters
-    if "return_loss" in takes:  # two towers whose embeddings are compared
+    if "return_loss" in takes or hasattr(model, "logit_scale"):  # two towers whose embeddings are compared
         return tuple(name for name in (TEXT, IMAGES, AUDIO) if name in takes)
+    needed = [name for name, parameter in takes.items() if _is_needed(parameter)]
     main = str(getattr(model, "main_input_name", TEXT))
+    if main not in takes and not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in takes.values()):
+        main = next((name for name in (*needed, *takes) if name in MEDIA | {TEXT}), needed[0] if needed else main)
+    if main == IMAGES and TEXT in takes and IMAGES not in needed and hasattr(model, "get_image_features"):
+        main = TEXT  # it writes about images, and can do without
     decodes = getattr(model.config, "is_encoder_decoder", False) and DECODER in takes
-    return (main, DECODER) if decodes else (main,)
+    return tuple(dict.fromkeys((main, *needed, *((DECODER,) if decodes else ()))))
 
 
 def options(model: nn.Module) -> dict[str, Any]:
@@ -139,12 +162,13 @@ def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
+    most = vocabulary(config) or PROBE_TOKENS + 1
     makers: dict[str, Callable[[], Tensor]] = {
-        TEXT: lambda: torch.arange(1, PROBE_TOKENS + 1)[None] % text_config(config).vocab_size,
-        DECODER: lambda: torch.arange(1, PROBE_DECODED + 1)[None] % text_config(config).vocab_size,
+        TEXT: lambda: torch.arange(1, PROBE_TOKENS + 1)[None] % most,
+        DECODER: lambda: torch.arange(1, PROBE_DECODED + 1)[None] % most,
         IMAGES: lambda: torch.randn(1, *image_shape(model, Path(folder)), generator=generator),
-        AUDIO: lambda: torch.randn(1, *mel_shape(config), generator=generator),
-        WAVES: lambda: torch.randn(1, *wave_shape(config), generator=generator),
+        AUDIO: lambda: torch.randn(1, *sound_shape(config, Path(folder), AUDIO), generator=generator),
+        WAVES: lambda: torch.randn(1, *sound_shape(config, Path(folder), WAVES), generator=generator),
     }
     wanted = reads(model)
     unknown = [name for name in wanted if name not in makers]
@@ -178,6 +202,10 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
         height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sizes
         return int(channels), int(height), int(width)
     config: Any = getattr(model.config, "vision_config", model.config)
+    if not hasattr(config, "image_size") and hasattr(config, "backbone_config"):
+        config = config.backbone_config
+    if any(getattr(config, name, None) for name in VIDEO):
+        raise NearplaneError(f"a model of type {model.config.model_type} reads videos, on which nearplane does not calibrate.")
     # No caller here asks to interpolate positions, so that the image processor's size may not fit.
     fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     size = (None if fixed else _processed(folder)) or getattr(config, "image_size", None) or 224
@@ -185,22 +213,68 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
     return int(getattr(config, "num_channels", 3)), height, width
 
 
-def mel_shape(config: Any) -> tuple[int, int]:
-    """Return mel channels and frames of a speech model's input. NearplaneError if the configuration lacks them."""
+def sound_shape(config: Any, folder: Path, name: str) -> tuple[int, ...]:
+    """Return the shape of the mel spectrogram or sound wave that a speech model reads.
+
+    Configurations like whisper's and wav2vec2's name the shape. Otherwise the folder's feature extractor decides, given
+    five seconds.
+
+    Args:
+        config: the model's configuration.
+        folder: the model's folder.
+        name: ``input_features`` or ``input_values``.
+
+    Raises:
+        NearplaneError: neither names the shape.
+    """
+    stated = stated_sound(config, name)
+    if stated is not None:
+        return stated
+    extractor = feature_extractor(folder)
+    tone = np.sin(np.arange(five_seconds(extractor), dtype=np.float32))
+    return tuple(extract(extractor, tone, extractor_rate(extractor), name, folder).shape)
+
+
+def stated_sound(config: Any, name: str) -> tuple[int, ...] | None:
+    """Return channels and frames of a spectrogram, or samples of a wave, if a configuration names them."""
     audio = getattr(config, "audio_config", config)
+    if name == WAVES:
+        return (WAVE,) if hasattr(audio, "conv_stride") else None
     channels, frames = getattr(audio, "num_mel_bins", None), getattr(audio, "max_source_positions", None)
-    if not isinstance(channels, int) or not isinstance(frames, int):
-        raise NearplaneError(f"a model of type {config.model_type} does not say how long its input_features are.")
-    return channels, 2 * frames
+    return (channels, 2 * frames) if isinstance(channels, int) and isinstance(frames, int) else None
 
 
-def wave_shape(config: Any) -> tuple[int]:
-    """Return the samples of a speech model's sound wave. NearplaneError if ``input_values`` are no sound wave."""
-    if not hasattr(config, "conv_stride"):
+def feature_extractor(folder: Path) -> Any:
+    """Load the feature extractor in a model folder. NearplaneError if there is none that transformers can load."""
+    try:
+        return transformers.AutoFeatureExtractor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise NearplaneError(
-            f"the input_values of a model of type {config.model_type} are no sound waves; not supported."
-        )
-    return (WAVE,)
+            f"{folder} has no feature extractor that transformers can load (preprocessor_config.json; "
+            f"{first_line(error)[:120]}); it decides how a model of this type hears a recording."
+        ) from error
+
+
+def extractor_rate(extractor: Any) -> int:
+    """Return the samples per second that a feature extractor takes."""
+    return int(getattr(extractor, "sampling_rate", RATE))
+
+
+def five_seconds(extractor: Any) -> int:
+    """Return the samples of the piece of sound that a model is calibrated on."""
+    return WAVE * extractor_rate(extractor) // RATE
+
+
+def extract(extractor: Any, samples: Any, rate: int, name: str, folder: Path) -> Tensor:
+    """Return what a feature extractor makes of one sound wave. NearplaneError if that is not one tensor called ``name``."""
+    try:
+        made = extractor(samples, sampling_rate=rate, return_tensors="pt")
+    except ImportError as error:
+        raise NearplaneError(f"{folder}: its feature extractor cannot run here ({first_line(error)[:120]}).") from error
+    if not isinstance(made.get(name), Tensor):
+        raise NearplaneError(f"{folder}: its feature extractor makes {', '.join(made)}, the model reads {name}.")
+    values: Tensor = made[name][0]
+    return values.float()
 
 
 def _processed(folder: Path) -> tuple[int, int] | None:
@@ -215,11 +289,17 @@ def _processed(folder: Path) -> tuple[int, int] | None:
 
 def _order(config: Any) -> tuple[Any, ...]:
     """List transformers' mappings, the likeliest first. Many encoders can also be built as decoders."""
+    rest = (*OTHERS, transformers.AutoModel, transformers.AutoModelForImageTextToText)
     if getattr(config, "is_encoder_decoder", False):
-        return *SEQ2SEQ, CAUSAL, MASKED, *OTHERS, transformers.AutoModel
+        return *SEQ2SEQ, CAUSAL, MASKED, *rest
     encoder = type(config) in MASKED._model_mapping and not getattr(config, "is_decoder", False)
     first = (MASKED, CAUSAL) if encoder else (CAUSAL, MASKED)
-    return *first, *SEQ2SEQ, *OTHERS, transformers.AutoModel
+    return *first, *SEQ2SEQ, *rest
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return named and parameter.default is inspect.Parameter.empty
 
 
 def _is_name(named: list[Any]) -> bool:

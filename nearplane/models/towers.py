@@ -139,8 +139,11 @@ def _part(word: str, tower: str) -> str:
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Return whether a module is a list of blocks: modules with linears inside that are no linears themselves."""
+    """Return whether a module is a list of blocks: modules with linears inside that are no linears themselves.
+
+    A list of lists is none, because no forward runs through a bare list.
+    """
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
-    children = list(module.children())
-    return any(is_linear(m) for m in module.modules()) and not any(is_linear(child) for child in children)
+    bare = any(is_linear(child) or isinstance(child, nn.ModuleList | nn.ModuleDict) for child in module.children())
+    return not bare and any(is_linear(inner) for inner in module.modules())

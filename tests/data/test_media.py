@@ -18,6 +18,7 @@ from nearplane.data import media
 from nearplane.data.samples import positions
 from nearplane.evaluation.features import Probe
 from nearplane.models import inputs as classes
+from nearplane.models.discover import discover
 from nearplane.models.source import open_source
 
 GRID = Grid(bits=4, group_size=32)
@@ -161,8 +162,6 @@ def test_wav2vec2_on_recordings(tmp_path: Path) -> None:
     )
     compared = nearplane.compare(tmp_path / "out", reference=folder, dataset=str(sounds))
     assert 0 < compared.error["last_hidden_state"] < 0.5 and compared.samples == 4
-    with pytest.raises(NearplaneError, match="no sound waves"):  # but pieces of a spectrogram
-        classes.wave_shape(transformers.ASTConfig())
     recording(sounds / "0.wav", noise.normal(0, 3000, 30_000), rate=8000)
     with pytest.raises(NearplaneError, match=r"1 of 4 files cannot be read: 0\.wav"):
         run(folder, tmp_path / "again", sounds)
@@ -184,13 +183,41 @@ def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
     transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=2, hop_length=333, n_fft=400).save_pretrained(
         longer
     )
-    with pytest.raises(NearplaneError, match=r"makes spectrograms of \[16, 96\].* reads \[16, 48\]"):
+    with pytest.raises(NearplaneError, match=r"makes input_features of \[16, 96\].* reads \[16, 48\]"):
         run(longer, tmp_path / "refused", tmp_path / "sounds", seqlen=20)
     tokens = {row.name: row.tokens for row in report.linears}
     assert tokens["model.encoder.layers.0.fc1"] == tokens["model.decoder.layers.1.encoder_attn.k_proj"] == 6 * 24
     assert tokens["model.decoder.layers.0.self_attn.q_proj"] == 6 * 10
     found = nearplane.compare(tmp_path / "out", reference=folder, dataset=str(tmp_path / "sounds"), seqlen=20)
     assert 0 < found.error["encoder"] < 1 and found.kl is not None and found.kl > 0
+
+
+# Of models whose configuration does not say how long their inputs are: the feature extractor, and what it makes of five seconds.
+HEARD: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "audio-spectrogram-transformer": (lambda: transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=16), (64, 16)),
+    "moonshine": (transformers.Wav2Vec2FeatureExtractor, (80_000,)),
+    "speech_to_text": (lambda: transformers.Speech2TextFeatureExtractor(feature_size=16, num_mel_bins=16), (498, 16)),
+    "wav2vec2-bert": (lambda: transformers.SeamlessM4TFeatureExtractor(feature_size=16, num_mel_bins=16), (249, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", HEARD)
+def test_a_feature_extractor_says_how_long_the_inputs_are(kind: str, tmp_path: Path) -> None:
+    """Recordings of any length become the middle five seconds; every position of them counts, and none is padding."""
+    extractor, shape = HEARD[kind]
+    folder = tiny.save(tiny.build(kind), tmp_path / "model")
+    with pytest.raises(NearplaneError, match=r"has no feature extractor .*hears a recording"):
+        discover(open_source(folder))
+    extractor().save_pretrained(folder)
+    sounds, noise = tmp_path / "sounds", np.random.default_rng(0)
+    sounds.mkdir()
+    for i, length in enumerate((30_000, 80_000, 100_001)):
+        recording(sounds / f"{i}.wav", noise.normal(0, 3000, length))
+    report = run(folder, tmp_path / "out", sounds, seqlen=20)
+    name = "input_features" if "input_features" in report.data else "input_values"
+    assert tuple(report.data[name]) == (3, *shape)
+    first = report.linears[0]
+    assert first.tokens % 3 == 0 and first.error is not None and first.rtn_error is not None and first.error < first.rtn_error
 
 
 @pytest.mark.parametrize(
