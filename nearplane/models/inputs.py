@@ -205,7 +205,9 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
     if not hasattr(config, "image_size") and hasattr(config, "backbone_config"):
         config = config.backbone_config
     if any(getattr(config, name, None) for name in VIDEO):
-        raise NearplaneError(f"a model of type {model.config.model_type} reads videos, on which nearplane does not calibrate.")
+        raise NearplaneError(
+            f"a model of type {model.config.model_type} reads videos, on which nearplane does not calibrate."
+        )
     # No caller here asks to interpolate positions, so that the image processor's size may not fit.
     fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     size = (None if fixed else _processed(folder)) or getattr(config, "image_size", None) or 224
