@@ -206,7 +206,7 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
         config = config.backbone_config
     if any(getattr(config, name, None) for name in VIDEO):
         raise NearplaneError(
-            f"a model of type {model.config.model_type} reads videos, on which nearplane does not calibrate."
+            f"a model of type {getattr(model.config, 'model_type', None)} reads videos, on which nearplane does not calibrate."
         )
     # No caller here asks to interpolate positions, so that the image processor's size may not fit.
     fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
