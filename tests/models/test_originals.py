@@ -160,6 +160,17 @@ def test_quantizing_an_original_is_quantizing_its_dense_model(
     )
 
 
+def test_a_configuration_elsewhere_is_read_and_not_written(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """``compression_config``, before 2025: left in place it would contradict the new one."""
+    folder = Path(shutil.copytree(made("ct"), tmp_path / "m"))
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    coded.configure(folder, quantization_config=None, compression_config=ROWS)
+    run(folder, tmp_path / "out", method=RTN())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "compression_config" not in config and config["quantization_config"]["format"] == "pack-quantized"
+    assert nearplane.verify(tmp_path / "out").ok
+
+
 @pytest.mark.parametrize("kind", ["gpt_oss", "fused"])
 def test_fused_experts_that_stay_dense_are_written_dense(
     kind: str, made: Callable[[str], Path], tmp_path: Path
