@@ -5,13 +5,14 @@
 
 Calibrates on the embedded text and scores its held-out part, in float32. Grids are asymmetric, their ranges fitted by the
 Hessian, RTN's from the least to the greatest weight. One line of OUT.jsonl per finished cell, with its commit: an
-interrupted study goes on where it was. A finished cell is not run again, whatever has changed since: delete its line for
-that. OUT.md is written from whatever is there.
+interrupted study goes on where it was, on the same texts. A finished cell is not run again, whatever else has changed since:
+delete its line for that. OUT.md is written from whatever is there.
 """
 
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import nearplane
 from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp
 from nearplane.core.activations import TokenGrid
+from nearplane.data.text import Part, read_text
 
 METHODS: dict[str, Method] = {
     "RTN": RTN(), "GPTQ": GPTQ(), "GPTAQ": GPTAQ(), "ResComp": ResComp(), "NearPlane": NearPlane(),
@@ -97,7 +99,12 @@ def main(words: Sequence[str] | None = None) -> None:
     store = args.out.with_suffix(".jsonl")
     found = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
     rows = {row["cell"]: row for row in found}
-    protocol = {"tokens": args.nsamples * args.seqlen, "windows": args.windows, "seqlen": args.seqlen}
+    parts: tuple[tuple[str | None, Part], ...] = ((args.dataset, "calibration"), (args.test, "evaluation"))
+    text = ", ".join(name or read_text(None, part).origin for name, part in parts)
+    others = {row["text"] for row in found} - {text}
+    if others:
+        sys.exit(f"{store} has cells of {' and '.join(sorted(others))}, not of {text}; give another --out.")
+    protocol = {"tokens": args.nsamples * args.seqlen, "windows": args.windows, "seqlen": args.seqlen, "text": text}
 
     def keep(name: str, row: dict[str, Any]) -> None:
         rows[name] = {"cell": name, **row, **protocol, "commit": commit()}

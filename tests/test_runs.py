@@ -43,6 +43,10 @@ def test_rotation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = out.with_suffix(".md").read_text().splitlines()
     assert rows[2] == "| method | W4A4, none | W4A4, r1,r2 | W4A4, r1,r2,r4 |"
     assert rows[4].startswith(f"| RTN | {first[1]['perplexity']:.2f} |") and rows[5].endswith(" |  |  |")
+    words.remove("--test")  # cells of two texts would stand in one table
+    words.remove(text)
+    with pytest.raises(SystemExit, match=f"cells of {text}, {text}, not of .*embedded text v"):
+        main([*words, "RTN"])
 
 
 def test_quality_study(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
