@@ -194,7 +194,7 @@ def initialises_packed(model: nn.Module, quantized: Iterable[str]) -> bool:
     """Tell whether ``_init_weights`` of a model's class reads the weight of a quantized linear.
 
     transformers calls that for every module after loading, and a packed linear has no ``weight`` there. So the call is made
-    here on the skeleton, with these weights taken away: in Mamba and T5 it fails.
+    here on the skeleton, with these weights taken away: in Mamba, RWKV and T5 it fails.
 
     Args:
         model: its skeleton; left as it was.
@@ -220,14 +220,12 @@ def initialises_packed(model: nn.Module, quantized: Iterable[str]) -> bool:
 
 
 def _initialised(module: nn.Module, owner: nn.Module, linears: set[int]) -> list[tuple[nn.Module, nn.Module]]:
-    """List modules around the linears, of each class one, with the model inside the model that initialises them."""
+    """List the linears and the modules around them, of each class one, with the part of the model that initialises them."""
     found: dict[tuple[type, type], tuple[nn.Module, nn.Module]] = {}
 
     def visit(module: nn.Module, owner: nn.Module) -> bool:
-        if id(module) in linears:
-            return True
         owner = module if hasattr(module, "_init_weights") else owner
-        holds = any([visit(child, owner) for child in module.children()])
+        holds = any([visit(child, owner) for child in module.children()]) or id(module) in linears
         if holds:
             found.setdefault((type(owner), type(module)), (owner, module))
         return holds
@@ -360,10 +358,13 @@ def _model_refusal(engine: str, format: str, model: Model) -> str | None:
 
 
 def _model_caveat(engine: str, model: Model) -> str | None:
-    """Tell on what condition the engine loads such a model as compressed-tensors; None if nothing is known."""
+    """Tell on what condition the engine loads such a model as compressed-tensors; None if nothing is known.
+
+    transformers makes experts dense while it merges them: ``runs/engines.py`` found no condition for those.
+    """
     if engine != "transformers":
         return None if model.causal else f"whether {TITLES[engine]} has {model.name} was not looked up"
-    if (model.experts and not model.scaled) or model.initialises:
+    if model.initialises:
         return (
             f"{TRANSFORMERS} loads {model.name} with quantization_config=CompressedTensorsConfig(dequantize=True) only"
         )

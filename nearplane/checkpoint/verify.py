@@ -91,8 +91,7 @@ def verify(
         The verdict, problems, notes, and every file with its sha256.
 
     Raises:
-        NearplaneError: only for a folder that is no checkpoint at all, and for settings; everything else is in
-            ``problems``.
+        NearplaneError: only for a folder that is no checkpoint at all, and for settings; all else is in ``problems``.
     """
     if engine is not None:
         check_engine(engine)

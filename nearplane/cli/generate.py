@@ -11,7 +11,8 @@ SETTINGS = {"nearplane.checkpoint.load:LoadSettings": None}
 class Options:
     """Text from a checkpoint, its weights kept packed. Streams; says at the end how fast it was and what it took.
 
-    Tokens go to standard output, the figures to standard error.
+    Tokens go to standard output, the figures to standard error. End tokens, repetition_penalty and the like are those of
+    generation_config.json; do_sample, temperature, beams and lengths are not taken from there.
     """
 
     model: str

@@ -107,21 +107,9 @@ def generate(
     streamer = _Streamer(tokenizer, write)
     if temperature > 0:
         torch.manual_seed(seed)
-    device = next(model.parameters()).device
     start = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=torch.ones_like(ids, device=device),
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                **_options(model, tokenizer, temperature),
-            )
-    except (ValueError, TypeError) as error:
-        raise NearplaneError(
-            f"transformers cannot generate ({first_line(error)}); the settings are those of generation_config.json."
-        ) from error
+    options = {"max_new_tokens": max_new_tokens, "streamer": streamer, **_options(model, tokenizer, temperature)}
+    out = _continued(model, ids.to(next(model.parameters()).device), options)
     arrivals = streamer.arrivals[1:]  # the first is the prompt
     if not arrivals:
         raise NearplaneError("the model generated nothing.")
@@ -136,6 +124,18 @@ def generate(
         torch.get_num_threads(),
         packed[0].why() if packed else "dense weights",
     )
+
+
+def _continued(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """Return prompt and new tokens, (1, tokens). NearplaneError for settings that transformers refuses."""
+    try:
+        with torch.inference_mode():
+            out: torch.Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            return out
+    except (ValueError, TypeError) as error:
+        raise NearplaneError(
+            f"transformers cannot generate ({first_line(error)}); the settings are those of generation_config.json."
+        ) from error
 
 
 def _options(model: nn.Module, tokenizer: Any, temperature: float) -> dict[str, Any]:

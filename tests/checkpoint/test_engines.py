@@ -1,6 +1,7 @@
 """The verdicts of engines, row by row as docs/formats.md prints them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from close import near
 
 import nearplane
 from nearplane import RTN
@@ -170,8 +172,8 @@ def test_models() -> None:
     assert "merges or splits weights of Mixtral" in told("transformers", converts=True)
     assert "fills them at random" in told("transformers", experts=True)
     assert "without their zero points" in told("transformers", experts=True, merges=True, zeros=True)
-    assert "dequantize=True" in told("transformers", experts=True, merges=True)
-    assert "dequantize=True" not in told("transformers", experts=True, scaled=True)
+    assert told("transformers", experts=True, merges=True) == told("transformers", experts=True, scaled=True)
+    assert "dequantize=True" in told("transformers", initialises=True)
     oss = judged("vllm", CT, Grid(4, 64), model=Model("GptOssForCausalLM", experts=True)).refusals
     assert len(oss) == 1 and oss[0].endswith("it loads the checkpoint all the same, and generates garbage")
 
@@ -186,17 +188,22 @@ def test_unknown_names_are_refused() -> None:
 
 
 MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "expand": 2}
+LOADED = {"llama": {}, "bert": {}, "mixtral": {}}
+DENSE_ONLY = {"t5": {}, "mamba": {"intermediate_size": 128}, "mamba2": MAMBA2, "rwkv": {"attention_hidden_size": 64}}
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes"),
-    [("llama", {}), ("bert", {}), ("t5", {}), ("mamba", {"intermediate_size": 128}), ("mamba2", MAMBA2)],
-)
-def test_whether_transformers_loads_packed_weights_is_found_by_trying(
-    kind: str, sizes: dict[str, Any], tmp_path: Path
-) -> None:
+def logits(model: Any) -> torch.Tensor:
+    ids = tiny.tokens(1, 9)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids, **more).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", [*LOADED, *DENSE_ONLY])
+def test_whether_transformers_loads_packed_weights_is_found_by_trying(kind: str, tmp_path: Path) -> None:
     """What is said of a plan and of the finished folder, against what transformers does with compressed-tensors."""
-    model = tiny.build(kind, **sizes)
+    model = tiny.build_mixture(kind) if kind in tiny.MIXTURES else tiny.build(kind, **{**LOADED, **DENSE_ONLY}[kind])
     folder, out = tiny.save(model, tmp_path / "model"), tmp_path / "out"
     settings: dict[str, Any] = {"method": RTN(), "bits": 4, "group_size": 16}
     said = verdict("transformers", make_plan(folder, sketch=True, **settings).described())
@@ -205,14 +212,15 @@ def test_whether_transformers_loads_packed_weights_is_found_by_trying(
     checked = nearplane.verify(out, "transformers")
     assert checked.ok and not said.refusals
     dense_only = any("dequantize=True" in caveat for caveat in said.caveats)
-    assert dense_only == any("dequantize=True" in note for note in checked.notes) == (kind not in ("llama", "bert"))
-    kinds, dequantized = type(model), transformers.CompressedTensorsConfig(dequantize=True)
-    kinds.from_pretrained(out, quantization_config=dequantized)
+    assert dense_only == any("dequantize=True" in note for note in checked.notes) == (kind in DENSE_ONLY)
+    load: Any = partial(type(model).from_pretrained, out, dtype=torch.float32)
+    wanted = logits(nearplane.load(out, packed=False))
+    near(logits(load(quantization_config=transformers.CompressedTensorsConfig(dequantize=True))), wanted, sums=96)
     if dense_only:
         with pytest.raises(AttributeError, match="no attribute 'weight'"):
-            kinds.from_pretrained(out)
+            load()
     else:
-        kinds.from_pretrained(out)
+        near(logits(load()), wanted, sums=96)
 
 
 def test_trying_the_initialisation_leaves_the_skeleton_as_it_was(tmp_path: Path) -> None:
