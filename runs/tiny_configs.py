@@ -35,7 +35,8 @@ VOCABULARIES = re.compile(r"vocab_size$")
 TOKENS = re.compile(r"_(token_ids?|token_index|id|ids)$")
 POSITIONS = re.compile(r"(positions?|position_embeddings|max_seq_len|max_length)$")
 COUNTS = {name: value for name, value in tiny.EXPERTS.items() if re.search("expert|top_?k|moe_k|group", name)}
-SMALL, FEW_LAYERS, MOST_POSITIONS, HEAD_WIDTHS = 16, 2, 512, (16, 32, 8, 24, 20, 12, 40, 10, 6)
+SMALL, FEW_LAYERS, MOST_POSITIONS, MOST_PIXELS = 16, 2, 512, 256
+HEAD_WIDTHS = (16, 32, 8, 24, 20, 12, 40, 10, 6)  # the first that divides a head is taken
 SIZINGS = ("named", "scaled", "shallow")
 
 
@@ -234,7 +235,9 @@ class Scaled:
     def _divided(self, name: str, value: int, heads: int, head: int) -> int:
         """A width or a number of heads."""
         found = value
-        if HEADS.search(name):
+        if name == "image_size":
+            found = min(value, MOST_PIXELS)
+        elif HEADS.search(name):
             found = _over(value, heads, multiple=1)
         elif HEAD.search(name):
             found = _over(value, head, multiple=2)

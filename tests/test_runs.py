@@ -298,3 +298,65 @@ def test_bos_study(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("original: perplexity with BOS ") and len(lines) == 5
     assert lines[3].startswith("| gptq | 0 | with BOS |") and lines[4].startswith("| gptq | 0 | without BOS |")
+
+
+# Families whose sizes follow from each other, with what holds of their tiny models: sections of rotary dimensions; heads of
+# mamba's and of attention; kinds of layers; a class that no mapping has.
+FAMILIES = {
+    "qwen2_5_vl": ("named", "Qwen2_5_VLModel", {"language_model.layers": 2}),
+    "nemotron_h": ("named", "NemotronHForCausalLM", {"model.layers": 4}),
+    "mamba2": ("named", "Mamba2ForCausalLM", {"backbone.layers": 2}),
+    "zamba2": ("scaled", "Zamba2ForCausalLM", {"model.layers": 2}),
+    "siglip2_text_model": ("named", "Siglip2TextModel", {"encoder.layers": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_model_type(kind: str, tmp_path: Path) -> None:
+    """From sizes to 8 bits and back."""
+    rows: list[dict[str, Any]] = []
+    script("models.py")["measure"](kind, tmp_path, rows.append)
+    row, (sizing, name, towers) = rows[-1], FAMILIES[kind]
+    assert row["step"] == "passes" and 0 < row["error"] < 0.1
+    assert (row["sizing"], row["class"], row["towers"]) == (sizing, name, towers)
+
+
+def test_sizes_of_a_model_type_fit_each_other() -> None:
+    """Scaled or named: heads times their dimensions are the width, and one part's output is as wide as the next one's input."""
+    script("models.py")  # which finds the module below
+    settings_of = sys.modules["tiny_configs"].settings_of  # type: ignore[attr-defined]
+    for sizing in ("named", "scaled"):
+        text = transformers.AutoConfig.for_model("llama4_text", **settings_of("llama4_text", sizing))
+        assert text.num_attention_heads * text.head_dim == text.hidden_size <= 128
+        assert text.num_attention_heads % text.num_key_value_heads == 0
+        whole = transformers.AutoConfig.for_model("qwen2_5_vl", **settings_of("qwen2_5_vl", sizing)).text_config
+        sections, head = whole.rope_parameters["mrope_section"], whole.hidden_size // whole.num_attention_heads
+        assert len(sections) == 3 and sum(sections) == head // 2
+    layers = transformers.AutoConfig.for_model("zamba2", **settings_of("zamba2", "scaled")).layers_block_type
+    assert sorted(layers) == ["hybrid", "linear_attention"]
+    assert transformers.AutoConfig.for_model("segformer", **settings_of("segformer", "scaled")).depths == [2, 2, 2, 2]
+
+
+def test_types_that_do_not_pass_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of others, other inputs, convolutions and failures are counted apart."""
+    found = script("models.py")
+    made = "nearplane makes input_ids only."
+    rows = [
+        {"type": "sam_mask_decoder", "step": "class", "reason": "NearplaneError: no class"},
+        {
+            "type": "qwen2_5_vl_vision",
+            "step": "discovery",
+            "reason": f"NearplaneError: /model: A reads grid_thw; {made}",
+        },
+        {"type": "patchtst", "step": "discovery", "reason": f"NearplaneError: /model: B reads past_values; {made}"},
+        {"type": "resnet", "step": "discovery", "reason": "NearplaneError: /model: no list of 3 blocks", "inner": 0},
+        {"type": "albert", "step": "discovery", "reason": "NearplaneError: /model: no list of 2 blocks", "inner": 6},
+        {"type": "llama", "step": "round trip", "error": 0.2},
+    ]
+    wholes = {"sam_mask_decoder": ["sam"], "qwen2_5_vl_vision": ["qwen2_5_vl"]}
+    monkeypatch.setattr(sys.modules["tiny_models"], "wholes", lambda: wholes)
+    page = found["table"](rows)
+    assert "0 of them pass" in page and "- 2 are parts" in page and "- 1 read inputs" in page
+    assert "- 1 have no linears" in page and "- 2 fail." in page
+    assert "| qwen2_5_vl_vision | qwen2_5_vl | reads grid_thw |" in page and "| patchtst | reads past_values |" in page
+    assert "| llama | round trip: features differ by 0.2 |" in page

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from close import near
 
 import nearplane.run.stream
@@ -142,3 +143,15 @@ def test_the_probe_reads_what_the_image_processor_makes(kind: str, positions: in
     size = '"crop_size": {"height": 16, "width": 16}, "do_center_crop": true, "size": {"shortest_edge": 20}'
     (folder / "preprocessor_config.json").write_text(f'{{"image_processor_type": "BitImageProcessor", {size}}}')
     assert {block.shape for block in discover(open_source(folder))} == {(1, positions, 64)}
+
+
+def test_a_list_of_lists_is_no_tower(tmp_path: Path) -> None:
+    """PVT has as many stages as blocks in a stage: the list of stages, through which no forward runs, hides no tower."""
+    sizes = {"hidden_sizes": [16, 32], "num_attention_heads": [1, 2], "patch_sizes": [4, 2], "strides": [4, 2]}
+    config = transformers.PvtConfig(
+        image_size=64, num_encoder_blocks=2, depths=[2, 2], sequence_reduction_ratios=[2, 1], mlp_ratios=[2, 2], **sizes
+    )
+    folder = tiny.save(transformers.PvtForImageClassification(config).eval(), tmp_path / "model")
+    blocks = discover(open_source(folder))
+    assert [block.tower for block in blocks] == ["pvt.encoder.block.0"] * 2 + ["pvt.encoder.block.1"] * 2
+    assert [len(block.sites) for block in blocks] == [6] * 4
