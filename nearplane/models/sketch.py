@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.store import Store, read_json
+from nearplane.models import absent
 
 
 class Unsketchable(NearplaneError):
@@ -28,12 +29,13 @@ class Promised(Store):
 
     def __init__(self, folder: Path, model: nn.Module, dtype: torch.dtype) -> None:
         """List the tensors of a skeleton; floats get ``dtype``. ``folder`` holds the configuration."""
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        tied = absent.tied(model)
+        computed = {name for name, value in model.named_parameters() if not value.is_meta}
         self.folder = folder
         self._promised = {
             name: (tuple(value.shape), dtype if value.is_floating_point() else value.dtype)
             for name, value in model.state_dict().items()
-            if name not in tied
+            if name not in tied and name not in computed
         }
         self.names = frozenset(self._promised)
 
