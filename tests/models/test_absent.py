@@ -17,7 +17,7 @@ from nearplane.checkpoint.load import _check_size
 from nearplane.models import absent
 from nearplane.models.sketch import Promised
 from nearplane.models.source import build_skeleton, open_source
-from nearplane.run.forecast import forecast
+from nearplane.run.plan import make_plan
 
 WORDS = 40_000  # a vocabulary beside which the blocks are nothing
 GRID = Grid(bits=8, group_size=32)
@@ -99,7 +99,7 @@ def test_nllb_in_its_real_sizes(tmp_path: Path) -> None:
     with pytest.raises(NearplaneError, match=r"config.json asks for 6\.15e\+08"):
         _check_size(skeleton, checkpoint)
     config.save_pretrained(tmp_path)
-    plan = forecast(tmp_path, grid=Grid(bits=4, group_size=64), method=RTN()).plan
+    plan = make_plan(tmp_path, sketch=True, grid=Grid(bits=4, group_size=64), method=RTN())
     numbers = sum(store.nbytes(name) for name in plan.source.store.names) // 2
     assert numbers == absent.size(skeleton)  # a plan counts what will be stored
     assert sum(s.shape[0] * s.shape[1] for s in plan.sites) == 12 * (4 + 8) * 1024**2 + 12 * (8 + 8) * 1024**2
