@@ -24,6 +24,7 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import SMALL_FLOATS, again, read_json
 from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
+from nearplane.models import absent
 from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
 from nearplane.models.locate import BAD_CONFIG, first_line, locate
@@ -277,11 +278,14 @@ def _state(
 
 
 def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
-    """Refuse a model far larger than what is stored before transformers makes its missing weights up in memory."""
+    """Refuse a model far larger than what is stored before transformers makes its missing weights up in memory.
+
+    Tied weights are stored once, and counted once.
+    """
     store = checkpoint.store
     held = sum(prod(store.shape(name)) for name in checkpoint.dense)
     held += sum(prod(layer.shape) for layer in checkpoint.layers.values())
-    asked = sum(parameter.numel() for parameter in skeleton.parameters())
+    asked = absent.size(skeleton)
     if asked > 2 * held + (1 << 20):
         raise NearplaneError(
             f"{store.folder} stores {held:.3g} weights, config.json asks for {asked:.3g}; {again(store.folder)}."

@@ -22,6 +22,7 @@ from nearplane.formats.originals import strays, unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.machine.progress import bar
+from nearplane.models import absent
 from nearplane.models.experts_disk import names_in_model, split_names, unowned
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
@@ -236,13 +237,10 @@ def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Modul
     store, names = split_names(model, checkpoint.store, checkpoint.dense)
     dense = [name for name in names if name.rpartition(".")[0] not in broken or name.endswith(".bias")]
     on_disk = names_in_model(model, [*dense, *known])
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = []
+    missing = absent.lacking(model, on_disk)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         disk = on_disk.get(name)
-        if disk is None and value.is_meta and name not in tied:
-            missing.append(name)
-        elif disk is not None and disk not in known and store.shape(disk) != tuple(value.shape):
+        if disk is not None and disk not in known and store.shape(disk) != tuple(value.shape):
             stored, asked = list(store.shape(disk)), list(value.shape)
             found.problem(f"{folder}: {disk} has shape {stored}, config.json asks for {asked}.")
     if missing:

@@ -3,38 +3,30 @@
 A tower (``towers.py``) is a list of blocks. The linears of a block that read the same tensor (address, shape, strides)
 form a stage and share one Hessian. Stages are in the order of their first calls. Blocks of equal structure are probed
 once, so that only one block of each kind is read from disk. The same forward shows what adds to the residual stream:
-tensors of a block are compared by value. Rotations use the same hooks and the same comparisons.
+tensors of a block are compared by value (``record.py``).
+
+Blocks that are given a dictionary or the like may write what others read (``handed.py``), so that all of them are run.
 """
 
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.models import inputs
+from nearplane.core.errors import NearplaneError
+from nearplane.models import handed, inputs
 from nearplane.models.experts import EXPERT, probing, routers
+from nearplane.models.handed import Watch, hidden_of, output_hidden, output_rest, with_rest
 from nearplane.models.inputs import ForwardFailed, is_causal, output_head
+from nearplane.models.record import SAME, Call, patched, recorded
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear
-
-# Relative to a token's norm: the largest difference of equal tensors; the smallest part of a sum that counts.
-SAME, COUNTS = 1e-5, 1e-4
-
-
-class Call(NamedTuple):
-    """A recorded call of a module, with the tensors that were kept of its input and its output."""
-
-    name: str
-    module: nn.Module
-    input: Tensor | None
-    output: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +57,7 @@ class Block:
     unreached: list[str] = field(default_factory=list)
     tower: str = ""  # name of the list that holds the block
     shape: tuple[int, ...] = ()  # of the hidden state in the probe: (1, positions, ..., width)
+    handed: int = 0  # numbers that blocks have handed on by then beside the hidden state, in the probe
 
     @property
     def sites(self) -> list[Site]:
@@ -105,6 +98,7 @@ def discover(source: Source) -> list[Block]:
             refused[refusal.tower] = refusal.reason
             continue
         except ForwardFailed as error:
+            _refuse_sharing(source, towers, error)
             if not source.sketch:
                 raise
             word = (str(error.__cause__).strip().splitlines() or ["no word"])[0][:100]
@@ -115,6 +109,28 @@ def discover(source: Source) -> list[Block]:
         if blocks:
             return blocks
         refused |= dict.fromkeys(towers, "the model's forward does not run it")
+
+
+def _refuse_sharing(source: Source, towers: dict[str, list[str]], error: ForwardFailed) -> None:
+    """Raise NearplaneError where the forward fails only because some blocks did not run."""
+    try:
+        _probe(source, towers, every=True)
+    except (ForwardFailed, NotBlocks):
+        return
+    raise NearplaneError(
+        f"{source.folder}: blocks of {type(source.model).__name__} share values beside the hidden state in a way that nearplane "
+        f"does not follow ({error.__cause__}); only values in dictionaries, lists and objects among a block's arguments go along."
+    ) from error
+
+
+def _refuse_attributes(block: str, before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> None:
+    """Raise NearplaneError where a block has left a tensor in an attribute of a module outside of all blocks."""
+    for name, values in after.items():
+        if [id(value) for value in values] != [id(value) for value in before.get(name, ())]:
+            raise NearplaneError(
+                f"{block} leaves a tensor in {name}, where other blocks may read it; nearplane runs blocks one by one, and "
+                "follows only what they share in dictionaries, lists and objects among their arguments."
+            )
 
 
 def load_outside(
@@ -151,147 +167,8 @@ def head_name(source: Source) -> str | None:
     return next((name for name, module in source.model.named_modules() if module is head), None)
 
 
-@contextmanager
-def patched(model: nn.Module, names: list[str], run: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of every block while inside, with gradients off.
-
-    Args:
-        model: the model.
-        names: names of the blocks.
-        run: called as ``run(k, original, *args, **kwargs)`` with the block's number and its own forward.
-    """
-    modules = [model.get_submodule(name) for name in names]
-
-    def bind(k: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda _self, *args, **kwargs: run(k, original, *args, **kwargs)
-
-    for k, module in enumerate(modules):
-        module.forward = types.MethodType(bind(k, module.forward), module)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the hidden state among a block's arguments, the first tensor of floats; None if there is none.
-
-    Positional arguments come first, then ``hidden_states``, then other keywords.
-    """
-    values = (*args, kwargs.get("hidden_states"), *kwargs.values())
-    return next((x for x in values if isinstance(x, Tensor) and x.is_floating_point()), None)
-
-
-def output_hidden(output: Any) -> Tensor | None:
-    """Return the hidden state in a block's output, a tensor or the first of a tuple; None for anything else."""
-    value = output[0] if isinstance(output, tuple) and output else output
-    return value if isinstance(value, Tensor) else None
-
-
-def output_rest(output: Any) -> tuple[Any, ...] | None:
-    """Return the items behind the hidden state in a block's output; None for a bare tensor."""
-    return output[1:] if isinstance(output, tuple) else None
-
-
-def with_rest(hidden: Tensor, rest: tuple[Any, ...] | None) -> Any:
-    """Join a hidden state and ``rest`` to a block's output; a bare tensor if ``rest`` is None."""
-    return hidden if rest is None else (hidden, *rest)
-
-
-def watching(model: nn.Module) -> AbstractContextManager[list[Call]]:
-    """Record every call in ``model`` while inside, with copies of first inputs and outputs as (tokens, width)."""
-
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        return returned(model, args[0] if args else kwargs.get("hidden_states"))
-
-    def returned(_: nn.Module, x: Any) -> Tensor | None:
-        return rows_of(x) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 else None
-
-    return recorded(model, given, returned)
-
-
-@contextmanager
-def recorded(
-    model: nn.Module,
-    given: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None],
-    returned: Callable[[nn.Module, Any], Tensor | None],
-) -> Iterator[list[Call]]:
-    """Record every call of a module in ``model`` while inside.
-
-    Args:
-        model: the model to hook.
-        given: picks the tensor to keep from a call's arguments and keyword arguments.
-        returned: picks the tensor to keep from a module's output.
-
-    Yields:
-        Calls in the order in which they begin; outputs are filled in as calls end. The list may be cleared meanwhile.
-    """
-    calls: list[Call] = []
-    hooks = []
-    for name, module in model.named_modules():
-
-        def before(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            calls.append(Call(name, m, given(args, kwargs), None))
-
-        def after(m: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            # None where the caller has cleared the list meanwhile
-            number = max((i for i, call in enumerate(calls) if call.name == name), default=None)
-            if number is not None:
-                calls[number] = calls[number]._replace(output=returned(m, output))
-
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after))
-    try:
-        yield calls
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """Copy a tensor of shape (..., width) to (tokens, width)."""
-    return x.detach().reshape(-1, x.shape[-1]).clone()
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Return whether ``a`` and ``b``, (tokens, width), are equal up to rounding in every token."""
-    if a is None or b is None or a.shape != b.shape:
-        return False
-    return bool(((a - b).norm(dim=1) <= SAME * b.norm(dim=1)).all())
-
-
-def fits(a: Tensor | None, like: Tensor) -> bool:
-    """Return whether ``a`` has the shape of ``like``."""
-    return a is not None and a.shape == like.shape
-
-
-def shares_of(total: Tensor, parts: list[Any]) -> list[float] | None:
-    """Solve for the weights of ``parts`` in a sum that equals ``total``, by least squares.
-
-    Args:
-        total: (tokens, width).
-        parts: tensors of the same shape.
-
-    Returns:
-        One weight a part, zero for a part below ``COUNTS`` of the sum; None if no sum equals ``total`` up to rounding.
-    """
-    if not parts:
-        return None
-    size = total.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    columns = torch.stack([(part / size).flatten() for part in parts], 1).double().cpu()
-    wanted = (total / size).flatten().double().cpu()
-    length = columns.norm(dim=0).clamp_min(1e-30)
-    share = torch.linalg.lstsq(columns / length, wanted[:, None], driver="gelsd").solution[:, 0] / length
-    if not same(total, sum((part * float(c) for part, c in zip(parts, share, strict=True)), torch.zeros_like(total))):
-        return None
-    amount = [float(c) * float(n) for c, n in zip(share, length, strict=True)]
-    return [float(c) if abs(a) > COUNTS else 0.0 for c, a in zip(share, amount, strict=True)]
-
-
-def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
-    """Run one forward and load the first block of each kind in it.
+def _probe(source: Source, towers: dict[str, list[str]], every: bool = False) -> list[Block]:
+    """Run one forward and load the first block of each kind in it, or ``every`` block.
 
     Returns no block if the forward runs none. Raises NotBlocks for a list that is no tower.
     """
@@ -299,6 +176,8 @@ def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
     tower_of = {name: tower for tower, blocks in towers.items() for name in blocks}
     kinds: dict[Any, tuple[list[Stage], list[str], Any]] = {}
     blocks: dict[str, Block] = {}
+    left: dict[int, int] = {}  # numbers in each container that a block has written into
+    outside = _outside(source.model, names)
     cpu, dtype = torch.device("cpu"), torch.float32
 
     def probe(k: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -309,8 +188,13 @@ def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
         hidden = hidden_of(args, kwargs)
         if hidden is None:
             raise NotBlocks(tower, f"{name} is given no hidden state")
-        kind = _structure(module)
-        if kind not in kinds:
+        containers = handed.containers(args, kwargs)
+        own = handed.settings_of(module, towers[tower].index(name)) if containers else None
+        kind, watch = (_structure(module), own), Watch(containers)
+        # Blocks that are given a container may write what others read, and others than those of their kind.
+        again = every or bool(left) or (bool(containers) and source.sketch)
+        if kind not in kinds or again:
+            before = handed.attributes(outside)
             source.load(name, cpu, dtype)
             try:
                 with _record(module) as recording, probing(module):
@@ -320,33 +204,43 @@ def _probe(source: Source, towers: dict[str, list[str]]) -> list[Block]:
             after = output_hidden(output)
             if after is None or after.shape != hidden.shape:
                 raise NotBlocks(tower, f"{name} does not return a hidden state like the one that it is given")
-            dense = set(routers(module))
-            calls = [call for call in recording if call.input is not None and call.name not in dense]
-            stages = _stages(calls, after)
-            reached = {call.name for call in calls} | dense
-            unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in reached]
-            kinds[kind] = stages, unreached, output_rest(output)
+            _refuse_attributes(name, before, handed.attributes(outside))
+            kinds[kind] = *_found(module, recording, after), output_rest(output)
+            left.update({id(containers[path]): handed.numbers(value) for path, value in watch.written(name).items()})
         stages, unreached, rest = kinds[kind]
         rename = [[_below(name, site) for site in stage] for stage in stages]
-        blocks[name] = Block(name, rename, [f"{name}.{n}" for n in unreached], tower, tuple(hidden.shape))
+        dense = [f"{name}.{n}" for n in unreached]
+        blocks[name] = Block(name, rename, dense, tower, tuple(hidden.shape), sum(left.values()))
         return with_rest(hidden, rest)  # the forward goes on to its end, to see whether a block runs again
 
-    with inputs.blamed(source.model, source.folder):
-        sample = inputs.probe(source.model, source.folder)
-    load_outside(source, names, cpu, dtype, sample)
-    head = output_head(source.model)
-    with (
-        patched(source.model, names, probe),
-        _stopping(head),
-        suppress(Stop),
-        inputs.blamed(source.model, source.folder),
-    ):
-        source.model(**sample, **inputs.options(source.model))
+    _run(source, names, probe)
     for tower, members in towers.items():
         reached = sum(name in blocks for name in members)
         if 0 < reached < len(members):
             raise NotBlocks(tower, f"the model's forward ran {reached} of its {len(members)} blocks")
     return list(blocks.values())
+
+
+def _run(source: Source, names: list[str], probe: Callable[..., Any]) -> None:
+    """Run the model on a small sample, ``probe`` in place of each of its blocks, up to the output head."""
+    with inputs.blamed(source.model, source.folder):
+        sample = inputs.probe(source.model, source.folder)
+    load_outside(source, names, torch.device("cpu"), torch.float32, sample)
+    with (
+        patched(source.model, names, probe),
+        _stopping(output_head(source.model)),
+        suppress(Stop),
+        inputs.blamed(source.model, source.folder),
+    ):
+        source.model(**sample, **inputs.options(source.model))
+
+
+def _found(module: nn.Module, recording: list[Call], after: Tensor) -> tuple[list[Stage], list[str]]:
+    """Return a block's stages and its linears that were not reached; ``after``: the block's output."""
+    dense = set(routers(module))
+    calls = [call for call in recording if call.input is not None and call.name not in dense]
+    reached = {call.name for call in calls} | dense
+    return _stages(calls, after), [n for n, m in module.named_modules() if is_linear(m) and n not in reached]
 
 
 @contextmanager
@@ -414,6 +308,12 @@ def _stream_point(y: Tensor | None, calls: list[Call], hidden: Tensor) -> str | 
             if float((after - before - y).norm()) <= rounding + SAME * size < size:
                 return name
     return None
+
+
+def _outside(model: nn.Module, blocks: list[str]) -> dict[str, nn.Module]:
+    """Return the modules that are in no block, by name."""
+    inside = {name for block in blocks for name, _ in model.get_submodule(block).named_modules(prefix=block)}
+    return {name: module for name, module in model.named_modules() if name not in inside}
 
 
 def _below(block: str, site: Site) -> Site:

@@ -27,6 +27,7 @@ from nearplane.core.errors import SettingError
 Visit = Literal["hit", "each", "all", "probe"]
 EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
 # A child of a mixture with such a name is a router, whatever its shape.
+ROUTER = re.compile(r"(^|[._])router(\.|$)")
 ROUTES = re.compile(r"(^|_)(gate|router)\d*$")
 
 
@@ -244,14 +245,14 @@ def probing(model: nn.Module) -> Iterator[None]:
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """Find the modules with a matrix that choose or weigh experts; routers stay dense.
 
-    Every linear in a module called router is one. Beside the experts of a layer, a router is called gate or router, or holds a
-    single matrix. That matrix has a row per expert, or one row (the gate of a shared expert).
+    Every linear in a module called router, or modality_router as Gemma 3n's, is one. Beside the experts of a layer, a router is
+    called gate or router, or holds a single matrix. That matrix has a row per expert, or one row (the gate of a shared expert).
 
     Returns:
         Modules by name.
     """
     found: dict[str, nn.Module] = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "router" in n.split(".")
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ROUTER.search(n)
     }
     for name, module in list(model.named_modules()):
         children = dict(module.named_children())

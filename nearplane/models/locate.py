@@ -179,7 +179,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         _need_timm(folder)
     if not isinstance(raw.get("model_type"), str):
         raise NearplaneError(f"{path} names no model_type; it is not a transformers configuration.")
-    known = raw["model_type"] in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    known = raw["model_type"] in transformers.CONFIG_MAPPING  # transformers' own types, and those that were registered
     if not known and "auto_map" in raw and not trust_remote_code:
         raise NearplaneError(
             f"{folder} runs its own Python code (trust_remote_code); read that code, then pass --trust-remote-code."

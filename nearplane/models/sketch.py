@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.store import SMALL_FLOATS, Store, read_json
+from nearplane.models import absent
 
 # Bytes of memory that a weight stored as a small float takes while it is made dense: code, scale and float32, rounded up.
 READ_CODED = 6
@@ -38,12 +39,13 @@ class Promised(Store):
             dtype: of floats.
             coded: matrices will be stored as small floats, and made dense in float32 when they are read.
         """
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        tied = absent.tied(model)
+        computed = {name for name, value in model.named_parameters() if not value.is_meta}
         self.folder, self.coded = folder, coded
         self._promised = {
             name: (tuple(value.shape), dtype if value.is_floating_point() else value.dtype)
             for name, value in model.state_dict().items()
-            if name not in tied
+            if name not in tied and name not in computed
         }
         self.names = frozenset(self._promised)
 

@@ -21,6 +21,7 @@ from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.originals import already, empty, is_original, named_strays, plain_config, strays, unexplained
 from nearplane.formats.read import open_original, stated
 from nearplane.formats.store import INDEX, Store, Twice, read_index, read_json
+from nearplane.models import absent
 from nearplane.models.experts import LargeOnMeta, set_visit, unfuse
 from nearplane.models.experts_disk import converts, names_in_model, split, unread
 from nearplane.models.inputs import builder
@@ -184,6 +185,7 @@ class Source:
             if not buffer.is_meta:
                 owner, _, leaf = path.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        self._move_computed(prefix, device, dtype)
 
     def read_weights(self) -> None:
         """Leave sketch mode, so that weights are read from now on. A hub id's weights are fetched now.
@@ -225,9 +227,16 @@ class Source:
                 assert value is not None
                 module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
 
+    def _move_computed(self, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Move parameters below ``prefix`` that are in no file: they are in the skeleton all the time."""
+        stored = {*self.names, *absent.tied(self.model)}
+        for name, value in list(self.model.named_parameters()):
+            if name.startswith(prefix) and name not in stored and not value.is_meta:
+                self._set(name, value.data.to(device, dtype))
+
     def _tie(self, loaded: dict[str, Tensor], skip: Iterable[str]) -> None:
         """Share loaded tensors with the parameters that are tied to them."""
-        for name, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+        for name, origin in absent.tied(self.model).items():
             if origin in loaded and name not in self.names and not any(name.startswith(s + ".") for s in skip):
                 self._set(name, loaded[origin])
 
@@ -278,6 +287,7 @@ def open_source(
     refuse_unread(skeleton, folder)
     if store is None:
         assert dtype is not None
+        absent.compute(skeleton, [name for name, value in skeleton.named_parameters() if value.is_meta])
         store = Promised(folder, skeleton, dtype, coded=coded)
         names = {name: name for name in store.names}
     else:
@@ -332,11 +342,11 @@ def build_skeleton(config: Any, folder: Path, *, trust_remote_code: bool = False
         size = sum(buffer.nbytes for buffer in draft.buffers())
         if size > MOST_BUFFERS:
             raise ValueError(f"its masks and tables alone would take {size / 1e9:.3g} GB")
-        del draft
         with init_empty_weights(include_buffers=False), LargeOnMeta(MOST_BUFFERS):
             model = build(config)
     except (*BAD_CONFIG, ImportError, RuntimeError, MemoryError) as error:
         raise NearplaneError(f"{folder}: no model can be built from its config.json ({first_line(error)}).") from error
+    absent.note_shared(model, draft)
     unfuse(model)
     return model.eval()
 
@@ -394,11 +404,11 @@ def _refuse_quantized(model: str, folder: Path, store: Store | None) -> bool:
 
 
 def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
-    """Return the name on disk of every parameter. NearplaneError for a missing one or another shape."""
+    """Return the name on disk of every stored parameter. NearplaneError for a missing one or another shape."""
     state, on_disk = model.state_dict(), names_in_model(model, store.names)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = absent.lacking(model, on_disk)
+    on_disk |= absent.stored_as(model, on_disk)
     names: dict[str, str] = {}
-    missing: list[str] = []
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if name in on_disk and name in state:
             if store.shape(on_disk[name]) != tuple(value.shape):
@@ -407,8 +417,6 @@ def _disk_names(model: nn.Module, store: Store, folder: Path) -> dict[str, str]:
             if value.is_floating_point() and not store.dtype(on_disk[name]).is_floating_point:
                 raise NearplaneError(unexplained(folder, on_disk[name], None, store.dtype(on_disk[name])))
             names[name] = on_disk[name]
-        elif value.is_meta and name not in tied:
-            missing.append(name)
     if missing and converts(model):
         raise NearplaneError(
             f"{folder} lacks {missing[0]}; transformers converts weights of {type(model).__name__} while loading, and nearplane "

@@ -162,7 +162,7 @@ def estimate(plan: Plan, offload: Path | None = None, probe: Probe | None = None
         streams=walk.streams,
         kept=walk.kept,
         windows=plan.windows,
-        offloaded=0 if offload is None else walk.size * walk.tokens * walk.hidden * walk.streams,
+        offloaded=0 if offload is None else walk.size * walk.tokens * (walk.hidden + walk.handed) * walk.streams,
         offload=offload,
         probe=walk.probe,
     )
@@ -185,7 +185,7 @@ class _Walk:
         # Tokens of the block outputs that a budget's widths are judged by.
         judging = plan.undecided and self.batch > 0
         self.judged = min(self.tokens, -(-self.tokens // (JUDGED * self.batch)) * self.batch) if judging else 0
-        self.hidden = plan.hidden
+        self.hidden, self.handed = plan.hidden, plan.handed
         numbers = {name: prod(store.shape(disk)) for name, disk in source.names.items()}
         names = [block.name + "." for block in plan.blocks]
         head = head_name(source)
@@ -245,7 +245,8 @@ class _Walk:
         always = {
             "outside": self.size * self.outside,
             "block": self.size * (self.blocks[block.name + "."] + linears * (self.streams == 2)),
-            "streams": self.size * self.hidden * (self.waiting * self.streams + self.judged),
+            "streams": self.size * (self.hidden + self.handed) * self.waiting * self.streams
+            + self.size * self.hidden * self.judged,
         }
         pending = min(self.plan.nbytes(block.sites), SHARD_BYTES)
         sizes = [size_of(stage, self.needs) for stage in block.stages]

@@ -1,10 +1,12 @@
 """Forwards that pause: the model's own code runs one batch, waits where a stage begins, and goes on when it is solved.
 
-Blocks before the open one are stubbed: each returns the stored hidden state of its tower. The forward ends behind the open
-block. A forward is a greenlet: it has a stack of its own. A hook on the stage's first linear switches back to the caller,
-so the model's code needs no change.
+Blocks before the open one are stubbed: each returns the stored hidden state of its tower, and leaves in dictionaries and lists
+among its arguments what it has left there when it ran (``models/handed.py``). The forward ends behind the open block.
+A forward is a greenlet: it has a stack of its own. A hook on the stage's first linear switches back to the caller, so the model's
+code needs no change.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError
 from nearplane.data.samples import Batch
-from nearplane.models import discover, inputs
+from nearplane.models import handed, inputs, record
 from nearplane.models.discover import Block, Stop
 from nearplane.models.experts import Experts
+from nearplane.models.handed import Argument, Watch
 
 
 class Stream:
@@ -50,13 +53,72 @@ class Stream:
             tower: [None] * len(batches) if keep is None else keep(tower) for tower in dict.fromkeys(self.towers)
         }
         self.rests: list[list[Any]] = []  # by block and batch: its outputs besides the hidden state
+        self.left = Left(len(batches), keep)
 
     def remember(self, k: int, batch: int, rest: Any) -> None:
         """Store the other outputs of block ``k``, once where they are equal for every batch."""
         if k == len(self.rests):
             self.rests.append([None] * len(self.batches))
+            self.left.begin()
         first = self.rests[k][0]
         self.rests[k][batch] = first if batch and same(first, rest) else rest
+
+
+class Left:
+    """What blocks have left in containers among their arguments: by block, container and batch."""
+
+    def __init__(self, batches: int, keep: Callable[[str], Any] | None) -> None:
+        self.batches, self.keep = batches, keep
+        self.contents: dict[int, dict[Argument, list[Any]]] = {}
+        self.files: dict[tuple[int, Argument, int], OnDisk] = {}
+        self.over: set[tuple[int, Argument]] = set()  # what a later block has written anew
+
+    def begin(self) -> None:
+        """Drop what no forward reads any more, before the first batch has passed another block."""
+        for k, path in self.over:
+            self.contents[k].pop(path, None)
+            for key in [key for key in self.files if key[:2] == (k, path)]:
+                self.files.pop(key).clear()
+        self.over = set()
+
+    def store(self, k: int, batch: int, written: dict[Argument, Any], held: dict[tuple[int, Argument], Any]) -> None:
+        """Store what block ``k`` has written for a batch.
+
+        Args:
+            written: content of the containers, by argument.
+            held: containers of this forward, by block and argument.
+        """
+        for path, slots in self.contents.get(k, {}).items():
+            slots[batch] = None if path not in written else slots[batch]
+        for path, content in written.items():
+            slots = self.contents.setdefault(k, {}).setdefault(path, [None] * self.batches)
+            slots[batch] = content if self.keep is None else self._written(k, path, batch, content)
+            mine = held[k, path]
+            self.over |= {
+                (i, other) for i, each in self.contents.items() for other in each if i < k and held[i, other] is mine
+            }
+
+    def restore(self, i: int, batch: int, held: dict[Argument, Any]) -> None:
+        """Leave in a call's containers what block ``i`` has left there."""
+        for path, slots in self.contents.get(i, {}).items():
+            if slots[batch] is not None:
+                handed.put(held[path], handed.copied(slots[batch], _read))
+
+    def _written(self, k: int, path: Argument, batch: int, content: Any) -> Any:
+        """Write the tensors in a container's content to disk, and return the content with the places of their files."""
+        count = itertools.count()
+
+        def write(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            assert self.keep is not None
+            key = (k, path, next(count))
+            if key not in self.files:
+                self.files[key] = self.keep("-".join(map(str, ("handed", k, *path, key[2]))))
+            self.files[key][batch] = part
+            return OnFile(self.files[key], batch)
+
+        return handed.copied(content, write)
 
 
 class Forward(greenlet):
@@ -78,6 +140,7 @@ class Forward(greenlet):
         self.leading = torch.Size()  # the input's leading dimensions: mostly (sequences, positions)
         self.shape = torch.Size()  # of the hidden state that goes into the block
         self.points: dict[str, Tensor] = {}  # (tokens, width), inputs of the modules that are watched
+        self.held: dict[tuple[int, Argument], Any] = {}  # containers that the blocks are given, by block and argument
         self.output: Tensor | None = None  # of the block, once it is through
         self.caller = getcurrent()
 
@@ -87,14 +150,14 @@ class Forward(greenlet):
         With ``module`` None, run to the end of the block and return its hidden state.
         """
         self.wanted, self.input, self.caller = module, None, getcurrent()
-        with discover.patched(self.stream.model, self.stream.names, _block):
+        with record.patched(self.stream.model, self.stream.names, _block):
             self.switch()
         return self.input if module is not None else self.output
 
     def close(self) -> None:
         """Abandon the forward."""
         if self:  # started and not finished
-            with discover.patched(self.stream.model, self.stream.names, _block):
+            with record.patched(self.stream.model, self.stream.names, _block):
                 self.throw()
 
     def _forward(self) -> None:
@@ -106,16 +169,20 @@ class Forward(greenlet):
     def block(self, i: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Run in place of block ``i``: replay a stored output, or run the open block and stop."""
         stream = self.stream
+        containers = handed.containers(args, kwargs)
+        self.held |= {(i, path): container for path, container in containers.items()}
         if i < self.k:
+            stream.left.restore(i, self.batch, containers)
             stored = stream.hidden[stream.towers[i]][self.batch]
             assert stored is not None
-            return discover.with_rest(stored, stream.rests[i][self.batch])
-        given = discover.hidden_of(args, kwargs)
+            return handed.with_rest(stored, stream.rests[i][self.batch])
+        given = handed.hidden_of(args, kwargs)
         assert given is not None
-        self.shape = given.shape
+        self.shape, watch = given.shape, Watch(containers)
         output = original(*args, **kwargs)
-        stream.remember(i, self.batch, discover.output_rest(output))
-        self.output = discover.output_hidden(output)
+        stream.remember(i, self.batch, handed.output_rest(output))
+        stream.left.store(i, self.batch, watch.written(stream.names[i]), self.held)
+        self.output = handed.output_hidden(output)
         raise Stop
 
     def route(self, experts: str, own: Tensor) -> Tensor:
@@ -135,10 +202,10 @@ class Forward(greenlet):
 
 
 def same(a: Any, b: Any) -> bool:
-    """Tell whether two values are equal; tuples are compared element by element, tensors by their numbers."""
+    """Tell whether two values are equal; tuples and lists are compared element by element, tensors by their numbers."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-    if isinstance(a, tuple) and isinstance(b, tuple):
+    if isinstance(a, tuple | list) and type(a) is type(b):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a is b
 
@@ -172,7 +239,7 @@ def hooked(
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             current = getcurrent()
             if isinstance(current, Forward):
-                x = discover.hidden_of(args, kwargs)
+                x = handed.hidden_of(args, kwargs)
                 assert x is not None
                 current.points.setdefault(name, x.reshape(-1, x.shape[-1]))
 
@@ -199,6 +266,20 @@ def hooked(
             module.follow = None
 
 
+class OnFile:
+    """The place of a tensor in files: of a list, one batch's."""
+
+    __slots__ = ("batch", "files")
+
+    def __init__(self, files: "OnDisk", batch: int) -> None:
+        self.files, self.batch = files, batch
+
+
+def _read(part: Any) -> Any:
+    """Read a tensor whose place a container's content has."""
+    return part.files[part.batch] if isinstance(part, OnFile) else part
+
+
 class OnDisk:
     """A list of tensors in files, of which one is in memory at a time. NearplaneError where the disk refuses."""
 
@@ -208,6 +289,12 @@ class OnDisk:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def clear(self) -> None:
+        """Remove all files."""
+        for number, path in enumerate(self.paths):
+            self.kinds[number] = None
+            path.unlink(missing_ok=True)
 
     def __getitem__(self, number: int) -> Tensor | None:
         kind = self.kinds[number]

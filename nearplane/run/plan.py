@@ -161,10 +161,15 @@ class Plan:
     @property
     def hidden(self) -> int:
         """Width of the hidden state: numbers for each position."""
-        if self._text_only:
-            return max(block.shape[-1] for block in self.blocks)
+        if self._text_only:  # one hidden state, or several of which the first dimension counts (Gemma 3n)
+            return max(block.shape[0] * block.shape[-1] for block in self.blocks)
         most = max(prod(block.shape[1:]) for block in self.blocks)
         return -(-most // max(block.positions for block in self.blocks))
+
+    @property
+    def handed(self) -> int:
+        """Numbers for each position that blocks hand to later ones beside the hidden state."""
+        return max(-(-block.handed // block.positions) for block in self.blocks)
 
     @property
     def _text_only(self) -> bool:

@@ -14,21 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nearplane.core.errors import SettingError
-from nearplane.models.discover import (
-    SAME,
-    Call,
-    fits,
-    head_name,
-    hidden_of,
-    load_outside,
-    output_hidden,
-    patched,
-    rows_of,
-    same,
-    shares_of,
-    watching,
-)
+from nearplane.models.discover import head_name, load_outside
+from nearplane.models.handed import hidden_of, output_hidden
 from nearplane.models.inputs import is_causal
+from nearplane.models.record import SAME, Call, fits, patched, rows_of, same, shares_of, watching
 from nearplane.models.source import Source
 from nearplane.models.towers import is_linear, main_tower
 
