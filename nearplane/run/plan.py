@@ -8,37 +8,33 @@ tensors that are copied.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nearplane.checkpoint.engines import Described, Weight, model_facts
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
-from nearplane.core.grid import Grid, spoiled_groups
+from nearplane.core.grid import Grid
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
 from nearplane.formats.base import conv1d_reason
-from nearplane.formats.companions import companions
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
 from nearplane.models.discover import Block, Site, Stage, discover, head_name
-from nearplane.models.experts import EXPERT, show_all
-from nearplane.models.experts_disk import converts, loading_notes
+from nearplane.models.experts import show_all
 from nearplane.models.head import head_block, head_site, untie
 from nearplane.models.inputs import MEDIA, reads
-from nearplane.models.locate import code_left_out
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
-from nearplane.models.values import AT_ONCE
 from nearplane.run.job import Job, Override
 from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units, wants_head
+from nearplane.run.remarks import check_scales, remarks
 from nearplane.run.report import recordable
 from nearplane.run.stream import OpenBlock, Place, stream
 
@@ -181,27 +177,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """List sentences that a user should read before the run starts."""
-        weights = sorted({(site.shape, self.grid_of(site)) for site in self.sites}, key=lambda pair: pair[0])
-        notes = [self.format.warn(grid, shape) for shape, grid in weights]
-        missed = "the probe forward did not reach it, stays dense"
-        unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
-        notes += [*self.source.notes, *self.notes, *_about_loading(self)]
-        notes += [
-            *_about_files(self.source),
-            self._shortened(),
-            _no_stream(self),
-            *(self.samples.notes if self.samples else []),
-        ]
-        notes += [] if self.ignored else [_mostly_dense(self)]
-        return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
-
-    def _shortened(self) -> str | None:
-        limit = longest_input(self.source.model)
-        if self.samples is None or self.samples.length is None or self.calibration.sentences or not self._text_only:
-            return None
-        if limit is None or limit >= self.calibration.seqlen:
-            return None
-        return f"seqlen cut to {limit}, the model's limit of positions"
+        return remarks(self)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -325,46 +301,10 @@ def complete(plan: Plan) -> Plan:
         source = transform.apply(source, plan.device)
         if job.calibration.all_experts:
             show_all(source.model, source.folder)
-    plan = replace(plan, source=source, notes=_check_scales(plan, source))
+    plan = replace(plan, source=source, notes=check_scales(plan, source))
     if plan.method.needs:
         plan = replace(plan, samples=gather(source, job.calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
-
-
-# Of a linear's sum of squares, the share in groups whose scale float16 cannot hold, from which a run is refused.
-SPOILED = 0.5
-
-
-def _check_scales(plan: Plan, source: Source) -> list[str]:
-    """Read every weight whose scales are stored in float16, and refuse a linear that such scales would spoil.
-
-    Returns:
-        Sentences about linears of which a smaller part is spoiled.
-
-    Raises:
-        SettingError: names the linear.
-    """
-    notes = []
-    for site in plan.sites:
-        grid = min(plan.possible(site), key=lambda grid: grid.storage_bits)
-        if grid.scale_dtype != "float16":
-            continue
-        weight = source.store.get(source.names[f"{site.name}.weight"])
-        rows = torch.split(weight.T if site.transposed else weight, max(1, AT_ONCE // max(1, site.shape[1])))
-        found = [spoiled_groups(part.float(), grid) for part in rows]
-        bad, energy = (torch.cat(parts) for parts in zip(*found, strict=True))
-        lost, total = float(energy[bad].sum()), float(energy.sum())
-        if not bool(bad.any()) or not isfinite(total):  # weights that are not finite are named where they are read
-            continue
-        largest = float(weight.abs().max())
-        told = f"{int(bad.sum())} of {bad.numel()} scales leave the range of float16 (weights up to {largest:.2g})"
-        if lost >= SPOILED * total:
-            other = (
-                "--dtype bfloat16" if plan.format.casts_scales else "--format compressed-tensors with --dtype bfloat16"
-            )
-            raise SettingError(f"{site.name}: {told}, in which {plan.format.name} would store them; use {other}.")
-        notes.append(f"{site.name}: {told}, with {lost / total:.2g} of its weights' squares; these groups are coarse")
-    return notes
 
 
 def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
@@ -398,67 +338,3 @@ def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)
-
-
-def _about_loading(plan: Plan) -> list[str]:
-    """Name who will not load the checkpoint, and what is stored beyond the model."""
-    source, sites = plan.source, plan.sites
-    found = []
-    if plan.format.name == "compressed-tensors":
-        kinds = {type(source.model.get_submodule(site.name)) for site in sites if not site.transposed}
-        own = ", ".join(sorted(kind.__name__ for kind in kinds if kind is not nn.Linear))
-        if own:
-            found.append(
-                f"this model computes with {own}, not nn.Linear: nearplane loads the checkpoint, transformers may not"
-            )
-        if converts(source.model):
-            found.append(
-                "transformers merges or splits weights of this model while loading, not packed ones: only nearplane loads it"
-            )
-    unused = sorted(source.store.names - set(source.names.values()))
-    if unused:
-        found.append(f"{len(unused)} stored tensors belong to no parameter and are copied, the first: {unused[0]}")
-    exact = _exact(plan)
-    if exact:
-        found.append(
-            f"{len(exact)} tensors keep their own dtype, because transformers keeps them in float32, the first: {exact[0]}"
-        )
-    written = {site.name: source.names[f"{site.name}.weight"].removesuffix(".weight") for site in sites}
-    asymmetric = any(not plan.grid_of(site).sym for site in sites if EXPERT.fullmatch(site.name))
-    return found + loading_notes(source.model, source.store, written, asymmetric)
-
-
-def _exact(plan: Plan) -> list[str]:
-    """List dense tensors that keep their dtype although another was asked for."""
-    source, asked = plan.source, plan.dense
-    dense = source.store.names - {source.names[f"{site.name}.weight"] for site in plan.sites}
-    floats = sorted(name for name in dense if source.store.dtype(name).is_floating_point)
-    return [name for name in floats if asked is not None and source.written(name, asked) != asked]
-
-
-def _about_files(source: Source) -> list[str]:
-    """Name what of the model's folder is not in the checkpoint."""
-    left = code_left_out(source.raw_config(), trust_remote_code=source.trust_remote_code)
-    code = f"auto_map of config.json is written without {', '.join(left)}: transformers' own class is quantized, not that code"
-    return [note for note in (companions(source.folder).note(), code if left else None) if note is not None]
-
-
-def _mostly_dense(plan: Plan) -> str | None:
-    """Return a sentence where most of the blocks' weights are outside the linears that were found, else None."""
-    source, blocks = plan.source, plan.blocks
-    sites = {f"{site.name}.weight" for block in blocks for site in block.sites}
-    inside = [(f"{b.name}.{n}", p) for b in blocks for n, p in source.model.get_submodule(b.name).named_parameters()]
-    sizes = {name: value.numel() for name, value in inside if value.dim() > 1}
-    dense = {name: size for name, size in sizes.items() if name not in sites}
-    if 2 * sum(dense.values()) <= sum(sizes.values()):
-        return None
-    largest = max(dense, key=lambda name: dense[name])
-    share = 100 * sum(dense.values()) / sum(sizes.values())
-    return f"{share:.0f}% of the blocks' weights are in no linear that was found and stay dense, the largest {largest}"
-
-
-def _no_stream(plan: Plan) -> str | None:
-    """Return the reason why no linear can repair the residual stream's drift, else None."""
-    if "R" not in plan.method.needs or any(site.adds_to for site in plan.sites):
-        return None
-    return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"
