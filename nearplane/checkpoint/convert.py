@@ -102,15 +102,7 @@ def convert(
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
-    names = names_in_model(model, split_names(model, checkpoint.store, checkpoint.dense)[1])
-    matrices = [name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1]
-    ignore = left_out(model, names, set(modules.values()), matrices)
-    # Loaders look for a linear by its name in the model or on disk: both are named.
-    named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
-    settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
-    quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
-    plain = without_code(plain_config(checkpoint.config), trust_remote_code=trust_remote_code)
-    config = {**plain, "quantization_config": quantization}
+    config = _configuration(checkpoint, target, model, modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (
         Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
@@ -123,6 +115,26 @@ def convert(
     count = len(checkpoint.layers), len(checkpoint.dense)
     scales, note = ", ".join(sorted(now)) or None, companions(folder).note()
     return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note)
+
+
+def _configuration(
+    checkpoint: Checkpoint,
+    target: Format,
+    model: nn.Module,
+    modules: dict[str, str],
+    grids: dict[str, Grid],
+    trusted: bool,
+) -> dict[str, Any]:
+    """Give config.json in the new format; ``trusted``: whether the model's own Python ran."""
+    names = names_in_model(model, split_names(model, checkpoint.store, checkpoint.dense)[1])
+    matrices = [name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1]
+    ignore = left_out(model, names, set(modules.values()), matrices)
+    # Loaders look for a linear by its name in the model or on disk: both are named.
+    named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
+    settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
+    quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
+    plain = without_code(plain_config(checkpoint.config), trust_remote_code=trusted)
+    return {**plain, "quantization_config": quantization}
 
 
 def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
