@@ -323,7 +323,11 @@ def test_types_that_do_not_pass_are_sorted(monkeypatch: pytest.MonkeyPatch) -> N
     made = "nearplane makes input_ids only."
     rows = [
         {"type": "sam_mask_decoder", "step": "class", "reason": "NearplaneError: no class"},
-        {"type": "qwen2_5_vl_vision", "step": "discovery", "reason": f"NearplaneError: /model: A reads grid_thw; {made}"},
+        {
+            "type": "qwen2_5_vl_vision",
+            "step": "discovery",
+            "reason": f"NearplaneError: /model: A reads grid_thw; {made}",
+        },
         {"type": "patchtst", "step": "discovery", "reason": f"NearplaneError: /model: B reads past_values; {made}"},
         {"type": "resnet", "step": "discovery", "reason": "NearplaneError: /model: no list of 3 blocks", "inner": 0},
         {"type": "albert", "step": "discovery", "reason": "NearplaneError: /model: no list of 2 blocks", "inner": 6},

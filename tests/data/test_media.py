@@ -194,7 +194,10 @@ def test_whisper_on_mel_spectrograms_and_recordings(tmp_path: Path) -> None:
 
 # Of models whose configuration does not say how long their inputs are: the feature extractor, and what it makes of five seconds.
 HEARD: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "audio-spectrogram-transformer": (lambda: transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=16), (64, 16)),
+    "audio-spectrogram-transformer": (
+        lambda: transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=16),
+        (64, 16),
+    ),
     "moonshine": (transformers.Wav2Vec2FeatureExtractor, (80_000,)),
     "speech_to_text": (lambda: transformers.Speech2TextFeatureExtractor(feature_size=16, num_mel_bins=16), (498, 16)),
     "wav2vec2-bert": (lambda: transformers.SeamlessM4TFeatureExtractor(feature_size=16, num_mel_bins=16), (249, 32)),
@@ -217,7 +220,12 @@ def test_a_feature_extractor_says_how_long_the_inputs_are(kind: str, tmp_path: P
     name = "input_features" if "input_features" in report.data else "input_values"
     assert tuple(report.data[name]) == (3, *shape)
     first = report.linears[0]
-    assert first.tokens % 3 == 0 and first.error is not None and first.rtn_error is not None and first.error < first.rtn_error
+    assert (
+        first.tokens % 3 == 0
+        and first.error is not None
+        and first.rtn_error is not None
+        and first.error < first.rtn_error
+    )
 
 
 @pytest.mark.parametrize(

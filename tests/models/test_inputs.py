@@ -48,7 +48,9 @@ def test_inputs_that_are_not_made_are_named(config: Any, said: str, tmp_path: Pa
 
 def test_a_model_that_reads_characters_has_no_vocabulary(tmp_path: Path) -> None:
     """CANINE hashes code points: its configuration names no number of tokens, and any text can be read."""
-    config = transformers.CanineConfig(**SMALL, num_hash_buckets=64, local_transformer_stride=4, max_position_embeddings=64)
+    config = transformers.CanineConfig(
+        **SMALL, num_hash_buckets=64, local_transformer_stride=4, max_position_embeddings=64
+    )
     folder = tiny.save(transformers.CanineModel(config).eval(), tmp_path / "model")
     assert classes.vocabulary(config) is None
     assert {block.tower for block in discover(open_source(folder))} == {"encoder.layer"}
