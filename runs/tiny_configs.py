@@ -12,6 +12,7 @@ Whatever lists one item per layer is cut to the layers that are left, which are 
 import dataclasses
 import math
 import re
+import typing
 from typing import Any
 
 import tiny
@@ -75,20 +76,20 @@ def _fields(config: Any) -> dict[str, Any]:
     return found
 
 
-def _settable(config: Any, name: str) -> bool:
-    """Whether a number can be given by this name: a field, or another name of one, that is no list."""
+def _settable(config: Any, name: str, value: Any) -> bool:
+    """Whether a value can be given by this name: a field, or another name of one, that need not be a list."""
     name = getattr(type(config), "attribute_map", {}).get(name, name)
     computed = getattr(type(config), name, None)
-    if isinstance(computed, property) and computed.fset is None:
+    if name not in vars(config) or (isinstance(computed, property) and computed.fset is None):
         return False
-    value = vars(config).get(name, dataclasses.MISSING)
-    return value is not dataclasses.MISSING and not isinstance(value, list | tuple | dict)
+    kinds = {field.name: (field.type, *typing.get_args(field.type)) for field in dataclasses.fields(config)}
+    return not isinstance(vars(config)[name], list | tuple | dict) or type(value) in kinds.get(name, ())
 
 
 def _named(config: Any, kind: str = "") -> dict[str, Any]:
     """The usual names, at any depth."""
     usual = {**tiny.SIZES, **tiny.EXPERTS, **SIZES}
-    sizes = {k: v for k, v in usual.items() if _settable(config, k) and k not in tiny.REFUSED.get(kind, ())}
+    sizes = {k: v for k, v in usual.items() if _settable(config, k, v) and k not in tiny.REFUSED.get(kind, ())}
     if "kv_lora_rank" in vars(config):
         sizes |= tiny.LATENT
     sizes |= _sections(config, {**vars(config), **sizes})
@@ -301,7 +302,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "esmfold2": {"num_key_value_heads": 4},
     "gemma4_assistant": {"text_config": NO_LAYER_INPUTS},
     "maskformer": {"backbone_config": {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}},
-    "fast_vlm": {"vision_config": {"architecture": "resnet10t"}},
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_t8"}},
+    "perception_lm": {"vision_config": {"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": 192}}},
+    "swin2sr": {"embed_dim": 48, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "image_size": 32},
+    "clap_audio_model": {"num_mel_bins": 64},
+    "step3p5": {"sliding_window": 16},
+    "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
     "timm_backbone": {"backbone": "vit_tiny_patch16_224"},
     "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16},
 }

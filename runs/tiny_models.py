@@ -37,6 +37,7 @@ EXTRACTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2-bert": ("SeamlessM4TFeatureExtractor", {}),
     "moonshine_streaming": ("Wav2Vec2FeatureExtractor", {}),
     "clap": ("ClapFeatureExtractor", {"truncation": "rand_trunc"}),
+    "clap_audio_model": ("ClapFeatureExtractor", {"truncation": "rand_trunc"}),
 }
 HEARING = ("audio_config", "encoder_config", "audio_encoder_config")
 # Names of the channels of a mel spectrogram.

@@ -141,7 +141,8 @@ def options(model: nn.Module) -> dict[str, Any]:
     """Return further arguments of a model's forward: no cache of keys and values, since nothing is generated."""
     takes = inspect.signature(model.forward).parameters
     named = "use_cache" in takes
-    other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values()) and hasattr(model.config, "use_cache")
+    writes = hasattr(model.config, "use_cache") and not {TEXT, DECODER}.isdisjoint(reads(model))
+    other = writes and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
     return {"use_cache": False} if named or other else {}
 
 
@@ -201,13 +202,12 @@ def image_shape(model: nn.Module, folder: Path) -> tuple[int, int, int]:
         channels, *sizes = timm.pretrained_cfg["input_size"]
         height, width = getattr(getattr(timm, "patch_embed", None), "img_size", None) or sizes
         return int(channels), int(height), int(width)
-    config: Any = getattr(model.config, "vision_config", model.config)
+    whole: Any = model.config
+    config = getattr(whole, "vision_config", whole)
     if not hasattr(config, "image_size") and hasattr(config, "backbone_config"):
         config = config.backbone_config
     if any(getattr(config, name, None) for name in VIDEO):
-        raise NearplaneError(
-            f"a model of type {getattr(model.config, 'model_type', None)} reads videos, on which nearplane does not calibrate."
-        )
+        raise NearplaneError(f"a model of type {whole.model_type} reads videos, on which nearplane does not calibrate.")
     # No caller here asks to interpolate positions, so that the image processor's size may not fit.
     fixed = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     size = (None if fixed else _processed(folder)) or getattr(config, "image_size", None) or 224
@@ -233,8 +233,8 @@ def sound_shape(config: Any, folder: Path, name: str) -> tuple[int, ...]:
     if stated is not None:
         return stated
     extractor = feature_extractor(folder)
-    tone = np.sin(np.arange(five_seconds(extractor), dtype=np.float32))
-    return tuple(extract(extractor, tone, extractor_rate(extractor), name, folder).shape)
+    noise = np.random.default_rng(0).standard_normal(five_seconds(extractor), np.float32)
+    return tuple(extract(extractor, noise, extractor_rate(extractor), name, folder).shape)
 
 
 def stated_sound(config: Any, name: str) -> tuple[int, ...] | None:
