@@ -122,20 +122,27 @@ def verify(
                 _check_finite(checkpoint, name, found)
                 display.advance(task)
     if checkpoint is not None:
-        _check_strays(checkpoint, broken, found)
-        _check_configuration(checkpoint, found)
-        _check_siblings(checkpoint, broken, found)
-        model = None
-        with found.listing():
-            _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
-            _check_model(checkpoint, broken, model, found)
-        if engine is not None and checkpoint.format is not None:
-            with found.listing():
-                _check_engine(checkpoint, engine, model, found)
+        _check_meaning(checkpoint, broken, engine, trust_remote_code, found)
     format = checkpoint.format if checkpoint else None
     return Verification(
         str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes)
     )
+
+
+def _check_meaning(
+    checkpoint: Checkpoint, broken: dict[str, str], engine: str | None, trusted: bool, found: Findings
+) -> None:
+    """Compare tensors, configuration, model and engine; ``trusted``: whether the model's own Python may run."""
+    _check_strays(checkpoint, broken, found)
+    _check_configuration(checkpoint, found)
+    _check_siblings(checkpoint, broken, found)
+    model = None
+    with found.listing():
+        _, model = open_skeleton(checkpoint.store.folder, trust_remote_code=trusted)
+        _check_model(checkpoint, broken, model, found)
+    if engine is not None and checkpoint.format is not None:
+        with found.listing():
+            _check_engine(checkpoint, engine, model, found)
 
 
 def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint | None:
