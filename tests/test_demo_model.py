@@ -38,7 +38,8 @@ def test_transformers_loads_it_with_our_logits(checkpoint: Path) -> None:
 def test_perplexity_of_original_and_rounded(checkpoint: Path) -> None:
     result = nearplane.evaluate(checkpoint, seqlen=512, windows=2, reference="demo")
     assert result.reference_perplexity is not None and result.kl is not None and result.top1 is not None
-    assert 5 < result.reference_perplexity < 30
+    # The embedded text is the same on every machine, so this figure is, too.
+    assert result.reference_perplexity == pytest.approx(25.39, rel=0.01)
     assert result.reference_perplexity < result.perplexity < 3 * result.reference_perplexity
     assert 0 < result.kl < 1 and 0.5 < result.top1 < 1
 
