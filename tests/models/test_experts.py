@@ -86,15 +86,14 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
     assert found.ok, found.problems
     judged = verify(tmp_path / "out", "transformers")
     assert judged.ok == (kind not in FUSED), judged
-    assert (kind in FUSED | {"llama4_text"}) or any("dequantize=True" in note for note in judged.notes)
+    assert not any("dequantize=True" in note for note in judged.notes)
     if kind not in FUSED and find_spec("compressed_tensors"):
         near(logits(by_transformers(tmp_path / "out")), expected, sums=96)
 
 
 def by_transformers(folder: Path) -> Any:
-    config = transformers.CompressedTensorsConfig(dequantize=True)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=config, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return model.eval()

@@ -15,6 +15,7 @@ from nearplane.checkpoint.engines import ENGINES, described, verdict
 from nearplane.core.errors import SettingError
 from nearplane.data.text import Calibration
 from nearplane.formats.read import open_checkpoint
+from nearplane.models.source import open_skeleton
 from nearplane.run.events import BlockDone
 from nearplane.run.resume import Saver
 
@@ -102,7 +103,8 @@ def test_transformers_and_vllm_find_the_head(mixed: bool, tmp_path: Path) -> Non
     with torch.no_grad():
         found, wanted = theirs(ids).logits, nearplane.load(tmp_path / "out")(ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    judged = {engine: verdict(engine, described(open_checkpoint(tmp_path / "out"), theirs)) for engine in ENGINES}
+    skeleton = open_skeleton(tmp_path / "out")[1]
+    judged = {engine: verdict(engine, described(open_checkpoint(tmp_path / "out"), skeleton)) for engine in ENGINES}
     assert not any(found.refusals for found in judged.values())
     assert "output head was not tried" in str(judged["sglang"]) and "head" not in str(judged["vllm"])
 
