@@ -1,6 +1,6 @@
 """Which quantized model types transformers loads: every type that ``runs/models.py`` passes, tried as a tiny checkpoint.
 
-    python runs/engines.py [TYPE ...] [--rows engines.jsonl] [--table runs/engines.md]
+    python runs/engines.py [TYPE ...] [--rows runs/engines.jsonl] [--table runs/engines.md]
 
 Each type in a process of its own. It is quantized to 4 bits, and loaded by transformers with the package compressed-tensors
 as it is, and with ``dequantize=True``. What the loaded model computes is compared with nearplane's dense model.
@@ -123,7 +123,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"transformers loads {count[PLAIN]} of them as they are, {count[DENSE]} more with",
         f"`quantization_config=CompressedTensorsConfig(dequantize=True)`, and {count[NO]} not. To load means that the model",
         "computes what nearplane's dense model does, within a thousandth.",
-        f"`nearplane verify --engine transformers` says something else of {len(wrong)} types (marked).",
+        f"`nearplane verify --engine transformers` says something else of {len(wrong)} types, which are marked.",
         "",
         "| model type | class | loads | said before | as it is | with dequantize=True |",
         "|---|---|---|---|---|---|",
@@ -145,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
-    parser.add_argument("--rows", type=Path, default=Path("engines.jsonl"))
+    parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "engines.jsonl")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -568,10 +568,7 @@ def test_two_runs_on_one_folder(model: Path, tmp_path: Path) -> None:
 def test_nan_in_a_block_is_named_and_the_blocks_before_it_are_safe(
     model: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    broken = tmp_path / "model"
-    broken.mkdir()
-    for path in model.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    broken = shutil.copytree(model, tmp_path / "model")
     file = broken / "model.safetensors"
     good = file.read_bytes()
     tensors = load_file(file)
