@@ -32,12 +32,13 @@ from nearplane.evaluation.features import final_states
 from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
-from nearplane.models.towers import is_linear, linears_besides
+from nearplane.models.towers import is_list, linears_besides
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 import tiny_models
+from model_causes import CAUSES, OTHER_INPUTS
 
 SECONDS = 60
 # Why a type does not pass: what follows its number, and the heading of its table.
@@ -47,8 +48,6 @@ SORTS = {
     "no linears": ("have no linears inside blocks: convolutions, for the most part.", "No linears in blocks"),
     "fails": ("fail.", "Failures"),
 }
-# Causes that the last line of an error does not name.
-CAUSES: dict[str, tuple[str, str]] = {}
 ASLEEP = 1e-9  # the largest number of an output that cannot be compared
 
 
@@ -94,7 +93,7 @@ def measure(kind: str, folder: Path, note: Callable[[dict[str, Any]], None]) -> 
         raise found.error
     torch.manual_seed(0)
     model = tiny.with_experts(found.build(found.config).float().eval())
-    row["class"], row["inner"] = type(model).__name__, _inner_linears(model)
+    row["class"], row["lists"] = type(model).__name__, sum(is_list(module) for module in model.modules())
     for file in folder.glob("*.json"):
         (folder / "model").mkdir(exist_ok=True)
         file.rename(folder / "model" / file.name)
@@ -121,12 +120,6 @@ def measure(kind: str, folder: Path, note: Callable[[dict[str, Any]], None]) -> 
     wanted, packed = features(model, folder / "model"), features(nearplane.load(folder / "out"), folder / "model")
     row["error"] = max(_apart(packed[name], value) for name, value in wanted.items())
     begin("passes" if row["error"] < 0.1 else "round trip")
-
-
-def _inner_linears(model: Any) -> int:
-    """Linears inside lists of modules."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList | torch.nn.Sequential)]
-    return len({id(inner) for m in lists for inner in m.modules() if is_linear(inner)})
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -181,18 +174,22 @@ def sort_of(row: dict[str, Any], wholes: dict[str, list[str]]) -> tuple[str, str
     kind, said = row["type"], row.get("reason") or f"features differ by {row.get('error', float('nan')):.3g}"
     said = said.replace("|", "/").replace(sys.prefix, "")
     said = " ".join(re.sub(r"^nearplane[.\w]*\.(\w+: )", r"\1", said).replace(" /model: ", " ").split())
-    if kind in CAUSES:
-        return CAUSES[kind]
-    if row["step"] == "class":
-        return "part", "transformers exports no class of its own"
+    inputs = "part" if kind in wholes else "inputs"
     unmade = re.search(r"reads ([\w, ]+); nearplane makes", said)
-    if unmade:
-        return "part" if kind in wholes else "inputs", f"reads {unmade[1]}"
-    if "reads videos" in said:
-        return "inputs", "reads videos"
-    if "no list of" in said and not row.get("inner"):
-        return "no linears", "no linear inside a list of modules"
-    return "fails", f"{row['step']}: {said}"
+    found = ("fails", f"{row['step']}: {said}")
+    if kind in CAUSES:
+        found = CAUSES[kind]
+    elif kind in OTHER_INPUTS:
+        found = (inputs, OTHER_INPUTS[kind])
+    elif row["step"] == "class":
+        found = ("part", "transformers exports no class of its own")
+    elif unmade:
+        found = (inputs, f"reads {unmade[1]}")
+    elif "reads videos" in said:
+        found = (inputs, "reads videos")
+    elif "no list of" in said and not row.get("lists"):
+        found = ("no linears", "no list of modules with linears inside")
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -349,8 +349,8 @@ def test_types_that_do_not_pass_are_sorted(monkeypatch: pytest.MonkeyPatch) -> N
             "reason": f"NearplaneError: /model: A reads grid_thw; {made}",
         },
         {"type": "patchtst", "step": "discovery", "reason": f"NearplaneError: /model: B reads past_values; {made}"},
-        {"type": "resnet", "step": "discovery", "reason": "NearplaneError: /model: no list of 3 blocks", "inner": 0},
-        {"type": "albert", "step": "discovery", "reason": "NearplaneError: /model: no list of 2 blocks", "inner": 6},
+        {"type": "resnet", "step": "discovery", "reason": "NearplaneError: /model: no list of 3 blocks", "lists": 0},
+        {"type": "albert", "step": "discovery", "reason": "NearplaneError: /model: no list of 2 blocks", "lists": 1},
         {"type": "llama", "step": "round trip", "error": 0.2},
     ]
     wholes = {"sam_mask_decoder": ["sam"], "qwen2_5_vl_vision": ["qwen2_5_vl"]}

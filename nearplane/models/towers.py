@@ -53,7 +53,7 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
     lists: dict[str, list[str]] = {}
 
     def search(name: str, module: nn.Module) -> None:
-        eligible = _is_list(module) and (not lengths or len(module) in lengths)  # type: ignore[arg-type]
+        eligible = is_list(module) and (not lengths or len(module) in lengths)  # type: ignore[arg-type]
         if eligible and name not in refused:
             lists[name] = [f"{name}.{i}" for i, _ in enumerate(module.children())]
             return
@@ -138,7 +138,7 @@ def _part(word: str, tower: str) -> str:
     return ""
 
 
-def _is_list(module: nn.Module) -> bool:
+def is_list(module: nn.Module) -> bool:
     """Return whether a module is a list of blocks: modules with linears inside that are no linears themselves.
 
     A list of lists is none, because no forward runs through a bare list.
