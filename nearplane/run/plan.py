@@ -172,6 +172,10 @@ class Plan:
         notes = [self.format.warn(grid, shape) for shape, grid in weights]
         missed = "the probe forward did not reach it, stays dense"
         unreached = [f"{name}: {missed}" for block in self.blocks for name in block.unreached]
+        strange = [name for block in self.blocks for name in block.strange]
+        own = {type(self.source.model.get_submodule(name)).__name__ for name in strange}
+        unreached += [f"{len(strange)} linears of class {', '.join(sorted(own))}, which compute otherwise than nn.Linear, stay "
+                      f"dense, the first: {strange[0]}"] if strange else []  # fmt: skip
         notes += [*self.source.notes, *_about_loading(self)]
         notes += [self._shortened(), _no_stream(self), *(self.samples.notes if self.samples else [])]
         notes += [] if self.ignored else [_mostly_dense(self)]

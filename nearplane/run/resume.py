@@ -141,12 +141,14 @@ class Saver:
         report.bytes["before"] = sum(source.original.nbytes(name) for name in source.original.names)
         routes = routing(source.model, source.names)
         unreached = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
+        strange = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.strange}
         for name in rest.dense:
             shape, dtype = source.store.shape(name), source.store.dtype(name)
             size = prod(shape) * (plan.stored if dtype.is_floating_point else dtype).itemsize
             report.bytes["dense"] += size
             if len(shape) >= 2:
                 reason = "the probe forward did not reach it" if name in unreached else "not a linear of a block"
+                reason = "computes otherwise than nn.Linear" if name in strange else reason
                 left = plan.ignored.get(name.removesuffix(".weight"))
                 reason = "routes tokens to experts" if name in routes else reason
                 reason = reason if left is None else f"left out by {left}"
