@@ -1,7 +1,11 @@
 """Causes of failures that the last line of an error does not name, for the table of model types."""
 
 PAIRS, VIDEOS, SERIES = "reads pairs of images", "reads videos", "reads time series"
-BOXES, STREAM, CODES = "reads boxes (bbox)", "reads text and images in one stream", "reads several codes for each position of sound"
+BOXES, STREAM, CODES = (
+    "reads boxes (bbox)",
+    "reads text and images in one stream",
+    "reads several codes for each position of sound",
+)
 # What a type reads besides the inputs that nearplane makes.
 OTHER_INPUTS = {
     "audioflamingo3_encoder": "reads input_features_mask",

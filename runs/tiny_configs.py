@@ -270,7 +270,8 @@ UNSAID = {
 SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": tiny.VOCABULARY, "hidden_size_per_layer_input": 16, "width_coefficient": 0.5,
     "depth_coefficient": 0.5, "out_hidden_size": 64, "audio_hidden_size": 64, "upsample_groups": 64, "num_filters": 4,
-    "upsample_initial_channel": 64,     "text_hidden_size": 64, "hidden_size_global": 64, "base_channels": 32, "adapter_input_size": 64, "encoder_hash_byte_group_vocab": 500,
+    "upsample_initial_channel": 64, "text_hidden_size": 64, "hidden_size_global": 64, "base_channels": 32,
+    "adapter_input_size": 64, "encoder_hash_byte_group_vocab": 500,
     "mamba_d_ssm": 128, "index_head_dim": 16, "index_n_heads": 4, "index_topk": 4, "mamba_num_heads": 8, "mamba_head_dim": 16,
     "ssm_state_size": 8, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_headdim": 16, "n_mamba_heads": 2,
 }  # fmt: skip

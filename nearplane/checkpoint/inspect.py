@@ -102,6 +102,8 @@ def _block(block: Block, source: Source) -> list[str]:
         lines.append("  no output is added to the residual stream as it is: NearPlane's residual target goes without")
     for name in routers(source.model.get_submodule(block.name)):
         lines.append(f"  routes tokens to experts, stays dense: {name}")
+    for name in block.strange:
+        lines.append(f"  computes otherwise than nn.Linear, stays dense: {name.removeprefix(block.name + '.')}")
     for name in block.unreached:
         lines.append(f"  not reached by the probe, stays dense: {name.removeprefix(block.name + '.')}")
     return lines

@@ -433,6 +433,8 @@ def _with_holes(kind: Any, holes: set[str], apart: set[str]) -> Any:
         build(self, *args, **kwargs)
         if apart:
             unfuse(self)
+            for path in experts_of(self):  # whose class may initialise the fused weights that are gone
+                self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
         for path in holes | apart:
             self.set_submodule(path, _Hole(None if path in apart else self.get_submodule(path).bias))
 

@@ -8,6 +8,7 @@ kills a process that has mapped it, where a short read is an error with a name.
 
 import json
 import os
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -186,7 +187,11 @@ class Store:
 
     def rejoined(self, quantized: set[str]) -> frozenset[str]:
         """Return the names to copy beside the ``quantized`` ones."""
-        return self.names - quantized
+        return self.stored(self.names - quantized)
+
+    def stored(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the names under which the tensors ``names`` are stored."""
+        return frozenset(names)
 
     def reading(self, name: str) -> int:
         """Count the bytes of memory that reading a tensor takes; reads no data."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from nearplane.models import handed, inputs
 from nearplane.models.experts import EXPERT, probing, routers
 from nearplane.models.handed import Watch, hidden_of, output_hidden, output_rest, with_rest
 from nearplane.models.inputs import ForwardFailed, is_causal, output_head
-from nearplane.models.record import SAME, Call, patched, recorded
+from nearplane.models.record import SAME, Call, patched, recorded, rows_of, same
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear
@@ -50,7 +50,10 @@ Stage = list[Site]
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block: its stages in call order, and the linears that the probe did not reach."""
+    """A transformer block: its stages in call order, and the linears that the probe did not reach.
+
+    ALBERT runs one block many times. Such a block is solved once, on the inputs of all its calls.
+    """
 
     name: str
     stages: list[Stage]
@@ -58,6 +61,8 @@ class Block:
     tower: str = ""  # name of the list that holds the block
     shape: tuple[int, ...] = ()  # of the hidden state in the probe: (1, positions, ..., width)
     handed: int = 0  # numbers that blocks have handed on by then beside the hidden state, in the probe
+    strange: list[str] = field(default_factory=list)  # linears by class that compute something else, and stay dense
+    calls: int = 1  # how often the forward runs the block, one call after another
 
     @property
     def sites(self) -> list[Site]:
@@ -174,20 +179,24 @@ def _probe(source: Source, towers: dict[str, list[str]], every: bool = False) ->
     """
     names = [name for blocks in towers.values() for name in blocks]
     tower_of = {name: tower for tower, blocks in towers.items() for name in blocks}
-    kinds: dict[Any, tuple[list[Stage], list[str], Any]] = {}
+    kinds: dict[Any, tuple[Found, Any]] = {}
     blocks: dict[str, Block] = {}
     left: dict[int, int] = {}  # numbers in each container that a block has written into
+    last: dict[str, Any] = {}  # what is returned for each block
     outside = _outside(source.model, names)
     cpu, dtype = torch.device("cpu"), torch.float32
 
     def probe(k: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         module, name = source.model.get_submodule(names[k]), names[k]
         tower = tower_of[name]
-        if name in blocks:
-            raise NotBlocks(tower, f"{name} runs more than once")
         hidden = hidden_of(args, kwargs)
         if hidden is None:
             raise NotBlocks(tower, f"{name} is given no hidden state")
+        if name in blocks:
+            if name != next(reversed(blocks)):
+                raise NotBlocks(tower, f"{name} runs again after others")
+            blocks[name] = _again(blocks[name])
+            return last[name]
         containers = handed.containers(args, kwargs)
         own = handed.settings_of(module, towers[tower].index(name)) if containers else None
         kind, watch = (_structure(module), own), Watch(containers)
@@ -199,19 +208,18 @@ def _probe(source: Source, towers: dict[str, list[str]], every: bool = False) ->
             try:
                 with _record(module) as recording, probing(module):
                     output = original(*args, **kwargs)
+                after = output_hidden(output)
+                if after is None or after.shape != hidden.shape:
+                    raise NotBlocks(tower, f"{name} does not return a hidden state like the one that it is given")
+                kinds[kind] = _found(module, recording, after), output_rest(output)
             finally:
                 source.unload(name)
-            after = output_hidden(output)
-            if after is None or after.shape != hidden.shape:
-                raise NotBlocks(tower, f"{name} does not return a hidden state like the one that it is given")
             _refuse_attributes(name, before, handed.attributes(outside))
-            kinds[kind] = *_found(module, recording, after), output_rest(output)
             left.update({id(containers[path]): handed.numbers(value) for path, value in watch.written(name).items()})
-        stages, unreached, rest = kinds[kind]
-        rename = [[_below(name, site) for site in stage] for stage in stages]
-        dense = [f"{name}.{n}" for n in unreached]
-        blocks[name] = Block(name, rename, dense, tower, tuple(hidden.shape), sum(left.values()))
-        return with_rest(hidden, rest)  # the forward goes on to its end, to see whether a block runs again
+        found, rest = kinds[kind]
+        blocks[name] = found.block(name, tower, tuple(hidden.shape), sum(left.values()))
+        last[name] = with_rest(hidden, rest)
+        return last[name]  # the forward goes on to its end, to see whether a block runs again
 
     _run(source, names, probe)
     for tower, members in towers.items():
@@ -235,12 +243,54 @@ def _run(source: Source, names: list[str], probe: Callable[..., Any]) -> None:
         source.model(**sample, **inputs.options(source.model))
 
 
-def _found(module: nn.Module, recording: list[Call], after: Tensor) -> tuple[list[Stage], list[str]]:
-    """Return a block's stages and its linears that were not reached; ``after``: the block's output."""
-    dense = set(routers(module))
+class Found(NamedTuple):
+    """What is found in a block, with names inside of the block."""
+
+    stages: list[Stage]
+    unreached: list[str]
+    strange: list[str]
+
+    def block(self, name: str, tower: str, shape: tuple[int, ...], handed: int) -> Block:
+        """Make a block of a name, with names that begin at the model."""
+        stages = [[_below(name, site) for site in stage] for stage in self.stages]
+        unreached, strange = ([f"{name}.{n}" for n in names] for names in (self.unreached, self.strange))
+        return Block(name, stages, unreached, tower, shape, handed, strange)
+
+
+def _found(module: nn.Module, recording: list[Call], after: Tensor) -> Found:
+    """Find a block's stages and the linears that stay dense; ``after``: the block's output."""
+    strange = dict.fromkeys(call.name for call in recording if is_linear(call.module) and not _multiplies(call))
+    dense = {*routers(module), *strange}
     calls = [call for call in recording if call.input is not None and call.name not in dense]
     reached = {call.name for call in calls} | dense
-    return _stages(calls, after), [n for n, m in module.named_modules() if is_linear(m) and n not in reached]
+    unreached = [n for n, m in module.named_modules() if is_linear(m) and n not in reached]
+    return Found(_stages(calls, after), unreached, [name for name in strange if name not in routers(module)])
+
+
+def _multiplies(call: Call) -> bool:
+    """Tell whether a linear, in this call, has multiplied its input by its weight and added its bias.
+
+    A class of its own may do something else, as DeepSeek V4's grouped linear does.
+    """
+    if type(call.module).forward in (nn.Linear.forward, Conv1D.forward) or call.input is None:
+        return True
+    weight, bias = call.module.weight, call.module.bias
+    assert isinstance(weight, Tensor)
+    if (
+        isinstance(call.module, Conv1D)
+        or call.output is None
+        or weight.is_meta
+        or call.input.shape[-1] != weight.shape[1]
+    ):
+        return False
+    wanted = nn.functional.linear(call.input, weight, bias if isinstance(bias, Tensor) else None)
+    return wanted.shape == call.output.shape and same(rows_of(call.output), rows_of(wanted))
+
+
+def _again(block: Block) -> Block:
+    """Count one more call of a block. What its linears add to the stream differs from call to call."""
+    stages = [[replace(site, adds_to=None) for site in stage] for stage in block.stages]
+    return replace(block, stages=stages, calls=block.calls + 1)
 
 
 @contextmanager

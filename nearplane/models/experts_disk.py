@@ -8,9 +8,9 @@ written under names of their own that vLLM's loaders read (``Layout.names``).
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.store import Store
+from nearplane.models.converted import ConvertedStore, grouped
 from nearplane.models.experts import EXPERT, Experts, Layout, Part, experts_of
 
 NUMBER = re.compile(r"\.(\d+)(?=\.)")
@@ -94,46 +96,69 @@ class SplitStore(Store):
         """Return the names to copy beside the ``quantized`` ones. A layer without a quantized expert stays fused."""
         apart = {piece.module for name, piece in self.pieces.items() if name in quantized}
         whole = {name: piece.tensor for name, piece in self.pieces.items() if piece.module not in apart}
-        return frozenset(whole.get(name, name) for name in self.names - quantized)
+        return self.store.stored(whole.get(name, name) for name in self.names - quantized)
 
 
 def split(model: nn.Module, store: Store) -> Store:
-    """Wrap a store so that fused tensors of experts appear as single ones.
+    """Wrap a store so that fused tensors of experts appear as single ones, and others as transformers converts them.
 
     Args:
         model: the skeleton, its experts taken apart.
         store: the tensors on disk.
 
     Returns:
-        A ``SplitStore``; the store itself if no tensor is fused.
+        A ``SplitStore`` or a ``ConvertedStore``; the store itself if no tensor is fused or converted.
 
     Raises:
         NearplaneError: a fused tensor has a shape that the model does not expect, or an unknown layout.
     """
     experts = experts_of(model)
     fused = {f"{path}.{name}": (path, name) for path, module in experts.items() for name in module.shapes}
-    if not fused:
-        return store
     transforms, prefix = get_model_conversion_mapping(model), getattr(model, "base_model_prefix", "")
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     others = [t for t in transforms if isinstance(t, WeightConverter) and not _merges_experts(t)]
+    if not fused and not others:
+        return store
     state = dict.fromkeys([*model.state_dict(), *fused], True)
+    keys = {name: renamed(name, renamings, others, prefix, state) for name in sorted(store.names)}
+    rules = {
+        name: (key, rule) for name, (key, rule) in keys.items() if rule is not None and key in state.keys() - fused
+    }
+    if rules:
+        store = ConvertedStore(store, model, grouped(rules, others))
     pieces: dict[str, Piece] = {}
-    for tensor in sorted(store.names):
-        key, pattern = rename_source_key(tensor, renamings, others, prefix, state)
+    for tensor, (key, pattern) in keys.items():
         if key not in fused:
             continue
         path, name = fused[key]
-        module = experts[path]
-        if pattern is not None:
-            raise NearplaneError(f"{store.folder} stores {tensor} in a layout that nearplane does not read.")
-        if store.shape(tensor) != module.shapes[name]:
-            stored, wanted = list(store.shape(tensor)), list(module.shapes[name])
-            raise NearplaneError(f"{store.folder}: {tensor} has shape {stored}, config.json asks for {wanted}.")
+        layout = _stored_layout(experts[path], name, pattern, others, store, tensor)
         own = f"{path.rpartition('.')[2]}.{name}"
         prefix_on_disk = tensor.removesuffix(f".{name}") if tensor.endswith(own) else path
-        pieces |= _pieces(tensor, path, prefix_on_disk, name, module.layout)
+        pieces |= _pieces(tensor, path, prefix_on_disk, name, layout)
     return SplitStore(store, pieces) if pieces else store
+
+
+def _stored_layout(
+    module: Experts, name: str, pattern: str | None, rules: list[WeightConverter], store: Store, tensor: str
+) -> Layout:
+    """Return the layout of a stored fused tensor: the model's, or transposed as Qwen3-VL's.
+
+    Args:
+        module: the model's experts.
+        name: the fused parameter that the tensor becomes.
+        pattern: source pattern of the rule that converts the tensor; None: there is none.
+    """
+    stored, wanted = store.shape(tensor), module.shapes[name]
+    operations: list[Any] = next((rule.operations for rule in rules if pattern in rule.source_patterns), [])
+    turned = len(operations) == 1 and isinstance(operations[0], Transpose) and operations[0].check_dims
+    if pattern is not None and not turned:
+        raise NearplaneError(f"{store.folder} stores {tensor} in a layout that nearplane does not read.")
+    if stored == wanted:
+        return module.layout
+    if not turned or (stored[0], *stored[:0:-1]) != wanted:
+        raise NearplaneError(f"{store.folder}: {tensor} has shape {list(stored)}, config.json asks for {list(wanted)}.")
+    parts = {linear: replace(part, transposed=not part.transposed) for linear, part in module.layout.parts.items()}
+    return replace(module.layout, parts=parts)
 
 
 def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str]:
@@ -152,9 +177,20 @@ def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str
     state |= dict.fromkeys((f"{path}.{name}" for path, module in experts.items() for name in module.shapes), True)
     names = {}
     for name in sorted(disk_names):
-        key, pattern = rename_source_key(name, renamings, merges, prefix, state)
+        key, pattern = renamed(name, renamings, merges, prefix, state)
         names[_member(experts, merges, name, key, pattern)] = name
     return names
+
+
+def renamed(
+    name: str, renamings: list[WeightRenaming], converters: list[WeightConverter], prefix: str, state: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Return transformers' name for a stored tensor, and the source pattern of the rule that converts it, if any.
+
+    A name that is the model's own stays where renaming leads nowhere, as in transformers: DeepSeek V4's ``model.norm``.
+    """
+    key, pattern = rename_source_key(name, renamings, converters, prefix, state)
+    return (name, None) if key not in state and name in state else (key, pattern)
 
 
 def converts(model: nn.Module) -> bool:

@@ -23,8 +23,8 @@ ALIASES = {
     "encoder": ("encoder",),
     "decoder": ("decoder",),
 }
-# Numbers of layers in a configuration: num_hidden_layers, n_layer, encoder_layers, depths, ...
-DEPTH = re.compile(r"(layers?|depths?|blocks)$")
+# Numbers of layers in a configuration: num_hidden_layers, n_layer, encoder_layers, depths, ... ALBERT's groups are its blocks.
+DEPTH = re.compile(r"(layers?|depths?|blocks|hidden_groups)$")
 
 
 class NotBlocks(Exception):

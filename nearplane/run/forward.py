@@ -48,6 +48,7 @@ class Stream:
         """
         self.model, self.batches, self.activations = model, batches, activations
         self.names, self.towers = [block.name for block in blocks], [block.tower for block in blocks]
+        self.calls = [block.calls for block in blocks]
         self.options = inputs.options(model)
         self.hidden: dict[str, list[Tensor | None] | OnDisk] = {
             tower: [None] * len(batches) if keep is None else keep(tower) for tower in dict.fromkeys(self.towers)
@@ -137,11 +138,13 @@ class Forward(greenlet):
         self.stream, self.k, self.batch = stream, k, batch
         self.wanted: str | None = None
         self.input: Tensor | None = None  # (tokens, in), input of the module where the forward is paused
+        self.inputs: list[Tensor] = []  # the same of every call of the block, where there are several
         self.leading = torch.Size()  # the input's leading dimensions: mostly (sequences, positions)
         self.shape = torch.Size()  # of the hidden state that goes into the block
         self.points: dict[str, Tensor] = {}  # (tokens, width), inputs of the modules that are watched
         self.held: dict[tuple[int, Argument], Any] = {}  # containers that the blocks are given, by block and argument
         self.output: Tensor | None = None  # of the block, once it is through
+        self.calls = 0  # of the block, as far as they are through
         self.caller = getcurrent()
 
     def until(self, module: str | None) -> Tensor | None:
@@ -153,6 +156,15 @@ class Forward(greenlet):
         with record.patched(self.stream.model, self.stream.names, _block):
             self.switch()
         return self.input if module is not None else self.output
+
+    def reach(self, module: str) -> list[Tensor]:
+        """Return the inputs (tokens, in) of ``module`` in each call of the block; none where this batch never reaches it.
+
+        A forward through a block that is called once pauses at the module. Any other runs to its end, and is of no more use.
+        """
+        self.inputs = []
+        x = self.until(module)
+        return self.inputs or ([] if x is None else [x])
 
     def close(self) -> None:
         """Abandon the forward."""
@@ -180,6 +192,9 @@ class Forward(greenlet):
         assert given is not None
         self.shape, watch = given.shape, Watch(containers)
         output = original(*args, **kwargs)
+        self.calls += 1
+        if self.calls < stream.calls[i]:
+            return output
         stream.remember(i, self.batch, handed.output_rest(output))
         stream.left.store(i, self.batch, watch.written(stream.names[i]), self.held)
         self.output = handed.output_hidden(output)
@@ -196,8 +211,12 @@ class Forward(greenlet):
         if self.stream.activations is not None:
             x = round_tokens(x, self.stream.activations)
         if module == self.wanted:
-            self.wanted, self.input, self.leading = None, x.reshape(-1, x.shape[-1]), x.shape[:-1]
-            self.caller.switch()
+            self.input, self.leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+            if self.stream.calls[self.k] > 1:
+                self.inputs.append(self.input)
+            else:
+                self.wanted = None
+                self.caller.switch()
         return x
 
 

@@ -32,7 +32,7 @@ def remarks(plan: "Plan") -> list[str]:
     weights = sorted({(site.shape, plan.grid_of(site)) for site in plan.sites}, key=lambda pair: pair[0])
     notes = [plan.format.warn(grid, shape) for shape, grid in weights]
     missed = "the probe forward did not reach it, stays dense"
-    unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached]
+    unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached] + _strange(plan)
     notes += [*plan.source.notes, *plan.notes, *_about_loading(plan), *_about_files(plan.source)]
     notes += [_shortened(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
     notes += [] if plan.ignored else [_mostly_dense(plan)]
@@ -69,6 +69,14 @@ def check_scales(plan: "Plan", source: Source) -> list[str]:
             raise SettingError(f"{site.name}: {told}, in which {plan.format.name} would store them; use {other}.")
         notes.append(f"{site.name}: {told}, with {lost / total:.2g} of its weights' squares; these groups are coarse")
     return notes
+
+
+def _strange(plan: "Plan") -> list[str]:
+    """Name linears that compute otherwise than by one matrix product, and stay dense."""
+    names = [name for block in plan.blocks for name in block.strange]
+    kinds = ", ".join(sorted({type(plan.source.model.get_submodule(name)).__name__ for name in names}))
+    told = f"{len(names)} linears of class {kinds}, which compute otherwise than nn.Linear, stay dense, the first: "
+    return [told + names[0]] if names else []
 
 
 def _shortened(plan: "Plan") -> str | None:

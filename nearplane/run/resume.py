@@ -142,12 +142,14 @@ class Saver:
         report.bytes["before"] = source.original.total
         routes = routing(source.model, source.names)
         unreached = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.unreached}
+        strange = {source.names.get(f"{n}.weight") for b in plan.blocks for n in b.strange}
         for name in rest.dense:
             shape = source.store.shape(name)
             size = prod(shape) * source.written(name, plan.dense).itemsize
             report.bytes["dense"] += size
             if len(shape) >= 2:
                 reason = "the probe forward did not reach it" if name in unreached else "not a linear of a block"
+                reason = "computes otherwise than nn.Linear" if name in strange else reason
                 left = plan.ignored.get(name.removesuffix(".weight"))
                 reason = "routes tokens to experts" if name in routes else reason
                 reason = reason if left is None else f"left out by {left}"

@@ -76,6 +76,7 @@ class OpenBlock:
         walk.source.load(self.block.name, walk.device, walk.dtype)
         model = walk.source.model
         self.original = {s.name: s.weight(model).clone() for s in self.block.sites} if len(walk.streams) == 2 else {}
+        self.keep = walk.keep and self.block.calls == 1  # forwards pause, and go on when a stage is solved
         self.reached = -1  # the stage that the paused forwards stand at
         self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
         self.hooks = ExitStack()
@@ -123,14 +124,15 @@ class OpenBlock:
         measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)
-            xhat = current.until(site.name)
+            given = current.reach(site.name)
             reference = self._forward(1, batch) if needs & {"D", "R"} else None
-            x = None
+            others: list[Tensor] = []
             if reference is not None:
                 with self._reference_weights():
-                    x = reference.until(site.name)
-            if xhat is not None:
-                x = None if x is None else x[: len(xhat)]  # of an expert: other tokens are its router's own
+                    others = reference.reach(site.name)
+            for call, xhat in enumerate(given):  # several, if the block is called several times
+                # of an expert: other tokens are its router's own
+                x = others[call][: len(xhat)] if call < len(others) else None
                 drift = None
                 mask = real(walk.batches[batch], current.leading, site.name)
                 if point is not None and reference is not None and x is not None:
@@ -139,9 +141,9 @@ class OpenBlock:
                     x = None
                 shape, first = walk.layout(batch, current), walk.firsts[batch]
                 measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask)
-            if not walk.keep:
+            if not self.keep:
                 self._drop(batch)
-        self.reached = number if walk.keep else -1
+        self.reached = number if self.keep else -1
         return measuring
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:

@@ -87,8 +87,8 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
     judged = verify(tmp_path / "out", "transformers")
     assert judged.ok == (kind not in FUSED), judged
     assert not any("dequantize=True" in note for note in judged.notes)  # no condition: it loads either way
-    for dequantize in (False, True) if kind not in FUSED and find_spec("compressed_tensors") else ():
-        near(logits(by_transformers(tmp_path / "out", dequantize)), expected, sums=96)
+    for dense in (False, True) if kind not in FUSED and find_spec("compressed_tensors") else ():
+        near(logits(by_transformers(tmp_path / "out", dense)), expected, sums=96)
 
 
 def by_transformers(folder: Path, dequantize: bool) -> Any:
