@@ -67,7 +67,7 @@ def lines(rows: list[Any]) -> str:
         ("strings.jsonl", lines(["w5 w6", "w7"])),
         ("table.csv", 'text,label\n"w5 w6",1\nw7,2\n'),
         ("table.tsv", "\ufefflabel\ttext\n1\tw5 w6\n2\tw7\n"),
-        ("lines.jsonl.gz", gzip.compress(lines(ROWS, mtime=0).encode())),
+        ("lines.jsonl.gz", gzip.compress(lines(ROWS).encode(), mtime=0)),
         ("table.csv.bz2", bz2.compress(b"text\nw5 w6\nw7\n")),
         ("rows.json.xz", lzma.compress(json.dumps(ROWS).encode())),
     ],
@@ -81,7 +81,7 @@ def test_files_of_rows(name: str, content: Any, read: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.raw", "a.tokens", "a.py", "a", "a.odd", "a.txt.gz"])
 def test_other_files_are_raw_text(name: str, read: Any) -> None:
     content = "[w5] {w6}\n\nw7"
-    packed = gzip.compress(content.encode(, mtime=0)) if name.endswith(".gz") else "\ufeff" + content
+    packed = gzip.compress(content.encode(), mtime=0) if name.endswith(".gz") else "\ufeff" + content
     assert read(name, packed) == Text(content, read(name, packed).origin)
 
 
