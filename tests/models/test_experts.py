@@ -87,12 +87,12 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
     judged = verify(tmp_path / "out", "transformers")
     assert judged.ok == (kind not in FUSED), judged
     assert not any("dequantize=True" in note for note in judged.notes)  # no condition: it loads either way
-    for dequantize in (False, True) if kind not in FUSED and find_spec("compressed_tensors") else ():
-        near(logits(by_transformers(tmp_path / "out", dequantize)), expected, sums=96)
+    for dense in (False, True) if kind not in FUSED and find_spec("compressed_tensors") else ():
+        near(logits(by_transformers(tmp_path / "out", dense)), expected, sums=96)
 
 
-def by_transformers(folder: Path, dequantize: bool) -> Any:
-    config = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+def by_transformers(folder: Path, dense: bool) -> Any:
+    config = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dense else {}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **config
     )
