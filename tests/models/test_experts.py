@@ -91,8 +91,8 @@ def test_every_expert_is_quantized_and_every_checkpoint_loads(kind: str, tmp_pat
         near(logits(by_transformers(tmp_path / "out", dense)), expected, sums=96)
 
 
-def by_transformers(folder: Path, dequantize: bool) -> Any:
-    config = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+def by_transformers(folder: Path, dense: bool) -> Any:
+    config = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dense else {}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **config
     )
