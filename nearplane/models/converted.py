@@ -1,8 +1,9 @@
 """Read weights that transformers converts while it loads them: split, concatenated, transposed.
 
 A checkpoint may store one matrix for queries, keys and values where the model has three, or three convolutions where the model
-has one. transformers has a rule for each. ``convert`` shows the result of such a rule as a tensor of the model's own name. What is
-not quantized is copied as it is stored, so that transformers converts it as before. The rules of experts are in ``experts_disk.py``.
+has one. transformers has a rule for each. ``ConvertedStore`` shows the result of a rule under the name of the model's parameter.
+What is not quantized is copied as it is stored, so that transformers converts it as before. ``experts_disk.py`` has the rules of
+experts.
 """
 
 from collections.abc import Iterable
@@ -39,8 +40,8 @@ class Group:
             operations=self.rule.operations,
         )
         for name, pattern in self.sources.items():
-            rule.add_tensor(self.key, name, pattern, lambda name=name: tensors[name])  # type: ignore[arg-type, misc]
-        made: dict[str, Any] = rule.convert(self.key, model=model, config=model.config)  # type: ignore[no-untyped-call]
+            rule.add_tensor(self.key, name, pattern, lambda name=name: tensors[name])
+        made: dict[str, Any] = rule.convert(self.key, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 

@@ -106,7 +106,9 @@ def split(model: nn.Module, store: Store) -> Store:
         return store
     state = dict.fromkeys([*model.state_dict(), *fused], True)
     keys = {name: renamed(name, renamings, others, prefix, state) for name in sorted(store.names)}
-    rules = {name: (key, rule) for name, (key, rule) in keys.items() if rule is not None and key in state.keys() - fused}
+    rules = {
+        name: (key, rule) for name, (key, rule) in keys.items() if rule is not None and key in state.keys() - fused
+    }
     if rules:
         store = ConvertedStore(store, model, grouped(rules, others))
     pieces: dict[str, Piece] = {}
@@ -132,16 +134,14 @@ def _stored_layout(
         pattern: source pattern of the rule that converts the tensor; None: there is none.
     """
     stored, wanted = store.shape(tensor), module.shapes[name]
-    operations = next((rule.operations for rule in rules if pattern in rule.source_patterns), [])
+    operations: list[Any] = next((rule.operations for rule in rules if pattern in rule.source_patterns), [])
     turned = len(operations) == 1 and isinstance(operations[0], Transpose) and operations[0].check_dims
     if pattern is not None and not turned:
         raise NearplaneError(f"{store.folder} stores {tensor} in a layout that nearplane does not read.")
     if stored == wanted:
         return module.layout
     if not turned or (stored[0], *stored[:0:-1]) != wanted:
-        raise NearplaneError(
-            f"{store.folder}: {tensor} has shape {list(stored)}, config.json asks for {list(wanted)}."
-        )
+        raise NearplaneError(f"{store.folder}: {tensor} has shape {list(stored)}, config.json asks for {list(wanted)}.")
     parts = {linear: replace(part, transposed=not part.transposed) for linear, part in module.layout.parts.items()}
     return replace(module.layout, parts=parts)
 
@@ -179,7 +179,10 @@ def renamed(
 
 
 def converts(model: nn.Module) -> bool:
-    """Return whether transformers merges or splits stored weights of a model while loading, other than experts'."""
+    """Return whether transformers converts stored weights of a model while loading, other than experts'.
+
+    One such rule, whatever it names, and transformers loads no packed weights of the model.
+    """
     return any(isinstance(t, WeightConverter) and not _merges_experts(t) for t in get_model_conversion_mapping(model))
 
 

@@ -141,8 +141,8 @@ def probe(model: nn.Module, folder: Any) -> dict[str, Tensor]:
         parts = [name for name, part in model.named_children() if isinstance(part, transformers.PreTrainedModel)]
         first = f" (model.{parts[0]}.save_pretrained(FOLDER))" if parts else ""
         raise NearplaneError(
-            f"{folder}: {type(model).__name__} has no forward of its own, only its parts have ({', '.join(parts)}); save one part "
-            f"as a model of its own{first}, with the tokenizer, and quantize that."
+            f"{folder}: {type(model).__name__} has no forward of its own, only its parts have ({', '.join(parts)}); save one "
+            f"part as a model of its own{first}, with the tokenizer, and quantize that."
         )
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)

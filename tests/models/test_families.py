@@ -23,9 +23,9 @@ GRID = Grid(bits=8, group_size=16)
 # Of each type: sizes beside the usual ones, and tensors that lie on disk otherwise than in the model.
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3_vl_moe_text": ({}, ""),
-    "kimi_linear": ({}, "q_conv1d"),
+    "kimi_linear": ({"linear_head_dim": 16, "linear_num_heads": 4}, "q_conv1d"),
     "olmo_hybrid": ({}, "q_conv1d"),
-    "deepseek_v4": ({}, "wo_a"),
+    "deepseek_v4": ({"o_lora_rank": 32, "index_head_dim": 16}, "wo_a"),
     "nomic_bert": ({}, "Wqkv"),
     "gte": ({}, "qkv_proj"),
     "albert": ({"num_hidden_layers": 3}, ""),
@@ -87,8 +87,13 @@ def test_eight_bits_there_and_back(kind: str, tmp_path: Path) -> None:
     assert bool(apart) == bool(KINDS[kind][1])
     report = there_and_back(model, tmp_path)
     assert len(report.linears) >= 6
+    assert any("merges or splits" in event for event in report.events) == (
+        kind in ("nomic_bert", "gte", "kimi_linear", "olmo_hybrid")
+    )
     if kind in ("kimi_linear", "olmo_hybrid"):  # what stays dense is copied as it is stored
-        index = {name for path in (tmp_path / "out").glob("*.safetensors") for name in safetensors.torch.load_file(path)}
+        index = {
+            name for path in (tmp_path / "out").glob("*.safetensors") for name in safetensors.torch.load_file(path)
+        }
         assert apart <= index and not any(".conv1d.weight" in name for name in index)
 
 
@@ -139,7 +144,9 @@ def test_linears_of_a_class_of_its_own_stay_dense_where_they_compute_otherwise(t
         assert [block.strange for block in blocks] == [[f"{block.name}.self_attn.o_a_proj"] for block in blocks]
         assert not any(site.name.endswith("o_a_proj") for block in blocks for site in block.sites)
     report = nearplane.quantize(tmp_path / "model", tmp_path / "out", method=RTN(), grid=GRID, progress=False)
-    assert any("2 linears of class DeepseekV4GroupedLinear, which compute otherwise" in event for event in report.events)
+    assert any(
+        "2 linears of class DeepseekV4GroupedLinear, which compute otherwise" in event for event in report.events
+    )
     reasons = {row["reason"] for row in report.dense if "wo_a" in row["name"]}
     assert reasons == {"computes otherwise than nn.Linear"}
 
@@ -159,10 +166,19 @@ def test_a_model_without_a_forward_of_its_own_names_its_parts(tmp_path: Path) ->
         kind._from_config(config)
     model = build(config, kind._from_config)
     tiny.save(model, tmp_path / "whole")
-    with pytest.raises(NearplaneError, match=r"has no forward of its own, only its parts have \(thinker.*thinker\.save_pretrained"):
+    with pytest.raises(
+        NearplaneError, match=r"has no forward of its own, only its parts have \(thinker.*thinker\.save_pretrained"
+    ):
         discover(open_source(tmp_path / "whole"))
     tiny.save(model.thinker, tmp_path / "model")
     assert len(there_and_back(model.thinker, tmp_path).linears) == 2 * (4 + 4 * 3)
+
+
+def test_blocks_without_a_linear_are_named(tmp_path: Path) -> None:
+    """SqueezeBERT multiplies by convolutions."""
+    tiny.save(build(config_of("squeezebert")), tmp_path / "model")
+    with pytest.raises(NearplaneError, match=r"transformer\.encoder\.layers: its modules hold no linear, but Conv1d;"):
+        discover(open_source(tmp_path / "model"))
 
 
 # --- blocks that run more than once -------------------------------------------------------------------------------
