@@ -221,7 +221,11 @@ def _probe(source: Source, towers: dict[str, list[str]], every: bool = False) ->
         last[name] = with_rest(hidden, rest)
         return last[name]  # the forward goes on to its end, to see whether a block runs again
 
-    _run(source, names, probe)
+    try:
+        _run(source, names, probe)
+    except ForwardFailed as error:  # behind all blocks, MobileBERT reads the weight of its head, which is not loaded
+        if len(blocks) < len(names) or "meta" not in str(error.__cause__):
+            raise
     for tower, members in towers.items():
         reached = sum(name in blocks for name in members)
         if 0 < reached < len(members):

@@ -194,7 +194,10 @@ def renamed(
 
 
 def converts(model: nn.Module) -> bool:
-    """Return whether transformers merges or splits stored weights of a model while loading, other than experts'."""
+    """Return whether transformers converts stored weights of a model while loading, other than experts'.
+
+    One such rule, whatever it names, and transformers loads no packed weights of the model.
+    """
     return any(isinstance(t, WeightConverter) and not _merges_experts(t) for t in get_model_conversion_mapping(model))
 
 

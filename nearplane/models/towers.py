@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.core.errors import NearplaneError, SettingError
@@ -63,12 +63,26 @@ def find_towers(source: Source, refused: dict[str, str]) -> dict[str, list[str]]
     search("", source.model)
     if not lists:
         counts = " or ".join(str(n) for n in sorted(lengths)) or "any number of"
-        why = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+        why = "".join(
+            f"; {name}: {reason}" for name, reason in {**_without_linears(source, lengths), **refused}.items()
+        )
         raise NearplaneError(
             f"{source.folder}: no list of {counts} blocks was found in {type(source.model).__name__}{why}; "
             "this architecture is not supported."
         )
     return lists
+
+
+def _without_linears(source: Source, lengths: set[int]) -> dict[str, str]:
+    """Tell of lists of the right length whose modules hold no linear, as SqueezeBERT's convolutions and I-BERT's own classes."""
+    found = {}
+    for name, module in source.model.named_modules():
+        fits = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) in lengths
+        if fits and not any(is_linear(m) for m in module.modules()):
+            kinds = {type(m).__name__ for m in module.modules() if isinstance(getattr(m, "weight", None), Tensor)}
+            kinds = {kind for kind in kinds if "Norm" not in kind and kind != "Embedding"}
+            found[name] = f"its modules hold no linear, but {', '.join(sorted(kinds))}"
+    return found
 
 
 def main_tower(source: Source) -> list[str]:

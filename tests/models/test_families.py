@@ -23,9 +23,9 @@ GRID = Grid(bits=8, group_size=16)
 # Of each type: sizes beside the usual ones, and tensors that lie on disk otherwise than in the model.
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3_vl_moe_text": ({}, ""),
-    "kimi_linear": ({}, "q_conv1d"),
+    "kimi_linear": ({"linear_head_dim": 16, "linear_num_heads": 4}, "q_conv1d"),
     "olmo_hybrid": ({}, "q_conv1d"),
-    "deepseek_v4": ({}, "wo_a"),
+    "deepseek_v4": ({"o_lora_rank": 32, "index_head_dim": 16}, "wo_a"),
     "nomic_bert": ({}, "Wqkv"),
     "gte": ({}, "qkv_proj"),
     "albert": ({"num_hidden_layers": 3}, ""),
@@ -87,6 +87,9 @@ def test_eight_bits_there_and_back(kind: str, tmp_path: Path) -> None:
     assert bool(apart) == bool(KINDS[kind][1])
     report = there_and_back(model, tmp_path)
     assert len(report.linears) >= 6
+    assert any("merges or splits" in event for event in report.events) == (
+        kind in ("nomic_bert", "gte", "kimi_linear", "olmo_hybrid")
+    )
     if kind in ("kimi_linear", "olmo_hybrid"):  # what stays dense is copied as it is stored
         index = {
             name for path in (tmp_path / "out").glob("*.safetensors") for name in safetensors.torch.load_file(path)
@@ -169,6 +172,13 @@ def test_a_model_without_a_forward_of_its_own_names_its_parts(tmp_path: Path) ->
         discover(open_source(tmp_path / "whole"))
     tiny.save(model.thinker, tmp_path / "model")
     assert len(there_and_back(model.thinker, tmp_path).linears) == 2 * (4 + 4 * 3)
+
+
+def test_blocks_without_a_linear_are_named(tmp_path: Path) -> None:
+    """SqueezeBERT multiplies by convolutions."""
+    tiny.save(build(config_of("squeezebert")), tmp_path / "model")
+    with pytest.raises(NearplaneError, match=r"transformer\.encoder\.layers: its modules hold no linear, but Conv1d;"):
+        discover(open_source(tmp_path / "model"))
 
 
 # --- blocks that run more than once -------------------------------------------------------------------------------
