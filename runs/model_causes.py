@@ -1,7 +1,11 @@
 """Causes of failures that the last line of an error does not name, for the table of model types."""
 
 PAIRS, VIDEOS, SERIES = "reads pairs of images", "reads videos", "reads time series"
-BOXES, STREAM, CODES = "reads boxes (bbox)", "reads text and images in one stream", "reads several codes for each position of sound"
+BOXES, STREAM, CODES = (
+    "reads boxes (bbox)",
+    "reads text and images in one stream",
+    "reads several codes for each position of sound",
+)
 # What a type reads besides the inputs that nearplane makes.
 OTHER_INPUTS = {
     "audioflamingo3_encoder": "reads input_features_mask",
@@ -36,6 +40,7 @@ OTHER_INPUTS = {
     "perceiver": "reads inputs, whose form a preprocessor of its own decides",
     "qwen3_omni_moe_talker_code_predictor": "reads states of the talker (inputs_embeds)",
     "rag": "reads documents that a retriever finds (context_input_ids)",
+    "sam3_lite_text": "reads an image and a text or boxes that prompt it",
     "sam3": "reads an image and a text or boxes that prompt it",
     "siglip2": "reads patches with spatial_shapes",
     "superglue": PAIRS,
@@ -47,4 +52,62 @@ OTHER_INPUTS = {
     "voxtral_realtime": "reads sound and text together",
 }
 # Others: the sort of failure (``SORTS`` in models.py) and its cause.
-CAUSES: dict[str, tuple[str, str]] = {}
+NO_FORWARD = "has no forward of its own; its parts have rows"
+BROKEN = "transformers' own default configuration does not make a model that runs"
+CHOICE = "picks tokens or queries by their scores inside its forward; of random weights, others after rounding"
+TORCHAUDIO, DRAFT = (
+    "needs torchaudio, which is not installed here",
+    "a draft model, whose layers read another model's keys and values",
+)
+LARGE = "its smallest model of sizes that fit is larger than the script's limit"
+CAUSES: dict[str, tuple[str, str]] = {
+    "albert": ("fails", "its layers run more than once"),
+    "bark": ("part", NO_FORWARD),
+    "blt_patcher": ("part", "gives its logits in a tuple"),
+    "clvp": ("fails", CHOICE),
+    "depth_pro": ("fails", "the script finds no sizes that fit its three image encoders"),
+    "dinat": ("fails", "needs natten, which is not installed here"),
+    "dots3_note": ("fails", LARGE),
+    "edgetam": ("fails", "the script's settings do not make its timm backbone"),
+    "edgetam_vision_model": ("fails", "the script's settings do not make its timm backbone"),
+    "esmfold2": ("fails", LARGE),
+    "gemma4_assistant": ("fails", DRAFT),
+    "gemma4_audio": ("fails", "its feature extractor takes no single recording"),
+    "gemma4_unified_assistant": ("fails", DRAFT),
+    "granite_speech5_ctc": ("fails", TORCHAUDIO),
+    "granite_speech5_encoder": ("fails", TORCHAUDIO),
+    "grounding-dino": ("fails", CHOICE),
+    "higgs_audio_v2_tokenizer": ("fails", TORCHAUDIO),
+    "ibert": ("no linears", "linears of a class of its own, which rounds its inputs"),
+    "kyutai_speech_to_text": ("fails", "the script finds no sizes that fit its codes of sound"),
+    "layoutlmv2": ("fails", "needs detectron2, which is not installed here"),
+    "layoutxlm": ("part", "another name of layoutlmv2"),
+    "levit": ("fails", "its lists hold two modules for each layer that its configuration counts"),
+    "llama4_vision_model": ("fails", "the script finds no sizes that fit its pixel shuffle"),
+    "lw_detr": ("fails", "the script finds no sizes that fit its windows"),
+    "mm-grounding-dino": ("fails", CHOICE),
+    "mobilebert": ("fails", "its head multiplies by the weights of two modules itself, without calling them"),
+    "mobilevitv2": ("no linears", "convolutions of width 1 in place of linears"),
+    "muse_spark": ("fails", LARGE),
+    "muse_spark_audio": ("fails", LARGE),
+    "nemotron3_5_transcribe_audio": ("fails", "reads a number of frames that is a multiple of 8"),
+    "neucodec": ("fails", TORCHAUDIO),
+    "nougat": ("fails", "transformers names its image tower by a type that it does not know"),
+    "omdet-turbo": ("fails", "timm's Swin makes its masks as it loads, which a skeleton without memory cannot"),
+    "openai-gpt": ("fails", "a block returns its hidden state in a list"),
+    "pix2struct_text_model": ("fails", BROKEN),
+    "pp_doclayout_v4": ("fails", CHOICE),
+    "pp_ocrv5_server_det": ("fails", BROKEN),
+    "pp_ocrv6_medium_det": ("fails", BROKEN),
+    "qwen2_5_omni": ("part", NO_FORWARD),
+    "qwen3_omni_moe": ("fails", BROKEN),
+    "qwen3_omni_moe_talker_text": ("fails", BROKEN),
+    "sam2_hiera_det_model": ("fails", "its blocks change the width and the number of positions as they go"),
+    "sam2_vision_model": ("fails", "its blocks change the width and the number of positions as they go"),
+    "reformer": ("fails", "a block returns its hidden state in an object of its own"),
+    "squeezebert": ("no linears", "convolutions of width 1 in place of linears"),
+    "t5gemma2_encoder": ("fails", BROKEN),
+    "vitmatte": ("fails", "the script finds no sizes that fit its streams of convolutions"),
+    "voxtral_realtime_text": ("part", "transformers names a class that it does not have"),
+    "xcodec2": ("fails", TORCHAUDIO),
+}

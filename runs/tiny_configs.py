@@ -270,7 +270,8 @@ UNSAID = {
 SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": tiny.VOCABULARY, "hidden_size_per_layer_input": 16, "width_coefficient": 0.5,
     "depth_coefficient": 0.5, "out_hidden_size": 64, "audio_hidden_size": 64, "upsample_groups": 64, "num_filters": 4,
-    "upsample_initial_channel": 64,     "text_hidden_size": 64, "hidden_size_global": 64, "base_channels": 32, "adapter_input_size": 64, "encoder_hash_byte_group_vocab": 500,
+    "upsample_initial_channel": 64,     "text_hidden_size": 64, "hidden_size_global": 64, "base_channels": 32, "adapter_input_size": 64,
+    "encoder_hash_byte_group_vocab": 500,
     "mamba_d_ssm": 128, "index_head_dim": 16, "index_n_heads": 4, "index_topk": 4, "mamba_num_heads": 8, "mamba_head_dim": 16,
     "ssm_state_size": 8, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_headdim": 16, "n_mamba_heads": 2,
 }  # fmt: skip
@@ -316,6 +317,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
     "step3p5": {"sliding_window": 16},
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
     "timm_backbone": {"backbone": "vit_tiny_patch16_224"},

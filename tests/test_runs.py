@@ -336,7 +336,7 @@ def test_types_that_do_not_pass_are_sorted(monkeypatch: pytest.MonkeyPatch) -> N
     wholes = {"sam_mask_decoder": ["sam"], "qwen2_5_vl_vision": ["qwen2_5_vl"]}
     monkeypatch.setattr(sys.modules["tiny_models"], "wholes", lambda: wholes)
     page = found["table"](rows)
-    assert "0 of them pass" in page and "- 2 are parts" in page and "- 1 read inputs" in page
+    assert "- 0 of 6 types pass" in page and "- 2 are parts" in page and "- 1 read inputs" in page
     assert "- 1 have no linears" in page and "- 2 fail." in page
     assert "| qwen2_5_vl_vision | qwen2_5_vl | reads grid_thw |" in page and "| patchtst | reads past_values |" in page
     assert "| llama | round trip: features differ by 0.2 |" in page
