@@ -178,7 +178,9 @@ def sort_of(row: dict[str, Any], wholes: dict[str, list[str]]) -> tuple[str, str
     """Why a type does not pass: one of ``SORTS``, and the cause in words."""
     kind, said = row["type"], row.get("reason") or f"features differ by {row.get('error', float('nan')):.3g}"
     said = said.replace("|", "/").replace(sys.prefix, "")
-    said = " ".join(re.sub(r"^nearplane[.\w]*\.(\w+: )", r"\1", said).replace(" /model: ", " ").split())
+    said = " ".join(
+        re.sub(r"^nearplane[.\w]*\.(\w+: )", r"\1", said).replace("/model: ", "").replace("/model ", "").split()
+    )
     inputs = "part" if kind in wholes else "inputs"
     unmade = re.search(r"reads ([\w, ]+); nearplane makes", said)
     found = ("fails", f"{row['step']}: {said}")
