@@ -280,6 +280,7 @@ GEMMA3N = {
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
     "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.5, 0.0] * 2,
 }  # fmt: skip
+SHARED = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}  # which share weights
 SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 # What a class does not come without.
 NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": NO_LAYER_INPUTS}}
@@ -315,8 +316,11 @@ EXTRA: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": SHARED,
+    "zamba2": SHARED,
+    "timm_wrapper": {"architecture": "vit_tiny_patch16_224"},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
     "step3p5": {"sliding_window": 16},
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
     "timm_backbone": {"backbone": "vit_tiny_patch16_224"},

@@ -306,7 +306,7 @@ FAMILIES = {
     "qwen2_5_vl": ("named", "Qwen2_5_VLModel", {"language_model.layers": 2}),
     "nemotron_h": ("named", "NemotronHForCausalLM", {"model.layers": 4}),
     "mamba2": ("named", "Mamba2ForCausalLM", {"backbone.layers": 2}),
-    "zamba2": ("scaled", "Zamba2ForCausalLM", {"model.layers": 2}),
+    "zaya": ("scaled", "ZayaForCausalLM", {"model.layers": 2}),
     "siglip2_text_model": ("named", "Siglip2TextModel", {"encoder.layers": 2}),
 }
 
@@ -324,7 +324,7 @@ def test_a_model_type(kind: str, tmp_path: Path) -> None:
 def test_sizes_of_a_model_type_fit_each_other() -> None:
     """Scaled or named: heads times their dimensions are the width, and one part's output is as wide as the next one's input."""
     script("models.py")  # which finds the module below
-    settings_of = sys.modules["tiny_configs"].settings_of  # type: ignore[attr-defined]
+    sizing_of, settings_of = (getattr(sys.modules["tiny_configs"], name) for name in ("Scaled", "settings_of"))
     for sizing in ("named", "scaled"):
         text = transformers.AutoConfig.for_model("llama4_text", **settings_of("llama4_text", sizing))
         assert text.num_attention_heads * text.head_dim == text.hidden_size <= 128
@@ -332,8 +332,8 @@ def test_sizes_of_a_model_type_fit_each_other() -> None:
         whole = transformers.AutoConfig.for_model("qwen2_5_vl", **settings_of("qwen2_5_vl", sizing)).text_config
         sections, head = whole.rope_parameters["mrope_section"], whole.hidden_size // whole.num_attention_heads
         assert len(sections) == 3 and sum(sections) == head // 2
-    layers = transformers.AutoConfig.for_model("zamba2", **settings_of("zamba2", "scaled")).layers_block_type
-    assert sorted(layers) == ["hybrid", "linear_attention"]
+    zamba = transformers.AutoConfig.for_model("zamba2")
+    assert sizing_of(zamba, False).sizes(zamba)["layers_block_type"] == ["linear_attention", "hybrid"]
     assert transformers.AutoConfig.for_model("segformer", **settings_of("segformer", "scaled")).depths == [2, 2, 2, 2]
 
 
@@ -356,7 +356,7 @@ def test_types_that_do_not_pass_are_sorted(monkeypatch: pytest.MonkeyPatch) -> N
     wholes = {"sam_mask_decoder": ["sam"], "qwen2_5_vl_vision": ["qwen2_5_vl"]}
     monkeypatch.setattr(sys.modules["tiny_models"], "wholes", lambda: wholes)
     page = found["table"](rows)
-    assert "0 of them pass" in page and "- 2 are parts" in page and "- 1 read inputs" in page
+    assert "- 0 of 6 types pass" in page and "- 2 are parts" in page and "- 1 read inputs" in page
     assert "- 1 have no linears" in page and "- 2 fail." in page
     assert "| qwen2_5_vl_vision | qwen2_5_vl | reads grid_thw |" in page and "| patchtst | reads past_values |" in page
     assert "| llama | round trip: features differ by 0.2 |" in page

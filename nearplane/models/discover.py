@@ -26,7 +26,7 @@ from nearplane.models.inputs import ForwardFailed, is_causal, output_head
 from nearplane.models.record import SAME, Call, patched, recorded, rows_of, same
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source
-from nearplane.models.towers import NotBlocks, find_towers, is_linear
+from nearplane.models.towers import NotBlocks, find_towers, is_linear, refuse_shared
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def discover(source: Source) -> list[Block]:
         Blocks in the order of their calls. Names of sites begin at the model.
 
     Raises:
-        NearplaneError: no list of blocks is found, or the forward fails on the sample.
+        NearplaneError: no list of blocks is found, blocks share weights, or the forward fails on the sample.
         Unsketchable: in sketch mode, the forward fails because the model reads a weight by itself.
     """
     refused: dict[str, str] = {}
@@ -112,6 +112,7 @@ def discover(source: Source) -> list[Block]:
                 f"({word}); nearplane inspect reads one block of it."
             ) from error
         if blocks:
+            refuse_shared(source, [block.name for block in blocks])
             return blocks
         refused |= dict.fromkeys(towers, "the model's forward does not run it")
 

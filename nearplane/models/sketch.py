@@ -101,7 +101,7 @@ def drawn(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         if _multiplies(owner) and leaf == "weight":
             continue
         shape = owner.state_dict()[leaf].shape
-        if isinstance(owner, nn.Embedding):
+        if isinstance(owner, nn.Embedding) and leaf == "weight":  # T5Gemma 2 keeps another vector beside
             values[name] = torch.randn(sum(shape), generator=_seeded(name)).as_strided(shape, (1, 1))
         else:
             values[name] = 1 + torch.randn(shape, generator=_seeded(name)) / 8

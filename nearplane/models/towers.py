@@ -85,6 +85,17 @@ def _without_linears(source: Source, lengths: set[int]) -> dict[str, str]:
     return found
 
 
+def refuse_shared(source: Source, blocks: Iterable[str]) -> None:
+    """Raise NearplaneError if a linear of one block has the weight of another's, as in Zamba. ``blocks``: their names."""
+    names = tuple(f"{block}." for block in blocks)
+    for name, origin in (getattr(source.model, "all_tied_weights_keys", None) or {}).items():
+        if name.startswith(names) and is_linear(source.model.get_submodule(name.rpartition(".")[0])):
+            raise NearplaneError(
+                f"{source.folder}: {name} is one weight with {origin}; nearplane solves each block by itself, and does not "
+                "support blocks that share weights."
+            )
+
+
 def main_tower(source: Source) -> list[str]:
     """Return the blocks of the tower with most parameters. Small lists of equal length may lie beside it."""
 

@@ -7,10 +7,12 @@ import pytest
 import tiny
 import torch
 import transformers
+from torch import nn
 
 from nearplane.core.errors import NearplaneError
 from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
+from nearplane.models.sketch import drawn
 from nearplane.models.source import open_source
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -65,3 +67,17 @@ def test_the_least_vocabulary_of_several_parts() -> None:
         audio_encoder={"model_type": "encodec"},
     )
     assert classes.vocabulary(config) == 70
+
+
+class Marked(nn.Embedding):
+    """An embedding with another vector beside its table, as T5Gemma 2's."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 8)
+        self.mark = nn.Parameter(torch.zeros(8))
+
+
+def test_an_embedding_with_more_than_a_table_can_be_sketched() -> None:
+    """Its other parameters are drawn in their own shape."""
+    found = drawn(nn.ModuleDict({"table": Marked()}), ["table.weight", "table.mark"])
+    assert {name: tuple(value.shape) for name, value in found.items()} == {"table.weight": (12, 8), "table.mark": (8,)}

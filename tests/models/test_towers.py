@@ -155,3 +155,25 @@ def test_a_list_of_lists_is_no_tower(tmp_path: Path) -> None:
     blocks = discover(open_source(folder))
     assert [block.tower for block in blocks] == ["pvt.encoder.block.0"] * 2 + ["pvt.encoder.block.1"] * 2
     assert [len(block.sites) for block in blocks] == [6] * 4
+
+
+def test_blocks_that_share_weights_are_refused(tmp_path: Path) -> None:
+    """Zamba 2 has one transformer in several of its blocks."""
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+    }
+    sizes |= {"n_mamba_heads": 8, "mamba_d_state": 8, "mamba_ngroups": 1, "adapter_rank": 8}
+    for kinds, shares in ((["linear_attention", "hybrid"] * 2, True), (["linear_attention"] * 3 + ["hybrid"], False)):
+        config = transformers.Zamba2Config(**sizes, layers_block_type=kinds)
+        folder = tiny.save(transformers.Zamba2ForCausalLM(config).eval(), tmp_path / str(shares))
+        if shares:
+            with pytest.raises(
+                NearplaneError, match=r"layers\.3\.shared_\S+ is one weight with model\.layers\.1\..*share weights"
+            ):
+                discover(open_source(folder))
+        else:
+            assert len(discover(open_source(folder))) == 4
