@@ -10,7 +10,6 @@ import transformers
 from close import near
 
 import nearplane.run.stream
-from nearplane.core.errors import NearplaneError
 from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
@@ -108,14 +107,15 @@ def test_replay_with_padding(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
                 rows += 1
 
 
-def test_layers_that_run_twice_are_refused(tmp_path: Path) -> None:
+def test_groups_of_layers_that_run_twice_are_blocks(tmp_path: Path) -> None:
+    """ALBERT's two groups of two layers each, of which each runs twice in a row."""
     sizes = {"num_hidden_groups": 2, "num_hidden_layers": 4, "inner_group_num": 2}
     source = open_source(tiny.save(tiny.build("albert", **sizes), tmp_path / "m"))
-    with pytest.raises(NearplaneError, match="no list of 4 blocks"):
-        discover(source)
-    source.config.n_layers = 2  # as if it named its two groups of layers, which take turns
-    with pytest.raises(NearplaneError, match=r"no list of .* blocks .*more than once.*not supported"):
-        discover(source)
+    blocks = discover(source)
+    assert [(block.name, block.calls, len(block.sites)) for block in blocks] == [
+        (f"encoder.albert_layer_groups.{group}", 2, 2 * 6) for group in range(2)
+    ]
+    assert not any(site.adds_to for block in blocks for site in block.sites)  # other in each call
 
 
 def test_a_checkpoint_without_architectures(tmp_path: Path) -> None:
