@@ -10,6 +10,7 @@ import transformers
 from close import near
 
 import nearplane.run.stream
+from nearplane.core.errors import NearplaneError
 from nearplane.models import inputs as classes
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
