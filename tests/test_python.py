@@ -51,7 +51,8 @@ def test_silent_if_asked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "rates", lambda _plan, _found: forecast.Rates(*[1e-6] * 10))
     found = nearplane.plan(model, **SETTINGS)
-    assert found.plan.grid.bits == 3 and repr(found) == str(found) and "14 linears in 2 blocks" in repr(found)
+    assert found.plan.grid.bits == 3 and "14 linears in 2 blocks" in repr(found)
+    assert type(found).__repr__ is type(found).__str__  # their words hold how much memory is free at the moment
     assert nearplane.plan(model, Job.of(None, SETTINGS), ranks=2, device="cpu").ranks == 2
 
 
