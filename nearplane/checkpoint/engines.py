@@ -34,6 +34,9 @@ MARLIN_GROUPS = (-1, 32, 64, 128)
 FAST_BITS = (4, 8)
 # Classes whose fused experts vLLM's loaders split, or read one by one, under the names that are written here.
 SPLIT_BY_VLLM = ("GraniteMoe", "Llama4")
+# Classes that have no output head of their own in vLLM 0.32, which multiplies by the input embedding: Gemma 2 was run, and
+# refused, the others were read.
+HEADLESS_IN_VLLM = ("Gemma2", "Gemma3n", "Cohere")
 # Classes that vLLM loads without finding their experts: what it generates is garbage.
 GARBAGE_IN_VLLM = ("GptOss",)
 
@@ -137,7 +140,9 @@ def verdict(engine: str, checkpoint: Described) -> Verdict:
     if checkpoint.model is not None:
         refusals.append(_model_refusal(engine, format, checkpoint.model))
         caveats.append(_model_caveat(engine, checkpoint.model) if format == COMPRESSED else None)
-        caveats.append(_head(engine, format) if checkpoint.model.head else None)
+        if checkpoint.model.head:
+            refusals.append(_headless(engine, checkpoint.model))
+            caveats.append(_head(engine, format))
     kept = (tuple(dict.fromkeys(filter(None, sentences))) for sentences in (refusals, caveats))
     return Verdict(*kept)
 
@@ -299,6 +304,13 @@ def _several(engine: str, format: str) -> str | None:
             "load this one, whose dynamic rules name several, with the package gptqmodel itself"
         )
     return f"{TITLES[engine]} takes several grids from GPTQ's dynamic rules, which nothing here has tried"
+
+
+def _headless(engine: str, model: Model) -> str | None:
+    """Tell that the engine has no place for a quantized output head; None where it has one."""
+    if engine != "vllm" or not model.name.startswith(HEADLESS_IN_VLLM):
+        return None
+    return f"{VLLM} has no output head of its own in {model.name}, only the input embedding: leave the head dense"
 
 
 def _head(engine: str, format: str) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.base import StoredLayer
@@ -155,7 +156,13 @@ def _check_code(folder: Path, path: Path, content: object, found: Findings) -> N
         for entry in value if isinstance(value, list) else [value]:
             module = entry.rpartition(".")[0] if isinstance(entry, str) and "--" not in entry else ""
             if module and not (folder / f"{module}.py").is_file():
-                found.note(f"{path} names code in {module}.py (auto_map), which is missing.")
+                told = f"{path} names code in {module}.py (auto_map), which is missing"
+                kind = content.get("model_type") if isinstance(content, dict) else None
+                own = path.name == "config.json" and kind not in CONFIG_MAPPING_NAMES
+                if own:
+                    found.problem(f"{told}; no reader knows the model without the code.")
+                else:
+                    found.note(f"{told}.")
 
 
 def _check_index(folder: Path, found: Findings) -> set[str]:

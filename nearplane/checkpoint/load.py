@@ -51,8 +51,8 @@ class LoadSettings:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "float32"
-    """What dense weights are held and activations computed in; auto: as stored. The two small ones save memory, and are
-    slower on a CPU."""
+    """What dense weights are held and activations computed in; auto: as config.json says. The two small ones save memory, and
+    are slower on a CPU. What transformers keeps in float32 stays so."""
     packed: bool = True
     """Multiply quantized weights as they are, as they will be run; --no-packed makes them dense first."""
     arithmetic: Arithmetic = "auto"
@@ -227,8 +227,15 @@ def take_generation(model: nn.Module, folder: Path) -> None:
 
     A folder without generation_config.json has those of its config.json. NearplaneError for settings that are unusable.
     """
+    found = generation_settings(model, folder)
+    if found is not None:
+        model.generation_config = found
+
+
+def generation_settings(model: nn.Module, folder: Path) -> Any:
+    """Read a folder's generation settings; None for a model that does not generate. Raises as ``take_generation``."""
     if not getattr(model, "can_generate", lambda: False)():
-        return
+        return None
     path = folder / GENERATION
     there = path.exists() or path.is_symlink()
     try:
@@ -245,7 +252,7 @@ def take_generation(model: nn.Module, folder: Path) -> None:
             f"{path if there else folder / 'config.json'} holds unusable generation settings ({first_line(error)}); "
             f"mend it, or {again(folder)}."
         ) from error
-    model.generation_config = found
+    return found
 
 
 def _state(

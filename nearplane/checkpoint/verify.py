@@ -16,7 +16,7 @@ from nearplane.checkpoint.engines import check_engine, described, verdict
 from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
 from nearplane.checkpoint.load import misfit
 from nearplane.core.errors import NearplaneError, some_of
-from nearplane.formats.base import conv1d_reason, fused, grid_name
+from nearplane.formats.base import conv1d_reason, fused, fused_names, grid_name
 from nearplane.formats.journal import unfinished
 from nearplane.formats.originals import strays, unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint
@@ -285,9 +285,14 @@ def _check_ignored(
             expected[disk.removesuffix(".weight")] = None
         elif checkpoint.expects({name}, kind):
             renamed.append(name)
-    matrices = [name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1]
-    strays = [name for name in unowned(model, on_disk, matrices) if f"{name}.weight" in checkpoint.store.names]
-    expected |= {name: None for name in strays if checkpoint.expects({name}, "Linear")}
+    for tensor in (name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1):
+        names = unowned(model, on_disk, [tensor])
+        module = tensor.endswith(".weight") or len(names) > 1  # a linear, or fused experts
+        if module and names and all(checkpoint.expects({name}, "Linear") for name in names):
+            expected[names[0]] = None
+    if checkpoint.reader is not None and checkpoint.reader.fused_rules and not expected:
+        dense = (name.removesuffix(".weight") for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1)
+        expected |= {name: None for name in fused_names(dense) if checkpoint.expects({name}, "Linear")}
     if expected:
         found.problem(
             "Neither quantized nor left out by the quantization_config, so that engines look for codes: "

@@ -34,7 +34,8 @@ REPEATED = ("override", "ignore")
 HIDDEN = ("scale_dtype",)
 METAVARS = {
     "override": "REGEX=FIELD=VALUE,...", "ignore": "REGEX", "towers": "NAME,...", "rotate": "r1,r2[,r4]",
-    "budget": "BITS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME", "method": "NAME", "device": "NAME",
+    "budget": "BITS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
+    "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.

@@ -132,9 +132,11 @@ def _continued(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> torch.
         with torch.inference_mode():
             out: torch.Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             return out
-    except (ValueError, TypeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
         raise NearplaneError(
-            f"transformers cannot generate ({first_line(error)}); the settings are those of generation_config.json."
+            f"transformers cannot generate ({first_line(error)}); look at generation_config.json, whose settings it uses."
         ) from error
 
 

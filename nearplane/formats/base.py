@@ -89,6 +89,8 @@ class Format(ABC):
     """Whether loaders cast scales to the dtype of the model."""
     order_key: ClassVar[str] = ""
     """Key of the configuration that announces groups in activation order."""
+    fused_rules: ClassVar[bool] = False
+    """Whether the configuration must also name the modules into which engines fuse linears that stay dense."""
     beside: ClassVar[str | None] = None
     """JSON file beside config.json in which older tools describe this format alone."""
 

@@ -53,6 +53,7 @@ class GPTQ(Format):
     reads: ClassVar[str] = "GPTQ (gptq, gptq_v2)"
     holds_conv1d: ClassVar[bool] = True
     order_key: ClassVar[str] = "desc_act"
+    fused_rules: ClassVar[bool] = True
     beside: ClassVar[str | None] = "quantize_config.json"
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:

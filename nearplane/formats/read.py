@@ -192,6 +192,8 @@ def stated(
     for format in formats:
         if format.beside is not None and (folder / format.beside).exists():
             legacy = read_json(folder / format.beside)
+            if "bits" not in legacy:  # a file of that name that describes nothing
+                continue
             return {**legacy, "quant_method": legacy.get("quant_method", format.name)}
     if (folder / MODELOPT).exists():
         inner = read_json(folder / MODELOPT).get("quantization")

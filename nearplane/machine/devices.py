@@ -37,7 +37,7 @@ def pick_dtype(name: str) -> torch.dtype | None:
     """Return float32, float16 or bfloat16 by name, None for "auto". SettingError for any other name."""
     if name == "auto":
         return None
-    if name not in get_args(Dtype):
+    if not isinstance(name, str) or name not in get_args(Dtype):
         raise SettingError(f"dtype must be auto, float32, float16 or bfloat16; got {name!r}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

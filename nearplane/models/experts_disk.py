@@ -244,6 +244,8 @@ def unowned(model: nn.Module, names: Mapping[str, str], matrices: Iterable[str])
             found |= {parent: None, tensor: None}
         elif leaf == "weight" and not isinstance(modules.get(owners.get(tensor, "")), OWNERS):
             found[parent] = None
+        elif tensor not in owners and leaf not in ("weight", "bias"):
+            found[tensor] = None
     return list(found)
 
 

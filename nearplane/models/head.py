@@ -24,7 +24,7 @@ def head_site(source: Source) -> Site:
     name, kind = head_name(source), type(source.model).__name__
     if name is None or not is_causal(source.model):
         raise SettingError(
-            f"the output head of {kind} cannot be quantized: the model predicts no next token of a text."
+            f"the output head of {kind} cannot be quantized: that is for decoders, which read a text and predict its next token."
         )
     head = source.model.get_submodule(name)
     if not isinstance(head, nn.Linear):

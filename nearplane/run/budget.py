@@ -39,7 +39,7 @@ def decide(plan: Plan, records: Sequence[dict[str, Any]], ranks: Ranks, tick: Ca
     if known:  # of a run without a budget none: resuming refuses it
         return plan if known[0] is None else plan.decided(known[0])
     costs = _measure(plan, ranks, tick)
-    return plan.decided(ranks.tell(choose(plan.units, costs, plan.sites, plan.grids, plan.job, plan.format)))
+    return plan.decided(ranks.tell(choose(plan.units, costs, plan.counted, plan.grids, plan.job, plan.format)))
 
 
 def measuring(plan: Plan) -> Plan:

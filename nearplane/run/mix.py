@@ -67,6 +67,11 @@ def wants_head(job: Job, head: str, linears: Iterable[str]) -> bool:
     found = {some.pattern: compiled("override", some.pattern) for some in job.override}
     alone = [pattern for pattern, finds in found.items() if finds(head) and not any(map(finds, linears))]
     wanted = job.head_bits is not None or bool(alone)
+    twice = [some for some in job.override if some.pattern in alone and some.bits is not None]
+    if job.head_bits is not None and twice:
+        raise SettingError(
+            f"head_bits={job.head_bits} and override {twice[0]} both give the bits of the output head {head}; give one of them."
+        )
     left = next((pattern for pattern in job.ignore if compiled("ignore", pattern)(head)), None)
     if wanted and left is not None:
         asked = "head_bits" if job.head_bits is not None else f"override {alone[0]!r}"
@@ -180,6 +185,12 @@ def check_budget(free: Sequence[Unit], sites: list[Site], grids: Mapping[str, Gr
             f"budget {job.budget:g} is less than the {8 * least / weights:.4g} bits per weight that the fewest bits take here, "
             "scales and zeros counted; raise it, or --group-size."
         )
+
+
+def counted(blocks: list[Block], free: Sequence[Unit]) -> list[Site]:
+    """The linears that a budget counts: all but an output head whose bits are given."""
+    open_sites = {site.name for unit in free for site in unit.sites}
+    return [site for block in blocks for site in block.sites if site.name != block.name or site.name in open_sites]
 
 
 def allowed(sites: list[Site], job: Job) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nearplane.checkpoint.engines import Described, Weight, model_facts
+from nearplane.checkpoint.load import generation_settings
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
@@ -33,7 +34,7 @@ from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
 from nearplane.run.job import Job, Override
-from nearplane.run.mix import Unit, allowed, assign, check_budget, leave_out, refuse_split, units, wants_head
+from nearplane.run.mix import Unit, allowed, assign, check_budget, counted, leave_out, refuse_split, units, wants_head
 from nearplane.run.remarks import check_scales, remarks
 from nearplane.run.report import recordable
 from nearplane.run.stream import OpenBlock, Place, stream
@@ -97,6 +98,11 @@ class Plan:
         return [site for block in self.blocks for site in block.sites]
 
     @property
+    def counted(self) -> list[Site]:
+        """The sites that a budget counts."""
+        return counted(self.blocks, self.units)
+
+    @property
     def undecided(self) -> bool:
         """True while a budget has yet to choose bits."""
         return self.job.budget is not None and self.choices is None
@@ -126,7 +132,11 @@ class Plan:
     def nbytes(self, sites: list[Site]) -> int:
         """Count the bytes that sites take on disk; an upper bound where a budget is undecided."""
         total = sum(self.format.nbytes(site.shape, self.grid_of(site)) for site in sites)
-        return min(total, allowed(self.sites, self.job)) if self.undecided else total
+        if not self.undecided:
+            return total
+        known = set(self.counted)
+        beside = sum(self.format.nbytes(s.shape, self.grid_of(s)) for s in self.sites if s not in known)
+        return min(total, allowed(self.counted, self.job) + beside)
 
     @property
     def mixed(self) -> bool:
@@ -268,6 +278,9 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     device = pick_device(job.device)
     format = pick_format(job.format).running(job.activations, "r4" in job.rotation.kinds)
     source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code, revision=job.revision)
+    generation_settings(
+        source.model, source.folder
+    )  # which go along: a broken file would end in a folder that nobody loads
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
     try:
@@ -334,7 +347,7 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
 def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     """Leave the bits of all linears but the ``fixed`` ones to the budget."""
     free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.job, plan.format)
-    check_budget(free, plan.sites, plan.grids, plan.job, plan.format)
+    check_budget(free, counted(plan.blocks, free), plan.grids, plan.job, plan.format)
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)

@@ -268,7 +268,10 @@ class _Watch:
         count = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
         linears = [call for call in calls if is_linear(call.module)]
         heads: dict[str, Heads] = {}
+        silent = [call.name for call in linears if call.input is not None and not bool(call.input[0].any())]
         for i, call in enumerate(linears):
+            if call.name in silent:  # zeros are like any zeros, and tell no origin
+                continue
             if call.input is None or not count or call.input.shape[1] % count or call.input.shape[1] < 2 * count:
                 continue
             width = call.input.shape[1] // count
@@ -277,7 +280,10 @@ class _Watch:
                 heads[call.name] = Heads(width, tuple(origin for origin in origins if origin))
         if len(heads) != 1:
             raise SettingError(
-                self._no(f"in {name} {len(heads)} linears read attention's values head by head, not one")
+                self._no(
+                    f"in {name} {len(heads)} linears read attention's values head by head, not one"
+                    + (f"; {silent[0]} reads zeros only, so that its role does not show" if silent else "")
+                )
             )
         self.anatomy.heads |= heads
 

@@ -106,6 +106,31 @@ def test_matrices_that_no_parameter_takes_are_left_out(kind: str, copy: str, tmp
     check_forgotten(out, "model.layers.2.self_attn.q_proj")
 
 
+@pytest.mark.parametrize("copy", COPIES)
+def test_stray_experts_and_bare_matrices_are_left_out(copy: str, tmp_path: Path) -> None:
+    """Fused experts of a layer that the model has not, and a matrix that is no module's weight."""
+    model = tiny.save(tiny.build("llama"), tmp_path / "model")
+    experts = "model.layers.2.mlp.experts"
+    more = {f"{experts}.gate_up_proj": torch.randn(4, 64, 64), "model.mtp.proj": torch.randn(64, 64)}
+    rewrite(model, tensors(model) | more | {"model.ids": torch.arange(4)[None]})
+    out = quantized(model, tmp_path, copy)
+    assert {experts, *more} <= excluded(out)
+    assert nearplane.verify(out).ok
+    forget(out, {experts})
+    assert nearplane.verify(out).ok  # the tensor's own name is enough
+    forget(out, set(more))
+    assert any(experts in problem for problem in nearplane.verify(out).problems)
+
+
+@pytest.mark.parametrize("copy", ["gptq", "converted"])
+def test_fused_names_are_left_out_too(copy: str, tmp_path: Path) -> None:
+    """GPTQ's rules are asked by the name of the fused module."""
+    model = tiny.save(tiny.build("llama"), tmp_path / "model")
+    with_next_token_layer(model, 1)
+    out = quantized(model, tmp_path, copy)
+    check_forgotten(out, "model.layers.2.self_attn.qkv_proj")
+
+
 def gemma3(folder: Path) -> Path:
     """A Gemma 3 with its image tower, stored under the names that its checkpoints have."""
     default = transformers.AutoConfig.for_model("gemma3")

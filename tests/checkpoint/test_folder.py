@@ -99,7 +99,9 @@ def test_code_goes_along_and_runs_where_it_is_trusted(tmp_path: Path) -> None:
         assert torch.equal(plain(ids).logits, loaded(ids).logits)
     (out / "layers_own.py").unlink()
     (out / "modeling_own.py").unlink()
-    assert any("names code in modeling_own.py" in note for note in nearplane.verify(out, trust_remote_code=False).notes)
+    assert any(
+        "names code in modeling_own.py" in line for line in nearplane.verify(out, trust_remote_code=False).problems
+    )
 
 
 @pytest.mark.parametrize("files", [CODE, {}])
@@ -153,3 +155,19 @@ def test_a_hub_id_brings_its_companions_and_no_weights_too_early() -> None:
     every = [*files, *weights, *others]
     assert list(filter_repo_objects(every, allow_patterns=HUB_PATTERNS)) == files
     assert list(filter_repo_objects(every, allow_patterns=HUB_PATTERNS + HUB_WEIGHTS)) == files + weights
+
+
+def test_broken_generation_settings_are_refused_before_the_run(tmp_path: Path) -> None:
+    """They would go along into a folder that nobody loads."""
+    model = tiny.save(tiny.build("llama"), tmp_path / "model")
+    (model / "generation_config.json").write_text("{broken")
+    with pytest.raises(NearplaneError, match=r"generation_config\.json"):
+        nearplane.quantize(model, tmp_path / "out", method="rtn", group_size=32, progress=False)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_file_that_describes_no_quantization(tmp_path: Path) -> None:
+    model = tiny.save(tiny.build("llama"), tmp_path / "model")
+    (model / "quantize_config.json").write_text("{}")
+    nearplane.quantize(model, tmp_path / "out", method="rtn", group_size=32, progress=False)
+    assert not (tmp_path / "out" / "quantize_config.json").exists() and nearplane.load(model) is not None

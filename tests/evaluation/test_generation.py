@@ -105,8 +105,9 @@ def test_broken_settings_are_a_sentence(out: Path, content: Any, capsys: pytest.
     assert "generation_config.json" in heard and "Traceback" not in heard
 
 
-def test_settings_that_fail_while_generating_are_a_sentence(out: Path) -> None:
-    settings(out, {"repetition_penalty": "x"})
+@pytest.mark.parametrize("content", [{"repetition_penalty": "x"}, {"exponential_decay_length_penalty": [1, 1.1]}])
+def test_settings_that_fail_while_generating_are_a_sentence(out: Path, content: Any) -> None:
+    settings(out, content)
     with pytest.raises(NearplaneError, match="transformers cannot generate"):
         said(out)
 

@@ -155,5 +155,35 @@ def test_requests_that_are_refused(more: dict[str, Any], words: str, tmp_path: P
 
 def test_models_that_predict_no_token(tmp_path: Path) -> None:
     model = tiny.save(tiny.build("bert"), tmp_path / "model")
-    with pytest.raises(SettingError, match="predicts no next token"):
+    with pytest.raises(SettingError, match="that is for decoders"):
         nearplane.plan(model, head_bits=8, group_size=32)
+
+
+def test_a_budget_counts_the_body(tmp_path: Path) -> None:
+    """A head whose bits are given is beside the budget, which the other linears share alike with and without the head."""
+    model = tiny.with_text(tmp_path)
+    reports = [
+        nearplane.quantize(
+            model, tmp_path / f"out{bits}", budget=3.9, head_bits=bits, **settings(tmp_path, method="rtn")
+        )
+        for bits in (None, 8)
+    ]
+    kept = [[row.bits for row in report.linears if row.name != "lm_head"] for report in reports]
+    assert kept[0] == kept[1] and reports[1].linears[-1].bits == 8
+
+
+def test_two_settings_of_a_head(tmp_path: Path) -> None:
+    model = tiny.with_text(tmp_path)
+    with pytest.raises(SettingError, match="both give the bits of the output head lm_head"):
+        nearplane.plan(model, head_bits=8, override=("lm_head=bits=4",), group_size=32)
+    plan = nearplane.plan(model, head_bits=8, override=("lm_head=group_size=64",), group_size=32).plan
+    assert (plan.grids["lm_head"].bits, plan.grids["lm_head"].group_size) == (8, 64)
+
+
+def test_a_class_without_a_head_of_its_own(tmp_path: Path) -> None:
+    """vLLM 0.32 was run with a quantized head of Gemma 2, and knows no parameter of that name."""
+    tiny.save(tiny.build("gemma2", tie_word_embeddings=True), tmp_path / "model")
+    nearplane.quantize(tmp_path / "model", tmp_path / "out", method="rtn", head_bits=8, group_size=32, progress=False)
+    found = nearplane.verify(tmp_path / "out", "vllm")
+    assert any("no output head of its own in Gemma2ForCausalLM" in problem for problem in found.problems)
+    assert nearplane.verify(tmp_path / "out", "transformers").ok

@@ -345,3 +345,18 @@ def test_a_broken_weight_is_named(tmp_path: Path) -> None:
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NearplaneError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 NaN or Inf"):
         rotated(open_source(tiny.save(model, tmp_path / "m")), BOTH, CPU)
+
+
+@pytest.mark.parametrize("part", ["up_proj", "v_proj"])
+def test_zeros_tell_no_role(part: str, tmp_path: Path) -> None:
+    """A down projection that reads zeros is not taken for attention's output; an output projection that does is named."""
+    made = tiny.build("llama")
+    layer = made.model.layers[1]
+    with torch.no_grad():
+        (layer.mlp.up_proj if part == "up_proj" else layer.self_attn.v_proj).weight.zero_()
+    source = open_source(tiny.save(made, tmp_path / "model"))
+    if part == "up_proj":
+        rotated(source, Rotate(("r1", "r2")), torch.device("cpu"))
+        return
+    with pytest.raises(SettingError, match=r"self_attn\.o_proj reads zeros only"):
+        rotated(source, Rotate(("r2",)), torch.device("cpu"))
