@@ -34,8 +34,7 @@ MARLIN_GROUPS = (-1, 32, 64, 128)
 FAST_BITS = (4, 8)
 # Classes whose fused experts vLLM's loaders split, or read one by one, under the names that are written here.
 SPLIT_BY_VLLM = ("GraniteMoe", "Llama4")
-# Classes that have no output head of their own in vLLM 0.32, which multiplies by the input embedding: Gemma 2 was run, and
-# refused, the others were read.
+# Classes without an output head of their own in vLLM 0.32: Gemma 2 was run, and refused; the others were read.
 HEADLESS_IN_VLLM = ("Gemma2", "Gemma3n", "Cohere")
 # Classes that vLLM loads without finding their experts: what it generates is garbage.
 GARBAGE_IN_VLLM = ("GptOss",)
@@ -308,9 +307,9 @@ def _several(engine: str, format: str) -> str | None:
 
 def _headless(engine: str, model: Model) -> str | None:
     """Tell that the engine has no place for a quantized output head; None where it has one."""
-    if engine != "vllm" or not model.name.startswith(HEADLESS_IN_VLLM):
-        return None
-    return f"{VLLM} has no output head of its own in {model.name}, only the input embedding: leave the head dense"
+    here = engine == "vllm" and model.name.startswith(HEADLESS_IN_VLLM)
+    told = f"{VLLM} has no output head of its own in {model.name}, only the input embedding: leave the head dense"
+    return told if here else None
 
 
 def _head(engine: str, format: str) -> str | None:
