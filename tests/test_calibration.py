@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import nearplane
-from nearplane import GPTQ, Calibration, SettingError
+from nearplane import GPTQ, Calibration, NearplaneError, SettingError
 from nearplane.cli.main import main
 from nearplane.data.samples import _decoded, gather
 from nearplane.models.source import load_tokenizer, open_source
@@ -300,3 +300,15 @@ def test_names_that_the_report_cannot_hold_are_refused_before_compute(
 
 def test_the_tokenizer_of_the_tests_marks_a_text(model: Path) -> None:
     assert load_tokenizer(model)("w5 w6")["input_ids"] == [1, 5, 6, 2]
+
+
+@pytest.mark.parametrize("ones", [np.ones(9), np.ones(9, bool), torch.ones(1, 9), [1.0] * 9])
+def test_masks_of_any_number(ones: Any) -> None:
+    """Ones are what ``np.ones`` makes, floats among them; other values are no mask."""
+    row = {"input_ids": np.arange(9), "attention_mask": ones}
+    made = Calibration(dataset=[row], nsamples=1, seqlen=9).load(None)
+    assert made.ids.tolist() == [list(range(9))]
+    with pytest.raises(NearplaneError, match="attention_mask holds other values than 0 and 1"):
+        Calibration(dataset=[{**row, "attention_mask": np.arange(9)}], nsamples=1, seqlen=9).load(None)
+    with pytest.raises(NearplaneError, match="token ids \\(negative numbers\\)"):
+        Calibration(dataset=[{"input_ids": [3, -1]}], nsamples=1, seqlen=2).load(None)

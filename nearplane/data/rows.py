@@ -242,7 +242,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
 
 def _token_ids(value: Any, mask: Any, place: str) -> Tensor:
     """Return the token ids of a row (tokens,), those under a mask of 0 left out."""
-    ids, kept = _vector(value, place), None if mask is None else _vector(mask, f"{place}, attention_mask")
+    ids, kept = _vector(value, place), None if mask is None else _mask(mask, f"{place}, attention_mask")
     if kept is not None and len(kept) != len(ids):
         raise NearplaneError(f"{place} has {len(ids)} token ids, its attention_mask {len(kept)} numbers.")
     ids = ids if kept is None else ids[kept != 0]
@@ -251,17 +251,32 @@ def _token_ids(value: Any, mask: Any, place: str) -> Tensor:
     return torch.from_numpy(ids)
 
 
+def _array(value: Any, place: str) -> "np.ndarray[Any, Any]":
+    """Return numbers as an array. NearplaneError for lists of different lengths."""
+    try:
+        return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    except (ValueError, TypeError) as error:
+        raise NearplaneError(f"{place} is no vector of whole numbers.") from error
+
+
+def _mask(value: Any, place: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Return a mask as whole numbers; 0 and 1 may be written as floats or bools, as ``np.ones`` makes them."""
+    found = _array(value, place)
+    if found.dtype.kind not in "iufb" or not np.isin(found, (0, 1)).all():
+        raise NearplaneError(f"{place} holds other values than 0 and 1.")
+    return _vector(found.astype(np.int64), place)
+
+
 def _vector(value: Any, place: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """Return whole numbers of at least 0 as a vector of its own; a first dimension of 1 is dropped."""
-    try:
-        found = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
-    except (ValueError, TypeError) as error:  # rows of different lengths
-        raise NearplaneError(f"{place} is no vector of whole numbers.") from error
+    found = _array(value, place)
     found = found[0] if found.ndim == 2 and len(found) == 1 else found
     if found.size == 0:
         return np.zeros(0, np.int64)
-    if found.ndim != 1 or found.dtype.kind not in "iu" + "b" * place.endswith("attention_mask") or found.min() < 0:
-        raise NearplaneError(f"{place} is {_shown(value)}, not a text and not a vector of token ids.")
+    if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0:
+        why = f"{found.ndim} dimensions" if found.ndim != 1 else str(found.dtype)
+        why = "negative numbers" if found.ndim == 1 and found.dtype.kind == "i" else why
+        raise NearplaneError(f"{place} is {_shown(value)}, not a text and not a vector of token ids ({why}).")
     return found.astype(np.int64)
 
 
