@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import resource
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import LARGEST, config_of, features
+from models import features, saved, tiny_models
 
 import nearplane
 from nearplane import RTN, Grid
@@ -27,12 +26,12 @@ from nearplane.checkpoint.engines import described, verdict
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.read import open_checkpoint
 from nearplane.models import inputs as classes
+from nearplane.models.locate import BAD_CONFIG
 from nearplane.models.source import open_skeleton
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import tiny
-
 SECONDS = 120
+# What transformers, or a model's own code, raises where it does not load or run.
+RAISED = (*classes.FORWARD_ERRORS, *BAD_CONFIG, OSError, ImportError, NearplaneError)
 PLAIN, DENSE, NO = "as it is", "dequantize=True", "no"
 
 
@@ -44,16 +43,10 @@ def types(table: Path) -> list[str]:
 
 def measure(kind: str, folder: Path) -> dict[str, Any]:
     """One row: how transformers loads a checkpoint of this type, and what was said of it before."""
-    config = config_of(kind)
-    build = classes.builder(config)
-    if build is None:
-        return {"type": kind, "skipped": "no class"}
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        if sum(p.numel() for p in build(config_of(kind)).parameters()) > LARGEST:
-            return {"type": kind, "skipped": "large"}
-    model = tiny.with_experts(build(config).float().eval())
-    tiny.save(model, folder / "model")
+    found = tiny_models.tiny_model(kind, folder)
+    if found.step != "runs":
+        return {"type": kind, "skipped": f"no tiny model runs ({found.step})"}
+    model = saved(found, folder)
     try:
         nearplane.quantize(folder / "model", folder / "out", method=RTN(), grid=Grid(4, -1), progress=False, force=True)
     except NearplaneError as error:
@@ -61,7 +54,7 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     said = verdict("transformers", described(open_checkpoint(folder / "out"), open_skeleton(folder / "out")[1]))
     row: dict[str, Any] = {"type": kind, "class": type(model).__name__}
     row["said"] = NO if said.refusals else DENSE if any(DENSE in caveat for caveat in said.caveats) else PLAIN
-    wanted = features(nearplane.load(folder / "out", packed=False))
+    wanted = features(nearplane.load(folder / "out", packed=False), folder / "model")
     ways: dict[str, dict[str, Any]] = {
         PLAIN: {},
         DENSE: {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)},
@@ -76,9 +69,8 @@ def tried(kind: Any, folder: Path, options: dict[str, Any], wanted: dict[str, to
     """Load by transformers; "equal", or what was wrong."""
     try:
         loaded = kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
-        found = features(loaded)
-    # Whatever transformers or the model's own code raises is the finding.
-    except Exception as error:  # noqa: BLE001
+        found = features(loaded, folder.parent / "model")
+    except RAISED as error:  # the finding
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
     errors = [float((found[name] - value).norm() / value.norm()) for name, value in wanted.items()]
     return "equal" if max(errors) < 1e-3 else f"other numbers, apart by {max(errors):.2g}"
@@ -96,8 +88,7 @@ def apart(kind: str) -> dict[str, Any]:
             row: dict[str, Any] = {"type": kind, "skipped": "over the limit of time"}
             try:
                 row = measure(kind, Path(folder))
-            # The tiny model may be one that cannot be built or run: that is runs/models.py's subject.
-            except Exception as error:  # noqa: BLE001
+            except RAISED as error:  # a tiny model that cannot be built or run is runs/models.py's subject
                 reason = (str(error).strip().splitlines() or [""])[0].replace(folder, "")[:120]
                 row = {"type": kind, "skipped": f"{type(error).__name__}: {reason}"}
             finally:

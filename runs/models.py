@@ -80,6 +80,17 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _tensors(f"{name}.{key}", inner)
 
 
+def saved(found: Any, folder: Path) -> Any:
+    """The model of a ``tiny_models.Tiny``, written to ``folder/model`` beside what was made for it."""
+    torch.manual_seed(0)
+    model = tiny.with_experts(found.build(found.config).float().eval())
+    for file in folder.glob("*.json"):
+        (folder / "model").mkdir(exist_ok=True)
+        file.rename(folder / "model" / file.name)
+    tiny.save(_awake(model, folder / "model") if found.step == "runs" else model, folder / "model")
+    return model
+
+
 def measure(kind: str, folder: Path, note: Callable[[dict[str, Any]], None]) -> None:
     """One row, noted as it grows: ``step`` is what is tried next."""
     row: dict[str, Any] = {"type": kind}
@@ -96,13 +107,8 @@ def measure(kind: str, folder: Path, note: Callable[[dict[str, Any]], None]) -> 
         raise found.error or NearplaneError("transformers has no class of its own for this configuration")
     if found.step == "model" and found.error is not None:
         raise found.error
-    torch.manual_seed(0)
-    model = tiny.with_experts(found.build(found.config).float().eval())
+    model = saved(found, folder)
     row["class"], row["lists"] = type(model).__name__, sum(is_list(module) for module in model.modules())
-    for file in folder.glob("*.json"):
-        (folder / "model").mkdir(exist_ok=True)
-        file.rename(folder / "model" / file.name)
-    tiny.save(_awake(model, folder / "model") if found.step == "runs" else model, folder / "model")
     begin("discovery")
     source = open_source(folder / "model")
     blocks = discover(source)

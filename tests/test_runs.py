@@ -360,3 +360,11 @@ def test_types_that_do_not_pass_are_sorted(monkeypatch: pytest.MonkeyPatch) -> N
     assert "- 1 have no linears" in page and "- 2 fail." in page
     assert "| qwen2_5_vl_vision | qwen2_5_vl | reads grid_thw |" in page and "| patchtst | reads past_values |" in page
     assert "| llama | round trip: features differ by 0.2 |" in page
+
+
+@pytest.mark.parametrize(("kind", "works"), [("llama", "as it is"), ("mamba", "dequantize=True")])
+def test_a_type_in_transformers(kind: str, works: str, tmp_path: Path) -> None:
+    """The verdict before is what happens."""
+    script("models.py")  # which finds the modules below
+    row = script("engines.py")["measure"](kind, tmp_path)
+    assert (row["said"], row["works"]) == (works, works) and row["dequantize=True"] == "equal", row

@@ -29,7 +29,7 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import REPORT
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
-from nearplane.models.experts_disk import names_in_model, split_names
+from nearplane.models.experts_disk import matrices, names_in_model, split_names
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
 from nearplane.transforms.hooks import turned_linears
@@ -127,8 +127,7 @@ def _configuration(
 ) -> dict[str, Any]:
     """Give config.json in the new format; ``trusted``: whether the model's own Python ran."""
     names = names_in_model(model, split_names(model, checkpoint.store, checkpoint.dense)[1])
-    matrices = [name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1]
-    ignore = left_out(model, names, set(modules.values()), matrices)
+    ignore = left_out(model, names, set(modules.values()), matrices(checkpoint.store, checkpoint.dense))
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {key: grid for name, grid in grids.items() for key in (name, modules[name])}
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})

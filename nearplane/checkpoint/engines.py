@@ -308,7 +308,7 @@ def _several(engine: str, format: str) -> str | None:
 def _headless(engine: str, model: Model) -> str | None:
     """Tell that the engine has no place for a quantized output head; None where it has one."""
     here = engine == "vllm" and model.name.startswith(HEADLESS_IN_VLLM)
-    told = f"{VLLM} has no output head of its own in {model.name}, only the input embedding: leave the head dense"
+    told = f"vLLM 0.32 has no output head of its own in {model.name}, only the input embedding: leave the head dense"
     return told if here else None
 
 

@@ -19,7 +19,7 @@ from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.parts import Writer
 from nearplane.formats.store import REPORT
 from nearplane.models.experts import routers
-from nearplane.models.experts_disk import copied, unowned
+from nearplane.models.experts_disk import matrices, unowned
 from nearplane.models.inputs import bare_linears, is_causal, output_head
 from nearplane.models.locate import without_code
 from nearplane.models.source import Source
@@ -121,9 +121,8 @@ def rest_of(
     disk = {site: source.names[f"{site}.weight"].removesuffix(".weight") for site in grids}
     # Loaders look for a linear by its name in the model or on disk: both are named.
     named = {name: grids[site] for site in grids for name in (disk[site], site)}
-    dense = sorted(copied(source.store, {f"{name}.weight" for name in disk.values()}))
-    matrices = [name for name in dense if len(source.store.shape(name)) > 1]
-    ignore = left_out(source.model, source.names, set(grids), matrices)
+    dense = sorted(source.store.rejoined({f"{name}.weight" for name in disk.values()}))
+    ignore = left_out(source.model, source.names, set(grids), matrices(source.store, dense))
     quantization = format.config(grid, ignore=ignore, settings=settings, grids=named)
     raw = without_code(source.written_config(), trust_remote_code=source.trust_remote_code)
     config = _in_dtype(raw, dtype or source.dtype, every=dtype is not None)
@@ -157,9 +156,7 @@ def head_names(model: nn.Module, quantized: Mapping[str, str]) -> dict[str, list
     return {} if name is None else {"lm_head": sorted({name, quantized[name]})}
 
 
-def left_out(
-    model: nn.Module, names: Mapping[str, str], quantized: set[str], matrices: Iterable[str] = ()
-) -> list[str]:
+def left_out(model: nn.Module, names: Mapping[str, str], quantized: set[str], stored: Iterable[str]) -> list[str]:
     """Name every linear that is not quantized, by all names under which loaders may look for it.
 
     Engines look for a linear by its name on disk, transformers by its name in the model. A stored matrix that no parameter
@@ -169,7 +166,7 @@ def left_out(
         model: its skeleton.
         names: on disk of the tensors that are not quantized, by their names in the model; others do no harm.
         quantized: names in the model of the linears that are.
-        matrices: names on disk of all tensors that are not quantized, of two or more dimensions.
+        stored: names on disk of the matrices that are not quantized.
     """
     ignore = linears_besides(model, quantized)
     on_disk = [names.get(f"{name}.weight", name).removesuffix(".weight") for name in ignore]
@@ -178,7 +175,7 @@ def left_out(
         ignore += [name.removeprefix(prefix) for name in ignore if name.startswith(prefix)]
         ignore += [name for name in bare_linears(model.config) if not {name, prefix + name} & {*quantized, *ignore}]
     # Routers that are no linears here are linears in engines, by their names on disk.
-    others = {*on_disk, *unowned(model, names, matrices)}
+    others = {*on_disk, *(name for some in unowned(model, names, stored).values() for name in some)}
     others |= {name.removesuffix(".weight") for name in routing(model, names)}
     return ignore + sorted(others - set(ignore))
 

@@ -23,7 +23,7 @@ from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import Store, read_json
 from nearplane.machine.progress import bar
 from nearplane.models import absent
-from nearplane.models.experts_disk import names_in_model, split_names, unowned
+from nearplane.models.experts_disk import matrices, names_in_model, split_names, unowned
 from nearplane.models.locate import locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.towers import is_linear
@@ -285,14 +285,14 @@ def _check_ignored(
             expected[disk.removesuffix(".weight")] = None
         elif checkpoint.expects({name}, kind):
             renamed.append(name)
-    for tensor in (name for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1):
-        names = unowned(model, on_disk, [tensor])
+    stored = matrices(checkpoint.store, checkpoint.dense)
+    for tensor, names in unowned(model, on_disk, stored).items():
         module = tensor.endswith(".weight") or len(names) > 1  # a linear, or fused experts
-        if module and names and all(checkpoint.expects({name}, "Linear") for name in names):
+        if module and all(checkpoint.expects({name}, "Linear") for name in names):
             expected[names[0]] = None
     if checkpoint.reader is not None and checkpoint.reader.fused_rules and not expected:
-        dense = (name.removesuffix(".weight") for name in checkpoint.dense if len(checkpoint.store.shape(name)) > 1)
-        expected |= {name: None for name in fused_names(dense) if checkpoint.expects({name}, "Linear")}
+        modules = (name.removesuffix(".weight") for name in stored)
+        expected |= {name: None for name in fused_names(modules) if checkpoint.expects({name}, "Linear")}
     if expected:
         found.problem(
             "Neither quantized nor left out by the quantization_config, so that engines look for codes: "

@@ -279,12 +279,12 @@ def read_text(
 def opening_of(tokenizer: Any, text: Text) -> tuple[int, ...]:
     """Return the tokens that a tokenizer puts before a text: BOS, CLS, or several. Found by tokenizing a few words twice."""
     sample = _sample(text)
-    marked, plain = _ids(tokenizer, sample), _ids(tokenizer, sample, add_special_tokens=False)
+    marked, bare = _ids(tokenizer, sample), _ids(tokenizer, sample, add_special_tokens=False)
     bos = getattr(tokenizer, "bos_token_id", None)
-    if plain and plain[0] == bos:  # a tokenizer that marks a text whether asked to or not
-        return (plain[0],)
-    for first in range(len(marked) - len(plain) + 1 if plain else 0):
-        if marked[first : first + len(plain)] == plain:
+    if bare and bare[0] == bos:  # a tokenizer that marks a text whether asked to or not
+        return (bare[0],)
+    for first in range(len(marked) - len(bare) + 1 if bare else 0):
+        if marked[first : first + len(bare)] == bare:
             return tuple(marked[:first])
     return (marked[0],) if marked and marked[0] == bos else ()
 

@@ -220,12 +220,12 @@ def split_names(model: nn.Module, store: Store, dense: Iterable[str]) -> tuple[S
     return whole, sorted((set(dense) & whole.names) | (whole.names - store.names))
 
 
-def copied(store: Store, quantized: set[str]) -> frozenset[str]:
-    """Return the names of a source's tensors to write beside the ``quantized`` ones."""
-    return store.rejoined(quantized)
+def matrices(store: Store, names: Iterable[str]) -> list[str]:
+    """List the floating tensors of two or more dimensions among ``names``."""
+    return [name for name in names if len(store.shape(name)) > 1 and store.dtype(name).is_floating_point]
 
 
-def unowned(model: nn.Module, names: Mapping[str, str], matrices: Iterable[str]) -> list[str]:
+def unowned(model: nn.Module, names: Mapping[str, str], matrices: Iterable[str]) -> dict[str, list[str]]:
     """Name modules by their stored matrices that no linear of the model has, but an engine's module may.
 
     These are matrices that no parameter takes, weights of modules that are neither linears nor embeddings nor
@@ -235,18 +235,21 @@ def unowned(model: nn.Module, names: Mapping[str, str], matrices: Iterable[str])
         model: the skeleton, its experts taken apart.
         names: on disk, by name in the model.
         matrices: names on disk of dense tensors of two or more dimensions.
+
+    Returns:
+        By tensor, the names under which an engine may ask for it; tensors that are owned are left out.
     """
-    state, modules, found = model.state_dict(), dict(model.named_modules()), dict[str, None]()
+    state, modules, found = model.state_dict(), dict(model.named_modules()), dict[str, list[str]]()
     owners = {disk: name.rpartition(".")[0] for name, disk in names.items() if name in state}
     for tensor in matrices:
         parent, _, leaf = tensor.rpartition(".")
         if parent.endswith("experts"):  # engines ask for the module that holds fused tensors
-            found |= {parent: None, tensor: None}
+            found[tensor] = [parent, tensor]
         elif leaf == "weight" and not isinstance(modules.get(owners.get(tensor, "")), OWNERS):
-            found[parent] = None
+            found[tensor] = [parent]
         elif tensor not in owners and leaf not in ("weight", "bias"):
-            found[tensor] = None
-    return list(found)
+            found[tensor] = [tensor]
+    return found
 
 
 def loading_notes(model: nn.Module, store: Store, written: dict[str, str], asymmetric: bool) -> list[str]:

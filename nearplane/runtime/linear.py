@@ -38,7 +38,7 @@ class SealedWeight(Tensor):
         if func not in _questions():
             raise NearplaneError(
                 "a packed weight gives no values (QuantizedLinear), and they cannot be changed, merged or copied; load with "
-                "packed=False for dense weights."
+                "packed=False (--no-packed) for dense weights."
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
