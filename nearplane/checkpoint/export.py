@@ -1,8 +1,8 @@
 """The last step of ``quantize`` and ``convert``: a format is applied, and a folder becomes a checkpoint.
 
 ``quantize`` leaves its solved weights as parts in the neutral layout, ``convert`` reads them from another checkpoint.
-Where the format stores just the neutral tensors, parts become shards by their names and no byte is copied. Otherwise
-each part is read, packed and written as a shard; parts go once all shards and the index are safe.
+Each part is read and packed, and shards of the usual size are written beside the parts. Parts go once all shards and
+the index are safe.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -90,14 +90,13 @@ def export(
     writer.finish()
 
 
-def copied_bytes(format: Format, weights: Iterable[tuple[tuple[int, int], Grid]]) -> int:
-    """Count the bytes of the parts, which lie on disk beside the shards until export ends; 0 where they become shards.
+def copied_bytes(weights: Iterable[tuple[tuple[int, int], Grid]]) -> int:
+    """Count the bytes of the parts, which lie on disk beside the shards until export ends.
 
     Args:
-        format: that of the checkpoint.
         weights: (out, in) and grid of every quantized weight.
     """
-    return sum(NEUTRAL.nbytes(shape, grid) for shape, grid in weights) if not format.neutral else 0
+    return sum(NEUTRAL.nbytes(shape, grid) for shape, grid in weights)
 
 
 def rest_of(
@@ -187,15 +186,12 @@ def routing(model: nn.Module, names: Mapping[str, str]) -> set[str]:
 
 
 def _pack_parts(writer: Writer, format: Format, tick: Callable[[], None]) -> None:
-    """Make shards of the parts: one for one, so that memory holds one at a time."""
-    if format.neutral:
-        return
+    """Pack the parts' weights anew; the writer makes a shard of them whenever enough wait."""
     writer.repack()
     for record in writer.records:
         for solved in _read(writer, record):
             writer.put(format.pack(*solved))
             tick()
-        writer.flush()
 
 
 def _read(writer: Writer, record: dict[str, Any]) -> Iterator[Solved]:

@@ -99,11 +99,6 @@ class Format(ABC):
     def name(self) -> str:
         """Name that users give, and the key in ``FORMATS``."""
 
-    @property
-    def neutral(self) -> bool:
-        """Whether ``pack`` gives the tensors of the neutral layout, so that a run's parts are final shards already."""
-        return False
-
     def running(self, activations: TokenGrid | None, online: bool) -> "Format":
         """Give the variant for inputs that are rounded, or rotated (``online``), while the model runs.
 

@@ -59,11 +59,6 @@ class CompressedTensors(Format):
     casts_scales: ClassVar[bool] = True
     order_key: ClassVar[str] = "actorder"
 
-    @property
-    def neutral(self) -> bool:
-        """Without rounded activations the tensors are those of ``NEUTRAL``."""
-        return self.activations is None
-
     def running(self, activations: TokenGrid | None, online: bool) -> "CompressedTensors":
         """Both can be stated, online rotations by a name of the format that no other reader knows."""
         return replace(self, activations=activations, online=online)

@@ -33,9 +33,9 @@ FINAL = "model-{:05}-of-{:05}.safetensors"
 # Holds times, and so has other bytes each run: two runs that did the same have the same sums.
 UNSUMMED = (REPORT,)
 
-# Tensors wait in memory until so many bytes of them make a file.
-SHARD_BYTES = 4 << 30
-# Of unfinished files: parts, which become shards where the format is the neutral layout, else shards made of them.
+# Tensors wait in memory until so many bytes of them make a file: 5 GB, as other tools have it.
+SHARD_BYTES = 5_000_000_000
+# Of unfinished files: parts, and the shards that are made of them; without parts, what is put becomes shards by name.
 STEMS = ("part", "shard")
 
 

@@ -210,10 +210,10 @@ class _Walk:
         self.files = sum((source.folder / name).stat().st_size for name in companions(source.folder).copied)
 
     def disk(self) -> dict[str, int]:
-        """Return the bytes that are written; solved weights lie there twice where the export packs them anew."""
+        """Return the bytes that are written; solved weights lie there twice while the export packs them."""
         plan = self.plan
         found = {"quantized": self.quantized, "dense": self.dense, "other files": self.files}
-        parts = copied_bytes(plan.format, ((site.shape, plan.grid_of(site)) for site in plan.sites))
+        parts = copied_bytes((site.shape, plan.grid_of(site)) for site in plan.sites)
         return found | ({"parts until the export": parts} if parts else {})
 
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
@@ -229,7 +229,7 @@ class _Walk:
 
     def beside(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield the start, where the probe runs one block in float32, and the end, where dense tensors are copied."""
-        outside, pending = 4 * self.probed, min(self.dense, SHARD_BYTES)
+        outside, pending = 4 * self.probed, min(self.quantized + self.dense, SHARD_BYTES)
         block = 4 * max(self.blocks.values())
         quiet = dict.fromkeys(("streams", "paused", "moments", "factor"), 0)
         probing = {"outside": outside, "block": block, **quiet, "solver": self.largest_linear, "pending": 0}

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nearplane.cli.main import main
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats import parts as write
 from nearplane.formats.journal import STATE, Journal
+from nearplane.formats.parts import Writer
 from nearplane.formats.store import INDEX
 from nearplane.models.values import fingerprint
 from nearplane.run.forward import OnDisk
@@ -147,6 +148,14 @@ def test_killed_while_a_shard_is_written(block: int, model: Path, whole: dict[st
 
 # An export that copies, of a run that is soon planned.
 EXPORTED: dict[str, Any] = {"format": "gptq_v2", "method": RTN()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_shards() -> Iterator[None]:
+    """A block's part is one file of this size, and a checkpoint of it several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Writer.__init__.__kwdefaults__, "shard_bytes", 40_000)
+        yield
 
 
 @pytest.fixture(scope="module")
