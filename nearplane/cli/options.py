@@ -31,7 +31,7 @@ BY_PLACE = ("model", "out", "new")
 # Flags that may be given several times.
 REPEATED = ("override", "ignore")
 # Set by the run, not by a user.
-HIDDEN = ("scale_dtype",)
+HIDDEN = ("scale_dtype", "given")
 METAVARS = {
     "override": "REGEX=FIELD=VALUE,...", "ignore": "REGEX", "towers": "NAME,...", "rotate": "r1,r2[,r4]",
     "budget": "BITS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",

@@ -69,7 +69,8 @@ class Grid:
     bits: int | Literal["ternary"] = 4
     """Bits per weight: 2 to 8, or "ternary" (three levels on the 2-bit storage)."""
     group_size: int = 128
-    """Input columns that share one scale; -1: one scale per output row."""
+    """Input columns that share one scale; -1: one scale per output row. Where none is given and 128 does not divide the
+    inputs of every linear, a run takes 64 or 32 if that does."""
     sym: bool = True
     """Symmetric grid around zero; --no-sym stores a zero point per group."""
     fit: Fit = "auto"

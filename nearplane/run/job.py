@@ -153,6 +153,8 @@ class Job:
     """Of a hub id, the branch, tag or commit; MODEL@REVISION says the same."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    given: tuple[str, ...] | None = None
+    """Set by ``of``: the names of the settings that were given. None: all, as the job was made from whole objects."""
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -172,6 +174,10 @@ class Job:
         for transform in (self.rotation, *self.transforms):
             if isinstance(transform, type) or not (hasattr(transform, "promise") and hasattr(transform, "apply")):
                 raise SettingError(f"a transform is an object with promise and apply; got {transform!r}.")
+
+    def was_given(self, name: str) -> bool:
+        """Tell whether a setting of the grid was given, by its name or within a whole grid."""
+        return self.given is None or not {name, "grid"}.isdisjoint(self.given)
 
     @property
     def rotation(self) -> Rotate:
@@ -194,21 +200,23 @@ class Job:
         Raises:
             SettingError: an unknown name, with the nearest known one; or a value that has no meaning.
         """
-        job = job or cls()
+        job = job or cls(given=())
         given = {name: plain(value) for name, value in _canonical({**(settings or {}), **more}).items()}
+        names = None if job.given is None else tuple(sorted({*job.given, *given}))
         method = _method(given.pop("method", None), job.method)
         parts: dict[str, Any] = {"method": method, "grid": given.pop("grid", None) or job.grid}
         parts["calibration"] = given.pop("calibration", None) or job.calibration
         rounding = {name: given.pop(name) for name in ACTIVATIONS if name in given}
         parts["activations"] = _activations(given.pop("activations", job.activations), rounding)
-        own = {f.name for f in fields(cls)}
+        own = {f.name for f in fields(cls)} - {"given"}
         changes: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in own}
         for name, part in parts.items():
             taken = {key: given.pop(key) for key in list(given) if is_dataclass(part) and key in _names(part)}
             changes[name] = replace(part, **taken) if taken else part
         if given:
             raise SettingError(_unknown(next(iter(given)), method, own | _known(parts)))
-        return replace(job, **{name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()})
+        converted = {name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()}
+        return replace(job, **converted, given=names)
 
 
 def compiled(what: str, pattern: str) -> Callable[[str], re.Match[str] | None]:

@@ -18,6 +18,9 @@ from nearplane.models.discover import Block, Site
 from nearplane.models.towers import chosen_towers
 from nearplane.run.job import Job, compiled
 
+# Of a run that is given no group size, the largest that divides the inputs of all linears.
+GROUP_SIZES = (128, 64, 32)
+
 
 def leave_out(
     blocks: list[Block], job: Job, disk: Callable[[str], str], others: Iterable[str], dense: Iterable[str] = ()
@@ -83,6 +86,22 @@ def wants_head(job: Job, head: str, linears: Iterable[str]) -> bool:
             f"no engine rounds what goes into an output head; quantize {head} without --act-bits, or not at all."
         )
     return wanted
+
+
+def fitting(job: Job, inputs: Mapping[str, int]) -> Grid:
+    """Return the job's grid; where no group size was given, with the largest usual one that divides every linear's inputs.
+
+    A smaller last group loads nowhere else. Where none of the usual sizes divides all, the default stays.
+
+    Args:
+        inputs: input columns of each linear by its name on disk.
+    """
+    if job.was_given("group_size"):
+        return job.grid
+    own = [compiled("override", some.pattern) for some in job.override if some.group_size is not None]
+    widths = {width for name, width in inputs.items() if not any(found(name) for found in own)}
+    sizes = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
+    return replace(job.grid, group_size=next(sizes, job.grid.group_size))
 
 
 def assign(names: Mapping[str, str], grid: Grid, job: Job) -> tuple[dict[str, Grid], frozenset[str]]:

@@ -34,7 +34,18 @@ from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
 from nearplane.run.job import Job, Override
-from nearplane.run.mix import Unit, allowed, assign, check_budget, counted, leave_out, refuse_split, units, wants_head
+from nearplane.run.mix import (
+    Unit,
+    allowed,
+    assign,
+    check_budget,
+    counted,
+    fitting,
+    leave_out,
+    refuse_split,
+    units,
+    wants_head,
+)
 from nearplane.run.remarks import check_scales, remarks
 from nearplane.run.report import recordable
 from nearplane.run.stream import OpenBlock, Place, stream
@@ -323,11 +334,12 @@ def complete(plan: Plan) -> Plan:
 def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
     """Settle dtypes and grids; refuse what the format or the method cannot hold."""
     stored = pick_dtype(job.dtype) or source.dtype
-    grid = replace(job.grid, scale_dtype=format.scale_dtype(stored))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
     rest = {name.removesuffix(".weight") for pair in source.names.items() for name in pair} - {*disk, *disk.values()}
     blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest))
     sites = [site for block in blocks for site in block.sites]
+    grid = fitting(job, {disk[site.name]: site.shape[1] for site in sites})
+    grid = replace(grid, scale_dtype=format.scale_dtype(stored))
     grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job)
     refuse_split(grids, ignored, job, fixed)
     for site in sites:

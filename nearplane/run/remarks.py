@@ -30,7 +30,7 @@ SPOILED = 0.5
 def remarks(plan: "Plan") -> list[str]:
     """List sentences about a plan that a user should read before the run starts."""
     weights = sorted({(site.shape, plan.grid_of(site)) for site in plan.sites}, key=lambda pair: pair[0])
-    notes = [plan.format.warn(grid, shape) for shape, grid in weights]
+    notes = [_groups(plan), *(plan.format.warn(grid, shape) for shape, grid in weights)]
     missed = "the probe forward did not reach it, stays dense"
     unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached] + _strange(plan)
     notes += [*plan.source.notes, *plan.notes, *_about_loading(plan), *_about_files(plan.source)]
@@ -77,6 +77,18 @@ def _strange(plan: "Plan") -> list[str]:
     kinds = ", ".join(sorted({type(plan.source.model.get_submodule(name)).__name__ for name in names}))
     told = f"{len(names)} linears of class {kinds}, which compute otherwise than nn.Linear, stay dense, the first: "
     return [told + names[0]] if names else []
+
+
+def _groups(plan: "Plan") -> str | None:
+    """Return a sentence where no group size was given and the default divides not every linear's inputs, else None."""
+    usual, chosen = plan.job.grid.group_size, plan.grid.group_size
+    if chosen == usual:
+        return None
+    widths = sorted({site.shape[1] for site in plan.sites if site.shape[1] % usual})
+    return (
+        f"group_size {chosen}: it divides the inputs of every linear, and {usual} does not divide "
+        f"{', '.join(map(str, widths))}; --group-size {usual} takes {usual} all the same"
+    )
 
 
 def _shortened(plan: "Plan") -> str | None:

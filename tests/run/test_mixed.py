@@ -375,3 +375,31 @@ def test_the_budget_of_the_command_line(model: Path, tmp_path: Path, capsys: pyt
     printed = capsys.readouterr()
     assert "model.layers.1.mlp.gate_proj+up_proj" in printed.err and "error at each width" in printed.err
     assert "at 4." in printed.out
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "told"),
+    [
+        ({}, 32, "group_size 32: it divides the inputs of every linear, and 128 does not divide 64, 96"),
+        ({"bits": 3}, 32, "--group-size 128 takes 128 all the same"),
+        ({"group_size": 128}, 128, None),  # tails, as asked for
+        ({"groupsize": 128}, 128, None),
+        ({"grid": Grid()}, 128, None),
+        ({"override": {"down_proj": {"group_size": 48}}}, 64, "128 does not divide 64, 96"),  # has groups of its own
+        ({"ignore": "down_proj"}, 64, "128 does not divide 64;"),
+    ],
+)
+def test_where_no_group_size_is_given(given: dict[str, Any], size: int, told: str | None, tmp_path: Path) -> None:
+    """128, or what divides the inputs of every linear: a tail group loads nowhere else. Here they are 64 and 96."""
+    model = tiny.save(tiny.build("llama"), tmp_path / "model")
+    plan = make_plan(model, method=RTN(), sketch=True, **given)
+    assert plan.grid.group_size == size == plan.settings["grid"]["group_size"]
+    said = [note for note in plan.warnings() if note.startswith("group_size ") and "all the same" in note]
+    assert len(said) == (told is not None) and all(told in note for note in said if told)
+
+
+def test_where_no_usual_group_size_divides(tmp_path: Path) -> None:
+    """The default stays, and the tail groups are named."""
+    model = tiny.save(tiny.build("llama", intermediate_size=100), tmp_path / "model")
+    plan = make_plan(model, method=RTN(), sketch=True)
+    assert plan.grid.group_size == 128 and any("does not divide the 100 input columns" in n for n in plan.warnings())
