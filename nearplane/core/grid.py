@@ -228,8 +228,9 @@ def decode(
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """Return the weight that the codes stand for, in the dtype of the scales."""
     dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
-    scale, zero = (by_column(part, grid, n) for part in (quantized.scale, quantized.zero.to(dtype)))
-    return decode(quantized.codes.to(dtype), scale, zero, grid)
+    work = torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype  # few digits do not hold a real zero
+    scale, zero = (by_column(part.to(work), grid, n) for part in (quantized.scale, quantized.zero))
+    return decode(quantized.codes.to(work), scale, zero, grid).to(dtype)
 
 
 def round_to_nearest(

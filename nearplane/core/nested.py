@@ -5,18 +5,29 @@ minima, the offset is ``dmin sub_min`` in the same way. All of them are rounded 
 chooses them by what they cost the weights. A round of refinement moves the integers, and leaves ``d`` and ``dmin``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Float32, Int32, Shaped
 from torch import Tensor
 
-from nearplane.core.errors import NumericalError, SettingError
+from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.levels import Levels
 from nearplane.core.line import Line
-from nearplane.core.scales import MOST_ZERO, Beside, ScaleDtype, Scales, keep_sign, least_of, real_zero, rounded
+from nearplane.core.scales import (
+    MOST_ZERO,
+    Affine,
+    Beside,
+    ScaleDtype,
+    Scales,
+    Signed,
+    keep_sign,
+    least_of,
+    real_zero,
+    rounded,
+)
 
 # Super-scales that are tried: the largest scale over so many, in multiples of the greatest integer.
 TRIED = [1 + i / 32 for i in range(-14, 5)]
@@ -179,6 +190,28 @@ class Nested(Scales):
 
     def beside(self, scale: Tensor, zero: Tensor) -> Beside:
         return _NestedBeside(self, scale, zero)
+
+
+KINDS: dict[str, type[Signed] | type[Affine] | type[Nested]] = {"signed": Signed, "affine": Affine, "nested": Nested}
+"""The scales that are no plain floats, by the ``kind`` under which parts and reports record them."""
+
+
+def described(scales: Scales) -> dict[str, Any]:
+    """Return scales of ``KINDS`` as fields for JSON."""
+    if not isinstance(scales, tuple(KINDS.values())):
+        raise SettingError(f"scales of type {type(scales).__name__} have no description on disk.")
+    return asdict(scales)
+
+
+def scales_of(told: Mapping[str, Any], where: str) -> Scales:
+    """Make scales of what ``described`` returned. Raises NearplaneError, beginning with ``where``, if they are unknown."""
+    kind = KINDS.get(str(told.get("kind")))
+    known = {} if kind is None else {part.name: part.default for part in fields(kind) if part.init}
+    given = {key: value for key, value in told.items() if key != "kind"}
+    same = given.keys() == known.keys() and all(type(given[key]) is type(known[key]) for key in known)
+    if kind is None or not same or given["dtype"] not in get_args(ScaleDtype):
+        raise NearplaneError(f"{where}: nearplane knows no scales {dict(told)!r}.")
+    return kind(**given)
 
 
 def _divide(
