@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nearplane.checkpoint.config import written_config
 from nearplane.checkpoint.export import Rest, Solved, export, head_names, left_out
 from nearplane.checkpoint.load import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
@@ -99,10 +100,10 @@ def convert(
     if checkpoint.format == target.name:
         raise SettingError(f"{path} is {target.name} already; copy the folder.")
     _refuse_more(checkpoint, target)
-    _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
+    opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
-    config = _configuration(checkpoint, target, model, modules, grids, trust_remote_code)
+    config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (
         Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
@@ -120,12 +121,16 @@ def convert(
 def _configuration(
     checkpoint: Checkpoint,
     target: Format,
-    model: nn.Module,
+    opened: tuple[Any, nn.Module],
     modules: dict[str, str],
     grids: dict[str, Grid],
     trusted: bool,
 ) -> dict[str, Any]:
-    """Give config.json in the new format; ``trusted``: whether the model's own Python ran."""
+    """Give config.json in the new format.
+
+    ``opened``: class of the configuration, and the skeleton. ``trusted``: whether the model's own Python ran.
+    """
+    kind, model = opened
     names = names_in_model(model, split_names(model, checkpoint.store, checkpoint.dense)[1])
     ignore = left_out(model, names, set(modules.values()), matrices(checkpoint.store, checkpoint.dense))
     # Loaders look for a linear by its name in the model or on disk: both are named.
@@ -133,7 +138,7 @@ def _configuration(
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
     plain = without_code(plain_config(checkpoint.config), trust_remote_code=trusted)
-    return {**plain, "quantization_config": quantization}
+    return {**written_config(plain, kind, model), "quantization_config": quantization}
 
 
 def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
