@@ -76,7 +76,7 @@ def convert(
     Args:
         path: folder or hub id of the checkpoint, ours or another tool's.
         out: a folder that does not exist or is empty; it appears whole or not at all.
-        format: "compressed-tensors", "gptq", "gptq_v2" or a format of the caller's own.
+        format: "compressed-tensors", "gptq", "gptq_v2", "awq" or a format of the caller's own.
         formats: formats of the caller's own that ``path`` may be in.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
@@ -164,6 +164,9 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
         reason = (conv1d_reason(target) if conv else None) or target.supports(grids[name], layer.shape)
         if reason is not None:
             raise NearplaneError(f"{name}: {reason}.")
+    together = target.together(grids)
+    if together is not None:
+        raise NearplaneError(f"{together}.")
     for name, grid in grids.items():  # all of them before the first is written
         check(name, _exact(name, checkpoint.quantized(name), grid, target), grid)
     return grids
