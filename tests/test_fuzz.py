@@ -237,7 +237,7 @@ def decode_all(place: Path) -> None:
     open_checkpoint(place, {})
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
 @settings(max_examples=MANY)
 @given(data=st.data())
 def test_a_damaged_quantized_checkpoint(format: str, data: st.DataObject, folder: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from nearplane.checkpoint.config import written_config
 from nearplane.checkpoint.export import Rest, Solved, export, head_names, left_out
 from nearplane.checkpoint.load import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
@@ -75,7 +76,7 @@ def convert(
     Args:
         path: folder or hub id of the checkpoint, ours or another tool's.
         out: a folder that does not exist or is empty; it appears whole or not at all.
-        format: "compressed-tensors", "gptq", "gptq_v2" or a format of the caller's own.
+        format: "compressed-tensors", "gptq", "gptq_v2", "awq" or a format of the caller's own.
         formats: formats of the caller's own that ``path`` may be in.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
@@ -99,10 +100,10 @@ def convert(
     if checkpoint.format == target.name:
         raise SettingError(f"{path} is {target.name} already; copy the folder.")
     _refuse_more(checkpoint, target)
-    _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
+    opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
-    config = _configuration(checkpoint, target, model, modules, grids, trust_remote_code)
+    config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (
         Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
@@ -120,12 +121,16 @@ def convert(
 def _configuration(
     checkpoint: Checkpoint,
     target: Format,
-    model: nn.Module,
+    opened: tuple[Any, nn.Module],
     modules: dict[str, str],
     grids: dict[str, Grid],
     trusted: bool,
 ) -> dict[str, Any]:
-    """Give config.json in the new format; ``trusted``: whether the model's own Python ran."""
+    """Give config.json in the new format.
+
+    ``opened``: class of the configuration, and the skeleton. ``trusted``: whether the model's own Python ran.
+    """
+    kind, model = opened
     names = names_in_model(model, split_names(model, checkpoint.store, checkpoint.dense)[1])
     ignore = left_out(model, names, set(modules.values()), matrices(checkpoint.store, checkpoint.dense))
     # Loaders look for a linear by its name in the model or on disk: both are named.
@@ -133,7 +138,7 @@ def _configuration(
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
     plain = without_code(plain_config(checkpoint.config), trust_remote_code=trusted)
-    return {**plain, "quantization_config": quantization}
+    return {**written_config(plain, kind, model), "quantization_config": quantization}
 
 
 def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
@@ -159,6 +164,9 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
         reason = (conv1d_reason(target) if conv else None) or target.supports(grids[name], layer.shape)
         if reason is not None:
             raise NearplaneError(f"{name}: {reason}.")
+    together = target.together(grids)
+    if together is not None:
+        raise NearplaneError(f"{together}.")
     for name, grid in grids.items():  # all of them before the first is written
         check(name, _exact(name, checkpoint.quantized(name), grid, target), grid, any_scales=True)  # as it supports
     return grids

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nearplane.checkpoint.config import in_dtype, written_config
 from nearplane.core.grid import Grid, Quantized
 from nearplane.formats.base import Format
 from nearplane.formats.compressed import NEUTRAL
@@ -124,23 +125,15 @@ def rest_of(
     ignore = left_out(source.model, source.names, set(grids), matrices(source.store, dense))
     quantization = format.config(grid, ignore=ignore, settings=settings, grids=named)
     raw = without_code(source.written_config(), trust_remote_code=source.trust_remote_code)
-    config = _in_dtype(raw, dtype or source.dtype, every=dtype is not None)
+    config = in_dtype(
+        written_config(raw, type(source.config), source.model), dtype or source.dtype, every=dtype is not None
+    )
     config["quantization_config"] = quantization
 
     def get(name: str) -> Tensor:
         return source.store.get(name).to(source.written(name, dtype))
 
     return Rest(dense, get, config, source.folder)
-
-
-def _in_dtype(config: dict[str, Any], dtype: torch.dtype, *, every: bool) -> dict[str, Any]:
-    """Name a dtype in config.json: of the whole and of the text part; of the other parts, too, with ``every``."""
-    name = str(dtype).removeprefix("torch.")
-    result = {key: value for key, value in config.items() if key != "torch_dtype"}
-    for key, part in result.items():
-        if isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"} and (every or key == "text_config"):
-            result[key] = _in_dtype(part, dtype, every=every)
-    return result | {"dtype": name}
 
 
 def head_names(model: nn.Module, quantized: Mapping[str, str]) -> dict[str, list[str]]:

@@ -118,6 +118,10 @@ class Format(ABC):
         """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
         return levels_reason(grid) or scales_reason(grid)
 
+    def together(self, grids: Mapping[str, Grid]) -> str | None:
+        """Tell why weights on these grids, by names of their modules, cannot be in one checkpoint; None if they can."""
+        return None
+
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why engines will refuse a weight that can be stored; None if none is known to."""
         return None

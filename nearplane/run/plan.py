@@ -350,6 +350,9 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
         reason = reason or getattr(job.method, "refuses", lambda _shape: None)(site.shape)
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
+    together = format.together(grids)
+    if together is not None:
+        raise SettingError(f"{together}.")
     compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
     plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored)

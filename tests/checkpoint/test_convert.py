@@ -254,7 +254,7 @@ def test_quantized_activations(tmp_path: Path) -> None:
 
 def test_what_is_no_conversion(tmp_path: Path) -> None:
     out, new = written(tmp_path, "gptq"), tmp_path / "new"
-    refused(out, new, "awq", "format must be one of", kind=SettingError)
+    refused(out, new, "awk", "format must be one of", kind=SettingError)
     refused(out, new, "gptq", "is gptq already; copy the folder", kind=SettingError)
     refused(tmp_path / "model", new, "gptq", "is not quantized; use nearplane quantize", kind=SettingError)
     with pytest.raises(SettingError, match="is not empty"):
@@ -289,7 +289,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert "14 layers from compressed-tensors to gptq, codes, scales and zeros as they were; 7 other tensors" in said
     assert main(["verify", str(new), "--engine", "vllm"]) == 0
-    assert main(["convert", str(out), str(tmp_path / "other"), "--format", "awq"]) == 2
+    assert main(["convert", str(out), str(tmp_path / "other"), "--format", "awk"]) == 2
     assert main(["convert", str(out), str(tmp_path / "other")]) == 2
     assert main(["convert", str(out), str(new), "--format", "gptq_v2"]) == 2
     assert "is not empty" in capsys.readouterr().err

@@ -55,7 +55,7 @@ BAD_COMPRESSED: list[tuple[str, Change]] = [
         lambda t, c: t.update({"m.weight_packed": t["m.weight_packed"].to(torch.uint8)}),
     ),
     ("says that it is quantized .* no quantized tensor", lambda t, c: [t.clear(), t.update(a=torch.ones(1))]),
-    ("quantized with awq; nearplane reads", lambda t, c: c.update(quant_method="awq")),
+    ("quantized with hqq; nearplane reads", lambda t, c: c.update(quant_method="hqq")),
     (
         r"tensor m.weight_packed \(int32\) is part .* \(fp8\) does not explain",
         lambda t, c: c.update(quant_method="fp8"),

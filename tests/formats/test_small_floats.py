@@ -348,9 +348,9 @@ def test_integers_that_are_no_weights_are_let_be(tmp_path: Path) -> None:
 
 
 def test_the_card_names_the_original(tmp_path: Path) -> None:
-    config = {"quant_method": "awq", "bits": 4}
+    config = {"quant_method": "hqq", "bits": 4}
     tensors = {"m.qweight": torch.ones(4, 4, dtype=torch.int32)}
-    with pytest.raises(NearplaneError, match=r"with awq; .*often the base_model of its card"):
+    with pytest.raises(NearplaneError, match=r"with hqq; .*often the base_model of its card"):
         opened(tmp_path, tensors, config)
     for head in ("base_model: org/name", "license: mit\nbase_model:\n- org/name\ntags: []", 'base_model: "org/name"'):
         (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# base_model: none\n")
@@ -359,7 +359,6 @@ def test_the_card_names_the_original(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "awq": {"quant_method": "awq", "bits": 4},
     "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "hqq": {"quant_method": "hqq"},
     "aqlm": {"quant_method": "aqlm"},

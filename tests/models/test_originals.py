@@ -338,10 +338,10 @@ def test_an_index_shows_quantized_weights_before_they_are_fetched(made: Callable
 
 def test_other_quantized_models_are_refused_with_what_to_do(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made("192"), tmp_path / "m"))
-    coded.configure(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    coded.configure(folder, quantization_config={"quant_method": "hqq", "bits": 4})
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/original\n---\n")
     for act in (lambda: run(folder, tmp_path / "out"), lambda: make_plan(folder, sketch=True, grid=GRID)):
-        with pytest.raises(SettingError, match=r"quantized already \(awq, 4 bits\); give .*org/original"):
+        with pytest.raises(SettingError, match=r"quantized already \(hqq, 4 bits\); give .*org/original"):
             act()
-    with pytest.raises(nearplane.NearplaneError, match=r"is quantized with awq; .*org/original"):
+    with pytest.raises(nearplane.NearplaneError, match=r"is quantized with hqq; .*org/original"):
         nearplane.load(folder)
