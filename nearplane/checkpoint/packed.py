@@ -6,7 +6,7 @@ weights are loaded, so that no memory is taken twice; then its packed linear tak
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -72,14 +72,29 @@ class Packing:
             taken = sum(map(self.checkpoint.store.nbytes, layers[path])) if path in layers else linear.weight.nbytes
             model.set_submodule(path, _Hole(None if path in self.apart else linear.bias, taken if room else 0))
 
-    def fill(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Put the packed linears in their places, each on the device where transformers has put the hole."""
+    def fill(self, model: nn.Module, dtype: torch.dtype, places: Mapping[str, Any] | None = None) -> None:
+        """Put the packed linears in their places.
+
+        Args:
+            model: the model, in which ``dig`` has left them out.
+            dtype: of its dense weights.
+            places: devices by module, a device map; none: each is put where transformers has put its hole.
+        """
+        for path in self.holes | self.apart if places is not None else ():
+            model.get_submodule(path).to(place_of(path, places or {}))
         for layer, path in self.modules.items():
             if path not in self.apart:
                 hole: Any = model.get_submodule(path)
                 model.set_submodule(path, _packed(self.checkpoint, dtype, layer, hole.bias).to(hole.weight.device))
         if self.apart:
             self.members.fill(model, dtype, partial(_packed, self.checkpoint, dtype))
+
+
+def place_of(path: str, places: Mapping[str, Any]) -> Any:
+    """Give the device of a module by a device map, which names it or a module around it."""
+    while path not in places and path:
+        path = path.rpartition(".")[0]
+    return places.get(path, "cpu")
 
 
 class Members:
