@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nearplane.api import bench, evaluate, generate, inspect, load, plan, quantize
     from nearplane.checkpoint.convert import Conversion, convert
+    from nearplane.checkpoint.enable import disable, enable
     from nearplane.checkpoint.inspect import Anatomy
     from nearplane.checkpoint.load import LoadSettings
     from nearplane.checkpoint.verify import Verification, verify
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "nearplane.api": ("bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"),
     "nearplane.checkpoint.convert": ("Conversion", "convert"),
+    "nearplane.checkpoint.enable": ("disable", "enable"),
     "nearplane.checkpoint.inspect": ("Anatomy",),
     "nearplane.checkpoint.load": ("LoadSettings",),
     "nearplane.checkpoint.verify": ("Verification", "verify"),
@@ -105,7 +107,9 @@ __all__ = [
     "bench",
     "compare",
     "convert",
+    "disable",
     "discover",
+    "enable",
     "evaluate",
     "generate",
     "inspect",

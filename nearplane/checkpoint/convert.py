@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.checkpoint.config import written_config
 from nearplane.checkpoint.export import Rest, Solved, export, head_names, left_out
-from nearplane.checkpoint.load import modules_of
+from nearplane.checkpoint.packed import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats import Format, pick_format

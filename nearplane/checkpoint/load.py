@@ -6,8 +6,6 @@ Decides what becomes of quantized weights: packed linears, which keep them as th
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import cache, partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,22 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nearplane.checkpoint.packed import Packing, settle, turn, warn_of_slowness
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError, plain_numbers
 from nearplane.core.moments import all_finite
-from nearplane.formats.originals import unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint
 from nearplane.formats.store import SMALL_FLOATS, again, read_json
 from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
-from nearplane.models import absent
-from nearplane.models.experts import EXPERT, experts_of, unfuse
-from nearplane.models.experts_disk import SplitStore, names_in_model, split
+from nearplane.models.experts import EXPERT
+from nearplane.models.experts_disk import names_in_model
 from nearplane.models.locate import BAD_CONFIG, first_line, locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.values import kept_in_float32
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
-from nearplane.runtime.layout import tile
-from nearplane.runtime.linear import QuantizedLinear, quantize_head, rounded, set_arithmetic
-from nearplane.transforms.hooks import turn_inputs, turned_linears
+from nearplane.runtime.linear import quantize_head, rounded
 
 GENERATION = "generation_config.json"
 
@@ -95,76 +90,6 @@ class LoadSettings:
         return LoadSettings(device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
-class Members:
-    """The places of all experts' weights and biases in a checkpoint; empty where no expert is quantized."""
-
-    def __init__(self, skeleton: nn.Module, checkpoint: Checkpoint, modules: dict[str, str]) -> None:
-        """``modules``: of the model, by name of the quantized layer."""
-        self.checkpoint = checkpoint
-        quantized = {module: layer for layer, module in modules.items() if EXPERT.fullmatch(module)}
-        self.experts = experts_of(skeleton) if quantized else {}
-        self.layers: dict[str, str] = quantized if self.experts else {}
-        """Quantized layer by linear of the model."""
-        self.store = split(skeleton, checkpoint.store) if self.experts else checkpoint.store
-        fused = {p.tensor for p in self.store.pieces.values()} if isinstance(self.store, SplitStore) else set()
-        stored = (set(checkpoint.dense) - fused) | (self.store.names - checkpoint.store.names)
-        found = names_in_model(skeleton, stored) if self.experts else {}
-        self.dense = {name: disk for name, disk in found.items() if EXPERT.fullmatch(name.rpartition(".")[0])}
-        """Name on disk by parameter of the model."""
-        self.taken = fused | set(self.dense.values())
-        """Tensors that are not transformers' to place."""
-        self.linears = {
-            f"{path}.{expert}.{linear}": part
-            for path, module in self.experts.items()
-            for expert in range(module.layout.experts)
-            for linear, part in module.layout.parts.items()
-        }
-
-    def fused(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Make the fused parameters dense."""
-        state: dict[str, Tensor] = {}
-        for path, module in self.experts.items():
-            state |= {f"{path}.{name}": torch.empty(shape, dtype=dtype) for name, shape in module.shapes.items()}
-            for expert in range(module.layout.experts):
-                for linear, part in module.layout.parts.items():
-                    name = f"{path}.{expert}.{linear}"
-                    for parameter, value in ((part.weight, self._weight(name)), (part.bias, self._bias(name))):
-                        if parameter is not None and value is not None:
-                            part.cut(module.layout.slab(state[f"{path}.{parameter}"], expert)).copy_(value)
-        return state
-
-    def fill(self, model: nn.Module, dtype: torch.dtype, packed: Callable[[str, Tensor | None], nn.Module]) -> None:
-        """Put every expert's linear into the model; ``packed`` makes one of a quantized layer and a bias."""
-        for name in self.linears:
-            bias = self._bias(name)
-            bias = None if bias is None else bias.to(dtype)
-            if name in self.layers:
-                model.set_submodule(name, packed(self.layers[name], bias))
-                continue
-            weight = self._weight(name).to(dtype)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-            model.set_submodule(name, linear)
-
-    def _weight(self, name: str) -> Tensor:
-        return self.checkpoint.weight(self.layers[name]) if name in self.layers else self._get(f"{name}.weight")
-
-    def _bias(self, name: str) -> Tensor | None:
-        return None if self.linears[name].bias is None else self._get(f"{name}.bias")
-
-    def _get(self, parameter: str) -> Tensor:
-        folder = self.checkpoint.store.folder
-        if parameter not in self.dense:
-            raise NearplaneError(f"{folder} lacks weights that config.json asks for, the first: {parameter}.")
-        value = self.store.get(self.dense[parameter])
-        if not bool(value.isfinite().all()):
-            raise NumericalError(
-                f"{folder}: weight {self.dense[parameter]} holds NaN or Inf; the checkpoint is broken."
-            )
-        return value
-
-
 def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Module:
     """Load a folder, quantized by us or others, or not at all. No other quantization package is needed.
 
@@ -184,38 +109,26 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
     folder = locate(model, revision=settings.revision)
     config, skeleton = open_skeleton(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
-    _check_size(skeleton, checkpoint)
     if checkpoint.original is not None:
         say(f"note: {folder}: {checkpoint.original}")
-    _refuse_codes(skeleton, checkpoint)
-    modules = modules_of(skeleton, checkpoint)
-    members = Members(skeleton, checkpoint, modules)
+    packing = Packing(skeleton, checkpoint)
     dtype = named or _stored(checkpoint)
-    state = _state(skeleton, checkpoint, modules, members, dtype, packed)
-    holes = set(modules.values()) if packed else set()
-    apart = set(members.linears) if packed else set()
-    result = _assemble(type(skeleton), config, state, dtype, folder, holes - apart, apart)
-    for name, layer in checkpoint.layers.items():
-        if modules[name] in apart:
-            continue
-        if packed:
-            hole = result.get_submodule(modules[name])
-            result.set_submodule(modules[name], _packed(checkpoint, dtype, name, hole.bias))
-        elif layer.activations is not None:
-            _round_inputs(result, modules[name], layer.activations)
-    if apart:
-        members.fill(result, dtype, partial(_packed, checkpoint, dtype))
-    _turn_inputs(result, checkpoint)
+    state = _state(skeleton, packing, dtype, packed)
+    holds = packed and bool(packing.modules)
+    result = _assemble(type(skeleton), config, state, dtype, folder, packing if holds else None)
+    if holds:
+        packing.fill(result, dtype)
+    else:
+        for name, layer in checkpoint.layers.items():
+            if layer.activations is not None:
+                _round_inputs(result, packing.modules[name], layer.activations)
+    turn(result, checkpoint)
     if head_bits is not None:
         quantize_head(result, head_bits)
-    if holes and device.type == "cpu" and cpu.best() is None:
-        _warn_once()
-    if holes or head_bits is not None:
-        result.requires_grad_(False)  # else every linear would be asked for a gradient
-        for module in result.modules():
-            if hasattr(module, "save_pretrained"):
-                module.__dict__["save_pretrained"] = _refuse_to_save
-        set_arithmetic(result, settings.arithmetic)
+    if holds and device.type == "cpu" and cpu.best() is None:
+        warn_of_slowness()
+    if holds or head_bits is not None:
+        settle(result, settings.arithmetic)
     result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
     result.__dict__["name_or_path"] = str(folder)  # what adapters record as their base
     take_generation(result, folder)
@@ -255,16 +168,10 @@ def generation_settings(model: nn.Module, folder: Path) -> Any:
     return found
 
 
-def _state(
-    skeleton: nn.Module,
-    checkpoint: Checkpoint,
-    modules: dict[str, str],
-    members: Members,
-    dtype: torch.dtype,
-    packed: bool,
-) -> dict[str, Tensor]:
+def _state(skeleton: nn.Module, packing: Packing, dtype: torch.dtype, packed: bool) -> dict[str, Tensor]:
     """Gather the tensors that transformers is to place: the dense ones, and those to be made dense. All are finite."""
     state: dict[str, Tensor] = {}
+    checkpoint, modules, members = packing.checkpoint, packing.modules, packing.members
     kept, names = kept_in_float32(skeleton, dtype), names_in_model(skeleton, checkpoint.dense)
     exact = {name for parameter, name in names.items() if kept(parameter)}
     for name in (name for name in checkpoint.dense if name not in members.taken):
@@ -284,82 +191,12 @@ def _state(
     return state
 
 
-def _check_size(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
-    """Refuse a model far larger than what is stored before transformers makes its missing weights up in memory.
-
-    Tied weights are stored once, and counted once.
-    """
-    store = checkpoint.store
-    held = sum(prod(store.shape(name)) for name in checkpoint.dense)
-    held += sum(prod(layer.shape) for layer in checkpoint.layers.values())
-    asked = absent.size(skeleton)
-    if asked > 2 * held + (1 << 20):
-        raise NearplaneError(
-            f"{store.folder} stores {held:.3g} weights, config.json asks for {asked:.3g}; {again(store.folder)}."
-        )
-
-
-def _refuse_codes(skeleton: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise NearplaneError for a weight of the model that is stored in integers: it is quantized, in an unknown way."""
-    store, floats = checkpoint.store, {name for name, p in skeleton.named_parameters() if p.is_floating_point()}
-    whole = [name for name in checkpoint.dense if not store.dtype(name).is_floating_point]
-    for name, disk in sorted(names_in_model(skeleton, whole).items()) if whole else ():
-        if name in floats:
-            raise NearplaneError(unexplained(store.folder, disk, checkpoint.quantization, store.dtype(disk)))
-
-
 def _stored(checkpoint: Checkpoint) -> torch.dtype:
     """Read the dtype that config.json names; float32 where it names none."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     found = getattr(torch, str(named), None)
     known = isinstance(found, torch.dtype) and found.is_floating_point and found not in SMALL_FLOATS
     return found if known and found is not None else torch.float32
-
-
-def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map quantized layers to modules of the model. Raises NearplaneError where shapes disagree or there is none."""
-    found = names_in_model(skeleton, [name + ".weight" for name in checkpoint.layers])
-    modules = {disk.removesuffix(".weight"): name.removesuffix(".weight") for name, disk in found.items()}
-    known = dict(skeleton.named_modules())
-    for disk, name in modules.items():
-        reason = misfit(checkpoint, disk, known.get(name))
-        if reason is not None:
-            raise NearplaneError(reason)
-    return modules
-
-
-def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str | None:
-    """Tell why a quantized layer is not the weight of this module of its model; None if it is."""
-    shape, weight = checkpoint.layers[disk].shape, getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | Conv1D) or weight is None:
-        return f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
-    asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
-    if asked != shape:
-        return f"{checkpoint.store.folder}: {disk}.weight has shape {list(shape)}, config.json asks for {list(asked)}."
-    return None
-
-
-class _Hole(nn.Module):
-    """The place of a packed linear. Its bias is loaded as ever; its weight has no rows, for code that initialises it."""
-
-    weight: Tensor
-
-    def __init__(self, bias: Any) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias.detach(), requires_grad=False) if isinstance(bias, Tensor) else None
-        self.register_buffer("weight", torch.empty(0, 1), persistent=False)
-
-
-def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> QuantizedLinear:
-    """Make a module of a quantized layer in a model of this dtype."""
-    layer, decoded = checkpoint.decode(name)
-    columns, grid = layer.shape[1], layer.grid
-    width = grid.group_width(columns)
-    group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
-    tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)
-    linear = QuantizedLinear(tiles, bias)
-    linear.activations, linear.like = layer.activations, linear.like.to(dtype)
-    return linear
 
 
 def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
@@ -372,40 +209,16 @@ def _round_inputs(model: nn.Module, path: str, grid: TokenGrid) -> None:
     linear.register_forward_pre_hook(lambda _module, args: (rounded(args[0], grid), *args[1:]))
 
 
-def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Rotate the inputs of linears, if the checkpoint says so."""
-    names, seed = turned_linears(checkpoint.config, checkpoint.store.folder)
-    strange = sorted(set(names) - {name for name, _ in model.named_modules()})
-    if strange:
-        raise NearplaneError(
-            f"{checkpoint.store.folder}: its model has no {strange[0]}, whose input config.json has rotated."
-        )
-    turn_inputs(model, names, seed)
-
-
-@cache
-def _warn_once() -> None:
-    reason = cpu.supports(torch.device("cpu"), torch.float32)
-    say(f"note: packed weights run in plain torch, slowly: {reason}")
-
-
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise NearplaneError(
-        "this model's weights are packed for running, which is not a format on disk; copy the checkpoint's folder "
-        "instead, or load with packed=False to save dense weights."
-    )
-
-
 def _assemble(
-    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path, holes: set[str], apart: set[str]
+    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, folder: Path, packing: Packing | None
 ) -> nn.Module:
-    """Let transformers place the tensors: names, ties and buffers are its business."""
+    """Let transformers place the tensors: names, ties and buffers are its business. ``packing``: what it leaves out."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        built = _with_holes(kind, holes, apart) if holes or apart else kind
+        built = kind if packing is None else _with_holes(kind, packing)
         model, info = built.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
@@ -429,20 +242,12 @@ def _assemble(
     return result
 
 
-def _with_holes(kind: Any, holes: set[str], apart: set[str]) -> Any:
-    """Derive from the model's class one whose quantized linears are left out while it is built: they take no memory.
-
-    ``apart``: all linears of experts that were taken apart; their biases are left out, too.
-    """
+def _with_holes(kind: Any, packing: Packing) -> Any:
+    """Derive from the model's class one whose quantized linears are left out while it is built: they take no memory."""
     build: Callable[..., None] = kind.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        if apart:
-            unfuse(self)
-            for path in experts_of(self):  # whose class may initialise the fused weights that are gone
-                self.get_submodule(path.rpartition(".")[0])._is_hf_initialized = True
-        for path in holes | apart:
-            self.set_submodule(path, _Hole(None if path in apart else self.get_submodule(path).bias))
+        packing.dig(self)
 
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nearplane.checkpoint.engines import check_engine, described, verdict
 from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
-from nearplane.checkpoint.load import misfit
+from nearplane.checkpoint.packed import misfit
 from nearplane.core.errors import NearplaneError, some_of
 from nearplane.formats.base import conv1d_reason, fused, fused_names, grid_name
 from nearplane.formats.journal import unfinished

@@ -204,6 +204,10 @@ class Format(ABC):
         """Tell whether the configuration announces groups in activation order."""
         return bool(config.get(self.order_key))
 
+    def foreign(self, config: dict[str, Any]) -> str | None:
+        """Tell why weights that a configuration describes are none that this format reads; None if it reads them."""
+        return None
+
     def besides_weights(self, config: Mapping[str, Any]) -> list[str]:
         """Name the keys by which the configuration quantizes more than weights."""
         return []

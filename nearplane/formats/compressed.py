@@ -175,6 +175,15 @@ class CompressedTensors(Format):
         groups = [group.get("weights") for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
         return any(weights.get(self.order_key) for weights in groups if isinstance(weights, dict))
 
+    def foreign(self, config: dict[str, Any]) -> str | None:
+        """Floats, sparse weights, online transforms of other tools, static scales of activations."""
+        try:
+            refuse_transforms(config, "quantization_config")
+            _schemes(config, "quantization_config")
+        except NearplaneError as error:
+            return str(error).removesuffix(".")
+        return None
+
     def besides_weights(self, config: Mapping[str, Any]) -> list[str]:
         """Activations in any group, and the cache."""
         groups = (config.get("config_groups") or {}).values()

@@ -138,6 +138,14 @@ class GPTQ(Format):
             self.name == "gptq_v2"
         )
 
+    def foreign(self, config: dict[str, Any]) -> str | None:
+        """Layouts of single kernels, as Marlin's."""
+        try:
+            _refuse_layout(config, "this checkpoint")
+        except NearplaneError as error:
+            return str(error).removesuffix(".")
+        return None
+
     def find(
         self, store: Store, config: dict[str, Any], broken: dict[str, str] | None = None
     ) -> dict[str, StoredLayer]:

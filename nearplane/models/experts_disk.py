@@ -116,7 +116,7 @@ def split(model: nn.Module, store: Store) -> Store:
     fused = {f"{path}.{name}": (path, name) for path, module in experts.items() for name in module.shapes}
     transforms, prefix = get_model_conversion_mapping(model), getattr(model, "base_model_prefix", "")
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    others = [t for t in transforms if isinstance(t, WeightConverter) and not _merges_experts(t)]
+    others = [t for t in transforms if isinstance(t, WeightConverter) and not joins_experts(t)]
     if not fused and not others:
         return store
     state = dict.fromkeys([*model.state_dict(), *fused], True)
@@ -172,7 +172,7 @@ def names_in_model(model: nn.Module, disk_names: Iterable[str]) -> dict[str, str
     """
     transforms, experts = get_model_conversion_mapping(model), experts_of(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    merges = [t for t in transforms if _merges_experts(t)] if experts else []
+    merges = [t for t in transforms if joins_experts(t)] if experts else []
     prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
     state |= dict.fromkeys((f"{path}.{name}" for path, module in experts.items() for name in module.shapes), True)
     names = {}
@@ -198,17 +198,17 @@ def converts(model: nn.Module) -> bool:
 
     One such rule, whatever it names, and transformers loads no packed weights of the model.
     """
-    return any(isinstance(t, WeightConverter) and not _merges_experts(t) for t in get_model_conversion_mapping(model))
+    return any(isinstance(t, WeightConverter) and not joins_experts(t) for t in get_model_conversion_mapping(model))
 
 
 def merges_experts(model: nn.Module) -> bool:
     """Return whether transformers fuses experts that are stored one by one."""
-    return any(_merges_experts(t) for t in get_model_conversion_mapping(model))
+    return any(joins_experts(t) for t in get_model_conversion_mapping(model))
 
 
 def unread(model: nn.Module) -> str | None:
     """Return the name of a fused parameter of experts that was not taken apart; None if there is none."""
-    merges = [t for t in get_model_conversion_mapping(model) if _merges_experts(t)]
+    merges = [t for t in get_model_conversion_mapping(model) if joins_experts(t)]
     targets = tuple(target.rpartition(".")[2] for rule in merges for target in rule.target_patterns)
     large = (name for name, value in model.named_parameters() if value.dim() == 3)
     return next((name for name in large if name.rpartition(".")[2] in targets), None)
@@ -277,7 +277,7 @@ def loading_notes(model: nn.Module, store: Store, written: dict[str, str], asymm
     return []
 
 
-def _merges_experts(transform: object) -> TypeGuard[WeightConverter]:
+def joins_experts(transform: object) -> TypeGuard[WeightConverter]:
     """Return whether a rule stacks single experts' weights, and at most concatenates several linears' rows."""
     if not isinstance(transform, WeightConverter) or not isinstance(transform.operations[0], MergeModulelist):
         return False

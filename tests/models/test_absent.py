@@ -13,7 +13,7 @@ from torch import nn
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, NearplaneError
-from nearplane.checkpoint.load import _check_size
+from nearplane.checkpoint.packed import check_size
 from nearplane.models import absent
 from nearplane.models.sketch import Promised
 from nearplane.models.source import build_skeleton, open_source
@@ -93,11 +93,11 @@ def test_nllb_in_its_real_sizes(tmp_path: Path) -> None:
     assert absent.size(skeleton) == 615_073_792  # as its authors count
     store = Promised(tmp_path, skeleton, torch.float16)
     checkpoint: Any = SimpleNamespace(store=store, dense=sorted(store.names), layers={})
-    _check_size(skeleton, checkpoint)
+    check_size(skeleton, checkpoint)
     half = [name for name in checkpoint.dense if ".layers." not in name or ".layers.1" in name]
     checkpoint.dense = [name for name in half if "embed_tokens" not in name and "shared" not in name]
     with pytest.raises(NearplaneError, match=r"config.json asks for 6\.15e\+08"):
-        _check_size(skeleton, checkpoint)
+        check_size(skeleton, checkpoint)
     config.save_pretrained(tmp_path)
     plan = make_plan(tmp_path, sketch=True, grid=Grid(bits=4, group_size=64), method=RTN())
     numbers = sum(store.nbytes(name) for name in plan.source.store.names) // 2
