@@ -26,7 +26,7 @@ from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
 from nearplane.models import absent
 from nearplane.models.experts import EXPERT, experts_of, unfuse
-from nearplane.models.experts_disk import SplitStore, names_in_model, split
+from nearplane.models.experts_disk import SplitStore, keep_layout, names_in_model, split
 from nearplane.models.locate import BAD_CONFIG, first_line, locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.values import kept_in_float32
@@ -103,6 +103,7 @@ class Members:
         self.checkpoint = checkpoint
         quantized = {module: layer for layer, module in modules.items() if EXPERT.fullmatch(module)}
         self.experts = experts_of(skeleton) if quantized else {}
+        self.made = [f"{path}.{name}" for path, module in self.experts.items() for name in module.shapes]
         self.layers: dict[str, str] = quantized if self.experts else {}
         """Quantized layer by linear of the model."""
         self.store = split(skeleton, checkpoint.store) if self.experts else checkpoint.store
@@ -205,6 +206,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
             _round_inputs(result, modules[name], layer.activations)
     if apart:
         members.fill(result, dtype, partial(_packed, checkpoint, dtype))
+    keep_layout(result, [] if packed else members.made)
     _turn_inputs(result, checkpoint)
     if head_bits is not None:
         quantize_head(result, head_bits)

@@ -149,6 +149,9 @@ def reference() -> None:
         module.select_wna16_moe_backend = selected
         kind.process_weights_after_loading, kind.apply = experts_densely, run_experts
         kind.get_fused_moe_quant_config = lambda self, layer: None
+        kind.is_monolithic = kind.mk_can_overlap_shared_experts = False
+        kind.topk_indices_dtype = None
+    gptq.AutoGPTQConfig.get_supported_act_dtypes = lambda self: [torch.float32, torch.float16, torch.bfloat16]
 
 
 def run(checkpoint: Path, ids: np.ndarray, greedy: int, options: dict[str, Any]) -> contract.Ran:
