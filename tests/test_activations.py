@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from close import near
+from compressed_tensors.quantization.utils import helpers
 from safetensors.torch import load_file
 
 import nearplane
@@ -77,8 +78,19 @@ def test_what_the_solver_sees_is_rounded_and_the_reference_is_not(model, sym):
     ],
     ids=str,
 )
-def test_transformers_and_we_compute_alike(model, tmp_path, grid, activations):
-    """Decompressed by the library, which then rounds every linear's input as it says in config.json."""
+def test_transformers_and_we_compute_alike(model, tmp_path, grid, activations, monkeypatch):
+    """Decompressed by the library, which then rounds every linear's input as it says in config.json.
+
+    Its symmetric scale alone is another, max over half of the range; here it is made the engines', max over the last code.
+    """
+
+    def engines(low, high, args, **more):
+        scale, zero = helpers.plain_qparams(low, high, args, **more)
+        last = (1 << (args.num_bits - 1)) - 1
+        return (scale * (last + 0.5) / last if args.symmetric else scale), zero
+
+    monkeypatch.setattr(helpers, "plain_qparams", helpers.calculate_qparams, raising=False)
+    monkeypatch.setattr(helpers, "calculate_qparams", engines)
     run(model, tmp_path / "out", grid=grid, activations=activations)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "int-quantized"

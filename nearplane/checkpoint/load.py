@@ -23,7 +23,7 @@ from nearplane.formats.store import SMALL_FLOATS, again, read_json
 from nearplane.machine.devices import Dtype, pick_device, pick_dtype
 from nearplane.machine.progress import say
 from nearplane.models.experts import EXPERT
-from nearplane.models.experts_disk import names_in_model
+from nearplane.models.experts_disk import keep_layout, names_in_model
 from nearplane.models.locate import BAD_CONFIG, first_line, locate
 from nearplane.models.source import open_skeleton
 from nearplane.models.values import kept_in_float32
@@ -122,6 +122,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
         for name, layer in checkpoint.layers.items():
             if layer.activations is not None:
                 _round_inputs(result, packing.modules[name], layer.activations)
+        keep_layout(result, packing.members.made)
     turn(result, checkpoint)
     if head_bits is not None:
         quantize_head(result, head_bits)

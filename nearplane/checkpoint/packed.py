@@ -105,6 +105,8 @@ class Members:
         self.checkpoint = checkpoint
         quantized = {module: layer for layer, module in modules.items() if EXPERT.fullmatch(module)}
         self.experts = experts_of(skeleton) if quantized else {}
+        self.made = [f"{path}.{name}" for path, module in self.experts.items() for name in module.shapes]
+        """Names of the fused parameters, where experts are made dense."""
         self.layers: dict[str, str] = quantized if self.experts else {}
         """Quantized layer by linear of the model."""
         self.store = split(skeleton, checkpoint.store) if self.experts else checkpoint.store

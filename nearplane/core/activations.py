@@ -1,7 +1,9 @@
 """Rounding of activations: every token has a scale of its own, found while the model runs ("dynamic per token").
 
-The formulas are those of compressed-tensors for ``strategy: token, dynamic: true``, so that calibration sees the values
-that an engine computes. ``clip`` below 1 gives up a token's extremes for a finer step (QuaRot, arXiv 2404.00456, takes 0.9).
+The formulas are those of vLLM's kernels for ``strategy: token, dynamic: true``, so that calibration sees the values that an
+engine computes. A symmetric scale is the greatest magnitude over the greatest code: max / 127 for 8 bits. compressed-tensors,
+by which transformers simulates the same, divides by 127.5. An asymmetric grid is the same in both.
+``clip`` below 1 gives up a token's extremes for a finer step (QuaRot, arXiv 2404.00456, takes 0.9).
 """
 
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ def round_tokens(x: Float[Tensor, "*batch width"], grid: TokenGrid) -> Float[Ten
     low, high = (grid.clip * end for end in torch.aminmax(work, dim=-1, keepdim=True))
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.sym:
-        scale = torch.maximum(-low, high) / ((greatest - least) / 2)
+        scale = torch.maximum(-low, high) / greatest
         zero = torch.zeros_like(scale)
     else:
         scale = (high - low) / (greatest - least)

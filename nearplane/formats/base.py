@@ -30,10 +30,16 @@ ONLINE_ONLY_HERE = "only nearplane does; transformers, vLLM and SGLang do not kn
 # Linears that read the same input, which engines fuse into one: they must share bits and group size.
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"),
-    ("q", "k", "v"), ("wq", "wk", "wv"), ("wi_0", "wi_1"),
+    ("q", "k", "v"), ("wq", "wk", "wv"), ("wi_0", "wi_1"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"), ("c_fc_0", "c_fc_1"),
 )  # fmt: skip
-# What vLLM and SGLang call the fused module, by which they look for GPTQ's dynamic rules.
-FUSED_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+# What vLLM and SGLang call the fused module, by which they look for GPTQ's dynamic rules: all names that vLLM 0.32 has.
+FUSED_NAMES = {
+    ("q_proj", "k_proj", "v_proj"): ("qkv_proj",), ("gate_proj", "up_proj"): ("gate_up_proj",),
+    ("k_proj", "v_proj"): ("kv_proj",), ("w1", "w3"): ("w13", "gate_up_proj"), ("c_fc_0", "c_fc_1"): ("gate_up_proj",),
+    ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj",),
+    ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",), ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
+}  # fmt: skip
 EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 
 
@@ -406,13 +412,14 @@ def fused(names: Iterable[str]) -> list[list[str]]:
 
 
 def fused_names(names: Iterable[str]) -> list[str]:
-    """Name the modules into which engines fuse some of these linears."""
+    """Name the modules into which engines fuse some of these linears: siblings, and all experts of a layer."""
     present, found = set(names), dict[str, None]()
-    for parent in sorted(map(_parent, present)):
-        for leaves, name in FUSED_NAMES.items():
+    experts = {match.group(1) for match in map(EXPERTS.match, present) if match}
+    for parent in sorted(map(_parent, present - {name for name in present if EXPERTS.match(name)})):
+        for leaves, fused_as in FUSED_NAMES.items():
             if all(f"{parent}{leaf}" in present for leaf in leaves):
-                found[f"{parent}{name}"] = None
-    return list(found)
+                found |= dict.fromkeys(f"{parent}{name}" for name in fused_as)
+    return [*found, *sorted(experts)]
 
 
 def _parent(name: str) -> str:

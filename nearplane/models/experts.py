@@ -58,9 +58,7 @@ class Layout:
 
     experts: int
     parts: dict[str, Part]
-    """By name of the linear, in call order."""
-    names: dict[str, str]
-    """Names on disk of the linears of a fused checkpoint once it is quantized: those that engines read."""
+    """By name of the linear, in call order. A fused checkpoint, quantized, names them so, too: vLLM reads these names."""
     scaled: bool = False
     """The module's input has a row for each expert and token, zero where the token is not routed there (Llama 4)."""
 
@@ -272,12 +270,9 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 def _layout(module: nn.Module) -> Layout | None:
     """Describe the layout of a fused module; None for any other module."""
     kind, own = type(module).__name__, dict(module.named_parameters())
-    names = {linear: linear for linear in ("gate_proj", "up_proj", "down_proj")}
-    if kind.startswith("GraniteMoe"):  # vLLM splits the stored input_linear and output_linear under these names
-        names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     if kind == "DbrxExperts":  # one matrix holds the rows of all experts
         parts = {"gate_proj": Part("mlp.w1"), "up_proj": Part("mlp.v1"), "down_proj": Part("mlp.w2", transposed=True)}
-        return Layout(int(module.num_experts), parts, names)  # type: ignore[arg-type]
+        return Layout(int(module.num_experts), parts)  # type: ignore[arg-type]
     described = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"))
     scaled = (
         kind == "Llama4TextExperts"
@@ -292,4 +287,4 @@ def _layout(module: nn.Module) -> Layout | None:
     down = Part("down_proj", "down_proj_bias" if biased else None, transposed=transposed)
     interleaved = not scaled and not bool(module.is_concatenated)
     halves = {n: fused(half=i, interleaved=interleaved) for i, n in enumerate(("gate_proj", "up_proj"))}
-    return Layout(len(own[first]), {**(halves if gate else {"up_proj": fused()}), "down_proj": down}, names, scaled)
+    return Layout(len(own[first]), {**(halves if gate else {"up_proj": fused()}), "down_proj": down}, scaled)

@@ -3,11 +3,11 @@
 Most checkpoints store each expert by itself, and transformers merges the experts while loading. Read backwards, its mapping
 says which linear of which expert a stored name means. Other checkpoints (gpt-oss, Llama 4, Granite) store fused tensors:
 ``split`` shows each as the tensors of its experts, which are read one by one. Once quantized, such experts are
-written under names of their own that vLLM's loaders read (``Layout.names``).
+written under names of their own that vLLM's loaders read: ``experts.7.gate_proj``, ``up_proj``, ``down_proj``.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeGuard
@@ -18,9 +18,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     Transpose,
     WeightConverter,
     WeightRenaming,
+    apply_converters,
+    apply_renamings,
     rename_source_key,
 )
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +37,8 @@ NUMBER = re.compile(r"\.(\d+)(?=\.)")
 # Modules whose weights engines never look for as codes, or whose names are listed as linears'.
 OWNERS = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
 MEMBER = re.compile(r"(.+)\.(\d+)\.(\w+)\.(weight|bias)")
+# Names that were written for Granite's experts until vLLM was run, which does not read them.
+FORMER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,39 @@ def merges_experts(model: nn.Module) -> bool:
     return any(joins_experts(t) for t in get_model_conversion_mapping(model))
 
 
+def keep_layout(model: Any, made: Sequence[str]) -> None:
+    """Let ``save_pretrained`` write tensors of experts that were fused here as the model's type stores experts.
+
+    transformers reverts the conversions that its own loading used, and these tensors came to it ready made.
+
+    Args:
+        model: loaded by transformers; its list of conversions is changed.
+        made: names of fused parameters.
+    """
+    if not made:
+        return
+    used = getattr(model, "_weight_conversions", None) or []
+    current = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    merges = [t for t in current if isinstance(t, WeightConverter)]
+    others = [t for t in current if isinstance(t, WeightRenaming)]
+    kept = {_patterns(t) for t in used}
+    for name in made:
+        for back in [t for t in merges if apply_converters(name, [t.reverse_transform()])[1] is not None]:
+            kept.add(_patterns(back))
+        stored, _ = apply_converters(name, [t.reverse_transform() for t in merges])
+        kept |= {_patterns(t) for t in others if apply_renamings(stored, [t.reverse_transform()]) != stored}
+    rules = get_model_conversion_mapping(model)
+    known = {_patterns(t) for t in rules}
+    model._weight_conversions = [t for t in rules if _patterns(t) in kept] + [
+        t for t in used if _patterns(t) not in known
+    ]
+
+
+def _patterns(transform: Any) -> tuple[Any, ...]:
+    """Tell two conversions apart."""
+    return type(transform).__name__, tuple(transform.source_patterns), tuple(transform.target_patterns)
+
+
 def unread(model: nn.Module) -> str | None:
     """Return the name of a fused parameter of experts that was not taken apart; None if there is none."""
     merges = [t for t in get_model_conversion_mapping(model) if joins_experts(t)]
@@ -301,8 +339,7 @@ def _member(
     match = MEMBER.fullmatch(key)
     if match is None or match[1] not in experts:
         return key
-    linears = [linear for linear, disk in experts[match[1]].layout.names.items() if disk == match[3]]
-    return f"{match[1]}.{match[2]}.{(linears or [match[3]])[0]}.{match[4]}"
+    return f"{match[1]}.{match[2]}.{FORMER.get(match[3], match[3])}.{match[4]}"
 
 
 def _pieces(tensor: str, module: str, prefix: str, name: str, layout: Layout) -> dict[str, Piece]:
@@ -311,6 +348,6 @@ def _pieces(tensor: str, module: str, prefix: str, name: str, layout: Layout) ->
     for linear, part in layout.parts.items():
         for leaf in [leaf for leaf, own in (("weight", part.weight), ("bias", part.bias)) if own == name]:
             for expert in range(layout.experts):
-                disk = f"{prefix}.{expert}.{layout.names[linear]}.{leaf}"
+                disk = f"{prefix}.{expert}.{linear}.{leaf}"
                 pieces[disk] = Piece(tensor, layout, part, expert, module)
     return pieces

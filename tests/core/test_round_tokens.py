@@ -1,4 +1,4 @@
-"""Rounding of activations against a plain reference, and against the library whose formulas these are."""
+"""Rounding of activations against a plain reference, vLLM's formula, and the library that has the asymmetric one."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def plain(token: list[float], grid: TokenGrid) -> list[float]:
     levels = 2**grid.bits
     low, high = grid.clip * min(0.0, *token), grid.clip * max(0.0, *token)
     if grid.sym:
-        scale, zero = max(-low, high) / ((levels - 1) / 2), 0
+        scale, zero = max(-low, high) / (levels // 2 - 1), 0
     else:
         scale = (high - low) / (levels - 1)
         zero = round(min(max(-levels // 2 - low / scale, -levels // 2), levels // 2 - 1)) if scale else 0
@@ -38,12 +38,22 @@ def test_is_the_plain_formula(bits, sym, clip, seed, offset):
     torch.testing.assert_close(round_tokens(x, grid), expected, rtol=0, atol=1e-12)
 
 
-@given(bits=st.sampled_from([4, 8]), sym=st.booleans(), seed=st.integers(0, 999))
-def test_is_what_the_library_runs(bits, sym, seed):
-    args = QuantizationArgs(num_bits=bits, symmetric=sym, strategy="token", dynamic=True)
+@given(bits=st.sampled_from([4, 8]), seed=st.integers(0, 999))
+def test_asymmetric_is_what_the_library_runs(bits, seed):
+    args = QuantizationArgs(num_bits=bits, symmetric=False, strategy="token", dynamic=True)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(seed)) * 3
     scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
-    assert torch.equal(round_tokens(x, TokenGrid(bits, sym)), fake_quantize(x, scale, zero, args))
+    assert torch.equal(round_tokens(x, TokenGrid(bits, False)), fake_quantize(x, scale, zero, args))
+
+
+def test_symmetric_is_what_engines_run():
+    """vLLM's and SGLang's kernels divide by 127, so that the greatest number keeps its value; the library by 127.5."""
+    x = torch.tensor([[12.7, -0.1, 0.16, 3.0]])
+    expected = torch.tensor([[127, -1, 2, 30]]) * (torch.tensor(12.7) / 127)
+    assert torch.equal(round_tokens(x, TokenGrid(8)), expected)
+    args = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
+    scale, _ = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+    torch.testing.assert_close(scale.flatten() * 127.5, torch.tensor([12.7]))
 
 
 def test_keeps_the_dtype_and_marks_what_is_not_finite():
