@@ -58,6 +58,8 @@ class CompressedTensors(Format):
     """How engines round the input of a linear."""
     online: bool = False
     """Whether inputs of some linears are rotated while the model runs: only nearplane does that."""
+    parts: bool = False
+    """Whether this is the layout of a run's parts, which hold scales of every kind."""
 
     reads: ClassVar[str] = "compressed-tensors (pack-quantized, int-quantized)"
     casts_scales: ClassVar[bool] = True
@@ -78,7 +80,7 @@ class CompressedTensors(Format):
 
     def pack(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
         """int32 (out, words), scale (out, groups), int64 (2,), and int32 (words, groups) of zeros if asymmetric."""
-        codes, scale, zero = check(name, quantized, grid, any_scales=self.neutral)[:3]
+        codes, scale, zero = check(name, quantized, grid, any_scales=self.parts)[:3]
         if self.activations is not None:
             half = 1 << (grid.storage_bits - 1)
             plain = {f"{name}.weight": (codes.to(torch.int16) - half).to(torch.int8), f"{name}.weight_scale": scale}
@@ -201,7 +203,7 @@ class CompressedTensors(Format):
             yield f"{layer.name} is symmetric and stores zero points; vLLM refuses such a checkpoint."
 
 
-NEUTRAL = CompressedTensors()
+NEUTRAL = CompressedTensors(parts=True)
 """The layout in which a run keeps what it has solved, whatever the format of the checkpoint."""
 
 
