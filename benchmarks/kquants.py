@@ -6,7 +6,7 @@
 Needs the wheel ``xllamacpp`` (a library of llama.cpp; ``pip install xllamacpp``, or --engine of another environment), and
 the demo model in its cache (``nearplane demo`` puts it there). The linears are ``down_proj``, whose 1536 inputs 256
 divides. Their inputs come from forwards of the float model: H of ``--tokens`` tokens of one text, the error on half as many
-of another; without files the package's calibration and held-out texts. llama.cpp gets the mean squares of the same inputs as its importance matrix. Same
+of another, or of what follows in the same file; without files the package's calibration and held-out texts. llama.cpp gets the mean squares of the same inputs as its importance matrix. Same
 bytes, no walk: no method sees the error of another linear. The column is tr(E H E^T) over llama.cpp's with the matrix.
 """
 
@@ -73,10 +73,11 @@ def inputs(layers: list[int], tokens: int, texts: list[Path]) -> dict[int, tuple
         linear.register_forward_pre_hook(lambda _, args, k=k: found[k][place].add(args[0][0]))
         for k, linear in linears.items()
     ]
-    for path, count in zip(texts, (tokens, tokens // 2), strict=True):
-        ids = tokenizer(path.read_text(), return_tensors="pt").input_ids[0]
-        for i, part in enumerate(ids[:count].split(SEQUENCE)):
-            place = 2 if path == texts[1] else int(i % 4 == 3)  # every fourth sequence judges, as in a run
+    fitted, tested = (tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in texts)
+    start = tokens if texts[0] == texts[1] else 0
+    for which, ids in enumerate((fitted[:tokens], tested[start : start + tokens // 2])):
+        for i, part in enumerate(ids.split(SEQUENCE)):
+            place = 2 if which else int(i % 4 == 3)  # every fourth sequence judges, as in a run
             with torch.no_grad():
                 model(part[None])
     for hook in hooks:

@@ -178,6 +178,10 @@ class CustomGrid(Grid):
             name = type(self.own_scales).__name__
             raise SettingError(f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym).")
 
+        if self.scales.either_sign and not self.sym:
+            name = type(self.own_scales).__name__
+            raise SettingError(f"{name} scales have a sign, which turns a symmetric grid round; sym must be True.")
+
     @property
     def levels(self) -> Levels:
         if self.own_scales is not None and self.own_scales.free and self.bits != "ternary":

@@ -72,6 +72,8 @@ class Nested(Scales):
             raise SettingError(
                 f"nested scales have groups of at least 1 and 2 to 8 bits; got {self.groups} and {self.bits}."
             )
+        if self.signed and self.minima:
+            raise SettingError("nested scales have either a sign or a minimum; signed and minima are both True.")
 
     @property
     def free(self) -> bool:

@@ -325,6 +325,12 @@ def test_a_description_that_is_none_is_refused(bad):
         scales_of(bad, "here")
 
 
+def test_signs_and_offsets_do_not_go_together():
+    for bad in (lambda: Nested(signed=True), lambda: Grid.of(scales=Signed(), sym=False)):
+        with pytest.raises(SettingError, match="sign"):
+            bad()
+
+
 def test_plain_scales_have_no_description():
     with pytest.raises(SettingError, match="PowerOfTwo"):
         described(PowerOfTwo())
