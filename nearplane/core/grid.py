@@ -136,7 +136,7 @@ class Grid:
         """The values that scales and offsets are rounded to."""
         return Stored(self.scale_dtype)
 
-    def stored_zero(self, zero: Float[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    def stored_zero(self, zero: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return zeros as a ``Quantized`` holds them: codes, or real numbers where offsets are free."""
         return zero.to(torch.float32 if self.scales.free else torch.uint8)
 
@@ -178,6 +178,10 @@ class CustomGrid(Grid):
         if self.scales.free and (self.sym or self.own_levels is not None):
             name = type(self.own_scales).__name__
             raise SettingError(f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym).")
+
+        if self.scales.either_sign and not self.sym:
+            name = type(self.own_scales).__name__
+            raise SettingError(f"{name} scales have a sign, which turns a symmetric grid round; sym must be True.")
 
     @property
     def levels(self) -> Levels:
