@@ -111,7 +111,7 @@ def convert(
     with writer, bar(progress) as display:
         task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
         export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
-    now = {grids[name].scale_dtype for name, layer in checkpoint.layers.items() if layer.grid != grids[name]}
+    now = {grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in}
     count = len(checkpoint.layers), len(checkpoint.dense)
     scales, note = ", ".join(sorted(now)) or None, companions(folder).note()
     return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note)
@@ -160,7 +160,7 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
         if reason is not None:
             raise NearplaneError(f"{name}: {reason}.")
     for name, grid in grids.items():  # all of them before the first is written
-        check(name, _exact(name, checkpoint.quantized(name), grid, target), grid)
+        check(name, _exact(name, checkpoint.quantized(name), grid, target), grid, any_scales=True)  # as it supports
     return grids
 
 
@@ -171,13 +171,13 @@ def _scale_dtype(target: Format, stored: Grid) -> ScaleDtype:
 
 def _exact(name: str, quantized: Quantized, grid: Grid, target: Format) -> Quantized:
     """Cast a layer's scales to the new dtype. Raises NearplaneError if one would change by that."""
-    scale = quantized.scale.to(getattr(torch, grid.scale_dtype))
+    scale = quantized.scale.to(getattr(torch, grid.held_in))
     changed = scale.to(quantized.scale.dtype) != quantized.scale
     if bool(changed.any()):
         row, group = (int(i) for i in changed.nonzero()[0])
         raise NearplaneError(
             f"{name}: {int(changed.sum())} of {scale.numel()} scales, stored in {SCALE_NAMES[quantized.scale.dtype]}, have no "
-            f"exact value in {grid.scale_dtype}, the dtype of {target.name} (row {row}, group {group}: "
+            f"exact value in {grid.held_in}, the dtype of {target.name} (row {row}, group {group}: "
             f"{float(quantized.scale[row, group])!r}); quantize again with --format {target.name}."
         )
     return quantized._replace(scale=scale)

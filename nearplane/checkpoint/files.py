@@ -232,7 +232,8 @@ def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> N
     least = torch.finfo(scale.dtype).smallest_normal
     kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
     # AutoRound's symmetric scales have the sign of the group's largest weight.
-    wrong = {"0": bool((scale == 0).all()), "negative": ours or not layer.grid.sym}
+    odd = not layer.grid.scales.either_sign and (ours or not layer.grid.sym)
+    wrong = {"0": bool((scale == 0).all()), "negative": odd}
     for kind, where in kinds.items():
         if bool(where.any()):
             row, group = (int(i) for i in where.nonzero()[0])

@@ -76,4 +76,4 @@ def beam_sweep(
     best[factor.order] = codes[:, :, 0]
     bound = (factor.pivots[:, None] * scale.square()).sum(0) * levels.half_gap**2
     certificate = Certificate(cost[:, 0], bound, torch.maximum(clipped[:, 0], shut))
-    return Quantized(best.T.contiguous(), scales[0], scales[1].to(torch.uint8), certificate)
+    return Quantized(best.T.contiguous(), scales[0], grid.stored_zero(scales[1]), certificate)

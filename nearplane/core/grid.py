@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Shaped, UInt8
 from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError, plain_numbers
-from nearplane.core.levels import FP4, NF4, Levels, Uniform
-from nearplane.core.scales import PowerOfTwo, Scales, Stored
+from nearplane.core.levels import FP4, NF4, Levels, Shifted, Uniform
+from nearplane.core.line import Line
+from nearplane.core.nested import Nested
+from nearplane.core.scales import Affine, PowerOfTwo, Scales, Signed, Stored
 from nearplane.core.scales import ScaleDtype as ScaleDtype  # noqa: PLC0414 - others import it from here
 
 Fit = Literal["auto", "minmax", "mse", "hessian"]
@@ -24,6 +26,8 @@ Fit = Literal["auto", "minmax", "mse", "hessian"]
 SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
 # The weighted search tries the middle of every five of these steps first, then the others of the best five.
 COARSE = 5
+# Times that a free offset and its scale are solved for the codes found.
+POLISH = 3
 # Weights per chunk of rows in the search: few enough for a core's caches, enough to outweigh the cost of a call.
 # A GPU needs more to be busy.
 CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 17, 1 << 23
@@ -52,7 +56,7 @@ class Quantized(NamedTuple):
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
-    zero: UInt8[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"] | Float32[Tensor, "out groups"]  # a code, or a real number where offsets are free
     certificate: Certificate | None = None
     course: Course | None = None
 
@@ -108,6 +112,8 @@ class Grid:
         """
         if levels is not None:
             fields = {"bits": levels.bits, "sym": levels.sym, **fields}
+        elif scales is not None and scales.free:
+            fields = {"sym": False, **fields}
         return CustomGrid(**fields, own_levels=levels, own_scales=scales)
 
     @staticmethod
@@ -128,6 +134,15 @@ class Grid:
     def scales(self) -> Scales:
         """The values that scales and offsets are rounded to."""
         return Stored(self.scale_dtype)
+
+    def stored_zero(self, zero: Float[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Return zeros as a ``Quantized`` holds them: codes, or real numbers where offsets are free."""
+        return zero.to(torch.float32 if self.scales.free else torch.uint8)
+
+    @property
+    def held_in(self) -> ScaleDtype:
+        """The dtype that holds the scales exactly."""
+        return self.scales.held_in or self.scale_dtype
 
     @property
     def storage_bits(self) -> int:
@@ -159,9 +174,14 @@ class CustomGrid(Grid):
         super().__post_init__()
         if self.own_levels is not None and (self.bits, self.sym) != (self.own_levels.bits, self.own_levels.sym):
             raise SettingError(f"bits and sym belong to the levels, {self.own_levels.bits} and {self.own_levels.sym}.")
+        if self.scales.free and (self.sym or self.own_levels is not None):
+            name = type(self.own_scales).__name__
+            raise SettingError(f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym).")
 
     @property
     def levels(self) -> Levels:
+        if self.own_scales is not None and self.own_scales.free and self.bits != "ternary":
+            return Shifted(self.bits, 0, 2**self.bits - 1)
         return self.own_levels or super().levels
 
     @property
@@ -172,6 +192,18 @@ class CustomGrid(Grid):
 PRESETS: dict[str, dict[str, Any]] = {
     "nf4": {"levels": NF4, "group_size": 64},
     "mxfp4": {"levels": FP4, "scales": PowerOfTwo(), "group_size": 32},
+    # llama.cpp's types, each as its blocks store it
+    "q4_0": {"bits": 4, "group_size": 32, "scales": Signed("float16")},
+    "q5_0": {"bits": 5, "group_size": 32, "scales": Signed("float16")},
+    "q8_0": {"bits": 8, "group_size": 32, "scales": Signed("float16")},
+    "q2_0": {"bits": 2, "group_size": 64, "scales": Signed("float16")},
+    "q4_1": {"bits": 4, "group_size": 32, "scales": Affine("float16")},
+    "q5_1": {"bits": 5, "group_size": 32, "scales": Affine("float16")},
+    "q2_k": {"bits": 2, "group_size": 16, "scales": Nested(16, 4)},
+    "q3_k": {"bits": 3, "group_size": 16, "scales": Nested(16, 6, signed=True, minima=False)},
+    "q4_k": {"bits": 4, "group_size": 32, "scales": Nested(8, 6)},
+    "q5_k": {"bits": 5, "group_size": 32, "scales": Nested(8, 6)},
+    "q6_k": {"bits": 6, "group_size": 16, "scales": Nested(16, 8, signed=True, minima=False)},
 }
 
 
@@ -196,8 +228,9 @@ def decode(
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """Return the weight that the codes stand for, in the dtype of the scales."""
     dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
-    scale, zero = (by_column(part, grid, n) for part in (quantized.scale, quantized.zero.to(dtype)))
-    return decode(quantized.codes.to(dtype), scale, zero, grid)
+    work = torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype  # few digits do not hold a real zero
+    scale, zero = (by_column(part.to(work), grid, n) for part in (quantized.scale, quantized.zero))
+    return decode(quantized.codes.to(work), scale, zero, grid).to(dtype)
 
 
 def round_to_nearest(
@@ -205,7 +238,7 @@ def round_to_nearest(
 ) -> Quantized:
     """Round every weight to the nearest value of its group."""
     s, z = (by_column(part.to(weight.dtype), grid, weight.shape[1]) for part in (scale, zero))
-    return Quantized(encode(weight, s, z, grid).to(torch.uint8), scale, zero.to(torch.uint8))
+    return Quantized(encode(weight, s, z, grid).to(torch.uint8), scale, grid.stored_zero(zero))
 
 
 def by_column(value: Shaped[Tensor, "out groups"], grid: Grid, n: int) -> Shaped[Tensor, "out n"]:
@@ -241,7 +274,7 @@ def fit(
     if importance is not None:
         weighted = grid.fit in ("hessian", "auto")
         importance = importance.expand_as(weight).reshape(rows.shape) if weighted else None
-    low, high = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
+    low, high = grid.scales.span(rows.amin(1), rows.amax(1))
     if not bool((high - low).isfinite().all()):
         raise NumericalError("the weights to be quantized hold NaN or Inf.")
     scale, zero = _grid_of_range(low, high, grid)
@@ -252,9 +285,7 @@ def fit(
             weights = None if importance is None else importance[part]
             scale[part], zero[part] = _search(rows[part], low[part], high[part], grid, weights)
     if not bool(scale.isfinite().all()):
-        raise NumericalError(
-            f"a scale leaves the range of {grid.scale_dtype}; use --format compressed-tensors with --dtype bfloat16."
-        )
+        raise NumericalError(_too_large(grid))
     return scale.reshape(weight.shape[:-1]), zero.reshape(weight.shape[:-1])
 
 
@@ -264,9 +295,15 @@ def fit_groups(
     """Fit the scale and zero of every group of a weight ("static groups"), as ``fit`` does.
 
     A smaller last group is fitted on its own. Scales that are stored together are then rounded together.
+
+    Raises:
+        SettingError: The scales are stored together, and a row does not divide into what is.
     """
     width = grid.group_width(weight.shape[1])
     full = weight.shape[1] // width * width
+    reason = grid.scales.row_reason(weight.shape[1], width)
+    if reason is not None:
+        raise SettingError(reason + ".")
 
     def part(a: int, b: int, size: int) -> tuple[Tensor, Tensor]:
         weights = None if importance is None else importance[a:b].reshape(-1, size)
@@ -276,7 +313,19 @@ def fit_groups(
     if full < weight.shape[1]:
         tail = part(full, weight.shape[1], weight.shape[1] - full)
         scale, zero = torch.cat([scale, tail[0]], 1), torch.cat([zero, tail[1]], 1)
-    return grid.scales.round_rows(scale, zero)
+    if not grid.scales.joint:
+        return scale, zero
+    pad = (0, -weight.shape[1] % width)
+    weights = None if importance is None or grid.fit in ("minmax", "mse") else importance
+    if grid.fit in ("auto", "mse") and weights is None:
+        weights = torch.ones_like(weight[0])
+    if weights is not None:
+        weights = torch.nn.functional.pad(weights, pad).unflatten(0, (-1, width))
+    groups = torch.nn.functional.pad(weight, pad).unflatten(1, (-1, width))
+    scale, zero = grid.scales.fit_rows(groups, scale, zero, grid.levels, weights)
+    if not bool(scale.isfinite().all()):
+        raise NumericalError(_too_large(grid))
+    return scale, zero
 
 
 def spoiled_groups(
@@ -301,11 +350,19 @@ def spoiled_groups(
     return (scale > 0) & ~(steps <= 1), groups.square().sum(2)
 
 
-def _grid_of_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _too_large(grid: Grid) -> str:
+    """Tell that a scale cannot be stored."""
+    if isinstance(grid.scales, Stored):
+        return f"a scale leaves the range of {grid.scale_dtype}; use --format compressed-tensors with --dtype bfloat16."
+    return f"a scale leaves the range of {type(grid.scales).__name__} scales in {getattr(grid.scales, 'dtype', 'float32')}."
+
+
+def _grid_of_range(low: Tensor, high: Tensor, grid: Grid, sign: int = 1) -> tuple[Tensor, Tensor]:
     """Return the scale and zero that cover [low, high]; an empty range gets scale 1."""
     levels = grid.levels
     scale = levels.scale(low, high)
-    return grid.scales.round(torch.where(scale > 0, scale, torch.ones_like(scale)), -low, levels)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return grid.scales.round(scale if sign > 0 else -scale, -low, levels)
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -319,14 +376,23 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Ten
         penalty = lambda error: error.square_().mul_(importance).sum(1)  # noqa: E731
     best_scale, best_zero = _grid_of_range(low, high, grid)
     best, best_p = torch.full_like(low, torch.inf), torch.ones_like(low)
+    near = low.clamp(min=0) + high.clamp(max=0) if grid.scales.free else None  # of the range, what is nearest to 0
 
-    def attempt(p: Tensor) -> None:
-        scale, zero = _grid_of_range(p * low, p * high, grid)
+    def consider(p: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         level = levels.decode(levels.encode_(rows / scale[:, None], zero[:, None]), rows.dtype)
-        error = penalty(level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows))
+        code = level.clone() if near is not None else level
+        missed = level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows)
+        wrong = missed.clone() if near is not None else missed
+        error = penalty(missed)
         better = error < best
         for kept, new in ((best, error), (best_p, p), (best_scale, scale), (best_zero, zero)):
             torch.where(better, new, kept, out=kept)
+        return code, wrong
+
+    def attempt(p: Tensor) -> None:
+        ends = (p * low, p * high) if near is None else (near + p * (low - near), near + p * (high - near))
+        for sign in (1, -1) if grid.scales.either_sign else (1,):
+            consider(p, *_grid_of_range(*ends, grid, sign))
 
     if importance is None:
         tried: Iterable[int] = range(SHRINK_STEPS)
@@ -338,4 +404,14 @@ def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Ten
     for i in range(1, COARSE // 2 + 1) if importance is not None else ():
         attempt(middle - i / SHRINK_GRAIN)
         attempt((middle + i / SHRINK_GRAIN).clamp_(max=1))
+    if near is not None:
+        consider(best_p, *_grid_of_range(low.clamp(max=0), high.clamp(min=0), grid))
+        weight = torch.ones_like(rows) if importance is None else importance
+        for _ in range(POLISH):
+            code, wrong = consider(best_p, best_scale.clone(), best_zero.clone())
+            line = Line.of(wrong.neg_(), code, weight)
+            scale = best_scale + line.scale()
+            scale = grid.scales.nearest(torch.where(scale > 0, scale, best_scale))
+            offset = best_scale * best_zero + line.offset(scale - best_scale)
+            consider(best_p, *grid.scales.round(scale, offset, levels))
     return best_scale, best_zero

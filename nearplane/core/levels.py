@@ -115,6 +115,30 @@ class Uniform(Levels):
         return codes.to(dtype)
 
 
+@dataclass(frozen=True)
+class Shifted(Uniform):
+    """Consecutive integers around a zero that is any real number; ``Uniform`` rounds steps to integers, this the codes."""
+
+    sym: bool = False
+
+    def zero(self, offset: Tensor, scale: Tensor) -> Tensor:
+        return offset / scale
+
+    def round_(self, steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return steps.sub_(low).round_().clamp_(0, self.count - 1).add_(low)
+
+    def nearest(self, steps: Tensor, low: Tensor, high: Tensor, k: int) -> Tensor:
+        first = (steps - low - (k - 1) / 2).round_().clamp_(0, self.count - k)
+        return first + torch.arange(k, device=steps.device) + low
+
+    def clipped(self, steps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        free = (steps - low).round_()
+        return (free < 0) | (free >= self.count)
+
+    def encode_(self, steps: Tensor, zero: Tensor) -> Tensor:
+        return steps.add_(zero).round_().clamp_(self.least, self.greatest)
+
+
 class _Tables(NamedTuple):
     """A codebook's tables on one device."""
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from nearplane.core.cuda_graph import Replay
 from nearplane.core.grid import Grid, Quantized
 from nearplane.core.levels import Levels
+from nearplane.core.line import Line
+from nearplane.core.scales import Beside
 from nearplane.core.sweep import LEAF, PANEL
 
 
@@ -29,7 +31,7 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
         grid: Its grid.
 
     Returns:
-        Better codes and scales; zeros and certificate are those of ``solved``.
+        Better codes and scales, and offsets where they are free; the certificate is that of ``solved``.
     """
     n = target.shape[1]
     width = grid.group_width(n)
@@ -42,6 +44,7 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
     for g, part in groups:
         steps[part] -= zero[g]
         error[part].addcmul_(steps[part], scale[g], value=-1)
+    near = grid.scales.beside(scale, zero)
     panel = max(1, PANEL // width) * width  # columns that share one product with all the error: whole groups
     descend = _Descent(grid)
     for a in range(0, n, panel):
@@ -53,8 +56,15 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
             g, here, there = first // width, slice(first, end), slice(first - a, end - a)
             if first > a:
                 slope[there].addmm_(A[here, a:first], moved[: first - a])
-            better = _best_scale(scale, g, steps[here], slope[there], A[here, here], grid)
-            moved[there] = steps[here] * (scale[g] - better)
+            if grid.scales.free:
+                level = (steps[here] + zero[g]).round_()  # code, but for a rounding
+                better, offset = _best_line(near, (scale[g], zero[g]), level, slope[there], A[here, here], g)
+                moved[there], steps[here] = steps[here] * scale[g], level - offset
+                moved[there] -= steps[here] * better
+                zero[g] = offset
+            else:
+                better = _best_scale(near, scale[g], steps[here], slope[there], A[here, here], g)
+                moved[there] = steps[here] * (scale[g] - better)
             slope[there].addmm_(A[here, here], moved[there])
             scale[g] = better
             moved[there] += descend(steps[here], slope[there], A[here, here], better, zero[g])
@@ -62,17 +72,35 @@ def refine(target: Float[Tensor, "out in"], A: Float[Tensor, "in in"], solved: Q
     codes = torch.empty_like(steps, dtype=torch.uint8)
     for g, part in groups:
         codes[part] = grid.levels.encode_(steps[part], zero[g])
-    return solved._replace(codes=codes.T.contiguous(), scale=scale.T.contiguous())
+    solved = solved._replace(codes=codes.T.contiguous(), scale=scale.T.contiguous())
+    return solved._replace(zero=grid.stored_zero(zero.T).contiguous()) if grid.scales.free else solved
 
 
-def _best_scale(scales: Tensor, g: int, steps: Tensor, slope: Tensor, A: Tensor, grid: Grid) -> Tensor:
+def _best_scale(near: Beside, scale: Tensor, steps: Tensor, slope: Tensor, A: Tensor, g: int) -> Tensor:
     """Return the scale of least f of group g, (out,); the old one where rounding or a sign leaves no gain."""
-    scale = scales[g]
     gain, curvature = (steps * slope).sum(0), (steps * (A @ steps)).sum(0)
     wanted = torch.where(curvature > 0, scale + gain / curvature, scale)
-    wanted = grid.scales.round_beside(torch.where(wanted > 0, wanted, scale), scales, g)
+    wanted = near.scale(torch.where(wanted * scale > 0, wanted, scale), g)
     change = wanted - scale
     return torch.where(change.square() * curvature < 2 * change * gain, wanted, scale)
+
+
+def _best_line(
+    near: Beside, at: tuple[Tensor, Tensor], level: Tensor, slope: Tensor, A: Tensor, g: int
+) -> tuple[Tensor, Tensor]:
+    """Return the scale and the zero of least f of group g, (out,) each; the old ones where rounding leaves no gain."""
+    (scale, zero), image, ones = at, A @ level, A.sum(1)
+    line = Line(
+        (level * image).sum(0), ones @ level, ones.sum().expand_as(scale), (level * slope).sum(0), slope.sum(0)
+    )
+    offset, wanted = scale * zero, scale + line.scale()
+    best, better = torch.zeros_like(scale), [scale, zero]
+    for some in (scale, *near.around(torch.where(wanted > 0, wanted, scale), g)):
+        other = near.zero(offset + line.offset(some - scale), some, g)
+        cost = line.cost(some - scale, some * other - offset)
+        better = [torch.where(cost < best, new, old) for new, old in zip((some, other), better, strict=True)]
+        best = torch.minimum(cost, best)
+    return better[0], better[1]
 
 
 class _Descent:

@@ -208,16 +208,16 @@ class _State:
                 self.source[block] = decode(self.codes[block].to(s.dtype), s, z, self.grid)
             elif self.push.carry == "clamped":
                 low, high = levels.reach(z)
-                self.source[block] = self.source[block].clamp(low * s, high * s)
+                ends = low * s, high * s  # a negative scale turns them round
+                self.source[block] = self.source[block].clamp(torch.minimum(*ends), torch.maximum(*ends))
 
     def result(self) -> Quantized:
         """Return the codes, back in storage order."""
         codes = torch.empty_like(self.codes)
         codes[self.factor.order] = self.codes
         certificate = Certificate(self.loss, self.bound, self.clipped)
-        return Quantized(
-            codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.to(torch.uint8).contiguous(), certificate
-        )
+        zero = self.grid.stored_zero(self.zero.T).contiguous()
+        return Quantized(codes.T.contiguous(), self.scale.T.contiguous(), zero, certificate)
 
 
 class _Leaf(NamedTuple):

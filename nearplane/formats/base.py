@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from nearplane.core.activations import TokenGrid
@@ -69,7 +69,7 @@ class Decoded(NamedTuple):
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
-    zero: UInt8[Tensor, "out groups"]
+    zero: UInt8[Tensor, "out groups"] | Float32[Tensor, "out groups"]  # float32 where offsets are free
     group: Int[Tensor, "in"]
 
 
@@ -121,7 +121,7 @@ class Format(ABC):
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
-        return levels_reason(grid)
+        return levels_reason(grid) or scales_reason(grid)
 
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why engines will refuse a weight that can be stored; None if none is known to."""
@@ -226,10 +226,25 @@ def by_grid(grid: Grid, grids: Mapping[str, Grid] | None) -> dict[Grid, list[str
     """Group modules by what disk tells of their grids, the grid of most first; of one grid alone no names."""
     found: dict[Grid, list[str]] = {}
     for name, some in (grids or {}).items():
-        found.setdefault(Grid(some.storage_bits, some.group_size, some.sym), []).append(name)
+        found.setdefault(stored_grid(some), []).append(name)
     if len(found) > 1:
         return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
     return {next(iter(found), grid): []}
+
+
+def stored_grid(grid: Grid) -> Grid:
+    """Give what disk tells of a grid: bits, group size, symmetry, and scales that are no plain floats."""
+    fields: dict[str, Any] = {"bits": grid.storage_bits, "group_size": grid.group_size, "sym": grid.sym}
+    return Grid(**fields) if grid.scales.held_in is None else Grid.of(scales=grid.scales, **fields)
+
+
+def scales_reason(grid: Grid) -> str | None:
+    """Tell that scales are no plain floats above 0 beside zeros that are codes; None if they are."""
+    if grid.scales.held_in is None:
+        return None
+    kind = getattr(grid.scales, "kind", type(grid.scales).__name__)
+    told = ", whose offsets are numbers of their own" if grid.scales.free else ""
+    return f"this format holds no {kind} scales{told}; the formats gguf and mlx hold those of their own types"
 
 
 def levels_reason(grid: Grid) -> str | None:
@@ -256,11 +271,17 @@ def conv1d_reason(format: Format) -> str | None:
     return f"{format.name} knows nn.Linear only, loaders would fill this Conv1D with random weights; use gptq"
 
 
-def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
+def check(name: str, quantized: Quantized, grid: Grid, *, any_scales: bool = False) -> Quantized:
     """Check that disk can hold a weight exactly.
 
+    Args:
+        name: of the module.
+        quantized: codes (out, in), scales and zeros (out, groups).
+        grid: its grid.
+        any_scales: whether the format holds scales of the kind that ``scales_reason`` refuses.
+
     Returns:
-        The weight on the CPU, its scales in ``grid.scale_dtype``.
+        The weight on the CPU, its scales in ``grid.held_in``.
 
     Raises:
         NearplaneError: for codes or zeros off the grid, shapes that do not fit together, and scales that are not
@@ -268,8 +289,13 @@ def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
     """
     codes, scale, zero = (tensor.detach().cpu() for tensor in quantized[:3])
     groups = (codes.shape[0], grid.group_count(codes.shape[1]))
-    if codes.dtype != torch.uint8 or zero.dtype != torch.uint8:
-        raise NearplaneError(f"{name}: codes and zeros must be uint8, and are {codes.dtype} and {zero.dtype}.")
+    reason = None if any_scales else scales_reason(grid)
+    if reason is not None:
+        raise NearplaneError(f"{name}: {reason}.")
+    free = grid.scales.free
+    if codes.dtype != torch.uint8 or zero.dtype != (torch.float32 if free else torch.uint8):
+        wanted = "codes must be uint8 and zeros float32" if free else "codes and zeros must be uint8"
+        raise NearplaneError(f"{name}: {wanted}, and are {codes.dtype} and {zero.dtype}.")
     if scale.shape != groups or zero.shape != groups:
         raise NearplaneError(
             f"{name}: scales {tuple(scale.shape)} and zeros {tuple(zero.shape)} must both be {groups} (out, groups)."
@@ -280,14 +306,16 @@ def check(name: str, quantized: Quantized, grid: Grid) -> Quantized:
     half = 1 << (grid.storage_bits - 1)
     if grid.sym and bool((zero != half).any()):
         raise NearplaneError(f"{name}: every zero of a symmetric grid of {grid.storage_bits} bits must be {half}.")
-    if int(zero.max()) > greatest:
+    if free and not bool(zero.isfinite().all()):
+        raise NearplaneError(f"{name}: an offset is not finite.")
+    if not free and int(zero.max()) > greatest:
         raise NearplaneError(f"{name}: a zero point leaves the grid's range 0 to {greatest}.")
-    stored = scale.to(getattr(torch, grid.scale_dtype))
+    stored = scale.to(getattr(torch, grid.held_in))
     if not bool(stored.isfinite().all()):
-        raise NearplaneError(f"{name}: a scale is not finite in {grid.scale_dtype}.")
+        raise NearplaneError(f"{name}: a scale is not finite in {grid.held_in}.")
     if not torch.equal(stored.to(scale.dtype), scale):
         raise NearplaneError(
-            f"{name}: storing the scales in {grid.scale_dtype} would round them after the codes were chosen; "
+            f"{name}: storing the scales in {grid.held_in} would round them after the codes were chosen; "
             "solve with this scale_dtype."
         )
     return Quantized(codes, stored.contiguous(), zero)

@@ -17,6 +17,8 @@ from torch import Tensor
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized
+from nearplane.core.nested import described, scales_of
+from nearplane.core.scales import Scales
 from nearplane.formats.base import (
     ONLY_HERE,
     Decoded,
@@ -41,6 +43,8 @@ from nearplane.formats.store import Store
 # The release of the library whose reading of these tensors is the one described here.
 LAYOUT_VERSION = "0.17.0"
 CLIP = "nearplane_clip"
+# Scales that the library does not know, in a run's parts: no checkpoint of this format has them.
+SCALES = "nearplane_scales"
 # Before the names of formats where inputs are rotated while the model runs: no other reader is to take such weights.
 ONLINE = "nearplane-online-"
 
@@ -79,7 +83,7 @@ class CompressedTensors(Format):
 
     def pack(self, name: str, quantized: Quantized, grid: Grid) -> dict[str, Tensor]:
         """int32 (out, words), scale (out, groups), int64 (2,), and int32 (words, groups) of zeros if asymmetric."""
-        codes, scale, zero = check(name, quantized, grid)[:3]
+        codes, scale, zero = check(name, quantized, grid, any_scales=self.neutral)[:3]
         if self.activations is not None:
             half = 1 << (grid.storage_bits - 1)
             plain = {f"{name}.weight": (codes.to(torch.int16) - half).to(torch.int8), f"{name}.weight_scale": scale}
@@ -91,16 +95,17 @@ class CompressedTensors(Format):
             f"{name}.weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
         }
         if not grid.sym:  # a zero point beside a symmetric weight makes vLLM refuse the checkpoint
-            tensors[f"{name}.weight_zero_point"] = pack(zero.T, grid.storage_bits).T.contiguous()
+            zeros = zero if grid.scales.free else pack(zero.T, grid.storage_bits).T
+            tensors[f"{name}.weight_zero_point"] = zeros.contiguous()
         return tensors
 
     def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:
         """Count exactly."""
         (out, columns), groups = shape, grid.group_count(shape[1])
-        scale: torch.dtype = getattr(torch, grid.scale_dtype)
+        scale: torch.dtype = getattr(torch, grid.held_in)
         if self.activations is not None:
             return out * columns + out * groups * (scale.itemsize + (not grid.sym))
-        zeros = 0 if grid.sym else 4 * groups * words_of(out, grid.storage_bits)
+        zeros = 0 if grid.sym else 4 * groups * (out if grid.scales.free else words_of(out, grid.storage_bits))
         return 4 * out * words_of(columns, grid.storage_bits) + scale.itemsize * out * groups + zeros + 16
 
     def config(
@@ -113,13 +118,13 @@ class CompressedTensors(Format):
         vLLM's class of it is no linear's.
         """
         groups, every = by_grid(grid, grids), ["Linear", *settings.get("lm_head", ())]
-        described = [_group(some, names or every, self.activations, self.online) for some, names in groups.items()]
+        entries = [_group(some, names or every, self.activations, self.online) for some, names in groups.items()]
         return {
             "quant_method": "compressed-tensors",
             "version": LAYOUT_VERSION,
-            "format": described[0]["format"],
+            "format": entries[0]["format"],
             "quantization_status": "compressed",
-            "config_groups": {f"group_{i}": group for i, group in enumerate(described)},
+            "config_groups": {f"group_{i}": group for i, group in enumerate(entries)},
             "ignore": list(ignore),
             "kv_cache_scheme": None,
             "sparsity_config": {},
@@ -185,7 +190,7 @@ class CompressedTensors(Format):
         """Bits of no code, and zero points that a symmetric layer must not have."""
         parts = (("weight_packed", decoded.codes, False), ("weight_zero_point", decoded.zero.T, True))
         for suffix, value, turned in parts if layer.layout == "packed" else ():
-            if suffix in layer.tensors:
+            if suffix in layer.tensors and not value.is_floating_point():
                 damage = unused_bits(store, layer.tensors[suffix], value, layer.grid.storage_bits, turned)
                 yield from [] if damage is None else [damage]
         if layer.grid.sym and "weight_zero_point" in layer.tensors:
@@ -209,7 +214,7 @@ def _group(grid: Grid, targets: list[str], activations: TokenGrid | None, online
         "actorder": None,
         "block_structure": None,
         "observer": "minmax",
-        "observer_kwargs": {},
+        "observer_kwargs": {} if grid.scales.held_in is None else {SCALES: described(grid.scales)},
     }
     return {
         "targets": targets,
@@ -259,6 +264,7 @@ class Scheme:
     strategy: str
     group_size: int
     activations: TokenGrid | None = None
+    scales: Scales | None = None
 
     def __str__(self) -> str:
         groups = f"groups of {self.group_size}" if self.strategy == "group" else f"one scale per {self.strategy}"
@@ -268,6 +274,8 @@ class Scheme:
 def _zeros(store: Store, layer: StoredLayer, shape: tuple[int, ...]) -> Tensor:
     """Read unsigned zeros (out, groups): packed along the rows, or plain and signed."""
     name, bits = layer.tensors["weight_zero_point"], layer.grid.storage_bits
+    if layer.grid.scales.free:
+        return store.get(name)
     words = (words_of(shape[0], bits), shape[1])
     if layer.layout == "packed" and store.dtype(name) == torch.int32 and store.shape(name) == words:
         return unpack(store.get(name).T, bits, shape[0]).T.contiguous()
@@ -306,7 +314,17 @@ def _layer(store: Store, name: str, scheme: Scheme) -> StoredLayer:
         )
     shape = _shape(store, tensors, scheme)
     size = scheme.group_size if scheme.strategy == "group" else -1
-    grid = Grid(scheme.bits, size, scheme.symmetric, scale_dtype=scale_dtype_of(store, tensors["weight_scale"]))
+    fields: dict[str, Any] = {"bits": scheme.bits, "group_size": size, "sym": scheme.symmetric}
+    fields["scale_dtype"] = scale_dtype_of(store, tensors["weight_scale"])
+    grid = Grid(**fields) if scheme.scales is None else Grid.of(scales=scheme.scales, **fields)
+    reason = grid.scales.row_reason(shape[1], grid.group_width(shape[1]))
+    if reason is not None:
+        raise NearplaneError(f"{name} in {store.folder} does not fit its scales: {reason}.")
+    if grid.scales.free:
+        zeros, groups = tensors["weight_zero_point"], (shape[0], grid.group_count(shape[1]))
+        expect(store, zeros, groups, f"a {shape} weight by {scheme}")
+        if store.dtype(zeros) != torch.float32:
+            raise NearplaneError(f"tensor {zeros} in {store.folder} is {store.dtype(zeros)}, not float32.")
     if scheme.strategy == "group":
         expect(store, tensors["weight_scale"], (shape[0], grid.group_count(shape[1])), f"a {shape} weight by {scheme}")
     elif store.shape(tensors["weight_scale"]) not in ((shape[0], 1), (shape[0],), (1,), (1, 1), ()):
@@ -358,7 +376,11 @@ def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
         symmetric = setting(weights, "symmetric", bool, True, where)
         targets = tuple(map(str, setting(group, "targets", list, [], where)))
         rounded = _activations(setting(group, "input_activations", dict, {}, where), label, where)
-        schemes.append(Scheme(label, targets, LAYOUTS[layout], bits, symmetric, strategy, size or -1, rounded))
+        told = setting(setting(weights, "observer_kwargs", dict, {}, where), SCALES, dict, None, where)
+        scales = None if told is None else scales_of(told, f"{where}: config group {label}")
+        if scales is not None and scales.free == symmetric:
+            raise NearplaneError(f"{where}: config group {label} says both symmetric {symmetric} and {told!r}.")
+        schemes.append(Scheme(label, targets, LAYOUTS[layout], bits, symmetric, strategy, size or -1, rounded, scales))
     if not schemes:
         raise NearplaneError(f"{where} has no config group with weights; {INTEGERS}.")
     return schemes

@@ -28,6 +28,7 @@ from nearplane.formats.base import (
     levels_reason,
     require,
     scale_dtype_of,
+    scales_reason,
     setting,
     tail_reason,
     tensors_of,
@@ -58,8 +59,8 @@ class GPTQ(Format):
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Widths 2, 3, 4 and 8, sides that are multiples of 32, no tail group; version 1 symmetric only."""
-        if levels_reason(grid):
-            return levels_reason(grid)
+        if levels_reason(grid) or scales_reason(grid):
+            return levels_reason(grid) or scales_reason(grid)
         if grid.storage_bits not in WIDTHS:
             return f"{self.name} stores 2, 3, 4 or 8 bits, not {grid.storage_bits}; compressed-tensors stores 2 to 8"
         if not grid.sym and self.name == "gptq":

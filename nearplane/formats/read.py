@@ -72,13 +72,15 @@ class Checkpoint:
         return Quantized(decoded.codes, decoded.scale.contiguous(), decoded.zero.contiguous())
 
     def weight(self, prefix: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """Read the weight of a layer, ``(code - zero) * scale``.
+        """Read the weight of a layer, ``(code - zero) * scale``, in float32 at least where the zero is a real number.
 
         The product is rounded once, to ``dtype``; in float32 it is exact for 16-bit scales. In float32 and in the
         dtype of the scales this is bit for bit what transformers loads, which casts the scales before it multiplies.
         """
         _, decoded = self.decode(prefix)
         work = torch.promote_types(decoded.scale.dtype, dtype)
+        if decoded.zero.is_floating_point():
+            work = torch.promote_types(work, decoded.zero.dtype)
         scale = decoded.scale.to(work)[:, decoded.group]
         return (decoded.codes.to(work) - decoded.zero.to(work)[:, decoded.group]).mul_(scale).to(dtype)
 
@@ -88,8 +90,10 @@ class Checkpoint:
             raise NearplaneError(f"{self.store.folder} holds no quantized layer named {prefix}.")
         layer = self.layers[prefix]
         decoded = self.reader.unpack(self.store, layer)
-        if not bool(decoded.scale.isfinite().all()):
-            raise NearplaneError(f"{prefix} in {self.store.folder} has scales that are not finite; it is damaged.")
+        if not bool(decoded.scale.isfinite().all() and decoded.zero.isfinite().all()):
+            raise NearplaneError(
+                f"{prefix} in {self.store.folder} has scales or offsets that are not finite; it is damaged."
+            )
         return layer, decoded
 
 

@@ -76,7 +76,7 @@ class OBQ:
             part = slice(a, a + step)
             s, z = (by_column(value[part], grid, n) for value in (scale, zero))
             codes[part] = eliminate(weight[part], state.inverse, s, z, grid)
-        return Quantized(codes, scale, zero.to(torch.uint8))
+        return Quantized(codes, scale, grid.stored_zero(zero))
 
 
 def eliminate(
