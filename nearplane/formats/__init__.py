@@ -3,9 +3,10 @@
 from nearplane.core.errors import SettingError
 from nearplane.formats.base import Format
 from nearplane.formats.compressed import CompressedTensors
+from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.gptq import GPTQ
 
-FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"))}
+FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), GGUF())}
 """Every format that is read and written, by the name that users give."""
 
 

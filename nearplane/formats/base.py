@@ -6,7 +6,7 @@ says, *why* a weight cannot be stored (``supports``) or loads nowhere else (``wa
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -79,8 +79,8 @@ class Format(ABC):
     Abstract members are what every format must say; the others have the answer of a plain format.
     """
 
-    container: ClassVar[Literal["safetensors"]] = "safetensors"
-    """What holds the tensors: a folder of safetensors shards with an index."""
+    container: ClassVar[Literal["safetensors", "gguf"]] = "safetensors"
+    """What holds the tensors: a folder of safetensors shards with an index, or one .gguf file made of a template."""
     reads: ClassVar[str] = ""
     """What ``find`` reads, in words; empty: ``name``."""
     holds_conv1d: ClassVar[bool] = False
@@ -118,6 +118,48 @@ class Format(ABC):
         if activations is not None:
             raise SettingError(f"{self.name} cannot say that activations are rounded; use --format compressed-tensors.")
         return self
+
+    def asked(self, options: Mapping[str, Any]) -> "Format":
+        """Give the variant with options of the format's own. Raises SettingError for options of another format.
+
+        Args:
+            options: those of a job that were given, by name: template, gguf_dense.
+        """
+        for name in options:
+            raise SettingError(f"--{name.replace('_', '-')} is for --format gguf, and the format is {self.name}.")
+        return self
+
+    def grid(self, grid: Grid, type: str | None, given: Container[str]) -> Grid:
+        """Give the grid of all linears, where the format decides it.
+
+        Args:
+            grid: of the job.
+            type: the job's ``gguf_type``.
+            given: fields of the grid that a user gave by name.
+
+        Raises:
+            SettingError: a field that was given contradicts the format's grid; or a type of another format.
+        """
+        if type is not None:
+            raise SettingError(f"--gguf-type is for --format gguf, and the format is {self.name}.")
+        return grid
+
+    def help(self, refused: Mapping[str, tuple[Grid, tuple[int, int]]]) -> str:
+        """Tell which setting would do for linears that the format refuses; empty where none is known.
+
+        Args:
+            refused: grid and (out, in) by name on disk.
+        """
+        return ""
+
+    def store(self, store: Store, config: Mapping[str, Any]) -> Store:
+        """Give the tensors of a folder, those in files of the format's own among them.
+
+        Args:
+            store: the folder's safetensors.
+            config: a ``quantization_config`` that this format claims.
+        """
+        return store
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""

@@ -4,6 +4,7 @@ Metadata is kept as the bytes that the file holds, so that what is not understoo
 with the file's length before anything is read. The layout is that of versions 2 and 3, little-endian.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -118,6 +119,14 @@ class GGUFFile:
     def length(self, key: str) -> int | None:
         """Count the items of an array of the metadata; None where there is none."""
         return self.keys[key].length if key in self.keys and self.keys[key].kind == ARRAY else None
+
+    @property
+    def digest(self) -> str:
+        """A hash of the header: metadata, names, types, shapes and places."""
+        sums = hashlib.sha256(repr(list(self.tensors.values())).encode())
+        for key in self.keys.values():
+            sums.update(key.raw)
+        return sums.hexdigest()
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Read bytes of rows, counted through all matrices of a tensor, as uint8 (count, row_bytes)."""
