@@ -24,6 +24,7 @@ from nearplane.formats.gguf.format import GGUF, SUFFIX, record
 from nearplane.formats.gguf.grids import dividing, grid_of, pack
 from nearplane.formats.gguf.template import Mapping as Found
 from nearplane.formats.gguf.template import Matrix, find
+from nearplane.formats.journal import sync
 from nearplane.formats.read import Checkpoint
 from nearplane.formats.store import Store
 from nearplane.machine.devices import environment
@@ -137,7 +138,11 @@ def check_template(template: GGUFFile, model: nn.Module, shapes: Mapping[str, tu
 
 
 def place_source(
-    source: Source, sites: Sequence[tuple[Site, Grid]], format: GGUF, template: GGUFFile, tick: Callable[[], None] = lambda: None
+    source: Source,
+    sites: Sequence[tuple[Site, Grid]],
+    format: GGUF,
+    template: GGUFFile,
+    tick: Callable[[], None] = lambda: None,
 ) -> Placed:
     """Find the weights of a model in a template by their values.
 
@@ -210,7 +215,9 @@ def _types(template: GGUFFile, found: Found, ours: Mapping[str, str]) -> dict[st
     for tensor, names in found.tensors().items():
         kinds = {ours.get(name): name for name in reversed(names)}
         if len(kinds) > 1:
-            told = " and ".join(f"{name} {'stays dense' if type is None else f'is {type}'}" for type, name in kinds.items())
+            told = " and ".join(
+                f"{name} {'stays dense' if type is None else f'is {type}'}" for type, name in kinds.items()
+            )
             raise SettingError(
                 f"tensor {tensor} of {template.path} holds {some_of(names)} in one type, and {told}; make them alike."
             )
@@ -235,7 +242,9 @@ def _dense_types(template: GGUFFile, types: Mapping[str, str], asked: str | None
     return {info.name: asked for info in infos}
 
 
-def write_gguf(path: Path, placed: Placed, rows: Callable[[str], Tensor], tick: Callable[[], None] = lambda: None) -> None:
+def write_gguf(
+    path: Path, placed: Placed, rows: Callable[[str], Tensor], tick: Callable[[], None] = lambda: None
+) -> None:
     """Write the file.
 
     Args:
@@ -284,7 +293,9 @@ def _encoded(placed: Placed, name: str, type: str) -> Iterator[bytes]:
     step = max(1, CHUNK // info.columns)
     for first in range(0, info.rows, step):
         count = min(step, info.rows - first)
-        value = template.values(name, first, count) if ours is None else placed.values(ours)[first : first + count].float()
+        value = (
+            template.values(name, first, count) if ours is None else placed.values(ours)[first : first + count].float()
+        )
         yield encode(value, type).numpy().tobytes()
 
 
@@ -295,6 +306,20 @@ def encode(value: Tensor, type: str) -> Tensor:
     grid = grid_of(type)
     scale, zero = fit_groups(value, grid)
     return pack(type, round_to_nearest(value, scale, zero, grid), grid, "a dense tensor")
+
+
+def write_alone(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file by itself: under a temporary name, then renamed; nothing stays of one that fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise NearplaneError(f"{path} cannot be written: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def described(placed: Placed, file: str) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from nearplane.formats.compressed import CompressedTensors
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.gptq import GPTQ
 
-FORMATS: dict[str, Format] = {format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), GGUF())}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), GGUF())
+}
 """Every format that is read and written, by the name that users give."""
 
 

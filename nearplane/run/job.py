@@ -69,7 +69,9 @@ class Override:
             return
         decided = [name for name in ("bits", "group_size", "sym") if getattr(self, name) is not None]
         if decided:
-            raise SettingError(f"override {self.pattern!r}: gguf_type decides {' and '.join(decided)}; give one of them.")
+            raise SettingError(
+                f"override {self.pattern!r}: gguf_type decides {' and '.join(decided)}; give one of them."
+            )
         known_type(self.gguf_type)
 
     @property

@@ -381,9 +381,7 @@ def _refuse(job: Job, format: Format, sites: Mapping[str, tuple[Site, Grid]], le
         raise SettingError(f"{first}{format.help(refused) if refused else ''}.")
 
 
-def _template(
-    source: Source, job: Job, format: Format, shapes: Mapping[str, tuple[int, int]]
-) -> GGUFFile | None:
+def _template(source: Source, job: Job, format: Format, shapes: Mapping[str, tuple[int, int]]) -> GGUFFile | None:
     """Open the file of which a GGUF checkpoint is made, and check it by sizes; None for other formats."""
     if not takes_template(format):
         return None

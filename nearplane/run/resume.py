@@ -179,7 +179,7 @@ class Saver:
             return packed[f"{name}.weight"]
 
         inside = {name for names in placed.stored.values() for name in names}
-        self.report.bytes["after"] = placed.nbytes
+        self.report.bytes |= {"after": placed.nbytes, "dense": placed.nbytes - self.report.bytes["quantized"]}
         dense = [name for name in rest.dense if name not in inside]
         written = Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows))
         return replace(rest, dense=dense, file=written)

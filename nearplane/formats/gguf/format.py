@@ -19,7 +19,18 @@ from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats.base import Decoded, Format, StoredLayer, check, collect, setting, stored_grid
 from nearplane.formats.gguf.blocks import BLOCKS
 from nearplane.formats.gguf.file import FLOATS, GGUFFile
-from nearplane.formats.gguf.grids import INSTEAD, cheapest, dividing, grid_of, known_type, pack, reason, refusal, unpack
+from nearplane.formats.gguf.grids import (
+    INSTEAD,
+    cheapest,
+    dividing,
+    fits,
+    grid_of,
+    known_type,
+    pack,
+    reason,
+    refusal,
+    unpack,
+)
 from nearplane.formats.gguf.template import Mapping as Found
 from nearplane.formats.store import Store
 
@@ -73,7 +84,8 @@ class GGUF(Format):
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Some type holds the weight exactly, or the one that was asked for holds it."""
         if self.type is not None:
-            return reason(self.type, grid, shape[1])
+            found, others = reason(self.type, grid, shape[1]), [fit.type for fit in fits(grid, shape[1])]
+            return found and f"{found}; types that hold it: {', '.join(others) or 'none'}"
         return None if cheapest(grid, shape[1]) else refusal(grid, shape[1])
 
     def help(self, refused: Mapping[str, tuple[Grid, tuple[int, int]]]) -> str:
@@ -96,6 +108,10 @@ class GGUF(Format):
         if found is None:
             raise NearplaneError(f"{refusal(grid, columns)}.")
         return found
+
+    def keeps(self, grid: Grid, columns: int) -> bool:
+        """Tell whether every value stays: only the offsets of some types are rounded."""
+        return any(fit.exact for fit in fits(grid, columns) if fit.type == self.type_of(grid, columns))
 
     def scale_dtype(self, model_dtype: torch.dtype) -> ScaleDtype:
         """Blocks hold float16."""
@@ -167,21 +183,27 @@ class RowStore(Store):
                 raise NearplaneError(f"{where} names tensor {str(tensor)[:80]!r}, which {file.path} does not hold.")
             info = file.tensors[tensor]
             if not 0 < len(slices) <= info.matrices:
-                raise NearplaneError(f"{where}: {tensor} has {info.matrices} matrices, and {len(slices)} are described.")
+                raise NearplaneError(
+                    f"{where}: {tensor} has {info.matrices} matrices, and {len(slices)} are described."
+                )
             for index, pieces in enumerate(slices):
                 for name, at, rows in read_pieces(pieces, info.rows, f"{where}: {tensor}"):
                     self.places.setdefault(name, []).append((tensor, at + index * info.rows, rows))
         self.sizes = {name: self._size(name, some, where) for name, some in self.places.items()}
         missing = [name for name in self.quantized if name not in self.places]
         if missing:
-            raise NearplaneError(f"{where} calls {missing[0][:80]!r} quantized, and says of no tensor that it holds it.")
+            raise NearplaneError(
+                f"{where} calls {missing[0][:80]!r} quantized, and says of no tensor that it holds it."
+            )
         self.names = store.names | self.places.keys()
 
     def type_of(self, name: str) -> tuple[str, tuple[int, int]]:
         """Give the GGUF type and (out, in) of a matrix in the file. Raises NearplaneError for a type that is not written."""
         info = self.file.tensors[self.places[name][0][0]]
         if name in self.quantized and info.type not in BLOCKS:
-            raise NearplaneError(f"{name} in {self.file.path} is {info.type}, which is no type of quantized weights here.")
+            raise NearplaneError(
+                f"{name} in {self.file.path} is {info.type}, which is no type of quantized weights here."
+            )
         return info.type, (self.sizes[name], info.columns)
 
     def get(self, name: str) -> Tensor:

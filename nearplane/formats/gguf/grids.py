@@ -63,7 +63,7 @@ def reason(type: str, grid: Grid, columns: int) -> str | None:
         return levels_reason(grid)
     if columns % block.size:
         others = ", ".join(dividing(columns)) or "none"
-        return f"{type} has blocks of {block.size} inputs, which do not divide {columns}; types that can: {others}"
+        return f"{type} has blocks of {block.size} inputs, which do not divide {columns} as those of {others} do"
     if own_type(grid) == type:
         return None
     if block.nested or isinstance(grid.scales, Nested):
@@ -90,10 +90,10 @@ def fits(grid: Grid, columns: int) -> list[Fit]:
 
 
 def cheapest(grid: Grid, columns: int) -> str | None:
-    """Name the smallest type that holds a weight exactly; None if there is none."""
+    """Name the smallest type that holds a weight exactly, a type's own grid in that type; None if there is none."""
     own = own_type(grid)
-    if own is not None and reason(own, grid, columns) is None:
-        return own
+    if own is not None:
+        return own if reason(own, grid, columns) is None else None
     return next((fit.type for fit in fits(grid, columns) if fit.exact), None)
 
 

@@ -18,8 +18,11 @@ from torch import Tensor
 from nearplane.core.errors import NearplaneError, some_of
 from nearplane.formats.gguf.file import GGUFFile
 
-# Least cosine of a row with its partner. Two bits keep 0.8 and more; of 64 columns, one wrong row in 10^10 reaches 0.7.
+# Cosine by which a row is known; most rows of a matrix must have it. Two bits keep 0.8 on the average; of 64 columns, one
+# wrong row in 10^10 reaches 0.7.
 FOUND = 0.7
+# Least cosine of the other rows, each of which must be nearer to its partner than to any other row.
+LEAST = 0.4
 # Below this no row shows that two matrices have to do with each other.
 STRANGE = 0.35
 # A matrix of ours is a multiple of the template's where their best ratio is further from 1.
@@ -155,13 +158,13 @@ class _Search:
         for other, second, _ in fits[1:]:
             if other <= SAME * error + 1e-9 and (matrix.needed or second.needed):
                 raise NearplaneError(
-                    f"tensor {at.tensor} of {self.template.path} is as near to {second.name} as to {matrix.name}; which of them "
+                    f"tensor {at.tensor} of {self.template.path} is as near to {_plain(second.name)} as to {_plain(matrix.name)}; which of them "
                     "it is cannot be told by values."
                 )
         taken = [where for where, some in self.pieces.items() if any(piece.name == matrix.name for piece in some)]
         if taken and matrix.needed:
             raise NearplaneError(
-                f"tensors {taken[0].tensor} and {at.tensor} of {self.template.path} are both nearest to {matrix.name}; which of "
+                f"tensors {taken[0].tensor} and {at.tensor} of {self.template.path} are both nearest to {_plain(matrix.name)}; which of "
                 "them it is cannot be told by values."
             )
         if not taken:
@@ -203,7 +206,7 @@ class _Search:
         rows: Tensor | None = None
         if len(matrices) == 1 and matrices[0].shape == shape:
             cosines, ratio, error = self._compare(theirs, matrices[0].read, shape)
-            rows = torch.arange(shape[0]) if bool((cosines >= FOUND).all()) else None
+            rows = torch.arange(shape[0]) if float((cosines >= FOUND).double().mean()) > 0.5 else None
         if rows is None:
             if shape[0] * shape[1] > MOST_EXACT // 64:
                 return None, 1.0
@@ -215,14 +218,28 @@ class _Search:
         typical = float(cosines.median())
         for matrix in matrices:
             self.best[matrix.name] = max(self.best.get(matrix.name, (-1.0, "")), (typical, at.tensor))
-        if not bool((cosines >= FOUND).all()):
+        if typical < FOUND or len(cosines) < len(rows) or not self._nearest(theirs, matrices, rows, cosines):
             return None, error
         if abs(ratio - 1) > SCALED:
             raise NearplaneError(
-                f"tensor {at.tensor} of {self.template.path} is {some_of([m.name for m in matrices])} times {1 / ratio:.4g}; a "
+                f"tensor {at.tensor} of {self.template.path} is {some_of([_plain(m.name) for m in matrices])} times {1 / ratio:.4g}; a "
                 "template that scales weights cannot take our codes."
             )
         return rows, error
+
+    def _nearest(
+        self, theirs: Callable[[int, int], Tensor], matrices: list[Matrix], rows: Tensor, cosines: Tensor
+    ) -> bool:
+        """Tell whether the rows that are not known by their cosine alone are nearer to their partners than to any other."""
+        low = (cosines < FOUND).nonzero().flatten()
+        if not len(low):
+            return True
+        many = sum(m.shape[0] * m.shape[1] for m in matrices)
+        if float(cosines.min()) < LEAST or len(low) * many > MOST_EXACT:
+            return False
+        a = torch.cat([theirs(int(row), 1) for row in low])
+        best = torch.cat([_similar(a, m.read(0, m.shape[0])) for m in matrices], 1).amax(1)
+        return bool((cosines[low] >= best - 1e-5).all())
 
     def _compare(
         self, theirs: Callable[[int, int], Tensor], ours: Callable[[int, int], Tensor], shape: tuple[int, int]
@@ -232,9 +249,15 @@ class _Search:
         for first, count in _steps(shape):
             a, b = theirs(first, count), ours(first, count)
             cosines.append(_cosines(a, b))
-            parts = (a * b).sum(1).double().sum(), a.square().sum(1).double().sum(), (a - b).square().sum(1).double().sum()
+            parts = (
+                (a * b).sum(1).double().sum(),
+                a.square().sum(1).double().sum(),
+                (a - b).square().sum(1).double().sum(),
+            )
             sums += torch.stack(parts)
-            if float((cosines[-1] < FOUND).double().mean()) > 0.5:  # another order, or another matrix: the rest tells no more
+            if (
+                float((cosines[-1] < FOUND).double().mean()) > 0.5
+            ):  # another order, or another matrix: the rest tells no more
                 break
         square = max(float(sums[1]), 1e-300)
         return torch.cat(cosines), float(sums[0]) / square, float(sums[2]) / square
@@ -279,7 +302,7 @@ class _Search:
         twice = [name for name, rows in count.items() if int(rows.max()) > 1]
         if twice:
             raise NearplaneError(
-                f"rows of {twice[0]} are in several tensors of {self.template.path}; which of them they are cannot be told by "
+                f"rows of {_plain(twice[0])} are in several tensors of {self.template.path}; which of them they are cannot be told by "
                 "values."
             )
         lost = [name for name, rows in count.items() if int(rows.min()) < 1]
@@ -289,12 +312,12 @@ class _Search:
         rows, columns = self.ours[lost[0]].shape
         if near < STRANGE:
             raise NearplaneError(
-                f"{self.template.path} is of another model: it holds no rows of {some_of(lost)} ({rows} x {columns}), in whatever "
+                f"{self.template.path} is of another model: it holds no rows of {some_of(list(map(_plain, lost)))} ({rows} x {columns}), in whatever "
                 "order; give a GGUF of the original model."
             )
         raise NearplaneError(
-            f"{self.template.path} is too coarse to match: {lost[0]} is nearest to {tensor}, with a typical cosine of {near:.2f} "
-            f"of their rows, and every row must have {FOUND} or more; give a finer GGUF of the original, as F16 or Q8_0."
+            f"{self.template.path} is too coarse to match: {_plain(lost[0])} is nearest to {tensor}, with a typical cosine of {near:.2f} "
+            f"of their rows; most must have {FOUND}, the others {LEAST} and no nearer partner; give a finer GGUF of the original, as F16 or Q8_0."
         )
 
     def _shape(self, at: Slice) -> tuple[int, int]:
@@ -325,6 +348,11 @@ class _Search:
 
     def _likeness(self, at: Slice, name: str) -> float:
         return float((self.marks[at] * self.marks[name]).sum())
+
+
+def _plain(name: str) -> str:
+    """Give a linear's name."""
+    return name.removesuffix(".weight")
 
 
 def _steps(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
