@@ -32,7 +32,8 @@ def llama_tensors(model: Any) -> dict[str, Tensor]:
             leaf = ".".join(parts[3:-1])
             if leaf.endswith(("q_proj", "k_proj")):
                 heads = config.num_attention_heads if leaf.endswith("q_proj") else config.num_key_value_heads
-                value = rotary(value, heads)
+                found[f"blk.{parts[2]}.{NAMES[leaf]}.{parts[-1]}"] = rotary(value, heads)
+                continue
             found[f"blk.{parts[2]}.{NAMES[leaf]}.{parts[-1]}"] = value
         elif name.endswith("experts.gate_up_proj"):
             gate, up = value.chunk(2, 1)

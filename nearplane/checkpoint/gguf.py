@@ -118,8 +118,8 @@ def check_template(template: GGUFFile, model: nn.Module, shapes: Mapping[str, tu
         tokens = template.length("tokenizer.ggml.tokens")
         if theirs.rows != ours.shape[0]:
             raise NearplaneError(
-                f"{template.path} has another vocabulary: {theirs.rows} tokens, and the model {ours.shape[0]}; give a GGUF of the "
-                "same model."
+                f"{template.path} has another vocabulary: {theirs.rows} tokens, and the model {ours.shape[0]}; give a GGUF of "
+                "the same model."
             )
         if tokens is not None and tokens > ours.shape[0]:
             raise NearplaneError(f"{template.path} has another vocabulary: its tokenizer has {tokens} tokens.")
@@ -236,8 +236,8 @@ def _dense_types(template: GGUFFile, types: Mapping[str, str], asked: str | None
         if info.columns % TYPES[asked][1]:
             others = [name for name in ("Q8_0", "F16") if name == "F16" or name in dividing(info.columns)]
             raise SettingError(
-                f"gguf_dense {asked} has blocks of {TYPES[asked][1]} inputs, which do not divide the {info.columns} of {info.name}; "
-                f"give {' or '.join(others)}."
+                f"gguf_dense {asked} has blocks of {TYPES[asked][1]} inputs, which do not divide the {info.columns} of "
+                f"{info.name}; give {' or '.join(others)}."
             )
     return {info.name: asked for info in infos}
 

@@ -20,7 +20,7 @@ from nearplane.core.errors import SettingError, plain, plain_numbers
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
-from nearplane.formats.gguf.grids import grid_of, known_type
+from nearplane.formats.gguf.grids import grid_of, known_type, own_type
 from nearplane.machine.devices import Dtype, pick_dtype
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
@@ -156,8 +156,8 @@ class Job:
     format: str | Format = "compressed-tensors"
     """Checkpoint format: compressed-tensors, gptq, gptq_v2, or gguf for llama.cpp, Ollama and LM Studio."""
     gguf_type: str | None = None
-    """With --format gguf, the type of quantized weights, which decides the grid: Q4_0 (the default), Q8_0, Q5_0, Q4_1, Q5_1, Q2_0,
-    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. Of some linears: --override 'down_proj=gguf_type=Q5_0'."""
+    """With --format gguf, the type of quantized weights, which decides the grid: Q4_0 (the default), Q8_0, Q5_0, Q4_1, Q5_1,
+    Q2_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. Of some linears: --override 'down_proj=gguf_type=Q5_0'."""
     template: Path | None = None
     """With --format gguf, a GGUF file of the original model, which gives metadata, tokenizer and names; demo has its own."""
     gguf_dense: str | None = None
@@ -242,6 +242,7 @@ class Job:
             raise SettingError(_unknown(next(iter(given)), method, own | _known(parts)))
         made = replace(job, **{name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()})
         decides = {"format", "gguf_type", "grid", *(f.name for f in fields(Grid))} & named
+        named |= {"grid"} if job.grid != Grid() and own_type(job.grid) is None else set()  # chosen before
         return replace(made, grid=made.checkpoint_format.grid(made.grid, made.gguf_type, named)) if decides else made
 
 

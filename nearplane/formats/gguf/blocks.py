@@ -207,7 +207,7 @@ def _pack_signed(scale: Tensor | None, _: Tensor | None) -> Tensor:
     assert scale is not None
     raw = scale + 32
     high = (raw >> 4).view(*raw.shape[:2], 4, 4)
-    tops = sum(high[..., i, :] << 2 * i for i in range(4))
+    tops = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
     return torch.cat([(raw[..., :8] & 15) | (raw[..., 8:] & 15) << 4, tops], 2).to(torch.uint8)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
-from nearplane.formats.base import Decoded, Format, StoredLayer, check, collect, setting, stored_grid
+from nearplane.formats.base import Decoded, Format, StoredLayer, check, collect, setting
 from nearplane.formats.gguf.blocks import BLOCKS
 from nearplane.formats.gguf.file import FLOATS, GGUFFile
 from nearplane.formats.gguf.grids import (
@@ -26,6 +26,7 @@ from nearplane.formats.gguf.grids import (
     fits,
     grid_of,
     known_type,
+    own_type,
     pack,
     reason,
     refusal,
@@ -75,10 +76,8 @@ class GGUF(Format):
         own = grid_of(known_type(type or DEFAULT))
         for name in ("bits", "group_size", "sym") if "grid" in given else fields:
             if getattr(grid, name) != getattr(own, name):
-                raise SettingError(
-                    f"{name}={getattr(grid, name)} contradicts gguf_type {type}, whose {name} is {getattr(own, name)}; give one of "
-                    "them."
-                )
+                told = f"{name}={getattr(grid, name)} contradicts gguf_type {type or DEFAULT}, whose {name} is"
+                raise SettingError(f"{told} {getattr(own, name)}; give one of them.")
         return replace(own, fit=grid.fit, scale_dtype=grid.scale_dtype)
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
@@ -94,8 +93,7 @@ class GGUF(Format):
         ``refused``: grid and (out, in) by name.
         """
         leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in refused))
-        grid, (_, columns) = next(iter(refused.values()))
-        own = next((name for name in BLOCKS if stored_grid(grid_of(name)) == stored_grid(grid)), None)
+        own = own_type(next(iter(refused.values()))[0])
         other = INSTEAD.get(own or "", "Q8_0")
         if own is None or any(other not in dividing(shape[1]) for _, shape in refused.values()):
             return ""
@@ -256,7 +254,7 @@ class RowStore(Store):
         rows = torch.cat([part for _, _, part in places])
         size = len(rows)
         kinds = {(self.file.tensors[tensor].type, self.file.tensors[tensor].columns) for tensor, _, _ in places}
-        if len(kinds) > 1 or int(rows.max()) >= size or len(rows.unique()) < size:
+        if len(kinds) > 1 or int(rows.max()) >= size or int(torch.bincount(rows, minlength=size).max()) > 1:
             raise NearplaneError(f"{where}: the rows of {name[:80]!r} are not described one by one; it is damaged.")
         return size
 

@@ -58,29 +58,26 @@ def dividing(columns: int) -> list[str]:
 
 def reason(type: str, grid: Grid, columns: int) -> str | None:
     """Tell why a type cannot hold a weight of so many inputs on a grid; None if it can."""
-    block = BLOCKS[type]
-    if levels_reason(grid):
-        return levels_reason(grid)
-    if columns % block.size:
+    block, width = BLOCKS[type], grid.group_width(columns)
+    found = levels_reason(grid)
+    if found is None and columns % block.size:
         others = ", ".join(dividing(columns)) or "none"
-        return f"{type} has blocks of {block.size} inputs, which do not divide {columns} as those of {others} do"
-    if own_type(grid) == type:
-        return None
+        found = f"{type} has blocks of {block.size} inputs, which do not divide {columns} as those of {others} do"
+    if found is not None or own_type(grid) == type:
+        return found
     if block.nested or isinstance(grid.scales, Nested):
-        return f"{type} cannot hold it: K types hold their own grids only, and nothing else holds those"
-    width = grid.group_width(columns)
-    if width % block.size:
-        return f"groups of {width} inputs are no whole blocks of {type}, which are {block.size}"
-    if block.middle is None:
-        most = (1 << block.bits) - 1
-        return None if grid.code_range[1] <= most else f"codes go to {grid.code_range[1]}, those of {type} to {most}"
-    if grid.scales.free:
-        return f"its offsets are numbers of their own, and {type} has none"
-    low, high = _range(grid)
-    least, most = _ends(block)
-    if least <= low and high <= most:
-        return None
-    return f"its levels reach from {low} to {high}, those of {type} from {least} to {most}"
+        found = f"{type} cannot hold it: K types hold their own grids only, and nothing else holds those"
+    elif width % block.size:
+        found = f"groups of {width} inputs are no whole blocks of {type}, which are {block.size}"
+    elif block.middle is None and grid.code_range[1] >= 1 << block.bits:
+        found = f"codes go to {grid.code_range[1]}, those of {type} to {(1 << block.bits) - 1}"
+    elif block.middle is not None and grid.scales.free:
+        found = f"its offsets are numbers of their own, and {type} has none"
+    elif block.middle is not None:
+        (low, high), (least, most) = _range(grid), _ends(block)
+        inside = least <= low and high <= most
+        found = None if inside else f"its levels reach from {low} to {high}, those of {type} from {least} to {most}"
+    return found
 
 
 def fits(grid: Grid, columns: int) -> list[Fit]:
@@ -146,10 +143,8 @@ def unpack(type: str, data: UInt8[Tensor, "out bytes"]) -> Decoded:
     if block.name == "Q2_0":
         codes, scale = 3 - codes, -scale
     scale = scale.to(getattr(torch, grid.held_in))
-    if offset is None:
-        zero = torch.full(scale.shape, 1 << (block.bits - 1), dtype=torch.uint8)
-    else:
-        zero = real_zero(offset, scale.float())
+    middle = torch.full(scale.shape, 1 << (block.bits - 1), dtype=torch.uint8)
+    zero = middle if offset is None else real_zero(offset, scale.float())
     return Decoded(codes, scale, zero, torch.arange(codes.shape[1]) // block.group)
 
 
@@ -189,6 +184,6 @@ def _halves(name: str, value: Tensor, type: str, what: str) -> None:
     if bool(wrong.any()):
         row, group = (int(i) for i in wrong.nonzero()[0])
         raise NearplaneError(
-            f"{name}: {int(wrong.sum())} of {value.numel()} {what}s have no exact value in float16, the dtype of {type} (row {row}, "
-            f"group {group}: {float(value[row, group])!r}); quantize again with --format gguf."
+            f"{name}: {int(wrong.sum())} of {value.numel()} {what}s have no exact value in float16, the dtype of {type} (row "
+            f"{row}, group {group}: {float(value[row, group])!r}); quantize again with --format gguf."
         )

@@ -53,7 +53,7 @@ class Slice(NamedTuple):
     """One matrix of a template; stacked experts are many."""
 
     tensor: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Mapping:
 
     def of(self, tensor: str) -> list[list[Piece]]:
         """List the pieces of each matrix of a tensor; empty where it has no partner."""
-        found = {at.index: some for at, some in self.pieces.items() if at.tensor == tensor}
+        found = {at.number: some for at, some in self.pieces.items() if at.tensor == tensor}
         return [found[index] for index in sorted(found)]
 
     def tensors(self) -> dict[str, list[str]]:
@@ -158,14 +158,14 @@ class _Search:
         for other, second, _ in fits[1:]:
             if other <= SAME * error + 1e-9 and (matrix.needed or second.needed):
                 raise NearplaneError(
-                    f"tensor {at.tensor} of {self.template.path} is as near to {_plain(second.name)} as to {_plain(matrix.name)}; which of them "
-                    "it is cannot be told by values."
+                    f"tensor {at.tensor} of {self.template.path} is as near to {_plain(second.name)} as to "
+                    f"{_plain(matrix.name)}; which of them it is cannot be told by values."
                 )
         taken = [where for where, some in self.pieces.items() if any(piece.name == matrix.name for piece in some)]
         if taken and matrix.needed:
             raise NearplaneError(
-                f"tensors {taken[0].tensor} and {at.tensor} of {self.template.path} are both nearest to {_plain(matrix.name)}; which of "
-                "them it is cannot be told by values."
+                f"tensors {taken[0].tensor} and {at.tensor} of {self.template.path} are both nearest to "
+                f"{_plain(matrix.name)}; which of them it is cannot be told by values."
             )
         if not taken:
             self.pieces[at] = [Piece(matrix.name, torch.arange(shape[0]), rows)]
@@ -222,8 +222,8 @@ class _Search:
             return None, error
         if abs(ratio - 1) > SCALED:
             raise NearplaneError(
-                f"tensor {at.tensor} of {self.template.path} is {some_of([_plain(m.name) for m in matrices])} times {1 / ratio:.4g}; a "
-                "template that scales weights cannot take our codes."
+                f"tensor {at.tensor} of {self.template.path} is {some_of([_plain(m.name) for m in matrices])} times "
+                f"{1 / ratio:.4g}; a template that scales weights cannot take our codes."
             )
         return rows, error
 
@@ -270,7 +270,7 @@ class _Search:
         cosines = _cosines(a[some], b[(left[some] @ right.T).argmax(1)])
         if float((cosines >= FOUND).float().mean()) < 0.5:  # another matrix
             return torch.zeros(len(a), dtype=torch.long), cosines
-        nearest = torch.cat([(part @ right.T).argmax(1) for part in left.split(max(1, CHUNK // len(b)))])
+        nearest = torch.cat([(part @ right.T).argmax(1) for part in torch.split(left, max(1, CHUNK // len(b)))])
         cosines = _cosines(a, b[nearest])
         # Of several rows with one partner the nearest keeps it.
         order = torch.argsort(cosines, descending=True, stable=True)
@@ -302,8 +302,8 @@ class _Search:
         twice = [name for name, rows in count.items() if int(rows.max()) > 1]
         if twice:
             raise NearplaneError(
-                f"rows of {_plain(twice[0])} are in several tensors of {self.template.path}; which of them they are cannot be told by "
-                "values."
+                f"rows of {_plain(twice[0])} are in several tensors of {self.template.path}; which of them they are cannot be "
+                "told by values."
             )
         lost = [name for name, rows in count.items() if int(rows.min()) < 1]
         if not lost:
@@ -312,12 +312,13 @@ class _Search:
         rows, columns = self.ours[lost[0]].shape
         if near < STRANGE:
             raise NearplaneError(
-                f"{self.template.path} is of another model: it holds no rows of {some_of(list(map(_plain, lost)))} ({rows} x {columns}), in whatever "
-                "order; give a GGUF of the original model."
+                f"{self.template.path} is of another model: it holds no rows of {_plain(lost[0])} ({rows} x {columns}) in "
+                f"whatever order, nor of {len(lost) - 1} more linears; give a GGUF of the original model."
             )
         raise NearplaneError(
-            f"{self.template.path} is too coarse to match: {_plain(lost[0])} is nearest to {tensor}, with a typical cosine of {near:.2f} "
-            f"of their rows; most must have {FOUND}, the others {LEAST} and no nearer partner; give a finer GGUF of the original, as F16 or Q8_0."
+            f"{self.template.path} is too coarse to match: {_plain(lost[0])} is nearest to {tensor}, with a typical cosine of "
+            f"{near:.2f} of their rows; most must have {FOUND}, the others {LEAST} and no nearer partner; give a finer GGUF of "
+            "the original, as F16 or Q8_0."
         )
 
     def _shape(self, at: Slice) -> tuple[int, int]:
@@ -325,7 +326,7 @@ class _Search:
         return info.rows, info.columns
 
     def _reader(self, at: Slice) -> Callable[[int, int], Tensor]:
-        base = at.index * self.template.tensors[at.tensor].rows
+        base = at.number * self.template.tensors[at.tensor].rows
         return lambda first, count: self.template.values(at.tensor, base + first, count)
 
     def _probe(self, columns: int) -> Tensor:
@@ -362,7 +363,8 @@ def _steps(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / length.clamp_min(1e-30)
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -376,4 +378,4 @@ def _similar(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _zero(rows: Tensor) -> Tensor:
-    return rows.abs().amax(1) == 0
+    return (rows != 0).sum(1) == 0
