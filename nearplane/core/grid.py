@@ -135,7 +135,7 @@ class Grid:
         """The values that scales and offsets are rounded to."""
         return Stored(self.scale_dtype)
 
-    def stored_zero(self, zero: Float[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    def stored_zero(self, zero: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return zeros as a ``Quantized`` holds them: codes, or real numbers where offsets are free."""
         return zero.to(torch.float32 if self.scales.free else torch.uint8)
 
