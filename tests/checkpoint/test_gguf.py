@@ -55,7 +55,8 @@ def by_package(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
     (file,) = [folder] if folder.is_file() else folder.glob("*.gguf")
     found = gguf.GGUFReader(file).tensors
     return {
-        t.name: (t.tensor_type.name, torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())) for t in found
+        t.name: (t.tensor_type.name, torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()))
+        for t in found
     }
 
 
@@ -127,7 +128,11 @@ def test_a_mixture_of_experts_is_stacked(tmp_path: Path) -> None:
     gate = by_package(tmp_path / "out")["blk.0.ffn_gate_exps.weight"][1].view(4, 96, 64)
     found = open_checkpoint(tmp_path / "out")
     for expert in range(4):
-        name = next(n for n in found.layers if f"layers.0.mlp.experts.{expert}.gate_proj" in n or f"layers.0.block_sparse_moe.experts.{expert}.w1" in n)
+        name = next(
+            n
+            for n in found.layers
+            if f"layers.0.mlp.experts.{expert}.gate_proj" in n or f"layers.0.block_sparse_moe.experts.{expert}.w1" in n
+        )
         assert torch.equal(found.weight(name), gate[expert])
     assert verify(tmp_path / "out").ok and logits(tmp_path / "out").isfinite().all()
 
@@ -229,7 +234,11 @@ def test_types_of_some_linears_by_override(wide: tuple[Path, Path], tmp_path: Pa
 def test_the_type_decides_the_grid() -> None:
     own = Job.of(format="gguf", gguf_type="q4_k", bits=4, sym=False)
     assert own.grid == grid_of("Q4_K") and own.gguf_type == "Q4_K"
-    assert Job.of(format="gguf").grid == grid_of("Q4_0") == Job.of(format="gguf", gguf_type="Q4_0", bits=4, group_size=32).grid
+    assert (
+        Job.of(format="gguf").grid
+        == grid_of("Q4_0")
+        == Job.of(format="gguf", gguf_type="Q4_0", bits=4, group_size=32).grid
+    )
     assert (Job.of(format="gguf", bits=3, group_size=64).grid.bits, Job.of(own, nsamples=3).grid) == (3, own.grid)
     assert Job.of(own, gguf_type="Q6_K").grid == grid_of("Q6_K")
     for given in ({"bits": 3}, {"group_size": 128}, {"sym": True}, {"bits": 4, "group_size": 32, "sym": True}):
@@ -251,17 +260,26 @@ def test_the_type_decides_the_grid() -> None:
             job.checkpoint_format.running(job.activations, False)
 
 
-def test_what_cannot_work_is_refused_before_the_run(small: tuple[Path, Path], wide: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_the_run(
+    small: tuple[Path, Path], wide: tuple[Path, Path], tmp_path: Path
+) -> None:
     model, template = small
-    other = templates.of_folder(tiny.save(tiny.build("llama", seed=5, tie_word_embeddings=False), tmp_path / "o"), tmp_path / "o.gguf")
+    other = templates.of_folder(
+        tiny.save(tiny.build("llama", seed=5, tie_word_embeddings=False), tmp_path / "o"), tmp_path / "o.gguf"
+    )
     tokens = templates.of_folder(tiny.save(tiny.build("llama", vocab_size=100), tmp_path / "v"), tmp_path / "v.gguf")
     build = tiny.build("llama", tie_word_embeddings=False)
     tensors = templates.llama_tensors(nearplane.load(model))
     order = {**tensors, "token_embd.weight": tensors["token_embd.weight"].flip(0)}
     mixed = templates.write(tmp_path / "m.gguf", build.config, order)
-    twice = templates.write(tmp_path / "2.gguf", build.config, {**tensors, "blk.1.ffn_up.weight": tensors["blk.0.ffn_up.weight"]})
+    twice = templates.write(
+        tmp_path / "2.gguf", build.config, {**tensors, "blk.1.ffn_up.weight": tensors["blk.0.ffn_up.weight"]}
+    )
     merged = {name: value for name, value in tensors.items() if "ffn_gate" not in name}
-    merged |= {f"blk.{i}.ffn_up.weight": torch.cat([tensors[f"blk.{i}.ffn_{n}.weight"] for n in ("gate", "up")]) for i in (0, 1)}
+    merged |= {
+        f"blk.{i}.ffn_up.weight": torch.cat([tensors[f"blk.{i}.ffn_{n}.weight"] for n in ("gate", "up")])
+        for i in (0, 1)
+    }
     fused = templates.write(tmp_path / "f.gguf", build.config, merged)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(template.read_bytes()[:-500])
@@ -271,8 +289,8 @@ def test_what_cannot_work_is_refused_before_the_run(small: tuple[Path, Path], wi
         ({"template": mixed}, "another vocabulary: its tokens are in another order"), ({"template": cut}, "is truncated"),
         ({"template": twice}, "tensors blk.0.ffn_up.weight and blk.1.ffn_up.weight of .* are both nearest"),
         ({"template": model / "config.json"}, "is not a GGUF file"), ({"template": tmp_path / "none"}, "does not exist"),
-        ({"gguf_type": "Q4_K"}, r"down_proj: Q4_K has blocks of 256 inputs, which do not divide 96 as those of Q4_0, .* do; "
-         r"this would do: --override '\(down_proj\|.*\)=gguf_type=Q5_0'"),
+        ({"gguf_type": "Q4_K"}, r"q_proj: Q4_K has blocks of 256 inputs, which do not divide 64 as those of Q4_0, .* do; "
+         r"this would do: --override '\(q_proj\|.*\|down_proj\)=gguf_type=Q5_0'"),
         ({"gguf_type": "Q2_0"}, "Q2_0 has blocks of 64 inputs, which do not divide 96.*--override 'down_proj=gguf_type=Q4_0'"),
         ({"rotate": "r1"}, "rotations and other transforms change embeddings and norms"),
         ({"gguf_dense": "Q6_K"}, "gguf_dense Q6_K has blocks of 256 inputs, which do not divide the 64 of token_embd.weight; give "
@@ -291,7 +309,9 @@ def test_what_cannot_work_is_refused_before_the_run(small: tuple[Path, Path], wi
     assert verify(tmp_path / "fused").ok
 
 
-def test_a_conversion_that_fails_leaves_nothing(small: tuple[Path, Path], plain: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_conversion_that_fails_leaves_nothing(
+    small: tuple[Path, Path], plain: Path, tmp_path: Path, capsys: Any
+) -> None:
     rough = tmp_path / "float32"
     nearplane.quantize(small[0], rough, bits=4, group_size=32, **QUICK)
     there = tmp_path / "there.gguf"

@@ -8,7 +8,7 @@ of a right row is its rounding, and its cosine far above that of a wrong row, wh
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import sqrt
+from math import log, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ from nearplane.formats.gguf.file import GGUFFile
 FOUND = 0.7
 # Least cosine of the other rows, each of which must be nearer to its partner than to any other row.
 LEAST = 0.4
-# Below this no row shows that two matrices have to do with each other.
-STRANGE = 0.35
+# Below this no row shows that two matrices have to do with each other; nor below so many times what chance gives.
+STRANGE, CHANCE = 0.35, 1.3
 # A matrix of ours is a multiple of the template's where their best ratio is further from 1.
 SCALED = 0.25
 # Rows that tell whether it is worth while to look at all of them.
@@ -310,7 +310,7 @@ class _Search:
             return
         near, tensor = self.best.get(lost[0], (-1.0, ""))
         rows, columns = self.ours[lost[0]].shape
-        if near < STRANGE:
+        if near < max(STRANGE, CHANCE * sqrt(2 * log(rows + 1) / columns)):  # the largest of so many random cosines
             raise NearplaneError(
                 f"{self.template.path} is of another model: it holds no rows of {_plain(lost[0])} ({rows} x {columns}) in "
                 f"whatever order, nor of {len(lost) - 1} more linears; give a GGUF of the original model."

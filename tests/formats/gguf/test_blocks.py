@@ -72,7 +72,11 @@ def test_a_solved_weight_comes_back_code_for_code(name: str) -> None:
     back = unpack(name, data)
     assert torch.equal(back.codes, q.codes) and torch.equal(back.zero, q.zero)
     assert torch.equal(back.scale.float(), q.scale.float())
-    got = torch.from_numpy(gguf.quants.dequantize(data.numpy(), THEIRS[name])) if name in THEIRS else decode(data, name, "m")
+    got = (
+        torch.from_numpy(gguf.quants.dequantize(data.numpy(), THEIRS[name]))
+        if name in THEIRS
+        else decode(data, name, "m")
+    )
     steps = q.scale.float().abs().max()
     assert (got - dequantize(q, grid)).abs().max() <= (4e-6 * steps if grid.scales.free else 0)
 

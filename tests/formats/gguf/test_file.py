@@ -16,7 +16,9 @@ from nearplane.formats.gguf.file import GGUFFile, scalar, write
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.build("llama", tie_word_embeddings=False)
-    return templates.write(tmp_path_factory.mktemp("gguf") / "t.gguf", model.config, templates.llama_tensors(model), "Q4_1")
+    return templates.write(
+        tmp_path_factory.mktemp("gguf") / "t.gguf", model.config, templates.llama_tensors(model), "Q4_1"
+    )
 
 
 def test_a_header_is_read_as_the_package_reads_it(good: Path) -> None:
@@ -43,11 +45,16 @@ def test_a_file_written_like_another_is_the_same_bytes(good: Path, tmp_path: Pat
 def test_changed_types_and_metadata_are_read_by_the_package(good: Path, tmp_path: Path) -> None:
     file, changed = GGUFFile(good), "blk.0.ffn_up.weight"
     values = file.values(changed, 0, 96)
-    keys = {"general.file_type": scalar("general.file_type", 4, 0), "general.quantized_by": scalar("general.quantized_by", 8, "ö")}
+    keys = {
+        "general.file_type": scalar("general.file_type", 4, 0),
+        "general.quantized_by": scalar("general.quantized_by", 8, "ö"),
+    }
     data = lambda name: iter([values.numpy().tobytes()]) if name == changed else file.pieces(name)  # noqa: E731
     write(tmp_path / "new.gguf", file, {changed: "F32"}, keys, data)
     reader = gguf.GGUFReader(tmp_path / "new.gguf")
-    assert reader.fields["general.file_type"].contents() == 0 and reader.fields["general.quantized_by"].contents() == "ö"
+    assert (
+        reader.fields["general.file_type"].contents() == 0 and reader.fields["general.quantized_by"].contents() == "ö"
+    )
     found = {tensor.name: tensor for tensor in reader.tensors}
     assert torch.equal(torch.tensor(found[changed].data), values)
     assert found["output.weight"].data.tobytes() == b"".join(file.pieces("output.weight"))

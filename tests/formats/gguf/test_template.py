@@ -76,7 +76,9 @@ def test_merged_stacked_and_divided_matrices_are_found_by_their_rows(make: Make)
     experts = drawn(4, 16, 64, seed=4)
     both = torch.cat([up, gate])[(order := shuffled(80))]
     parts = {"q": qkv[:48][shuffled(48)], "k": qkv[48:72], "v": qkv[72:]}
-    file = make({"both": both, **parts, "exps": experts[[2, 0, 3, 1]], "extra": drawn(8, 64, seed=7), "norm": drawn(64)})
+    file = make(
+        {"both": both, **parts, "exps": experts[[2, 0, 3, 1]], "extra": drawn(8, 64, seed=7), "norm": drawn(64)}
+    )
     ours = [matrix("gate", gate, 4), matrix("up", up, 4), matrix("qkv", qkv, 4)]
     ours += [matrix(f"e{i}", expert, 4) for i, expert in enumerate(experts)]
     found = find(file, ours)
@@ -108,7 +110,9 @@ def test_a_dense_matrix_that_is_not_there_is_no_error(make: Make) -> None:
 
 def test_what_values_do_not_tell_is_refused(make: Make) -> None:
     value, other = drawn(16, 64), drawn(16, 64, seed=1)
-    with pytest.raises(NearplaneError, match="tensor t of .* is as near to (a|b) as to (a|b); which of them it is cannot be told"):
+    with pytest.raises(
+        NearplaneError, match="tensor t of .* is as near to (a|b) as to (a|b); which of them it is cannot be told"
+    ):
         find(make({"t": value}), [matrix("a", value), matrix("b", value)])
     with pytest.raises(NearplaneError, match=r"tensors t and u of .* are both nearest to a; which"):
         find(make({"t": value, "u": value}), [matrix("a.weight", value), matrix("b", other)])
@@ -116,7 +120,9 @@ def test_what_values_do_not_tell_is_refused(make: Make) -> None:
         find(make({"t": other}), [matrix("a.weight", value)])
     with pytest.raises(NearplaneError, match=r"is of another model: it holds no rows of a \(16 x 96\)"):
         find(make({"t": other}), [matrix("a", drawn(16, 96))])
-    with pytest.raises(NearplaneError, match=r"is too coarse to match: a is nearest to t, with a typical cosine of 0\.[456]"):
+    with pytest.raises(
+        NearplaneError, match=r"is too coarse to match: a is nearest to t, with a typical cosine of 0\.[456]"
+    ):
         find(make({"t": value + 1.5 * other}), [matrix("a", value)])
     with pytest.raises(NearplaneError, match=r"tensor t of .* is a times 2; a template that scales weights"):
         find(make({"t": 2 * value}), [matrix("a", value)])
