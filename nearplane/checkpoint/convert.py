@@ -93,10 +93,8 @@ def convert(
 
     Args:
         path: folder or hub id of the checkpoint, ours or another tool's.
-        out: a folder that does not exist or is empty, or with gguf also a new file that ends in .gguf; it appears whole or not at
-            all.
-        format: "compressed-tensors", "gptq", "gptq_v2", a ``GGUF`` with a template, or a format of the caller's own; none: gguf
-            where ``out`` ends in .gguf.
+        out: a folder that does not exist or is empty, or a new .gguf file; it appears whole or not at all.
+        format: a name, a ``GGUF`` with a template, or a format of the caller's own; none: gguf where ``out`` ends in .gguf.
         formats: formats of the caller's own that ``path`` may be in.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
@@ -114,13 +112,7 @@ def convert(
     writer = None if alone else Writer(given_path("out", out))
     folder = locate(path, revision=revision)
     checkpoint = open_checkpoint(folder, formats=formats)
-    if checkpoint.original is not None:
-        raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
-    if checkpoint.format is None:
-        raise SettingError(f"{path} is not quantized; use nearplane quantize.")
-    if checkpoint.format == target.name:
-        raise SettingError(f"{path} is {target.name} already; copy the folder.")
-    _refuse_more(checkpoint, target)
+    before = _refuse(path, checkpoint, target)
     _, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
@@ -141,13 +133,12 @@ def convert(
         else:
             with writer:
                 export(writer, target, rest, report if report.is_file() else None, weights, tick)
-    now = {
-        grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in
-    }
-    count = len(checkpoint.layers), len(checkpoint.dense)
-    scales, note = ", ".join(sorted(now)) or None, None if alone else companions(folder).note()
+    now = {grids[n].held_in for n, layer in checkpoint.layers.items() if layer.grid.held_in != grids[n].held_in}
+    scales = ", ".join(sorted(now)) or None
+    note = None if alone else companions(folder).note()
     types = None if placed is None else _told(placed, target, checkpoint, grids)
-    return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note, types)
+    count = len(checkpoint.layers), len(checkpoint.dense)
+    return Conversion(str(path), str(out), before, target.name, *count, scales, note, types)
 
 
 def pick_target(out: str | Path, format: str | Format | None, options: Mapping[str, Any]) -> Format:
@@ -248,8 +239,18 @@ def _configuration(
     return {**plain, "quantization_config": quantization}
 
 
-def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
-    """Refuse a checkpoint that quantizes more than weights: dropping that would make another model."""
+def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
+    """Refuse a checkpoint that is none, or quantizes more than weights: dropping that would make another model.
+
+    Returns:
+        The name of its format.
+    """
+    if checkpoint.original is not None:
+        raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
+    if checkpoint.format is None:
+        raise SettingError(f"{path} is not quantized; use nearplane quantize.")
+    if checkpoint.format == target.name:
+        raise SettingError(f"{path} is {target.name} already; copy the folder.")
     folder = checkpoint.store.folder
     if turned_linears(checkpoint.config, folder)[0]:
         raise NearplaneError(
@@ -260,6 +261,7 @@ def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
         raise NearplaneError(
             f"{folder} quantizes more than weights ({', '.join(parts)}), which {target.name} has no place for."
         )
+    return checkpoint.format
 
 
 def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:

@@ -215,11 +215,11 @@ def _types(template: GGUFFile, found: Found, ours: Mapping[str, str]) -> dict[st
     for tensor, names in found.tensors().items():
         kinds = {ours.get(name): name for name in reversed(names)}
         if len(kinds) > 1:
-            told = " and ".join(
-                f"{name} {'stays dense' if type is None else f'is {type}'}" for type, name in kinds.items()
-            )
+            stays = {type: "stays dense" if type is None else f"is {type}" for type in kinds}
+            told = " and ".join(f"{name.removesuffix(SUFFIX)} {stays[type]}" for type, name in kinds.items())
+            plain = some_of([name.removesuffix(SUFFIX) for name in names])
             raise SettingError(
-                f"tensor {tensor} of {template.path} holds {some_of(names)} in one type, and {told}; make them alike."
+                f"tensor {tensor} of {template.path} holds {plain} in one type, and {told}; make them alike."
             )
         (type,) = kinds
         if type is not None:

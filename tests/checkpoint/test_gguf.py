@@ -17,6 +17,7 @@ from nearplane.checkpoint.verify import verify
 from nearplane.cli.main import main
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import dequantize
+from nearplane.formats.gguf.file import GGUFFile, scalar, write
 from nearplane.formats.gguf.grids import grid_of
 from nearplane.formats.read import open_checkpoint
 from nearplane.run.job import Job
@@ -161,7 +162,7 @@ def test_a_resumed_run_writes_the_same_bytes(small: tuple[Path, Path], tmp_path:
         nearplane.quantize(small[0], tmp_path / "out", **settings)
     monkeypatch.undo()
     other = templates.of_folder(small[0], tmp_path / "other.gguf", "Q8_0")
-    with pytest.raises(SettingError, match="gguf.template.file was 'template.gguf' when"):
+    with pytest.raises(SettingError, match=r"gguf\.template\.file was 'template\.gguf' when"):
         nearplane.quantize(small[0], tmp_path / "out", resume=True, **{**settings, "template": other})
 
 
@@ -217,13 +218,15 @@ def test_embedding_and_head_are_encoded_from_the_originals_values(
 
 
 def test_types_of_some_linears_by_override(wide: tuple[Path, Path], tmp_path: Path) -> None:
-    override = ["down_proj=gguf_type=q6_k", "layers.0.mlp.(gate|up)=gguf_type=Q8_0", r"o_proj=bits=8"]
+    override = ["down_proj=gguf_type=q6_k", "layers.0.mlp.up=gguf_type=Q8_0", "v_proj=gguf_type=Q5_1", r"o_proj=bits=8"]
     made: dict[str, Any] = {"format": "gguf", "gguf_type": "Q4_0", "template": wide[1], "override": override}
     nearplane.quantize(wide[0], tmp_path / "out", **made, **QUICK)
     types = {name: kind for name, (kind, _) in by_package(tmp_path / "out").items()}
     assert [types[f"blk.{i}.ffn_down.weight"] for i in (0, 1)] == ["Q6_K", "Q6_K"]
     assert [types[f"blk.{i}.ffn_up.weight"] for i in (0, 1)] == ["Q8_0", "Q4_0"]
     assert [types[f"blk.{i}.attn_output.weight"] for i in (0, 1)] == ["Q8_0", "Q8_0"]
+    assert (types["blk.0.attn_v.weight"], types["blk.0.attn_q.weight"]) == ("Q5_1", "Q4_0")  # llama.cpp fuses nothing
+    assert verify(tmp_path / "out").ok
     same_values(tmp_path / "out", tmp_path / "out")
     nearplane.quantize(wide[0], tmp_path / "left", ignore=["layers.0."], **{**made, "override": override[2:]}, **QUICK)
     types = {name: kind for name, (kind, _) in by_package(tmp_path / "left").items()}
@@ -284,7 +287,8 @@ def test_what_cannot_work_is_refused_before_the_run(
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(template.read_bytes()[:-500])
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"template": None}, "give it as --template ORIGINAL.gguf"), ({"template": other}, "is of another model: it holds no rows"),
+        ({"template": None}, "give it as --template ORIGINAL.gguf"),
+        ({"template": other}, "is of another model: it holds no rows"),
         ({"template": wide[1]}, "is of another model: it holds"), ({"template": tokens}, "has another vocabulary: 100 tokens"),
         ({"template": mixed}, "another vocabulary: its tokens are in another order"), ({"template": cut}, "is truncated"),
         ({"template": twice}, "tensors blk.0.ffn_up.weight and blk.1.ffn_up.weight of .* are both nearest"),
@@ -293,11 +297,11 @@ def test_what_cannot_work_is_refused_before_the_run(
          r"this would do: --override '\(q_proj\|.*\|down_proj\)=gguf_type=Q5_0'"),
         ({"gguf_type": "Q2_0"}, "Q2_0 has blocks of 64 inputs, which do not divide 96.*--override 'down_proj=gguf_type=Q4_0'"),
         ({"rotate": "r1"}, "rotations and other transforms change embeddings and norms"),
-        ({"gguf_dense": "Q6_K"}, "gguf_dense Q6_K has blocks of 256 inputs, which do not divide the 64 of token_embd.weight; give "
-         "Q8_0 or F16"),
+        ({"gguf_dense": "Q6_K"}, "gguf_dense Q6_K has blocks of 256 inputs, which do not divide the 64 of token_embd.weight; "
+         "give Q8_0 or F16"),
         ({"bits": 8, "group_size": 32, "sym": False}, "no GGUF type holds asymmetric 8 bits in groups of 32 exactly"),
-        ({"template": fused, "override": ["gate_proj=gguf_type=Q8_0", "up_proj=gguf_type=Q8_0", "layers.0.mlp.up=gguf_type=Q5_0",
-         "layers.0.mlp.gate=gguf_type=Q8_0"]}, "engines fuse|tensor blk.0.ffn_up.weight of .* in one type"),
+        ({"template": fused, "override": ["up_proj=gguf_type=Q5_0"]}, r"tensor blk.0.ffn_up.weight of .* holds "
+         r"model.layers.0.mlp.(gate|up)_proj.* in one type, and .*is Q4_0.*; make them alike"),
     ]  # fmt: skip
     for given, sentence in cases:
         settings = {"format": "gguf", "template": template, **given}
@@ -319,11 +323,13 @@ def test_a_conversion_that_fails_leaves_nothing(
     words = ["--template", str(small[1])]
     for given, sentence in (
         ([rough, "new.gguf", *words], "scales, stored in float32, have no exact value in float16, the dtype of gguf"),
-        ([plain, "new.gguf", *words, "--gguf-type", "Q4_0"], "its levels reach from -15 to 15, those of Q4_0 from -8 to 7; types that "
-         "hold it: Q5_0, Q8_0, Q4_1, Q5_1"),
+        ([plain, "new.gguf", *words, "--gguf-type", "Q4_0"], "its levels reach from -15 to 15, those of Q4_0 from -8 to 7; "
+         "types that hold it: Q5_0, Q8_0, Q4_1, Q5_1"),
         ([plain, "new.gguf", *words, "--gguf-type", "Q4_K"], "Q4_K has blocks of 256 inputs"),
-        ([plain, "new.gguf"], "give it as --template ORIGINAL.gguf"), ([plain, "new"], "give --format, or a NEW that ends in .gguf"),
-        ([plain, there, *words], "there.gguf exists; choose another name"), ([small[0], "new.gguf", *words], "is not quantized"),
+        ([plain, "new.gguf"], "give it as --template ORIGINAL.gguf"),
+        ([plain, "new"], "give --format, or a NEW that ends in .gguf"),
+        ([plain, there, *words], "there.gguf exists; choose another name"),
+        ([small[0], "new.gguf", *words], "is not quantized"),
         ([plain, "new", "--format", "gptq_v2", "--gguf-type", "Q4_0"], "--gguf-type is for --format gguf"),
         ([plain, "new", "--format", "gptq_v2", *words], "--template is for --format gguf"),
     ):  # fmt: skip
@@ -358,3 +364,17 @@ def test_a_folder_whose_description_is_wrong(small: tuple[Path, Path], tmp_path:
     assert any("is truncated" in problem for problem in verify(out).problems)
     with pytest.raises(NearplaneError, match="is truncated"):
         nearplane.load(out)
+
+
+def test_demo_has_a_template_of_its_own(small: tuple[Path, Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr(nearplane.checkpoint.gguf, "demo_template", lambda: small[1])
+    assert nearplane.checkpoint.gguf.open_template(None, "demo").path == small[1]
+    with pytest.raises(SettingError, match=r"give it as --template ORIGINAL\.gguf"):
+        nearplane.checkpoint.gguf.open_template(None, "other")
+
+
+def test_one_part_of_several_is_no_template(small: tuple[Path, Path], tmp_path: Path) -> None:
+    file = GGUFFile(small[1])
+    write(tmp_path / "t-00001-of-00002.gguf", file, {}, {"split.count": scalar("split.count", 4, 2)}, file.pieces)
+    with pytest.raises(NearplaneError, match="is one of 2 parts; join them first"):
+        nearplane.checkpoint.gguf.open_template(tmp_path / "t-00001-of-00002.gguf", "m")

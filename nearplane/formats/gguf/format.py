@@ -327,15 +327,16 @@ def _numbers(told: object, count: int) -> Tensor | None:
     """Read row numbers; None where they are no such list."""
     if told is None:
         return torch.arange(count)
-    whole = lambda value: type(value) is int and abs(value) < 1 << 40  # noqa: E731
-    if not isinstance(told, list) or not told or not whole(told[0]):
+    given: list[Any] = told if isinstance(told, list) and told else [None]
+    start, loops = given[0], given[1:]
+    if _whole(start) and all(map(_whole, loops)):
+        return torch.tensor([start, *loops]) if 1 + len(loops) == count else None
+    pairs = all(isinstance(some, list) and len(some) == 2 and _whole(*some) and some[0] > 0 for some in loops)
+    if not _whole(start) or not pairs or prod(some[0] for some in loops) != count:
         return None
-    loops = told[1:]
-    if all(map(whole, told)):
-        found = torch.tensor(told) if len(told) == count else None
-        return found
-    if not all(isinstance(some, list) and len(some) == 2 and all(map(whole, some)) and some[0] > 0 for some in loops):
-        return None
-    if prod(some[0] for some in loops) != count:
-        return None
-    return _loop(torch.tensor([told[0]]), loops)
+    return _loop(torch.tensor([start]), loops)
+
+
+def _whole(*values: object) -> bool:
+    """Tell whether all are whole numbers that a row may have."""
+    return all(type(value) is int and abs(value) < 1 << 40 for value in values)

@@ -92,7 +92,7 @@ def test_files_that_are_none_or_damaged_are_one_sentence(good: Path, tmp_path: P
             GGUFFile(damaged(good, path, patch))
     for length in (0, 3, 20, 100, 3000):
         path.write_bytes(data[:length])
-        with pytest.raises(NearplaneError, match="is not a GGUF file|is truncated"):
+        with pytest.raises(NearplaneError, match=r"is not a GGUF file|is truncated"):
             GGUFFile(path)
     path.write_bytes(data[:-200])
     with pytest.raises(NearplaneError, match=r"is truncated: tensor \S+ ends at byte"):

@@ -111,7 +111,7 @@ def test_a_dense_matrix_that_is_not_there_is_no_error(make: Make) -> None:
 def test_what_values_do_not_tell_is_refused(make: Make) -> None:
     value, other = drawn(16, 64), drawn(16, 64, seed=1)
     with pytest.raises(
-        NearplaneError, match="tensor t of .* is as near to (a|b) as to (a|b); which of them it is cannot be told"
+        NearplaneError, match=r"tensor t of .* is as near to (a|b) as to (a|b); which of them it is cannot be told"
     ):
         find(make({"t": value}), [matrix("a", value), matrix("b", value)])
     with pytest.raises(NearplaneError, match=r"tensors t and u of .* are both nearest to a; which"):
