@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import templates
 import tiny
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ from nearplane import RTN, Grid
 from nearplane.checkpoint.files import Findings, check_files
 from nearplane.core.errors import NearplaneError
 from nearplane.formats import FORMATS
+from nearplane.formats.gguf.file import GGUFFile
 from nearplane.formats.read import open_checkpoint
 from nearplane.formats.store import INDEX, Store, read_json
 from nearplane.models.locate import read_config
@@ -254,6 +256,58 @@ def test_a_damaged_quantized_checkpoint(format: str, data: st.DataObject, folder
         (place / name).write_bytes(data.draw(damaged_file(content)))
     with bounded():
         decode_all(place)
+
+
+# --- GGUF files ---------------------------------------------------------------------------------------------------
+
+
+def ask_all(path: Path) -> None:
+    """Ask a GGUF file everything."""
+    file = GGUFFile(path)
+    assert len(file.digest) == 64 and file.length("tokenizer.ggml.tokens") != -1
+    for name, info in file.tensors.items():
+        rows = info.nbytes // info.row_bytes
+        with contextlib.suppress(NearplaneError):
+            assert sum(map(len, file.pieces(name))) == info.nbytes
+            assert tuple(file.values(name, 0, rows).shape) == (rows, info.columns)
+
+
+@pytest.fixture(scope="module")
+def made_of(folder: Path) -> Path:
+    """A GGUF folder, and its good bytes beside it."""
+    model = tiny.save(tiny.build("llama", num_hidden_layers=1), folder / "gguf-model")
+    template = templates.of_folder(model, folder / "template.gguf", "Q8_0")
+    made: dict[str, Any] = {"format": "gguf", "template": template, "method": "rtn", "progress": False}
+    nearplane.quantize(model, folder / "gguf", **made)
+    shutil.copytree(folder / "gguf", folder / "gguf.good")
+    return folder / "gguf"
+
+
+@settings(max_examples=MANY)
+@given(data=st.data())
+def test_a_damaged_gguf_file(data: st.DataObject, made_of: Path) -> None:
+    good = (made_of.with_suffix(".good") / "gguf-model-Q4_0.gguf").read_bytes()
+    (made_of / "x.gguf").write_bytes(data.draw(damaged_bytes(good)))
+    with bounded():
+        ask_all(made_of / "x.gguf")
+
+
+@settings(max_examples=MANY)
+@given(data=st.data())
+def test_a_damaged_gguf_folder(data: st.DataObject, made_of: Path) -> None:
+    names = ["config.json", "gguf-model-Q4_0.gguf"]
+    for name in names:
+        shutil.copy(made_of.with_suffix(".good") / name, made_of / name)
+    name = data.draw(st.sampled_from(names))
+    content = (made_of / name).read_bytes()
+    if name == "config.json":
+        config = json.loads(content)
+        told = json.loads(data.draw(damaged_json(config["quantization_config"])))
+        (made_of / name).write_text(json.dumps({**config, "quantization_config": told}))
+    else:
+        (made_of / name).write_bytes(data.draw(damaged_bytes(content)))
+    with bounded():
+        decode_all(made_of)
 
 
 # --- configurations and models ------------------------------------------------------------------------------------

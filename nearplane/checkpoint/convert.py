@@ -1,4 +1,4 @@
-"""Write a checkpoint again in another format. Nothing is quantized again.
+"""Write a checkpoint again in another format, or as one .gguf file. Nothing is quantized again.
 
 Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. Scales keep their dtype in
 compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. Layers
@@ -6,33 +6,47 @@ of several grids keep them. What the new format cannot hold is refused before an
 copied as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from rich.progress import Progress
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.checkpoint.config import written_config
-from nearplane.checkpoint.export import Rest, Solved, export, head_names, left_out
+from nearplane.checkpoint.export import Rest, Solved, Written, export, head_names, left_out
+from nearplane.checkpoint.gguf import (
+    Placed,
+    check_template,
+    described,
+    file_name,
+    open_template,
+    place_checkpoint,
+    write_alone,
+    write_gguf,
+)
 from nearplane.checkpoint.packed import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats import Format, pick_format
 from nearplane.formats.base import ONLINE_ONLY_HERE, SCALE_NAMES, check, conv1d_reason
 from nearplane.formats.companions import companions
+from nearplane.formats.gguf.format import GGUF
+from nearplane.formats.gguf.grids import known_type
 from nearplane.formats.originals import plain_config
 from nearplane.formats.parts import Writer
 from nearplane.formats.read import Checkpoint, open_checkpoint
-from nearplane.formats.store import REPORT
+from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.experts_disk import matrices, names_in_model, split_names
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
+from nearplane.transforms.hooks import KEY as ROTATED
 from nearplane.transforms.hooks import turned_linears
 
 
@@ -50,8 +64,13 @@ class Conversion:
     """The dtype in which scales are now, if some had another; their values are the same."""
     note: str | None = None
     """Files of ``path`` that are not in ``out``, with the reasons."""
+    types: str | None = None
+    """Of a GGUF file, how many tensors of each type it holds, and what was copied."""
 
     def __str__(self) -> str:
+        if self.types is not None:
+            line = f"{self.out}: {self.layers} layers from {self.before} to gguf; {self.types}"
+            return line if self.note is None else f"{line}\nnote: {self.note}"
         kept = "codes, scales and zeros as they were"
         if self.scales is not None:
             kept = f"codes and zeros as they were, scales of the same values, now {self.scales}"
@@ -64,7 +83,7 @@ class Conversion:
 def convert(
     path: str | Path,
     out: str | Path,
-    format: str | Format,
+    format: str | Format | None = None,
     *,
     formats: Sequence[Format] = (),
     revision: str | None = None,
@@ -75,8 +94,8 @@ def convert(
 
     Args:
         path: folder or hub id of the checkpoint, ours or another tool's.
-        out: a folder that does not exist or is empty; it appears whole or not at all.
-        format: "compressed-tensors", "gptq", "gptq_v2", "awq" or a format of the caller's own.
+        out: a folder that does not exist or is empty, or a new .gguf file; it appears whole or not at all.
+        format: a name, a ``GGUF`` with a template, or a format of the caller's own; none: gguf where ``out`` ends in .gguf.
         formats: formats of the caller's own that ``path`` may be in.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
@@ -90,16 +109,11 @@ def convert(
             the reason.
     """
     refuse_loaded(path)
-    target, writer = pick_format(format), Writer(given_path("out", out))
+    target, alone = _target(given_path("out", out), format)
+    writer = None if alone else Writer(given_path("out", out))
     folder = locate(path, revision=revision)
     checkpoint = open_checkpoint(folder, formats=formats)
-    if checkpoint.original is not None:
-        raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
-    if checkpoint.format is None:
-        raise SettingError(f"{path} is not quantized; use nearplane quantize.")
-    if checkpoint.format == target.name:
-        raise SettingError(f"{path} is {target.name} already; copy the folder.")
-    _refuse_more(checkpoint, target)
+    before = _refuse(path, checkpoint, target)
     opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
     grids = _grids(checkpoint, target, model, modules)
@@ -109,13 +123,102 @@ def convert(
         Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
     )
     report = folder / REPORT  # of the run that chose the codes
-    with writer, bar(progress) as display:
-        task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
-        export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
-    now = {grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in}
+    with bar(progress) as display:
+        placed = _placed(checkpoint, target, model, display)
+        rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
+        task = display.add_task("convert", total=None if placed else len(checkpoint.layers) + len(checkpoint.dense))
+        tick = partial(display.advance, task)
+        if writer is None:
+            assert rest.file is not None
+            write_alone(Path(out), partial(rest.file.write, tick=tick))
+        else:
+            with writer:
+                export(writer, target, rest, report if report.is_file() else None, weights, tick)
+    now = {grids[n].held_in for n, layer in checkpoint.layers.items() if layer.grid.held_in != grids[n].held_in}
+    scales = ", ".join(sorted(now)) or None
+    note = None if alone else companions(folder).note()
+    types = None if placed is None else _told(placed, target, checkpoint, grids)
     count = len(checkpoint.layers), len(checkpoint.dense)
-    scales, note = ", ".join(sorted(now)) or None, companions(folder).note()
-    return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note)
+    return Conversion(str(path), str(out), before, target.name, *count, scales, note, types)
+
+
+def pick_target(out: str | Path, format: str | Format | None, options: Mapping[str, Any]) -> Format:
+    """Give the format to write.
+
+    Args:
+        out: the new folder or file.
+        format: its name; none: gguf where ``out`` ends in .gguf.
+        options: of gguf: template, gguf_type, gguf_dense.
+
+    Raises:
+        SettingError: no format, an unknown one, or options of another one.
+    """
+    if format is None and Path(out).suffix.lower() != ".gguf":
+        raise SettingError("convert needs the format to write: give --format, or a NEW that ends in .gguf.")
+    target = pick_format("gguf" if format is None else format)
+    type = options.get("gguf_type")
+    target = target.asked({name: value for name, value in options.items() if name != "gguf_type"})
+    if type is not None:
+        target.grid(Grid(), type, ())  # refuses a type of another format
+    return replace(target, type=known_type(type)) if isinstance(target, GGUF) and type is not None else target
+
+
+def _target(out: Path, format: str | Format | None) -> tuple[Format, bool]:
+    """Give the format to write, and whether it is one file by itself."""
+    target = pick_target(out, format, {})
+    alone = out.suffix.lower() == ".gguf" and isinstance(target, GGUF)
+    if alone and out.exists():
+        raise SettingError(f"{out} exists; choose another name, or delete it.")
+    return target, alone
+
+
+def _placed(checkpoint: Checkpoint, target: Format, model: nn.Module, display: Progress) -> Placed | None:
+    """Find the checkpoint's weights in the template of a GGUF file; None for other formats."""
+    if not isinstance(target, GGUF):
+        return None
+    folder = checkpoint.store.folder
+    if ROTATED in checkpoint.config:
+        raise NearplaneError(
+            f"{folder} is rotated, and so are its embeddings and norms, which a GGUF file takes from its template; convert a "
+            "checkpoint without rotations."
+        )
+    made_of = read_json(folder / REPORT).get("model") if (folder / REPORT).is_file() else ""
+    template = open_template(target.template, str(made_of) if made_of == "demo" else folder)
+    check_template(template, model, {name: layer.shape for name, layer in checkpoint.layers.items()})
+    task = display.add_task("find", total=None)
+    placed = place_checkpoint(checkpoint, target, template, partial(display.advance, task))
+    display.remove_task(task)
+    return placed
+
+
+def _in_file(rest: Rest, placed: Placed, checkpoint: Checkpoint, target: Format, grids: dict[str, Grid]) -> Rest:
+    """Let one file hold the quantized weights, and the dense matrices that it holds anyway."""
+
+    def rows(name: str) -> Tensor:
+        name = name.removesuffix(".weight")
+        return target.pack(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name])[
+            f"{name}.weight"
+        ]
+
+    file = file_name(checkpoint.store.folder.name, placed.label)
+    inside = {name for names in placed.stored.values() for name in names}
+    told = {**rest.config["quantization_config"], **described(placed, file)}
+    return replace(
+        rest,
+        dense=[name for name in rest.dense if name not in inside],
+        config={**rest.config, "quantization_config": told},
+        file=Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows)),
+    )
+
+
+def _told(placed: Placed, target: Format, checkpoint: Checkpoint, grids: dict[str, Grid]) -> str:
+    """Tell what a GGUF file holds, and whether all of it has the values that it had."""
+    shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
+    rounded = [
+        name for name, grid in grids.items() if isinstance(target, GGUF) and not target.keeps(grid, shapes[name][1])
+    ]
+    kept = "every weight as it was" if not rounded else f"offsets of {len(rounded)} layers rounded to float16"
+    return f"{placed.describe()}; {kept}"
 
 
 def _configuration(
@@ -141,8 +244,18 @@ def _configuration(
     return {**written_config(plain, kind, model), "quantization_config": quantization}
 
 
-def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
-    """Refuse a checkpoint that quantizes more than weights: dropping that would make another model."""
+def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
+    """Refuse a checkpoint that is none, or quantizes more than weights: dropping that would make another model.
+
+    Returns:
+        The name of its format.
+    """
+    if checkpoint.original is not None:
+        raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
+    if checkpoint.format is None:
+        raise SettingError(f"{path} is not quantized; use nearplane quantize.")
+    if checkpoint.format == target.name:
+        raise SettingError(f"{path} is {target.name} already; copy the folder.")
     folder = checkpoint.store.folder
     if turned_linears(checkpoint.config, folder)[0]:
         raise NearplaneError(
@@ -153,6 +266,7 @@ def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
         raise NearplaneError(
             f"{folder} quantizes more than weights ({', '.join(parts)}), which {target.name} has no place for."
         )
+    return checkpoint.format
 
 
 def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:

@@ -7,6 +7,7 @@ the index are safe.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,18 @@ class Rest:
     """config.json, ``quantization_config`` included."""
     folder: Path
     """Where tokenizer and other companions are copied from."""
+    file: "Written | None" = None
+    """Of a format whose quantized weights lie in one file: that file."""
+
+
+class Written(NamedTuple):
+    """A file that is written in place of shards of quantized weights."""
+
+    name: str
+    nbytes: int
+    """Of what it will hold, about."""
+    write: Callable[..., None]
+    """Writes it under a path; calls the argument ``tick`` after each tensor."""
 
 
 def export(
@@ -72,7 +85,10 @@ def export(
         NearplaneError: when the disk refuses; sealed parts stay, and a resumed writer exports again to the same bytes.
     """
     if not writer.complete:
-        if weights is None:
+        if rest.file is not None:
+            writer.repack()
+            writer.produce(rest.file.name, rest.file.nbytes, partial(rest.file.write, tick=tick))
+        elif weights is None:
             _pack_parts(writer, format, tick)
         for name, quantized, grid in weights or ():
             writer.put(format.pack(name, quantized, grid))

@@ -231,9 +231,10 @@ def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> N
     """Look for scales that are 0, negative or subnormal; all are finite. ``ours``: whether nearplane wrote them."""
     least = torch.finfo(scale.dtype).smallest_normal
     kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
+    if layer.grid.scales.either_sign:
+        del kinds["negative"]
     # AutoRound's symmetric scales have the sign of the group's largest weight.
-    odd = not layer.grid.scales.either_sign and (ours or not layer.grid.sym)
-    wrong = {"0": bool((scale == 0).all()), "negative": odd}
+    wrong = {"0": bool((scale == 0).all()), "negative": ours or not layer.grid.sym}
     for kind, where in kinds.items():
         if bool(where.any()):
             row, group = (int(i) for i in where.nonzero()[0])

@@ -210,7 +210,9 @@ def _check_configuration(checkpoint: Checkpoint, found: Findings) -> None:
 
 
 def _check_siblings(checkpoint: Checkpoint, broken: dict[str, str], found: Findings) -> None:
-    """Check that linears which engines fuse are all quantized or none, and alike."""
+    """Check that linears which engines fuse are all quantized or none, and alike; llama.cpp fuses none."""
+    if checkpoint.format == "gguf":
+        return
     dense = {name.removesuffix(".weight") for name in checkpoint.dense if name.endswith(".weight")} - broken.keys()
     for names in fused(checkpoint.layers.keys() | dense):
         _check_alike(names, checkpoint, found)

@@ -11,14 +11,23 @@ SETTINGS: dict[str, None] = {}
 
 @dataclass(frozen=True)
 class Options:
-    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros keep their values."""
+    """Write a quantized checkpoint in another format. Nothing is quantized again: codes, scales and zeros keep their values.
+
+    A NEW that ends in .gguf is one file for llama.cpp, Ollama and LM Studio, made of a GGUF file of the original model.
+    """
 
     out: str
     """The quantized checkpoint."""
     new: Path
-    """Folder to write; must not exist, or be empty."""
-    format: str
-    """The format to write: compressed-tensors, gptq, gptq_v2 or awq."""
+    """Folder to write; must not exist, or be empty. Or a new file that ends in .gguf."""
+    format: str | None = None
+    """The format to write: compressed-tensors, gptq, gptq_v2, awq or gguf; gguf where NEW ends in .gguf."""
+    template: Path | None = None
+    """With gguf, a GGUF file of the original model, which gives metadata, tokenizer and names; demo has its own."""
+    gguf_type: str | None = None
+    """With gguf, the type of all weights; else of each the smallest that keeps its values."""
+    gguf_dense: str | None = None
+    """With gguf, the type of embedding and output head: Q8_0, Q6_K or F16; else as in the template."""
     revision: str | None = None
     """Of a hub id, the branch, tag or commit; OUT@REVISION says the same."""
     trust_remote_code: bool = False
@@ -27,8 +36,10 @@ class Options:
 
 def run(options: Options, _: dict[str, Any]) -> int:
     """Write, and print what was written."""
-    from nearplane.checkpoint.convert import convert
+    from nearplane.checkpoint.convert import convert, pick_target
 
+    own = {name: getattr(options, name) for name in ("template", "gguf_type", "gguf_dense")}
+    format = pick_target(options.new, options.format, {name: value for name, value in own.items() if value is not None})
     asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    printed(convert(options.out, options.new, options.format, progress=True, **asked))
+    printed(convert(options.out, options.new, format, progress=True, **asked))
     return 0

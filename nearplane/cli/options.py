@@ -37,6 +37,7 @@ METAVARS = {
     "budget": "BITS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
+    "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {

@@ -157,9 +157,7 @@ class Nested(Scales):
         limit = torch.where(unit > 0, MOST_ZERO * scale / unit, torch.full_like(scale, most))
         return torch.minimum(count, limit.floor())
 
-    def parts(
-        self, scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"]
-    ) -> Parts:
+    def parts(self, scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"]) -> Parts:
         """Find what a file stores; the product of the parts is bit for bit the scale, and gives the zero.
 
         Of several super-scales that do, the finest is taken.

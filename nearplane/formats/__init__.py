@@ -4,10 +4,11 @@ from nearplane.core.errors import SettingError
 from nearplane.formats.awq import AWQ
 from nearplane.formats.base import Format
 from nearplane.formats.compressed import CompressedTensors
+from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.gptq import GPTQ
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), AWQ())
+    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), AWQ(), GGUF())
 }
 """Every format that is read and written, by the name that users give."""
 

@@ -6,7 +6,7 @@ says, *why* a weight cannot be stored (``supports``) or loads nowhere else (``wa
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,6 @@ from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.core.levels import Uniform
-from nearplane.formats.bits import pack
 from nearplane.formats.store import Store
 
 # Group sizes worth suggesting: kernels read at least 8 columns at a time, and beyond 256 one scale per row is near.
@@ -85,8 +84,8 @@ class Format(ABC):
     Abstract members are what every format must say; the others have the answer of a plain format.
     """
 
-    container: ClassVar[Literal["safetensors"]] = "safetensors"
-    """What holds the tensors: a folder of safetensors shards with an index."""
+    container: ClassVar[Literal["safetensors", "gguf"]] = "safetensors"
+    """What holds the tensors: a folder of safetensors shards with an index, or one .gguf file made of a template."""
     reads: ClassVar[str] = ""
     """What ``find`` reads, in words; empty: ``name``."""
     holds_conv1d: ClassVar[bool] = False
@@ -119,6 +118,26 @@ class Format(ABC):
         if activations is not None:
             raise SettingError(f"{self.name} cannot say that activations are rounded; use --format compressed-tensors.")
         return self
+
+    def asked(self, options: Mapping[str, Any]) -> "Format":
+        """Take those options of a job that are for gguf: template, gguf_dense. Raises SettingError in any other format."""
+        for name in options:
+            raise SettingError(f"--{name.replace('_', '-')} is for --format gguf, and the format is {self.name}.")
+        return self
+
+    def grid(self, grid: Grid, type: str | None, given: Container[str]) -> Grid:
+        """Give the grid of all linears, where ``gguf_type`` decides it. SettingError where ``given`` fields contradict it."""
+        if type is not None:
+            raise SettingError(f"--gguf-type is for --format gguf, and the format is {self.name}.")
+        return grid
+
+    def help(self, refused: Mapping[str, tuple[Grid, tuple[int, int]]]) -> str:
+        """Tell which setting would do for refused linears, by name with grid and (out, in); empty where none is known."""
+        return ""
+
+    def store(self, store: Store, config: Mapping[str, Any]) -> Store:
+        """Give the tensors of a folder: its safetensors, and those in files of the format's own."""
+        return store
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
@@ -431,24 +450,3 @@ def grid_name(grid: Grid) -> str:
     """Describe a grid as it is stored, in words."""
     groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     return f"{grid.storage_bits} bits in {groups}{'' if grid.sym else ', asymmetric'}"
-
-
-def unused_bits(store: Store, tensor: str, value: UInt8[Tensor, "rows n"], bits: int, turned: bool) -> str | None:
-    """Tell whether bits behind the last code of a packed row are set, by packing the codes again.
-
-    Args:
-        store: holds ``tensor``, the words of the codes.
-        tensor: name on disk.
-        value: the codes as read.
-        bits: of a code.
-        turned: whether the words are stored transposed.
-    """
-    length = value.shape[1]
-    if length * bits % 32 == 0:  # the last word is full
-        return None
-    words, wanted = store.get(tensor), pack(value.contiguous(), bits)
-    wanted = wanted.T if turned else wanted
-    # Zeros may be plain int8: then there are no words.
-    if words.dtype != wanted.dtype or words.shape != wanted.shape or torch.equal(words, wanted):
-        return None
-    return f"{tensor} has bits set behind the last of {length} codes of {bits} bits; it is damaged."

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
+from nearplane.formats.store import Store
+
 # The stream of 32 codes is ``bits`` whole words for every width, so padding to 32 codes always suffices.
 TILE = 32
 _HALVES = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))
@@ -58,3 +60,24 @@ def _padded(x: Tensor, missing: int) -> Tensor:
     """Lengthen rows by ``missing`` zeros, and flatten: torch views wider dtypes of nothing less plain."""
     padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
     return padded.contiguous().view(-1)
+
+
+def unused_bits(store: Store, tensor: str, value: UInt8[Tensor, "rows n"], bits: int, turned: bool) -> str | None:
+    """Tell whether bits behind the last code of a packed row are set, by packing the codes again.
+
+    Args:
+        store: holds ``tensor``, the words of the codes.
+        tensor: name on disk.
+        value: the codes as read.
+        bits: of a code.
+        turned: whether the words are stored transposed.
+    """
+    length = value.shape[1]
+    if length * bits % 32 == 0:  # the last word is full
+        return None
+    words, wanted = store.get(tensor), pack(value.contiguous(), bits)
+    wanted = wanted.T if turned else wanted
+    # Zeros may be plain int8: then there are no words.
+    if words.dtype != wanted.dtype or words.shape != wanted.shape or torch.equal(words, wanted):
+        return None
+    return f"{tensor} has bits set behind the last of {length} codes of {bits} bits; it is damaged."

@@ -34,9 +34,8 @@ from nearplane.formats.base import (
     setting,
     tail_reason,
     tensors_of,
-    unused_bits,
 )
-from nearplane.formats.bits import pack, unpack, words_of
+from nearplane.formats.bits import pack, unpack, unused_bits, words_of
 from nearplane.formats.originals import refuse_transforms
 from nearplane.formats.store import Store
 

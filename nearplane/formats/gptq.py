@@ -32,9 +32,8 @@ from nearplane.formats.base import (
     setting,
     tail_reason,
     tensors_of,
-    unused_bits,
 )
-from nearplane.formats.bits import pack, unpack, words_of
+from nearplane.formats.bits import pack, unpack, unused_bits, words_of
 from nearplane.formats.store import Store
 
 WIDTHS = (2, 3, 4, 8)

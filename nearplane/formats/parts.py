@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -214,6 +214,15 @@ class Writer:
         self._make_folder(target.parent)
         with self._atomic(target, path.stat().st_size) as temporary:
             shutil.copyfile(path, temporary)
+            self._sums[name] = file_hash(temporary)
+
+    def produce(self, name: str, need: int, fill: Callable[[Path], None]) -> None:
+        """Write a file of this name, all of it or nothing; ``fill`` writes some ``need`` bytes under the path it is given."""
+        target = self._target(name)
+        if self.complete:
+            return
+        with self._atomic(target, need) as temporary:
+            fill(temporary)
             self._sums[name] = file_hash(temporary)
 
     def companions(self, folder: Path) -> None:

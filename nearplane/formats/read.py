@@ -138,6 +138,7 @@ def _open(store: Store, broken: dict[str, str] | None = None, formats: Sequence[
         found = Checkpoint(store, config, None, None, {}, sorted(store.names), told(store, quantization))
     else:
         reader = None if quantization is None else _reader(store, quantization, known)
+        store = store if reader is None or quantization is None else reader.store(store, quantization)
         found = read_tensors(store, config, quantization, reader, broken)
     if broken is None:
         refuse_strays(store, found.dense, quantization)

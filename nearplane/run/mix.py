@@ -96,7 +96,7 @@ def fitting(job: Job, inputs: Mapping[str, int]) -> Grid:
     Args:
         inputs: input columns of each linear by its name on disk.
     """
-    if job.was_given("group_size"):
+    if job.was_given("group_size") or job.grid.group_size != Grid().group_size:  # a format may decide, too
         return job.grid
     own = [compiled("override", some.pattern) for some in job.override if some.group_size is not None]
     widths = {width for name, width in inputs.items() if not any(found(name) for found in own)}

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 from nearplane.checkpoint.engines import Described, Weight, model_facts
+from nearplane.checkpoint.gguf import Placed, check_template, open_template, place_source, takes_template
 from nearplane.checkpoint.load import generation_settings
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.text import Calibration
-from nearplane.formats import Format, pick_format
+from nearplane.formats import Format
 from nearplane.formats.base import conv1d_reason
+from nearplane.formats.gguf.file import GGUFFile
+from nearplane.formats.gguf.format import GGUF
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
@@ -76,6 +79,10 @@ class Plan:
     samples: Samples | None = None
     notes: Sequence[str] = ()
     """Remarks on weights, for the user."""
+    template: GGUFFile | None = None
+    """The file of which a GGUF checkpoint is made."""
+    placed: Placed | None = None
+    """Which of its tensors are ours; known once weights were read."""
     copied: str = ""
     """Hashes of the tensors that the checkpoint takes over from the source as they are."""
 
@@ -218,6 +225,7 @@ class Plan:
             **({} if self.activations is None else {"activations": asdict(self.activations)}),
             **self._mixed,
             **self.source.settings,
+            **self._made_of,
             **({} if self.choices is None else {"choices": self.choices}),
         }
         return {name: recordable(value, name) for name, value in found.items()}
@@ -241,6 +249,14 @@ class Plan:
         ]
         facts = model_facts(self.source.model, {site.name: self.grid_of(site) for site in self.sites})
         return Described(self.format.name, tuple(dict.fromkeys(weights)), facts, getattr(self.format, "online", False))
+
+    @property
+    def _made_of(self) -> dict[str, Any]:
+        """Settings of a GGUF file."""
+        if self.template is None or not isinstance(self.format, GGUF):
+            return {}
+        template = {"file": self.template.path.name, "header": self.template.digest}
+        return {"gguf": {"template": template, "dense": self.format.dense or "as in the template"}}
 
     @property
     def _mixed(self) -> dict[str, Any]:
@@ -287,7 +303,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
         NearplaneError: whatever else cannot work.
     """
     device = pick_device(job.device)
-    format = pick_format(job.format).running(job.activations, "r4" in job.rotation.kinds)
+    format = job.checkpoint_format.running(job.activations, "r4" in job.rotation.kinds)
     source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code, revision=job.revision)
     generation_settings(
         source.model, source.folder
@@ -326,6 +342,9 @@ def complete(plan: Plan) -> Plan:
         if job.calibration.all_experts:
             show_all(source.model, source.folder)
     plan = replace(plan, source=source, notes=check_scales(plan, source))
+    if plan.template is not None and isinstance(plan.format, GGUF):
+        sites = [(site, plan.grid_of(site)) for site in plan.sites]
+        plan = replace(plan, placed=place_source(source, sites, plan.format, plan.template))
     if plan.method.needs:
         plan = replace(plan, samples=gather(source, job.calibration))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
@@ -341,22 +360,55 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     grid = fitting(job, {disk[site.name]: site.shape[1] for site in sites})
     grid = replace(grid, scale_dtype=format.scale_dtype(stored))
     grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job)
-    refuse_split(grids, ignored, job, fixed)
-    for site in sites:
-        left = job.budget is not None and disk[site.name] not in fixed  # then the widths are asked for below
-        reason = None if left else format.supports(grids[disk[site.name]], site.shape)
-        if site.transposed:
-            reason = conv1d_reason(format) or reason
-        reason = reason or getattr(job.method, "refuses", lambda _shape: None)(site.shape)
-        if reason is not None:
-            raise SettingError(f"{site.name}: {reason}.")
+    if not takes_template(format):  # llama.cpp fuses no linears that a file holds apart
+        refuse_split(grids, ignored, job, fixed)
+    open_bits = set() if job.budget is None else {site.name for site in sites if disk[site.name] not in fixed}
+    _refuse(job, format, {disk[site.name]: (site, grids[disk[site.name]]) for site in sites}, open_bits)
     together = format.together(grids)
     if together is not None:
         raise SettingError(f"{together}.")
+    template = _template(source, job, format, {disk[site.name]: site.shape for site in sites})
     compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
-    plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored)
+    plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored, template=template)
     return plan if job.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
+
+
+def _refuse(job: Job, format: Format, sites: Mapping[str, tuple[Site, Grid]], left: set[str]) -> None:
+    """Refuse linears that the format or the method cannot hold.
+
+    Args:
+        job: gives the method.
+        format: that of the checkpoint.
+        sites: with their grids, by name on disk.
+        left: names in the model of those whose widths are asked for later.
+    """
+    refused: dict[str, tuple[Grid, tuple[int, int]]] = {}
+    first = ""
+    for name, (site, grid) in sites.items():
+        reason = None if site.name in left else format.supports(grid, site.shape)
+        if reason is not None:
+            refused[name] = grid, site.shape
+        if site.transposed:
+            reason = conv1d_reason(format) or reason
+        reason = reason or getattr(job.method, "refuses", lambda _shape: None)(site.shape)
+        first = first or (f"{site.name}: {reason}" if reason is not None else "")
+    if first:
+        raise SettingError(f"{first}{format.help(refused) if refused else ''}.")
+
+
+def _template(source: Source, job: Job, format: Format, shapes: Mapping[str, tuple[int, int]]) -> GGUFFile | None:
+    """Open the file of which a GGUF checkpoint is made, and check it by sizes; None for other formats."""
+    if not takes_template(format):
+        return None
+    if job.equivalences:
+        raise SettingError(
+            "rotations and other transforms change embeddings and norms, which a GGUF file takes from its template; use --format "
+            "gguf without them."
+        )
+    template = open_template(getattr(format, "template", None), source.name)
+    check_template(template, source.model, shapes)
+    return template
 
 
 def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:

@@ -6,14 +6,18 @@ sees the same numbers as an uninterrupted run, bit for bit.
 """
 
 import hashlib
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nearplane.checkpoint.engines import verdicts
-from nearplane.checkpoint.export import export, head_names, rest_of, routing
+from nearplane.checkpoint.export import Rest, Written, export, head_names, rest_of, routing
+from nearplane.checkpoint.gguf import Placed, described, file_name, write_gguf
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.formats.parts import Part, Writer
@@ -138,6 +142,9 @@ class Saver:
             settings["damp_percent"] = plan.method.damp_percent
         grids = {site.name: plan.grid_of(site) for site in plan.sites}
         settings |= head_names(source.model, {site: plan.disk_name(site) for site in grids})
+        file = None if plan.placed is None else file_name(source.name, plan.placed.label)
+        if plan.placed is not None and file is not None:
+            settings["gguf"] = described(plan.placed, file)
         rest = rest_of(source, plan.grid, grids, plan.format, plan.dense, settings)
         report.bytes["before"] = source.original.total
         routes = routing(source.model, source.names)
@@ -155,8 +162,27 @@ class Saver:
                 reason = reason if left is None else f"left out by {left}"
                 report.dense.append({"name": name, "bytes": size, "reason": reason})
         report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
+        if plan.placed is not None and file is not None:
+            rest = self._in_file(rest, plan.placed, file)
         engines = {engine: judged.as_dict() for engine, judged in verdicts(plan.described()).items()}
         export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines})
+
+    def _in_file(self, rest: Rest, placed: Placed, file: str) -> Rest:
+        """Let one file hold the quantized weights, and the dense matrices that it holds anyway; note what was written."""
+        self.report.events.append(f"{file}: {placed.describe()}")
+        opened = [self.writer.part(record).open() for record in self.writer.records]
+        weights = {name: part for part in opened if part is not None for name in part.layers}
+
+        def rows(name: str) -> Tensor:
+            name = name.removesuffix(".weight")
+            packed = self.plan.format.pack(name, weights[name].quantized(name), weights[name].layers[name].grid)
+            return packed[f"{name}.weight"]
+
+        inside = {name for names in placed.stored.values() for name in names}
+        self.report.bytes |= {"after": placed.nbytes, "dense": placed.nbytes - self.report.bytes["quantized"]}
+        dense = [name for name in rest.dense if name not in inside]
+        written = Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows))
+        return replace(rest, dense=dense, file=written)
 
     def _record(self, block: Block) -> dict[str, Any]:
         """Return what a resumed run must know of a finished block, for JSON."""

@@ -202,7 +202,6 @@ def test_values() -> None:
         ("quantize m o --method gptq --no-gate", "--no-gate is an option of --method nearplane, not of gptq"),
         ("generate m", "--prompt must be given"),
         ("generate m --promt x", "did you mean --prompt?"),
-        ("convert a b", "--format must be given"),
         ("bench m --against fp64", "--against takes bf16 or fp32; got 'fp64'"),
         ("eval m --bits 3", "unknown option --bits; did you mean"),
         ("verify o --engin vllm", "did you mean --engine?"),
