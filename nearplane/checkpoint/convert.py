@@ -111,7 +111,9 @@ def convert(
     with writer, bar(progress) as display:
         task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
         export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
-    now = {grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in}
+    now = {
+        grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in
+    }
     count = len(checkpoint.layers), len(checkpoint.dense)
     scales, note = ", ".join(sorted(now)) or None, companions(folder).note()
     return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note)

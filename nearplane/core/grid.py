@@ -176,7 +176,9 @@ class CustomGrid(Grid):
             raise SettingError(f"bits and sym belong to the levels, {self.own_levels.bits} and {self.own_levels.sym}.")
         if self.scales.free and (self.sym or self.own_levels is not None):
             name = type(self.own_scales).__name__
-            raise SettingError(f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym).")
+            raise SettingError(
+                f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym)."
+            )
 
         if self.scales.either_sign and not self.sym:
             name = type(self.own_scales).__name__
@@ -232,7 +234,9 @@ def decode(
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """Return the weight that the codes stand for, in the dtype of the scales."""
     dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
-    work = torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype  # few digits do not hold a real zero
+    work = (
+        torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype
+    )  # few digits do not hold a real zero
     scale, zero = (by_column(part.to(work), grid, n) for part in (quantized.scale, quantized.zero))
     return decode(quantized.codes.to(work), scale, zero, grid).to(dtype)
 
@@ -324,8 +328,8 @@ def fit_groups(
     if grid.fit in ("auto", "mse") and weights is None:
         weights = torch.ones_like(weight[0])
     if weights is not None:
-        weights = torch.nn.functional.pad(weights, pad).unflatten(0, (-1, width))
-    groups = torch.nn.functional.pad(weight, pad).unflatten(1, (-1, width))
+        weights = torch.nn.functional.pad(weights, pad).reshape(-1, width)
+    groups = torch.nn.functional.pad(weight, pad).reshape(len(weight), -1, width)
     scale, zero = grid.scales.fit_rows(groups, scale, zero, grid.levels, weights)
     if not bool(scale.isfinite().all()):
         raise NumericalError(_too_large(grid))

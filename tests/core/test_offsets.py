@@ -45,7 +45,11 @@ def affine(solved, grid):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_checkpoint_gives_the_weights_that_were_solved(dtype, bits):
     grid = Grid.of(scales=Affine(dtype), bits=bits, group_size=5)
-    for W in (weights(6, 23), weights(6, 23) + 3, weights(6, 23) / 1e4 - 1):  # the last: an offset larger than its range
+    for W in (
+        weights(6, 23),
+        weights(6, 23) + 3,
+        weights(6, 23) / 1e4 - 1,
+    ):  # the last: an offset larger than its range
         p = problem(6, 23, seed=1)
         solved = sweep(W, factorize(p.H), grid, fit_groups(W, grid))
         for each in (solved, refine(W, damped(p.H), solved, grid), RTN().solve(W, None, grid)):
@@ -53,7 +57,9 @@ def test_a_checkpoint_gives_the_weights_that_were_solved(dtype, bits):
             assert torch.equal(stored(each.scale, dtype), each.scale) and bool((each.scale > 0).all())
             offset = grid.scales.offset(each.scale, each.zero)
             assert torch.equal(stored(offset, dtype), offset)
-            torch.testing.assert_close(affine(each, grid), dequantize(each, grid), rtol=0, atol=1e-6 * float(W.abs().max()))
+            torch.testing.assert_close(
+                affine(each, grid), dequantize(each, grid), rtol=0, atol=1e-6 * float(W.abs().max())
+            )
         verify(solved.certificate)
 
 

@@ -61,7 +61,9 @@ def test_a_part_gives_every_grid_back_bit_for_bit(tmp_path: Path, dtype: torch.d
             layer, read = part.layers[name], part.quantized(name)
             assert replace(layer.grid, scale_dtype="float32") == stored_grid(grid)
             assert torch.equal(read.codes, weights[name].codes)
-            assert torch.equal(read.scale.to(dtype), weights[name].scale) and read.zero.dtype == weights[name].zero.dtype
+            assert (
+                torch.equal(read.scale.to(dtype), weights[name].scale) and read.zero.dtype == weights[name].zero.dtype
+            )
             assert torch.equal(read.zero, weights[name].zero)
             values = dequantize(weights[name]._replace(scale=read.scale.float()), grid)
             assert torch.equal(part.weight(name), values)
@@ -70,7 +72,9 @@ def test_a_part_gives_every_grid_back_bit_for_bit(tmp_path: Path, dtype: torch.d
             assert size == CompressedTensors().nbytes((6, 512), grid)
             assert list(part.reader.flaws(part.store, *part.decode(name))) == []  # type: ignore[union-attr]
             if grid.scales.joint:
-                for mine, its in zip(grid.scales.parts(read.scale, read.zero), grid.scales.parts(*weights[name][1:3]), strict=True):
+                for mine, its in zip(
+                    grid.scales.parts(read.scale, read.zero), grid.scales.parts(*weights[name][1:3]), strict=True
+                ):
                     assert (mine is None and its is None) or torch.equal(mine, its)
         zero = part.store.get("mlx.weight_zero_point")
         assert zero.dtype == torch.float32 and zero.shape == (6, 8)
@@ -91,14 +95,20 @@ def test_damaged_offsets_are_named(tmp_path: Path, zero: torch.Tensor, told: str
         open_checkpoint(tmp_path).quantized("fc")
 
 
-@pytest.mark.parametrize("told", [{"kind": "other"}, {"kind": "affine", "dtype": "int4"}, 3, {"kind": "signed", "dtype": "float16"}])
+@pytest.mark.parametrize(
+    "told", [{"kind": "other"}, {"kind": "affine", "dtype": "int4"}, 3, {"kind": "signed", "dtype": "float16"}]
+)
 def test_scales_that_are_none_are_named(tmp_path: Path, told: Any) -> None:
     grid = GRIDS["mlx"]
-    save_file(CompressedTensors().pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        CompressedTensors().pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     config = CompressedTensors().config(grid, ignore=[], settings={})
     config["config_groups"]["group_0"]["weights"]["observer_kwargs"]["nearplane_scales"] = told
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
-    with pytest.raises(NearplaneError, match="nearplane_scales|observer_kwargs|knows no scales|says both symmetric|must be of type"):
+    with pytest.raises(
+        NearplaneError, match=r"nearplane_scales|observer_kwargs|knows no scales|says both symmetric|must be of type"
+    ):
         open_checkpoint(tmp_path).quantized("fc")
 
 
@@ -153,7 +163,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     assert again.layers == len(read.layers)
     copied = tensors(tmp_path / "copy")
     assert all(torch.equal(copied[key], its[key]) for key in its)
-    with pytest.raises(NearplaneError, match="^model.*holds no (nested|affine) scales"):
+    with pytest.raises(NearplaneError, match=r"^model.*holds no (nested|affine) scales"):
         nearplane.convert(tmp_path / "out", tmp_path / "ct", "compressed-tensors", formats=[AnyScales()])
     assert not (tmp_path / "ct").exists()
 
@@ -189,8 +199,10 @@ def test_what_no_file_holds_exactly_is_refused() -> None:
 def test_offsets_that_no_configuration_tells_are_refused(tmp_path: Path) -> None:
     """Real zeros read as codes would be silently wrong."""
     grid = GRIDS["mlx"]
-    save_file(CompressedTensors().pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        CompressedTensors().pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     config = CompressedTensors().config(Grid(3, 64, False), ignore=[], settings={})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
-    with pytest.raises(NearplaneError, match="weight_zero_point .*float32, and no integers"):
+    with pytest.raises(NearplaneError, match=r"weight_zero_point .*float32, and no integers"):
         open_checkpoint(tmp_path).quantized("fc")
