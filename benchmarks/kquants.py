@@ -4,10 +4,12 @@
         [--tokens 16384] [--engine PATH/TO/xllamacpp.abi3.so]
 
 Needs the wheel ``xllamacpp`` (a library of llama.cpp; ``pip install xllamacpp``, or --engine of another environment), and
-the demo model in its cache (``nearplane demo`` puts it there). The linears are ``down_proj``, whose 1536 inputs 256
-divides. Their inputs come from forwards of the float model: H of ``--tokens`` tokens of one text, the error on half as many
-of another, or of what follows in the same file; without files the package's calibration and held-out texts. llama.cpp gets the mean squares of the same inputs as its importance matrix. Same
-bytes, no walk: no method sees the error of another linear. The column is tr(E H E^T) over llama.cpp's with the matrix.
+the demo model in its cache (``nearplane quantize demo OUT`` puts it there). The linears are ``down_proj``, whose 1536 inputs
+256 divides. Their inputs come from forwards of the float model. H is of ``--tokens`` tokens of one text. The error is on half
+as many of another text, or of what follows in the same file. Without files: the package's calibration and held-out texts.
+llama.cpp gets the mean squares of the same inputs as its importance matrix. Same bytes, no walk: no method sees the error of
+another linear. A column is tr(E H E^T) over that of llama.cpp with the matrix. The demo's weights came from a Q4_1 file, on
+whose grid they lie: figures of q4_1, q4_k and q5_k say little on this model.
 """
 
 import argparse

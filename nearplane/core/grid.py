@@ -329,8 +329,8 @@ def fit_groups(
     if grid.fit in ("auto", "mse") and weights is None:
         weights = torch.ones_like(weight[0])
     if weights is not None:
-        weights = torch.nn.functional.pad(weights, pad).unflatten(0, (-1, width))
-    groups = torch.nn.functional.pad(weight, pad).unflatten(1, (-1, width))
+        weights = torch.nn.functional.pad(weights, pad).reshape(-1, width)
+    groups = torch.nn.functional.pad(weight, pad).reshape(len(weight), -1, width)
     scale, zero = grid.scales.fit_rows(groups, scale, zero, grid.levels, weights)
     if not bool(scale.isfinite().all()):
         raise NumericalError(_too_large(grid))

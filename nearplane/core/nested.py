@@ -7,6 +7,7 @@ chooses them by what they cost the weights. A round of refinement moves the inte
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
@@ -169,7 +170,7 @@ class Nested(Scales):
         Raises:
             NumericalError: The scales are no multiples of any one number of ``dtype``.
         """
-        blocks = scale.double().unflatten(1, (-1, self.groups))
+        blocks = in_blocks(scale.double(), self.groups)
         signs = (1, -1) if self.signed else (1,)
         tops = [sign * k for sign in signs for k in range(1 << self.bits, 0, -1)]
         least, greatest = self.most
@@ -182,7 +183,7 @@ class Nested(Scales):
         unit, count = _divide(blocks, tops, self.dtype, scales)
         if not self.minima:
             return Parts(unit, count, None, None)
-        zeros = zero.float().unflatten(1, (-1, self.groups))
+        zeros = in_blocks(zero.float(), self.groups)
         most = (1 << self.bits) - 1
 
         def offsets(unit: Tensor, part: Where) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ KINDS: dict[str, type[Signed] | type[Affine] | type[Nested]] = {"signed": Signed
 
 def described(scales: Scales) -> dict[str, Any]:
     """Return scales of ``KINDS`` as fields for JSON."""
-    if not isinstance(scales, tuple(KINDS.values())):
+    if not isinstance(scales, Signed | Affine | Nested):
         raise SettingError(f"scales of type {type(scales).__name__} have no description on disk.")
     return asdict(scales)
 
@@ -217,6 +218,11 @@ def scales_of(told: Mapping[str, Any], where: str) -> Scales:
     if kind is None or not same or given["dtype"] not in get_args(ScaleDtype):
         raise NearplaneError(f"{where}: nearplane knows no scales {dict(told)!r}.")
     return kind(**given)
+
+
+def in_blocks(value: Shaped[Tensor, "out count ..."], groups: int) -> Shaped[Tensor, "out supers groups ..."]:
+    """Return the groups of each row by super-blocks."""
+    return value.reshape(len(value), -1, groups, *value.shape[2:])
 
 
 def _divide(
@@ -281,18 +287,32 @@ class _NestedBeside(Beside):
         return real_zero(self.scales.minimum(offset, step, scale) * step, scale)
 
 
+class _State(NamedTuple):
+    """Super-scales (out, supers, 1) and integers (out, supers, groups); without minima ``dmin`` and ``m`` are idle."""
+
+    d: Tensor
+    sub: Tensor
+    dmin: Tensor
+    m: Tensor
+
+    @property
+    def line(self) -> tuple[Tensor, Tensor]:
+        """Scales and offsets."""
+        return self.d * self.sub, self.dmin * self.m
+
+
 class _Blocks:
     """The super-blocks of some rows while their scales are fitted: (out, supers, groups, width)."""
 
     def __init__(self, scales: Nested, groups: Tensor, weight: Tensor, levels: Levels) -> None:
         self.scales, self.levels = scales, levels
-        self.x = groups.unflatten(1, (-1, scales.groups))
-        self.weight = weight.unflatten(0, (-1, scales.groups))
+        self.x = in_blocks(groups, scales.groups)
+        self.weight = in_blocks(weight[None], scales.groups)[0]
         self.live = (self.x != 0).any(-1)
 
     def fit(self, scale: Tensor, zero: Tensor, turns: int) -> tuple[Tensor, Tensor]:
         """Round fitted scales and zeros to what is stored; ``turns`` times better them, each no worse than the last."""
-        s, z = (part.unflatten(1, (-1, self.scales.groups)) for part in (scale, zero))
+        s, z = (in_blocks(part, self.scales.groups) for part in (scale, zero))
         o = s * z if self.scales.minima else torch.zeros_like(s)
         line, _ = self.line(s, o, z)
         s, o = (torch.where(self.live, part, torch.zeros_like(part)) for part in (s, o))
@@ -304,17 +324,15 @@ class _Blocks:
         if self.scales.minima:
             offset = (o + line.offset(now - s)).clamp_min_(0) if turns else o
             offset = torch.where(self.live, offset, torch.zeros_like(offset))
-            count = lambda value, unit: self.scales.minimum(value, unit, now)  # noqa: E731
-            dmin = self.unit(offset, line.c, count)
-            m = count(offset, dmin)
-        state = d, now / d, dmin, m
+            dmin = self.unit(offset, line.c, partial(self.scales.minimum, scale=now))
+            m = self.scales.minimum(offset, dmin, now)
+        state = _State(d, now / d, dmin, m)
         for _ in range(turns):
-            state = self.turn(*state, z)
+            state = self.turn(state, z)
         if turns:
-            state = self.beside(*self.turn(*self.beside(*state, z), z), z)
-        d, sub, dmin, m = state
-        scale = (d * sub).flatten(1)
-        return scale, real_zero((dmin * m).flatten(1), scale) if self.scales.minima else zero
+            state = self.beside(self.turn(self.beside(state, z), z), z)
+        scale, offset = (part.flatten(1) for part in state.line)
+        return scale, real_zero(offset, scale) if self.scales.minima else zero
 
     def line(self, s: Tensor, o: Tensor, z: Tensor) -> tuple[Line, Tensor]:
         """Round the weights to these scales and offsets (or zeros); return the line about them and the error."""
@@ -351,9 +369,9 @@ class _Blocks:
                 best, least = torch.where(better, unit, best), torch.where(better, lost, least)
         return best
 
-    def turn(self, d: Tensor, sub: Tensor, dmin: Tensor, m: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def turn(self, state: _State, z: Tensor) -> _State:
         """Round the weights, then move the integers and the super-scales, while codes stay."""
-        s, o = d * sub, dmin * m
+        (d, sub, dmin, m), (s, o) = state, state.line
         line, _ = self.line(s, o, z)
         wanted, best = s + self.move(line), torch.zeros_like(s)
         wanted = torch.where(wanted * s > 0, wanted, s)
@@ -366,13 +384,15 @@ class _Blocks:
             cost = line.cost(count * d - s, least * dmin - o)
             new, low = torch.where(cost < best, count, new), torch.where(cost < best, least, low)
             best = torch.minimum(cost, best)
-        d, dmin = self.supers(line, (s, o), (d, new, dmin, low))
-        return d, new, dmin, low
+        return self.supers(line, (s, o), _State(d, new, dmin, low))
 
-    def supers(self, line: Line, at: tuple[Tensor, Tensor], state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return the super-scales of least error beside these integers, the old ones where rounding leaves no gain."""
+    def supers(self, line: Line, at: tuple[Tensor, Tensor], state: _State) -> _State:
+        """Choose the super-scales of least error beside these integers, the old ones where rounding leaves no gain."""
         (s, o), (d, sub, dmin, m) = at, state
-        total = lambda part: part.sum(-1, keepdim=True)  # noqa: E731
+
+        def total(part: Tensor) -> Tensor:
+            return part.sum(-1, keepdim=True)
+
         A, P = total(line.a * sub * sub), total(sub * (line.a * s - line.b * o + line.p))
         new, least = P / A, dmin
         if self.scales.minima:
@@ -384,13 +404,14 @@ class _Blocks:
         if self.scales.minima:
             least = torch.where(C > 0, (Q + B * new) / C, dmin).clamp_min(least_of(self.scales.dtype))
             least = rounded(least, self.scales.dtype)
-        cost = lambda d, dmin: total(line.cost(d * sub - s, dmin * m - o))  # noqa: E731
-        better = cost(new, least) < cost(d, dmin)
-        return torch.where(better, new, d), torch.where(better, least, dmin)
+        costs = [total(line.cost(unit * sub - s, step * m - o)) for unit, step in ((new, least), (d, dmin))]
+        better = costs[0] < costs[1]
+        return _State(torch.where(better, new, d), sub, torch.where(better, least, dmin), m)
 
-    def beside(self, d: Tensor, sub: Tensor, dmin: Tensor, m: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    def beside(self, state: _State, z: Tensor) -> _State:
         """Try the integers around each scale's, codes and minimum chosen for each."""
-        best = self.line(d * sub, dmin * m, z)[1]
+        d, sub, dmin, m = state
+        best = self.line(*state.line, z)[1]
         start, low, first = sub, m, m
         for change in AROUND:
             count = self.scales.integer((start + change) * d, d)
@@ -405,4 +426,4 @@ class _Blocks:
             better = (cost < best) & (count * start > 0)
             sub, low = torch.where(better, count, sub), torch.where(better, least, low)
             best = torch.where(better, cost, best)
-        return d, sub, dmin, low
+        return _State(d, sub, dmin, low)

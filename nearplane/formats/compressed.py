@@ -91,8 +91,8 @@ class CompressedTensors(Format):
             f"{name}.weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
         }
         if not grid.sym:  # a zero point beside a symmetric weight makes vLLM refuse the checkpoint
-            zeros = zero if grid.scales.free else pack(zero.T, grid.storage_bits).T
-            tensors[f"{name}.weight_zero_point"] = zeros.contiguous()
+            stored = zero if grid.scales.free else pack(zero.T, grid.storage_bits).T
+            tensors[f"{name}.weight_zero_point"] = stored.contiguous()
         return tensors
 
     def nbytes(self, shape: tuple[int, int], grid: Grid) -> int:

@@ -107,7 +107,7 @@ def test_scales_that_are_none_are_named(tmp_path: Path, told: Any) -> None:
     config["config_groups"]["group_0"]["weights"]["observer_kwargs"]["nearplane_scales"] = told
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(
-        NearplaneError, match="nearplane_scales|observer_kwargs|knows no scales|says both symmetric|must be of type"
+        NearplaneError, match=r"nearplane_scales|observer_kwargs|knows no scales|says both symmetric|must be of type"
     ):
         open_checkpoint(tmp_path).quantized("fc")
 
@@ -163,7 +163,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     assert again.layers == len(read.layers)
     copied = tensors(tmp_path / "copy")
     assert all(torch.equal(copied[key], its[key]) for key in its)
-    with pytest.raises(NearplaneError, match="^model.*holds no (nested|affine) scales"):
+    with pytest.raises(NearplaneError, match=r"^model.*holds no (nested|affine) scales"):
         nearplane.convert(tmp_path / "out", tmp_path / "ct", "compressed-tensors", formats=[AnyScales()])
     assert not (tmp_path / "ct").exists()
 
@@ -204,5 +204,5 @@ def test_offsets_that_no_configuration_tells_are_refused(tmp_path: Path) -> None
     )
     config = CompressedTensors().config(Grid(3, 64, False), ignore=[], settings={})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
-    with pytest.raises(NearplaneError, match="weight_zero_point .*float32, and no integers"):
+    with pytest.raises(NearplaneError, match=r"weight_zero_point .*float32, and no integers"):
         open_checkpoint(tmp_path).quantized("fc")
