@@ -111,7 +111,11 @@ def main() -> None:
                 seconds = time.perf_counter() - start
                 row.append(lost(dequantize(solved, grid)) / best)
             ratios.append(row)
-            print(f"{kind}  {k:>5}  {row[0]:.3f} " + " ".join(f"{value:>10.3f}" for value in row[1:]) + f"   {seconds:.1f}")
+            print(
+                f"{kind}  {k:>5}  {row[0]:.3f} "
+                + " ".join(f"{value:>10.3f}" for value in row[1:])
+                + f"   {seconds:.1f}"
+            )
         mean = torch.tensor(ratios).mean(0).tolist()
         print(f"{kind}   mean  {mean[0]:.3f} " + " ".join(f"{value:>10.3f}" for value in mean[1:]), flush=True)
 

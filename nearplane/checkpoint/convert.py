@@ -1,6 +1,7 @@
 """Write a checkpoint again in another format. Nothing is quantized again.
 
-Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. Scales keep their dtype in
+Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. MLX alone stores a scale times
+a zero, which is rounded to the scale's dtype; how far is said. Scales keep their dtype in
 compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. Layers
 of several grids keep them. What the new format cannot hold is refused before anything is written; every dense tensor is
 copied as it is.
@@ -49,10 +50,12 @@ class Conversion:
     scales: str | None = None
     """The dtype in which scales are now, if some had another; their values are the same."""
     note: str | None = None
-    """Files of ``path`` that are not in ``out``, with the reasons."""
+    """Files of ``path`` that are not in ``out``, with the reasons; and how far offsets were rounded."""
+    moved: float = 0.0
+    """How far the offset of a group moved at most, in steps of its scale, where the new format rounds offsets."""
 
     def __str__(self) -> str:
-        kept = "codes, scales and zeros as they were"
+        kept = "codes, scales and zeros as they were" if self.moved == 0 else "codes and scales as they were"
         if self.scales is not None:
             kept = f"codes and zeros as they were, scales of the same values, now {self.scales}"
         line = f"{self.out}: {self.layers} layers from {self.before} to {self.after}, {kept}; {self.dense} other tensors copied"
@@ -76,7 +79,7 @@ def convert(
     Args:
         path: folder or hub id of the checkpoint, ours or another tool's.
         out: a folder that does not exist or is empty; it appears whole or not at all.
-        format: "compressed-tensors", "gptq", "gptq_v2", "awq" or a format of the caller's own.
+        format: "compressed-tensors", "gptq", "gptq_v2", "awq", "mlx" or a format of the caller's own.
         formats: formats of the caller's own that ``path`` may be in.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
@@ -102,7 +105,7 @@ def convert(
     _refuse_more(checkpoint, target)
     opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
-    grids = _grids(checkpoint, target, model, modules)
+    grids, moved = _grids(checkpoint, target, model, modules)
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (
@@ -112,10 +115,22 @@ def convert(
     with writer, bar(progress) as display:
         task = display.add_task("convert", total=len(checkpoint.layers) + len(checkpoint.dense))
         export(writer, target, rest, report if report.is_file() else None, weights, partial(display.advance, task))
-    now = {grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in}
+    now = {
+        grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in
+    }
     count = len(checkpoint.layers), len(checkpoint.dense)
-    scales, note = ", ".join(sorted(now)) or None, companions(folder).note()
-    return Conversion(str(path), str(out), checkpoint.format, target.name, *count, scales, note)
+    scales = ", ".join(sorted(now)) or None
+    notes = [companions(folder).note(), _rounded(moved, target)]
+    return Conversion(
+        str(path),
+        str(out),
+        checkpoint.format,
+        target.name,
+        *count,
+        scales,
+        "; ".join(filter(None, notes)) or None,
+        moved,
+    )
 
 
 def _configuration(
@@ -138,7 +153,7 @@ def _configuration(
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
     plain = without_code(plain_config(checkpoint.config), trust_remote_code=trusted)
-    return {**written_config(plain, kind, model), "quantization_config": quantization}
+    return {**written_config(plain, kind, model), **target.entries(quantization)}
 
 
 def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
@@ -155,8 +170,14 @@ def _refuse_more(checkpoint: Checkpoint, target: Format) -> None:
         )
 
 
-def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:
-    """Give each layer's grid, scales in the new format's dtype. Raises NearplaneError where a layer does not fit."""
+def _grids(
+    checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]
+) -> tuple[dict[str, Grid], float]:
+    """Give each layer's grid, scales in the new format's dtype, and how far offsets are rounded, in steps.
+
+    Raises:
+        NearplaneError: a layer does not fit.
+    """
     grids = {}
     for name, layer in checkpoint.layers.items():
         grids[name] = replace(layer.grid, scale_dtype=_scale_dtype(target, layer.grid))
@@ -164,12 +185,22 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
         reason = (conv1d_reason(target) if conv else None) or target.supports(grids[name], layer.shape)
         if reason is not None:
             raise NearplaneError(f"{name}: {reason}.")
-    together = target.together(grids)
+    together = target.together(grids, str(checkpoint.config.get("model_type", "")))
     if together is not None:
         raise NearplaneError(f"{together}.")
+    moved = 0.0
     for name, grid in grids.items():  # all of them before the first is written
-        check(name, _exact(name, checkpoint.quantized(name), grid, target), grid, any_scales=True)  # as it supports
-    return grids
+        quantized = _exact(name, checkpoint.quantized(name), grid, target)
+        check(name, quantized, grid, any_scales=True)  # as it supports
+        moved = max(moved, target.rounds(quantized, grid))
+    return grids, moved
+
+
+def _rounded(moved: float, target: Format) -> str | None:
+    """Say how far offsets were rounded; None: they are what they were."""
+    if moved == 0:
+        return None
+    return f"{target.name} stores offsets in the dtype of scales, and rounding them moved weights by up to {moved:.2g} steps"
 
 
 def _scale_dtype(target: Format, stored: Grid) -> ScaleDtype:

@@ -33,7 +33,7 @@ from nearplane.models.values import kept_in_float32
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
-from nearplane.runtime.linear import QuantizedLinear, quantize_head, rounded, set_arithmetic
+from nearplane.runtime.linear import QuantizedLinear, dense_linear, quantize_head, rounded, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
 
 GENERATION = "generation_config.json"
@@ -142,10 +142,7 @@ class Members:
                 model.set_submodule(name, packed(self.layers[name], bias))
                 continue
             weight = self._weight(name).to(dtype)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-            model.set_submodule(name, linear)
+            model.set_submodule(name, dense_linear(weight, bias))
 
     def _weight(self, name: str) -> Tensor:
         return self.checkpoint.weight(self.layers[name]) if name in self.layers else self._get(f"{name}.weight")
@@ -192,15 +189,15 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
     members = Members(skeleton, checkpoint, modules)
     dtype = named or _stored(checkpoint)
     state = _state(skeleton, checkpoint, modules, members, dtype, packed)
-    holes = set(modules.values()) if packed else set()
+    holes = {name for name in modules.values() if not _is_embedding(skeleton, name)} if packed else set()
     apart = set(members.linears) if packed else set()
     result = _assemble(type(skeleton), config, state, dtype, folder, holes - apart, apart)
     for name, layer in checkpoint.layers.items():
-        if modules[name] in apart:
+        if modules[name] in apart or _is_embedding(skeleton, modules[name]):
             continue
         if packed:
-            hole = result.get_submodule(modules[name])
-            result.set_submodule(modules[name], _packed(checkpoint, dtype, name, hole.bias))
+            bias = result.get_submodule(modules[name]).bias
+            result.set_submodule(modules[name], _packed(checkpoint, dtype, name, bias))
         elif layer.activations is not None:
             _round_inputs(result, modules[name], layer.activations)
     if apart:
@@ -239,8 +236,7 @@ def generation_settings(model: nn.Module, folder: Path) -> Any:
     path = folder / GENERATION
     there = path.exists() or path.is_symlink()
     try:
-        raw = read_json(path if there else folder / "config.json")
-        read = transformers.GenerationConfig
+        raw, read = read_json(path if there else folder / "config.json"), transformers.GenerationConfig
         found = read.from_dict(raw) if there else read.from_model_config(raw)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(found, name)
@@ -272,9 +268,10 @@ def _state(
         state[name] = value.to(dtype) if value.is_floating_point() and name not in exact else value
     if not packed:
         state |= members.fused(dtype)
-        for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):
+    for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):
+        if not packed or _is_embedding(skeleton, modules.get(name)):
             weight = checkpoint.weight(name).to(dtype)
-            conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
+            conv = name in modules and isinstance(skeleton.get_submodule(modules[name]), Conv1D)
             state[name + ".weight"] = weight.T.contiguous() if conv else weight
     for name, value in state.items():
         if value.is_floating_point() and not all_finite(value):
@@ -331,12 +328,17 @@ def modules_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str | None:
     """Tell why a quantized layer is not the weight of this module of its model; None if it is."""
     shape, weight = checkpoint.layers[disk].shape, getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | Conv1D) or weight is None:
+    if not isinstance(module, nn.Linear | Conv1D | nn.Embedding) or weight is None:
         return f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
     asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
     if asked != shape:
         return f"{checkpoint.store.folder}: {disk}.weight has shape {list(shape)}, config.json asks for {list(asked)}."
     return None
+
+
+def _is_embedding(skeleton: nn.Module, name: str | None) -> bool:
+    """Tell whether a quantized layer is an embedding, which ``mlx_lm.convert`` quantizes: it is made dense."""
+    return name is not None and isinstance(skeleton.get_submodule(name), nn.Embedding)
 
 
 class _Hole(nn.Module):
@@ -350,10 +352,12 @@ class _Hole(nn.Module):
         self.register_buffer("weight", torch.empty(0, 1), persistent=False)
 
 
-def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> QuantizedLinear:
-    """Make a module of a quantized layer in a model of this dtype."""
+def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> nn.Module:
+    """Make a module of a quantized layer in a model of this dtype; a dense one where offsets are free."""
     layer, decoded = checkpoint.decode(name)
     columns, grid = layer.shape[1], layer.grid
+    if grid.scales.free:  # the kernels' zeros are codes
+        return dense_linear(checkpoint.weight(name).to(dtype), bias)
     width = grid.group_width(columns)
     group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
     tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)
@@ -385,8 +389,7 @@ def _turn_inputs(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 @cache
 def _warn_once() -> None:
-    reason = cpu.supports(torch.device("cpu"), torch.float32)
-    say(f"note: packed weights run in plain torch, slowly: {reason}")
+    say(f"note: packed weights run in plain torch, slowly: {cpu.supports(torch.device('cpu'), torch.float32)}")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -424,9 +427,8 @@ def _assemble(
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         say(f"note: {folder} holds {len(unused)} tensors that its model does not use, the first: {unused[0]}")
-    result: nn.Module = model
-    result.__class__ = kind
-    return result
+    model.__class__ = kind
+    return model  # type: ignore[no-any-return]
 
 
 def _with_holes(kind: Any, holes: set[str], apart: set[str]) -> Any:

@@ -18,7 +18,7 @@ class Options:
     new: Path
     """Folder to write; must not exist, or be empty."""
     format: str
-    """The format to write: compressed-tensors, gptq, gptq_v2 or awq."""
+    """The format to write: compressed-tensors, gptq, gptq_v2, awq or mlx."""
     revision: str | None = None
     """Of a hub id, the branch, tag or commit; OUT@REVISION says the same."""
     trust_remote_code: bool = False

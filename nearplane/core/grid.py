@@ -176,7 +176,9 @@ class CustomGrid(Grid):
             raise SettingError(f"bits and sym belong to the levels, {self.own_levels.bits} and {self.own_levels.sym}.")
         if self.scales.free and (self.sym or self.own_levels is not None):
             name = type(self.own_scales).__name__
-            raise SettingError(f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym).")
+            raise SettingError(
+                f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym)."
+            )
 
     @property
     def levels(self) -> Levels:
@@ -228,7 +230,9 @@ def decode(
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """Return the weight that the codes stand for, in the dtype of the scales."""
     dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
-    work = torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype  # few digits do not hold a real zero
+    work = (
+        torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype
+    )  # few digits do not hold a real zero
     scale, zero = (by_column(part.to(work), grid, n) for part in (quantized.scale, quantized.zero))
     return decode(quantized.codes.to(work), scale, zero, grid).to(dtype)
 

@@ -150,9 +150,7 @@ class Nested(Scales):
         limit = torch.where(unit > 0, MOST_ZERO * scale / unit, torch.full_like(scale, most))
         return torch.minimum(count, limit.floor())
 
-    def parts(
-        self, scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"]
-    ) -> Parts:
+    def parts(self, scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"]) -> Parts:
         """Find what a file stores; the product of the parts is bit for bit the scale, and gives the zero.
 
         Of several super-scales that do, the finest is taken.
@@ -391,7 +389,9 @@ class _Blocks:
             count = self.scales.integer((start + change) * d, d)
             s, least = count * d, m
             if self.scales.minima:
-                least = self.scales.minimum(dmin * m + self.line(s, dmin * m, z)[0].offset(torch.zeros_like(s)), dmin, s)
+                least = self.scales.minimum(
+                    dmin * m + self.line(s, dmin * m, z)[0].offset(torch.zeros_like(s)), dmin, s
+                )
             cost = self.line(s, dmin * least, z)[1]
             better = (cost < best) & (count * start > 0)
             sub, low = torch.where(better, count, sub), torch.where(better, least, low)

@@ -5,9 +5,10 @@ from nearplane.formats.awq import AWQ
 from nearplane.formats.base import Format
 from nearplane.formats.compressed import CompressedTensors
 from nearplane.formats.gptq import GPTQ
+from nearplane.formats.mlx import MLX
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), AWQ())
+    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), AWQ(), MLX())
 }
 """Every format that is read and written, by the name that users give."""
 

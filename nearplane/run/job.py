@@ -138,7 +138,7 @@ class Job:
     transforms: tuple[Transform, ...] = ()
     """Equivalent models of your own that are quantized in place of the model, after the rotations (Python only)."""
     format: str | Format = "compressed-tensors"
-    """Checkpoint format: compressed-tensors, gptq, gptq_v2 or awq (4 bits)."""
+    """Checkpoint format: compressed-tensors, gptq, gptq_v2, awq (4 bits) or mlx (offsets of their own, whatever --sym says)."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"

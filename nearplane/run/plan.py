@@ -323,7 +323,7 @@ def complete(plan: Plan) -> Plan:
 def _settle(source: Source, blocks: list[Block], job: Job, format: Format, device: torch.device) -> Plan:
     """Settle dtypes and grids; refuse what the format or the method cannot hold."""
     stored = pick_dtype(job.dtype) or source.dtype
-    grid = replace(job.grid, scale_dtype=format.scale_dtype(stored))
+    grid = format.solved_on(replace(job.grid, scale_dtype=format.scale_dtype(stored)))
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
     rest = {name.removesuffix(".weight") for pair in source.names.items() for name in pair} - {*disk, *disk.values()}
     blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest))
@@ -338,7 +338,7 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
         reason = reason or getattr(job.method, "refuses", lambda _shape: None)(site.shape)
         if reason is not None:
             raise SettingError(f"{site.name}: {reason}.")
-    together = format.together(grids)
+    together = format.together(grids, str(getattr(source.config, "model_type", "")))
     if together is not None:
         raise SettingError(f"{together}.")
     compute = torch.float32 if device.type == "cpu" else source.dtype
