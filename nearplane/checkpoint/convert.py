@@ -98,10 +98,13 @@ def convert(
     checkpoint = open_checkpoint(folder, formats=formats)
     if checkpoint.original is not None:
         raise SettingError(f"{path} is an original: {checkpoint.original}; use nearplane quantize.")
-    if checkpoint.format is None:
-        raise SettingError(f"{path} is not quantized; use nearplane quantize.")
-    if checkpoint.format == target.name:
-        raise SettingError(f"{path} is {target.name} already; copy the folder.")
+    if checkpoint.format in (None, target.name):
+        told = (
+            "not quantized; use nearplane quantize"
+            if checkpoint.format is None
+            else f"{target.name} already; copy the folder"
+        )
+        raise SettingError(f"{path} is {told}.")
     _refuse_more(checkpoint, target)
     opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
@@ -118,19 +121,9 @@ def convert(
     now = {
         grids[name].held_in for name, layer in checkpoint.layers.items() if layer.grid.held_in != grids[name].held_in
     }
-    count = len(checkpoint.layers), len(checkpoint.dense)
-    scales = ", ".join(sorted(now)) or None
-    notes = [companions(folder).note(), _rounded(moved, target)]
-    return Conversion(
-        str(path),
-        str(out),
-        checkpoint.format,
-        target.name,
-        *count,
-        scales,
-        "; ".join(filter(None, notes)) or None,
-        moved,
-    )
+    count, scales = (len(checkpoint.layers), len(checkpoint.dense)), ", ".join(sorted(now)) or None
+    note = "; ".join(filter(None, (companions(folder).note(), _rounded(moved, target)))) or None
+    return Conversion(str(path), str(out), str(checkpoint.format), target.name, *count, scales, note, moved)
 
 
 def _configuration(
