@@ -1,11 +1,12 @@
 """Held-out error of single linears on the grids of GGUF's types: NearPlane against llama.cpp's own quantization.
 
-    python benchmarks/kquants.py [--types q3_k q2_k] [--layers 3 12 21 28] [--engine PATH/TO/xllamacpp.abi3.so]
+    python benchmarks/kquants.py [--types q3_k q2_k] [--layers 3 12 21 28] [--calibration VALID.txt --test TEST.txt]
+        [--tokens 16384] [--engine PATH/TO/xllamacpp.abi3.so]
 
 Needs the wheel ``xllamacpp`` (a library of llama.cpp; ``pip install xllamacpp``, or --engine of another environment), and
 the demo model in its cache (``nearplane demo`` puts it there). The linears are ``down_proj``, whose 1536 inputs 256
-divides. Their inputs come from forwards of the float model: H of ``--tokens`` tokens of the package's calibration text, the
-error of as many of its held-out text. llama.cpp gets the mean squares of the same inputs as its importance matrix. Same
+divides. Their inputs come from forwards of the float model: H of ``--tokens`` tokens of one text, the error on half as many
+of another, or of what follows in the same file; without files the package's calibration and held-out texts. llama.cpp gets the mean squares of the same inputs as its importance matrix. Same
 bytes, no walk: no method sees the error of another linear. The column is tr(E H E^T) over llama.cpp's with the matrix.
 """
 
@@ -61,8 +62,8 @@ def by_llama(library: ctypes.CDLL, kind: str, weight: torch.Tensor, importance: 
     return torch.from_numpy(result)
 
 
-def inputs(layers: list[int], tokens: int) -> dict[int, tuple[torch.Tensor, Moments, torch.Tensor]]:
-    """Return weight, moments and the held-out H of each layer's down_proj."""
+def inputs(layers: list[int], tokens: int, texts: list[Path]) -> dict[int, tuple[torch.Tensor, Moments, torch.Tensor]]:
+    """Return weight, moments (of the first text) and the held-out H (of the second) of each layer's down_proj."""
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     linears = {k: model.model.layers[k].mlp.down_proj for k in layers}
@@ -72,10 +73,11 @@ def inputs(layers: list[int], tokens: int) -> dict[int, tuple[torch.Tensor, Mome
         linear.register_forward_pre_hook(lambda _, args, k=k: found[k][place].add(args[0][0]))
         for k, linear in linears.items()
     ]
-    for name in ("calibration", "held_out"):
-        ids = tokenizer((TEXTS / f"{name}.txt").read_text(), return_tensors="pt").input_ids[0]
-        for i, part in enumerate(ids[:tokens].split(SEQUENCE)):
-            place = 2 if name == "held_out" else int(i % 4 == 3)  # every fourth sequence judges, as in a run
+    fitted, tested = (tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in texts)
+    start = tokens if texts[0] == texts[1] else 0
+    for which, ids in enumerate((fitted[:tokens], tested[start : start + tokens // 2])):
+        for i, part in enumerate(ids.split(SEQUENCE)):
+            place = 2 if which else int(i % 4 == 3)  # every fourth sequence judges, as in a run
             with torch.no_grad():
                 model(part[None])
     for hook in hooks:
@@ -89,9 +91,12 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=["q3_k", "q2_k", "q4_k", "q4_0"], choices=list(GGML))
     parser.add_argument("--layers", nargs="*", type=int, default=[3, 12, 21, 28])
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--calibration", type=Path, default=TEXTS / "calibration.txt")
+    parser.add_argument("--test", type=Path, default=TEXTS / "held_out.txt")
     parser.add_argument("--engine")
     options = parser.parse_args()
-    library, layers = engine(options.engine), inputs(options.layers, options.tokens)
+    library = engine(options.engine)
+    layers = inputs(options.layers, options.tokens, [options.calibration, options.test])
     methods = {"rtn": RTN(), "gptq": GPTQ(), "nearplane": NearPlane(target=False)}
     print(f"{len(layers)} linears, {options.tokens} tokens; held-out error over llama.cpp's with an importance matrix")
     print("type   layer  llama " + " ".join(f"{name:>10}" for name in methods) + "   seconds (nearplane)")
@@ -111,11 +116,7 @@ def main() -> None:
                 seconds = time.perf_counter() - start
                 row.append(lost(dequantize(solved, grid)) / best)
             ratios.append(row)
-            print(
-                f"{kind}  {k:>5}  {row[0]:.3f} "
-                + " ".join(f"{value:>10.3f}" for value in row[1:])
-                + f"   {seconds:.1f}"
-            )
+            print(f"{kind}  {k:>5}  {row[0]:.3f} " + " ".join(f"{value:>10.3f}" for value in row[1:]) + f"   {seconds:.1f}")
         mean = torch.tensor(ratios).mean(0).tolist()
         print(f"{kind}   mean  {mean[0]:.3f} " + " ".join(f"{value:>10.3f}" for value in mean[1:]), flush=True)
 

@@ -135,7 +135,7 @@ class Grid:
         """The values that scales and offsets are rounded to."""
         return Stored(self.scale_dtype)
 
-    def stored_zero(self, zero: Float[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    def stored_zero(self, zero: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return zeros as a ``Quantized`` holds them: codes, or real numbers where offsets are free."""
         return zero.to(torch.float32 if self.scales.free else torch.uint8)
 
@@ -176,9 +176,11 @@ class CustomGrid(Grid):
             raise SettingError(f"bits and sym belong to the levels, {self.own_levels.bits} and {self.own_levels.sym}.")
         if self.scales.free and (self.sym or self.own_levels is not None):
             name = type(self.own_scales).__name__
-            raise SettingError(
-                f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym)."
-            )
+            raise SettingError(f"{name} scales store an offset, so the levels are integers and sym is False (--no-sym).")
+
+        if self.scales.either_sign and not self.sym:
+            name = type(self.own_scales).__name__
+            raise SettingError(f"{name} scales have a sign, which turns a symmetric grid round; sym must be True.")
 
     @property
     def levels(self) -> Levels:
@@ -230,9 +232,7 @@ def decode(
 def dequantize(quantized: Quantized, grid: Grid) -> Float[Tensor, "out in"]:
     """Return the weight that the codes stand for, in the dtype of the scales."""
     dtype, n = quantized.scale.dtype, quantized.codes.shape[1]
-    work = (
-        torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype
-    )  # few digits do not hold a real zero
+    work = torch.promote_types(dtype, torch.float32) if grid.scales.free else dtype  # few digits do not hold a real zero
     scale, zero = (by_column(part.to(work), grid, n) for part in (quantized.scale, quantized.zero))
     return decode(quantized.codes.to(work), scale, zero, grid).to(dtype)
 

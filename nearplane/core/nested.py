@@ -31,12 +31,17 @@ from nearplane.core.scales import (
 
 # Super-scales that are tried: the largest scale over so many, in multiples of the greatest integer.
 TRIED = [1 + i / 32 for i in range(-14, 5)]
+# Integers around each that are tried at last.
+AROUND = (-4, -3, -2, -1, 0, 1, 2, 3, 4)
 # Times that the integers, the super-scales and the codes are chosen in turn.
 TURNS = 4
 # Weights per chunk of rows: few enough for a core's caches, enough to outweigh the cost of a call.
 CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 17, 1 << 23
 # Least weight of a column's error, as a share of the mean: a group that no input reaches is rounded like any other.
 LEAST_SHARE = 1e-6
+
+
+Where = tuple[Tensor, Tensor]  # rows and super-blocks
 
 
 class Parts(NamedTuple):
@@ -67,6 +72,8 @@ class Nested(Scales):
             raise SettingError(
                 f"nested scales have groups of at least 1 and 2 to 8 bits; got {self.groups} and {self.bits}."
             )
+        if self.signed and self.minima:
+            raise SettingError("nested scales have either a sign or a minimum; signed and minima are both True.")
 
     @property
     def free(self) -> bool:
@@ -132,25 +139,27 @@ class Nested(Scales):
 
     def integer(
         self,
-        scale: Float[Tensor, "*shape"],
-        unit: Float[Tensor, "*shape"],
+        scale: Float[Tensor, "*#shape"],
+        unit: Float[Tensor, "*#shape"],
         whole: Callable[[Tensor], Tensor] = torch.round,
-    ) -> Float[Tensor, "*shape"]:
+    ) -> Float[Tensor, "*#shape"]:
         """Return the integer of a scale beside its super-scale, never 0, of the sign of the scale."""
         least, greatest = self.most
         count = whole(scale / unit).clamp(least, greatest)
         return torch.where(count == 0, keep_sign(torch.ones_like(count), scale * unit), count)
 
     def minimum(
-        self, offset: Float[Tensor, "*shape"], unit: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape"]
-    ) -> Float[Tensor, "*shape"]:
+        self, offset: Float[Tensor, "*#shape"], unit: Float[Tensor, "*#shape"], scale: Float[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*#shape"]:
         """Return the integer of an offset beside its super-offset."""
         most = (1 << self.bits) - 1
         count = torch.where(unit > 0, offset / unit, torch.zeros_like(offset)).round().clamp_(0, most)
         limit = torch.where(unit > 0, MOST_ZERO * scale / unit, torch.full_like(scale, most))
         return torch.minimum(count, limit.floor())
 
-    def parts(self, scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"]) -> Parts:
+    def parts(
+        self, scale: Float[Tensor, "out groups"], zero: Shaped[Tensor, "out groups"]
+    ) -> Parts:
         """Find what a file stores; the product of the parts is bit for bit the scale, and gives the zero.
 
         Of several super-scales that do, the finest is taken.
@@ -167,7 +176,7 @@ class Nested(Scales):
         tops = [sign * k for sign in signs for k in range(1 << self.bits, 0, -1)]
         least, greatest = self.most
 
-        def scales(unit: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        def scales(unit: Tensor, part: Where) -> tuple[Tensor, Tensor]:
             count = (blocks[part] / unit).round()
             inside = (count >= least) & (count <= greatest) & (count != 0)
             return count, (inside & (count * unit == blocks[part])).all(-1)
@@ -178,7 +187,7 @@ class Nested(Scales):
         zeros = zero.float().unflatten(1, (-1, self.groups))
         most = (1 << self.bits) - 1
 
-        def offsets(unit: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        def offsets(unit: Tensor, part: Where) -> tuple[Tensor, Tensor]:
             count = (zeros[part].double() * blocks[part] / unit).round()
             again = real_zero((count * unit).float(), blocks[part].float())
             return count, ((count >= 0) & (count <= most) & (again == zeros[part])).all(-1)
@@ -213,7 +222,7 @@ def scales_of(told: Mapping[str, Any], where: str) -> Scales:
 
 
 def _divide(
-    products: Tensor, tops: list[int], dtype: ScaleDtype, proves: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    products: Tensor, tops: list[int], dtype: ScaleDtype, proves: Callable[[Tensor, Where], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Find the number of ``dtype`` whose multiples the products of each super-block are.
 
@@ -238,7 +247,7 @@ def _divide(
         if not len(where):
             continue
         part = where[:, 0], where[:, 1]
-        count, right = proves(unit[part][:, None], part)  # type: ignore[arg-type]
+        count, right = proves(unit[part][:, None], part)
         part = part[0][right], part[1][right]
         found[part], multiples[part] = unit[part], count[right]
         open_[part] = False
@@ -304,7 +313,7 @@ class _Blocks:
         for _ in range(turns):
             state = self.turn(*state, z)
         if turns:
-            state = self.beside(*state, z)
+            state = self.beside(*self.turn(*self.beside(*state, z), z), z)
         d, sub, dmin, m = state
         scale = (d * sub).flatten(1)
         return scale, real_zero((dmin * m).flatten(1), scale) if self.scales.minima else zero
@@ -382,16 +391,18 @@ class _Blocks:
         return torch.where(better, new, d), torch.where(better, least, dmin)
 
     def beside(self, d: Tensor, sub: Tensor, dmin: Tensor, m: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        """Try the integers beside each scale's, its codes and minimum chosen for them."""
+        """Try the integers around each scale's, codes and minimum chosen for each."""
         best = self.line(d * sub, dmin * m, z)[1]
-        start, low = sub, m
-        for change in (-1, 1):
+        start, low, first = sub, m, m
+        for change in AROUND:
             count = self.scales.integer((start + change) * d, d)
-            s, least = count * d, m
+            s, least = count * d, first
+            # the middle of the range stays where it was
             if self.scales.minima:
-                least = self.scales.minimum(
-                    dmin * m + self.line(s, dmin * m, z)[0].offset(torch.zeros_like(s)), dmin, s
-                )
+                middle = (self.levels.ends[1] - self.levels.ends[0]) / 2
+                least = self.scales.minimum(dmin * first + (s - start * d) * middle, dmin, s)
+                line, _ = self.line(s, dmin * least, z)
+                least = self.scales.minimum(dmin * least + line.offset(torch.zeros_like(s)), dmin, s)
             cost = self.line(s, dmin * least, z)[1]
             better = (cost < best) & (count * start > 0)
             sub, low = torch.where(better, count, sub), torch.where(better, least, low)

@@ -90,7 +90,9 @@ def _best_line(
 ) -> tuple[Tensor, Tensor]:
     """Return the scale and the zero of least f of group g, (out,) each; the old ones where rounding leaves no gain."""
     (scale, zero), image, ones = at, A @ level, A.sum(1)
-    line = Line((level * image).sum(0), ones @ level, ones.sum().expand_as(scale), (level * slope).sum(0), slope.sum(0))
+    line = Line(
+        (level * image).sum(0), ones @ level, ones.sum().expand_as(scale), (level * slope).sum(0), slope.sum(0)
+    )
     offset, wanted = scale * zero, scale + line.scale()
     best, better = torch.zeros_like(scale), [scale, zero]
     for some in (scale, *near.around(torch.where(wanted > 0, wanted, scale), g)):

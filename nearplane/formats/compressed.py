@@ -287,6 +287,8 @@ def _zeros(store: Store, layer: StoredLayer, shape: tuple[int, ...]) -> Tensor:
 
 def _unsigned(store: Store, name: str, half: int) -> Tensor:
     """Read a plain signed tensor and shift it to unsigned codes."""
+    if store.dtype(name).is_floating_point:
+        raise NearplaneError(f"tensor {name} in {store.folder} is {store.dtype(name)}, and no integers; {INTEGERS}.")
     value = store.get(name).to(torch.int16) + half
     if int(value.min()) < 0 or int(value.max()) >= 2 * half:
         raise NearplaneError(f"tensor {name} in {store.folder} leaves the range {-half} to {half - 1} of its bits.")
@@ -378,7 +380,7 @@ def _schemes(config: dict[str, Any], where: str) -> list[Scheme]:
         rounded = _activations(setting(group, "input_activations", dict, {}, where), label, where)
         told = setting(setting(weights, "observer_kwargs", dict, {}, where), SCALES, dict, None, where)
         scales = None if told is None else scales_of(told, f"{where}: config group {label}")
-        if scales is not None and scales.free == symmetric:
+        if scales is not None and (scales.free if symmetric else scales.either_sign):
             raise NearplaneError(f"{where}: config group {label} says both symmetric {symmetric} and {told!r}.")
         schemes.append(Scheme(label, targets, LAYOUTS[layout], bits, symmetric, strategy, size or -1, rounded, scales))
     if not schemes:

@@ -16,17 +16,17 @@ from nearplane.core.certificate import verify
 from nearplane.core.errors import NumericalError, SettingError
 from nearplane.core.factor import factorize
 from nearplane.core.grid import Grid, Quantized, decode, dequantize, encode, fit, fit_groups, round_to_nearest
-from nearplane.core.levels import FP4, NF4, Codebook, Uniform
+from nearplane.core.levels import FP4, NF4, Codebook, Shifted, Uniform
 from nearplane.core.refine import _descend_leaf, refine
-from nearplane.core.scales import PowerOfTwo, Scales, Stored
+from nearplane.core.scales import Affine, PowerOfTwo, Scales, Signed, Stored
 from nearplane.core.sweep import Push, _round_leaf, sweep
 from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, NearPlane, ResComp
 
 CROOKED = Codebook(
     "crooked", (0.0, -3.0, 0.5, 4.0, 0.5)
 )  # not in order, one level twice, an end further than the other
-LEVELS = [Uniform(2, 0, 3), Uniform(3, 0, 7, False), Uniform(2, 1, 3), NF4, FP4, CROOKED]
-NAMES = ["int2", "int3", "ternary", "nf4", "fp4", "crooked"]
+LEVELS = [Uniform(2, 0, 3), Uniform(3, 0, 7, False), Uniform(2, 1, 3), NF4, FP4, CROOKED, Shifted(3, 0, 7)]
+NAMES = ["int2", "int3", "ternary", "nf4", "fp4", "crooked", "shifted"]
 each_levels = pytest.mark.parametrize("levels", LEVELS, ids=NAMES)
 GRIDS = [
     Grid.of(NF4, group_size=2),
@@ -35,8 +35,11 @@ GRIDS = [
     Grid.of(None, PowerOfTwo(), bits=2, sym=False, group_size=3),
     Grid.of(FP4, PowerOfTwo(), group_size=2),
     Grid.of(NF4, group_size=-1, scale_dtype="float16"),
+    Grid.of(scales=Affine("float16"), bits=2, group_size=3),
+    Grid.of(scales=Signed("float16"), bits=2, group_size=2),
 ]
-each_grid = pytest.mark.parametrize("grid", GRIDS, ids=["nf4", "crooked", "pow2", "pow2-asym", "mxfp4", "nf4-half"])
+NAMED = ["nf4", "crooked", "pow2", "pow2-asym", "mxfp4", "nf4-half", "affine", "signed"]
+each_grid = pytest.mark.parametrize("grid", GRIDS, ids=NAMED)
 ORDERS = ["natural", "activation", "pivot"]
 
 
@@ -75,14 +78,15 @@ def choices(scale, zero, grid, n):
 @each_levels
 @given(seed=st.integers(0, 50), zero=st.integers(0, 3), size=st.sampled_from([0.3, 3.0, 30.0]))
 def test_rounding_is_to_the_nearest_level(levels, seed, zero, size):
+    zero = zero + 0.37 if isinstance(levels, Shifted) else zero
     zero = torch.tensor([[float(zero)]] if isinstance(levels, Uniform) else [[0.0]], dtype=torch.float64)
     steps, table = draw(4, 30, seed=seed) * size, every_level(levels)
     allowed = torch.tensor(sorted(set(table.values())), dtype=torch.float64) - zero[0]
     expected = allowed[(steps[:, :, None] - allowed).abs().argmin(2)]
     low, high = levels.reach(zero)
-    assert torch.equal(levels.round_(steps.clone(), low, high), expected)
+    torch.testing.assert_close(levels.round_(steps.clone(), low, high), expected, rtol=0, atol=1e-12)
     codes = levels.encode_(steps.clone(), zero)
-    assert torch.equal(levels.decode(codes.to(torch.uint8), torch.float64) - zero, expected)
+    torch.testing.assert_close(levels.decode(codes.to(torch.uint8), torch.float64) - zero, expected, rtol=0, atol=1e-12)
     assert set(codes.int().flatten().tolist()) <= set(table)
     far = (steps - expected).abs()
     inside = ~levels.clipped(steps, low, high)
@@ -93,6 +97,7 @@ def test_rounding_is_to_the_nearest_level(levels, seed, zero, size):
 @each_levels
 def test_the_k_nearest_are_those_of_a_sorted_list(levels):
     zero = torch.full((1, 1), 2.0 if isinstance(levels, Uniform) else 0.0, dtype=torch.float64)
+    zero += 0.25 if isinstance(levels, Shifted) else 0.0  # a fraction that sums hold exactly
     allowed = sorted({v - zero.item() for v in every_level(levels).values()})
     steps = draw(60, seed=3) * 4
     assert levels.count == len(allowed)
@@ -298,7 +303,7 @@ def test_a_moving_target_carries_values_of_the_grid(grid, carry):
         torch.testing.assert_close(dequantize(got, grid)[r], q, rtol=1e-9, atol=1e-9)
 
 
-@each_grid
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if not grid.scales.free])
 def test_a_round_of_refinement_is_the_naive_round(grid):
     """Each group's best scale that can be stored, then each column's best value, all errors formed anew."""
     p = problem(4, 9, seed=5)
@@ -314,7 +319,7 @@ def test_a_round_of_refinement_is_the_naive_round(grid):
         inside[list(part)] = expected[r, list(part)] / s[r, g]
         if (length := float(inside @ A @ inside)) > 0:
             best = float((p.W[r] - expected[r] + inside * s[r, g]) @ A @ inside) / length
-            near = float(grid.scales.nearest(torch.tensor([best]).double())) if best > 0 else float(s[r, g])
+            near = float(grid.scales.nearest(torch.tensor([best]).double())) if best * s[r, g] > 0 else float(s[r, g])
             if abs(near - best) < abs(float(s[r, g]) - best):
                 moved += 1
                 expected[r] += inside * (near - s[r, g])
@@ -337,6 +342,7 @@ def test_the_bound_holds_where_nothing_is_clipped_and_may_fail_where_it_is(grid,
         p = problem(12, 16, seed=seed)
         scale, zero = fit_groups(p.W, replace(grid, fit="minmax"))
         wide = grid.scales.nearest(scale * 4)
+        zero = torch.full_like(zero, 1.3) if grid.scales.free else zero  # about the middle of the range
         got = sweep(p.W, factorize(p.H, order=order), grid, (wide, zero)).certificate
         verify(got)
         free = got.clipped == 0
@@ -376,7 +382,8 @@ def test_every_method_takes_every_grid(grid, method):
         p = problem(16, 24, seed=seed, drift=0.0)
         moments = p.moments.join(replace(p.moments)) if "held_out" in method.needs else p.moments
         solved = method.solve(p.W, method.prepare(moments), grid)
-        assert solved.codes.dtype == solved.zero.dtype == torch.uint8
+        assert solved.codes.dtype == torch.uint8
+        assert solved.zero.dtype == (torch.float32 if grid.scales.free else torch.uint8)
         assert set(solved.codes.flatten().tolist()) <= set(every_level(grid.levels))
         assert torch.equal(grid.scales.nearest(solved.scale), solved.scale)
         Q, nearest = dequantize(solved, grid), dequantize(RTN().solve(p.W, None, grid), grid)
