@@ -214,14 +214,14 @@ def test_json_that_pythons_parser_balks_at(content: str, folder: Path) -> None:
 def quantized(place: Path, format: str) -> Path:
     """Two layers, one of them asymmetric in shape, and a dense tensor."""
     place.mkdir()
-    grid = Grid(4, 16, sym=False, scale_dtype="float16")
+    grid = FORMATS[format].solved_on(Grid(4, 32 if format == "mlx" else 16, sym=False, scale_dtype="float16"))
     tensors: dict[str, torch.Tensor] = {"norm.weight": torch.ones(32)}
     for name, shape in (("m", (32, 64)), ("n", (8, 32))):
         weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
         tensors |= FORMATS[format].pack(name, RTN().solve(weight, None, grid), grid)
     save_file(tensors, place / "model.safetensors")
     config = FORMATS[format].config(grid, ignore=["lm_head"], settings={"damp_percent": 0.01})
-    (place / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    (place / "config.json").write_text(json.dumps({"model_type": "llama", **FORMATS[format].entries(config)}))
     shutil.copytree(place, place.with_suffix(".good"))
     return place
 
@@ -239,7 +239,7 @@ def decode_all(place: Path) -> None:
     open_checkpoint(place, {})
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq", "mlx"])
 @settings(max_examples=MANY)
 @given(data=st.data())
 def test_a_damaged_quantized_checkpoint(format: str, data: st.DataObject, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Write a checkpoint again in another format, or as one .gguf file. Nothing is quantized again.
 
-Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. Scales keep their dtype in
+Codes, scales and zeros are the truth and stay equal bit for bit, so that the weights do, too. MLX alone stores a scale times
+a zero, which is rounded to the scale's dtype; how far is said. Scales keep their dtype in
 compressed-tensors and become float16 in GPTQ; one that float16 cannot hold exactly is a refusal, not a rounding. Layers
 of several grids keep them. What the new format cannot hold is refused before anything is written; every dense tensor is
 copied as it is.
@@ -63,15 +64,17 @@ class Conversion:
     scales: str | None = None
     """The dtype in which scales are now, if some had another; their values are the same."""
     note: str | None = None
-    """Files of ``path`` that are not in ``out``, with the reasons."""
+    """Files of ``path`` that are not in ``out``, with the reasons; and how far offsets were rounded."""
     types: str | None = None
     """Of a GGUF file, how many tensors of each type it holds, and what was copied."""
+    moved: float = 0.0
+    """How far the offset of a group moved at most, in steps of its scale, where the new format rounds offsets."""
 
     def __str__(self) -> str:
         if self.types is not None:
             line = f"{self.out}: {self.layers} layers from {self.before} to gguf; {self.types}"
             return line if self.note is None else f"{line}\nnote: {self.note}"
-        kept = "codes, scales and zeros as they were"
+        kept = "codes, scales and zeros as they were" if self.moved == 0 else "codes and scales as they were"
         if self.scales is not None:
             kept = f"codes and zeros as they were, scales of the same values, now {self.scales}"
         line = f"{self.out}: {self.layers} layers from {self.before} to {self.after}, {kept}; {self.dense} other tensors copied"
@@ -116,7 +119,7 @@ def convert(
     before = _refuse(path, checkpoint, target)
     opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
-    grids = _grids(checkpoint, target, model, modules)
+    grids, moved = _grids(checkpoint, target, model, modules)
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (
@@ -136,10 +139,11 @@ def convert(
                 export(writer, target, rest, report if report.is_file() else None, weights, tick)
     now = {grids[n].held_in for n, layer in checkpoint.layers.items() if layer.grid.held_in != grids[n].held_in}
     scales = ", ".join(sorted(now)) or None
-    note = None if alone else companions(folder).note()
+    about = None if alone else companions(folder).note()
+    note = "; ".join(filter(None, (about, _rounded(moved, target)))) or None
     types = None if placed is None else _told(placed, target, checkpoint, grids)
     count = len(checkpoint.layers), len(checkpoint.dense)
-    return Conversion(str(path), str(out), before, target.name, *count, scales, note, types)
+    return Conversion(str(path), str(out), before, target.name, *count, scales, note, types, moved)
 
 
 def pick_target(out: str | Path, format: str | Format | None, options: Mapping[str, Any]) -> Format:
@@ -241,7 +245,7 @@ def _configuration(
     settings = _settings(checkpoint) | head_names(model, {module: name for name, module in modules.items()})
     quantization = target.config(next(iter(grids.values())), ignore=ignore, settings=settings, grids=named)
     plain = without_code(plain_config(checkpoint.config), trust_remote_code=trusted)
-    return {**written_config(plain, kind, model), "quantization_config": quantization}
+    return {**written_config(plain, kind, model), **target.entries(quantization)}
 
 
 def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
@@ -269,8 +273,14 @@ def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
     return checkpoint.format
 
 
-def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]) -> dict[str, Grid]:
-    """Give each layer's grid, scales in the new format's dtype. Raises NearplaneError where a layer does not fit."""
+def _grids(
+    checkpoint: Checkpoint, target: Format, model: nn.Module, modules: dict[str, str]
+) -> tuple[dict[str, Grid], float]:
+    """Give each layer's grid, scales in the new format's dtype, and how far offsets are rounded, in steps.
+
+    Raises:
+        NearplaneError: a layer does not fit.
+    """
     grids = {}
     for name, layer in checkpoint.layers.items():
         grids[name] = replace(layer.grid, scale_dtype=_scale_dtype(target, layer.grid))
@@ -278,12 +288,22 @@ def _grids(checkpoint: Checkpoint, target: Format, model: nn.Module, modules: di
         reason = (conv1d_reason(target) if conv else None) or target.supports(grids[name], layer.shape)
         if reason is not None:
             raise NearplaneError(f"{name}: {reason}.")
-    together = target.together(grids)
+    together = target.together(grids, str(checkpoint.config.get("model_type", "")))
     if together is not None:
         raise NearplaneError(f"{together}.")
+    moved = 0.0
     for name, grid in grids.items():  # all of them before the first is written
-        check(name, _exact(name, checkpoint.quantized(name), grid, target), grid, any_scales=True)  # as it supports
-    return grids
+        quantized = _exact(name, checkpoint.quantized(name), grid, target)
+        check(name, quantized, grid, any_scales=True)  # as it supports
+        moved = max(moved, target.rounds(quantized, grid))
+    return grids, moved
+
+
+def _rounded(moved: float, target: Format) -> str | None:
+    """Say how far offsets were rounded; None: they are what they were."""
+    if moved == 0:
+        return None
+    return f"{target.name} stores offsets in the dtype of scales, and rounding them moved weights by up to {moved:.2g} steps"
 
 
 def _scale_dtype(target: Format, stored: Grid) -> ScaleDtype:

@@ -144,7 +144,7 @@ def rest_of(
     config = in_dtype(
         written_config(raw, type(source.config), source.model), dtype or source.dtype, every=dtype is not None
     )
-    config["quantization_config"] = quantization
+    config |= format.entries(quantization)
 
     def get(name: str) -> Tensor:
         return source.store.get(name).to(source.written(name, dtype))

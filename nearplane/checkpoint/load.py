@@ -180,9 +180,10 @@ def _state(skeleton: nn.Module, packing: Packing, dtype: torch.dtype, packed: bo
         state[name] = value.to(dtype) if value.is_floating_point() and name not in exact else value
     if not packed:
         state |= members.fused(dtype)
-        for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):
+    for name in (name for name in checkpoint.layers if modules.get(name) not in members.layers):
+        if not packed or modules.get(name) in packing.embeddings:
             weight = checkpoint.weight(name).to(dtype)
-            conv = isinstance(skeleton.get_submodule(modules[name]), Conv1D) if name in modules else False
+            conv = name in modules and isinstance(skeleton.get_submodule(modules[name]), Conv1D)
             state[name + ".weight"] = weight.T.contiguous() if conv else weight
     for name, value in state.items():
         if value.is_floating_point() and not all_finite(value):

@@ -26,7 +26,7 @@ from nearplane.models.experts_disk import SplitStore, names_in_model, split
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import tile
-from nearplane.runtime.linear import QuantizedLinear, set_arithmetic
+from nearplane.runtime.linear import QuantizedLinear, dense_linear, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
 
 
@@ -52,7 +52,9 @@ class Packing:
         self.members = Members(skeleton, checkpoint, self.modules)
         self.apart = set(self.members.linears)
         """Linears of experts that are taken apart, dense ones, too."""
-        self.holes = set(self.modules.values()) - self.apart
+        self.embeddings = {n for n in self.modules.values() if isinstance(skeleton.get_submodule(n), nn.Embedding)}
+        """Embeddings that are quantized, as ``mlx_lm.convert`` does: they are made dense."""
+        self.holes = set(self.modules.values()) - self.apart - self.embeddings
         """All other modules that become packed linears."""
 
     def dig(self, model: nn.Module, *, room: bool = False) -> None:
@@ -83,7 +85,7 @@ class Packing:
         for path in self.holes | self.apart if places is not None else ():
             model.get_submodule(path).to(place_of(path, places or {}))
         for layer, path in self.modules.items():
-            if path not in self.apart:
+            if path in self.holes:
                 hole: Any = model.get_submodule(path)
                 model.set_submodule(path, _packed(self.checkpoint, dtype, layer, hole.bias).to(hole.weight.device))
         if self.apart:
@@ -148,10 +150,7 @@ class Members:
                 model.set_submodule(name, packed(self.layers[name], bias).to(device))
                 continue
             weight = self._weight(name).to(device, dtype)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            linear.bias = None if bias is None else nn.Parameter(bias.to(device), requires_grad=False)  # type: ignore[assignment]
-            model.set_submodule(name, linear)
+            model.set_submodule(name, dense_linear(weight, None if bias is None else bias.to(device)))
 
     def _weight(self, name: str) -> Tensor:
         return self.checkpoint.weight(self.layers[name]) if name in self.layers else self._get(f"{name}.weight")
@@ -214,7 +213,7 @@ def modules_of(skeleton: nn.Module, checkpoint: Checkpoint, *, partly: bool = Fa
 def misfit(checkpoint: Checkpoint, disk: str, module: nn.Module | None) -> str | None:
     """Tell why a quantized layer is not the weight of this module of its model; None if it is."""
     shape, weight = checkpoint.layers[disk].shape, getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | Conv1D) or weight is None:
+    if not isinstance(module, nn.Linear | Conv1D | nn.Embedding) or weight is None:
         return f"{checkpoint.store.folder} holds a quantized {disk}, and its model has no such linear."
     asked = tuple(weight.T.shape if isinstance(module, Conv1D) else weight.shape)
     if asked != shape:
@@ -236,10 +235,12 @@ class _Hole(nn.Module):
             self.register_buffer("room", torch.empty(room, dtype=torch.uint8), persistent=False)
 
 
-def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> QuantizedLinear:
-    """Make a module of a quantized layer in a model of this dtype."""
+def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> nn.Module:
+    """Make a module of a quantized layer in a model of this dtype; a dense one where offsets are free."""
     layer, decoded = checkpoint.decode(name)
     columns, grid = layer.shape[1], layer.grid
+    if grid.scales.free:  # the kernels' zeros are codes
+        return dense_linear(checkpoint.weight(name).to(dtype), bias)
     width = grid.group_width(columns)
     group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
     tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)

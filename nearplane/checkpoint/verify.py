@@ -35,7 +35,7 @@ class Verification:
 
     path: str
     format: str | None
-    """"compressed-tensors", "gptq", "gptq_v2" or "awq"; None: dense, or not to be told."""
+    """"compressed-tensors", "gptq", "gptq_v2", "awq" or "mlx"; None: dense, or not to be told."""
     engine: str | None
     files: tuple[FileSum, ...]
     layers: int

@@ -21,7 +21,7 @@ class Options:
     new: Path
     """Folder to write; must not exist, or be empty. Or a new file that ends in .gguf."""
     format: str | None = None
-    """The format to write: compressed-tensors, gptq, gptq_v2, awq or gguf; gguf where NEW ends in .gguf."""
+    """The format to write: compressed-tensors, gptq, gptq_v2, awq, mlx or gguf; gguf where NEW ends in .gguf."""
     template: Path | None = None
     """With gguf, a GGUF file of the original model, which gives metadata, tokenizer and names; demo has its own."""
     gguf_type: str | None = None

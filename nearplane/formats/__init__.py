@@ -6,9 +6,10 @@ from nearplane.formats.base import Format
 from nearplane.formats.compressed import CompressedTensors
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.gptq import GPTQ
+from nearplane.formats.mlx import MLX
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), AWQ(), GGUF())
+    format.name: format for format in (CompressedTensors(), GPTQ("gptq"), GPTQ("gptq_v2"), AWQ(), MLX(), GGUF())
 }
 """Every format that is read and written, by the name that users give."""
 

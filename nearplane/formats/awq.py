@@ -29,6 +29,7 @@ from nearplane.formats.base import (
     levels_reason,
     require,
     scale_dtype_of,
+    scales_reason,
     setting,
     tail_reason,
     tensors_of,
@@ -54,8 +55,8 @@ class AWQ(Format):
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """4 bits, a number of rows that is a multiple of 8, no tail group."""
-        if levels_reason(grid):
-            return levels_reason(grid)
+        if levels_reason(grid) or scales_reason(grid):
+            return levels_reason(grid) or scales_reason(grid)
         if grid.storage_bits != BITS:
             return f"awq stores 4 bits, not {grid.storage_bits}; compressed-tensors stores 2 to 8"
         if shape[0] % len(ORDER):
@@ -64,7 +65,7 @@ class AWQ(Format):
             )
         return tail_reason(grid, shape[1])
 
-    def together(self, grids: Mapping[str, Grid]) -> str | None:
+    def together(self, grids: Mapping[str, Grid], model_type: str) -> str | None:
         """One group size for all: zeros lie beside every weight, symmetric or not."""
         sizes: dict[int, str] = {}
         for name, grid in grids.items():

@@ -143,9 +143,17 @@ class Format(ABC):
         """Tell why a weight of this (out, in) shape on this grid cannot be stored; None if it can."""
         return levels_reason(grid) or scales_reason(grid)
 
-    def together(self, grids: Mapping[str, Grid]) -> str | None:
-        """Tell why weights on these grids, by names of their modules, cannot be in one checkpoint; None if they can."""
+    def together(self, grids: Mapping[str, Grid], model_type: str) -> str | None:
+        """Tell why weights on these grids, by names of their modules, cannot be one checkpoint of such a model."""
         return None
+
+    def solved_on(self, grid: Grid) -> Grid:
+        """Give the grid on which a run solves weights that were asked for on ``grid``, scale dtype included."""
+        return grid
+
+    def rounds(self, quantized: Quantized, grid: Grid) -> float:
+        """Measure how far ``pack`` moves the offset of a group at most, in steps of its scale; of an exact format 0."""
+        return 0.0
 
     def warn(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Tell why engines will refuse a weight that can be stored; None if none is known to."""
@@ -187,6 +195,10 @@ class Format(ABC):
             settings: of the run, for formats that have fields for them.
             grids: grid of each quantized module by name, where they differ.
         """
+
+    def entries(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Give the entries of config.json that hold ``config``'s answer."""
+        return {"quantization_config": config}
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Give further JSON files that loaders want beside config.json, by name."""

@@ -60,11 +60,12 @@ def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the quantization out of a config.json, wherever a tool put it."""
+    """Take the quantization out of a config.json, wherever a tool put it; MLX's stands under two keys."""
+    keys = (*KEYS, *(["quantization"] if isinstance(config.get("quantization"), dict) else []))
     return {
         key: plain_config(value) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in KEYS
+        if key not in keys
     }
 
 

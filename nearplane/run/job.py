@@ -154,7 +154,8 @@ class Job:
     transforms: tuple[Transform, ...] = ()
     """Equivalent models of your own that are quantized in place of the model, after the rotations (Python only)."""
     format: str | Format = "compressed-tensors"
-    """Checkpoint format: compressed-tensors, gptq, gptq_v2, awq (4 bits), or gguf for llama.cpp, Ollama and LM Studio."""
+    """Checkpoint format: compressed-tensors, gptq, gptq_v2, awq (4 bits), mlx (offsets of their own, whatever --sym
+    says), or gguf for llama.cpp, Ollama and LM Studio."""
     gguf_type: str | None = None
     """With --format gguf, the type of quantized weights, which decides the grid: Q4_0 (the default), Q8_0, Q5_0, Q4_1, Q5_1,
     Q2_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K. Of some linears: --override 'down_proj=gguf_type=Q5_0'."""

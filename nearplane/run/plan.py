@@ -358,13 +358,13 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest))
     sites = [site for block in blocks for site in block.sites]
     grid = fitting(job, {disk[site.name]: site.shape[1] for site in sites})
-    grid = replace(grid, scale_dtype=format.scale_dtype(stored))
+    grid = format.solved_on(replace(grid, scale_dtype=format.scale_dtype(stored)))
     grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job)
     if not takes_template(format):  # llama.cpp fuses no linears that a file holds apart
         refuse_split(grids, ignored, job, fixed)
     open_bits = set() if job.budget is None else {site.name for site in sites if disk[site.name] not in fixed}
     _refuse(job, format, {disk[site.name]: (site, grids[disk[site.name]]) for site in sites}, open_bits)
-    together = format.together(grids)
+    together = format.together(grids, str(getattr(source.config, "model_type", "")))
     if together is not None:
         raise SettingError(f"{together}.")
     template = _template(source, job, format, {disk[site.name]: site.shape for site in sites})

@@ -220,6 +220,14 @@ def quantize_head(model: nn.Module, bits: int) -> None:
     model.set_submodule(name, QuantizedLinear(tiles, head.bias))
 
 
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Make a linear of a weight (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
+    return linear
+
+
 def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor:
     """Multiply with the first kernel that supports the input, else with plain torch."""
     if cpu.supports(x.device, x.dtype) is None:

@@ -1,20 +1,17 @@
-"""What mlx-lm makes of a folder: log-probabilities of given token ids, and the tokens that it generates greedily.
+"""mlx-lm on a CPU runs a folder. The contract is in contract.py.
 
-    /path/to/mlx/bin/python runs/engines/mlx.py FOLDER IDS.json OUT.npz [--new 8] [--float32]
+    MLX_PYTHON runs/engines/mlx.py [--options '{"dtype": "float32"}'] CHECKPOINT IDS OUT
 
-Stands alone: run it by a Python that has ``mlx[cpu]`` and ``mlx-lm``, without nearplane. IDS holds a list of token ids, or
-a list of such lists of one length. OUT gets ``logprobs`` (sequences, positions, vocabulary) float32, and ``greedy``
-(sequences, new). A folder that mlx-lm refuses ends with one JSON line on standard output, and status 3.
+The folder is loaded as ``mlx_lm.load`` does, its tokenizer aside. Options: ``dtype``, "float32" (the default) to widen every
+float after loading, scales and biases too, so that only names, codes and arithmetic are compared; "stored" to leave them.
 """
 
 import sys
-
-sys.path.pop(0)  # this file's own name is that of the package
-
-import argparse
-import json
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+# This file has the name of the package.
+sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 import mlx.core as mx
 import numpy as np
@@ -22,51 +19,32 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-
-def wide(model):
-    """Cast every floating parameter to float32, scales and biases included: only the arithmetic changes."""
-    floats = (mx.float16, mx.bfloat16)
-    model.update(tree_map(lambda x: x.astype(mx.float32) if x.dtype in floats else x, model.parameters()))
-    return model
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import contract
 
 
-def answer(folder: Path, ids: list[list[int]], new: int, float32: bool) -> dict[str, np.ndarray]:
-    """Load the folder as ``mlx_lm.load`` does, its tokenizer aside, and run the model."""
-    model, _ = load_model(folder)
-    model = wide(model) if float32 else model
-    logits, greedy = [], []
-    for row in ids:
-        out = model(mx.array([row])).astype(mx.float32)
-        logits.append(np.array(out - mx.logsumexp(out, axis=-1, keepdims=True))[0])
-        cache, step, tokens = make_prompt_cache(model), mx.array([row]), []
-        for _ in range(new):
-            token = int(mx.argmax(model(step, cache=cache)[0, -1]))
-            tokens.append(token)
-            step = mx.array([[token]])
-        greedy.append(tokens)
-    return {"logprobs": np.stack(logits), "greedy": np.array(greedy, dtype=np.int64).reshape(len(ids), new)}
+def wide(model: Any) -> None:
+    """Widen every float of a model to float32: what was stored keeps its value."""
+    small = (mx.float16, mx.bfloat16)
+    model.update(tree_map(lambda x: x.astype(mx.float32) if x.dtype in small else x, model.parameters()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("ids", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--new", type=int, default=8)
-    parser.add_argument("--float32", action="store_true", help="compute in float32, whatever is stored")
-    args = parser.parse_args()
+def run(checkpoint: Path, ids: np.ndarray, greedy: int, options: dict[str, Any]) -> contract.Ran:
     mx.set_default_device(mx.cpu)
-    ids = json.loads(args.ids.read_text())
-    ids = ids if isinstance(ids[0], list) else [ids]
-    told = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm")}
-    try:
-        found = answer(args.folder, ids, args.new, args.float32)
-    except Exception as error:  # noqa: BLE001 - whatever the engine raises is the finding
-        print(json.dumps({**told, "error": f"{type(error).__name__}: {str(error)[:500]}"}))
-        sys.exit(3)
-    np.savez(args.out, **found)
-    print(json.dumps(told))
+    model, _ = load_model(checkpoint)
+    dtype = options.get("dtype", "float32")
+    if dtype == "float32":
+        wide(model)
+    logits, tokens = [], []
+    for row in ids.tolist():
+        logits.append(np.array(model(mx.array([row])).astype(mx.float32))[0])
+        cache, step, found = make_prompt_cache(model), mx.array([row]), []
+        for _ in range(greedy):
+            found.append(int(mx.argmax(model(step, cache=cache)[0, -1])))
+            step = mx.array([found[-1:]])
+        tokens.append(found)
+    told = np.array(tokens, dtype=np.int64).reshape(len(ids), greedy)
+    return contract.Ran(contract.log_softmax(np.stack(logits)), told, f"{dtype}, MLX's CPU kernels")
 
 
-if __name__ == "__main__":
-    main()
+contract.main(run, "mlx", ["mlx-lm", "mlx"])
