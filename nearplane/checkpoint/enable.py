@@ -194,7 +194,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         places = _lift_hooks(model)
         packing.fill(model, self.dtype, places)
         for name, value in model.named_parameters():
-            if value.is_floating_point() and not value.is_meta and not all_finite(value):
+            if value.is_floating_point() and not value.is_meta and not all_finite(value.detach()):
                 folder = packing.checkpoint.store.folder
                 raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
         turn(model, packing.checkpoint, partly=True)
@@ -227,12 +227,18 @@ def _match(model: nn.Module, folder: Path) -> Packing:
         raise NearplaneError(f"no quantized layer of {folder} belongs to a {type(model).__name__}.")
     _, dense = split_names(skeleton, checkpoint.store, checkpoint.dense)
     on_disk = names_in_model(skeleton, [*dense, *(f"{name}.weight" for name in packing.modules)])
-    towers = {name[: found.start()] for name in on_disk for found in [NUMBER.search(name)] if found}
-    missing = [name for name in absent.lacking(skeleton, on_disk) for found in [NUMBER.search(name)]
-               if found and name[: found.start()] in towers]  # fmt: skip
-    if missing:  # elsewhere a class may have what the checkpoint has not, as a head that is yet to be trained
+    # Elsewhere a class may have what the checkpoint has not, as a head that is yet to be trained.
+    stored, lists = skeleton.state_dict().keys(), {_list_of(name) for name in on_disk} - {None}
+    missing = [name for name in absent.lacking(skeleton, on_disk) if name in stored and _list_of(name) in lists]
+    if missing:
         raise NearplaneError(f"{folder} lacks weights that config.json asks for: {some_of(missing)}.")
     return packing
+
+
+def _list_of(name: str) -> str | None:
+    """Give the name of the list of blocks that a parameter is in; None for one outside of all."""
+    found = NUMBER.search(name)
+    return None if found is None else name[: found.start()]
 
 
 def _patterns(packing: Packing) -> list[str]:
