@@ -15,7 +15,11 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoQuantizationConfig,
+)
 
 import nearplane
 from nearplane import RTN, NearplaneError, SettingError
@@ -74,24 +78,24 @@ MADE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen2", {}, {"format": "gptq_v2", "bits": 2, "sym": False}), ("llama", {}, {"format": "gptq_v2", "bits": 3, "sym": False}),
     ("llama", {"tie_word_embeddings": True}, {}), ("llama", {"tie_word_embeddings": True}, {"head_bits": 8}),
     ("llama", {"tie_word_embeddings": False}, {"head_bits": 4, "format": "gptq"}),
-    ("llama", {}, {"overrides": ["down_proj=bits:8", "q_proj=skip"]}),
-    ("llama", {}, {"overrides": ["down_proj=bits:8,group_size:16"], "format": "gptq"}),
+    ("llama", {}, {"override": {"down_proj": {"bits": 8}}, "ignore": ["o_proj"]}),
+    ("llama", {}, {"override": {"down_proj": {"bits": 8, "group_size": 16}}, "format": "gptq"}),
     ("llama", {}, {"bits": 8, "group_size": -1, "act_bits": 8}), ("llama", {}, {"rotate": "r1,r2,r4"}),
     ("mamba2", {"num_heads": 4, "head_dim": 32, "n_groups": 1, "state_size": 8}, {"group_size": 16}),
     ("falcon_mamba", {}, {"group_size": 16}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "sizes", "settings"), MADE, ids=lambda value: str(value))
+@pytest.mark.parametrize(("kind", "sizes", "settings"), MADE, ids=str)
 def test_logits_are_those_of_load(kind: str, sizes: Any, settings: Any, tmp_path: Path, enabled: None) -> None:
     same(written(tmp_path, tiny.build(kind, **sizes), **settings))
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("mixtral", {"sym": False}), ("qwen3_moe", {"bits": 3, "group_size": 16}), ("qwen2_moe", {"format": "gptq_v2", "group_size": 16}),
+    [("mixtral", {"sym": False}), ("qwen3_moe", {"bits": 3, "group_size": 16}), ("mixtral", {"format": "gptq_v2"}),
      ("gpt_oss", {"group_size": 16}), ("granitemoe", {"group_size": 16}), ("llama4_text", {"group_size": 16}),
-     ("mixtral", {"overrides": ["experts.*=skip"]}), ("mixtral", {"overrides": ["w2=skip", "w1=bits:8"]})],
+     ("mixtral", {"ignore": ["experts"]}), ("mixtral", {"ignore": [r"layers\.1\..*experts"]})],
     ids=str,
 )  # fmt: skip
 def test_experts(kind: str, settings: dict[str, Any], tmp_path: Path, enabled: None) -> None:
@@ -144,11 +148,19 @@ def test_device_maps(places: Any, out: Path, enabled: None) -> None:
     model, wanted = plain(out, device_map=places), nearplane.load(out)
     for _ in range(2):
         assert torch.equal(logits(model), logits(wanted))
-    assert model.generate(IDS[:1], max_new_tokens=3, do_sample=False).tolist() == wanted.generate(  # type: ignore[operator]
-        IDS[:1], max_new_tokens=3, do_sample=False
-    ).tolist()
+    assert (
+        model.generate(IDS[:1], max_new_tokens=3, do_sample=False).tolist()
+        == wanted.generate(  # type: ignore[operator]
+            IDS[:1], max_new_tokens=3, do_sample=False
+        ).tolist()
+    )
     far = isinstance(places, dict) and len(places) > 1
-    assert {m.codes.device.type for m in quantized_linears(model).values()} == ({"meta", "cpu"} if len(places) == 6 else {"meta"}) if far else {"cpu"}
+    assert (
+        {m.codes.device.type for m in quantized_linears(model).values()}
+        == ({"meta", "cpu"} if len(places) == 6 else {"meta"})
+        if far
+        else {"cpu"}
+    )
 
 
 def test_a_map_is_inferred_from_packed_sizes(out: Path, enabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +207,10 @@ def test_generation_settings_and_pipelines(out: Path, tmp_path: Path, enabled: N
 def test_a_loaded_model_is_copied_and_not_saved(out: Path, tmp_path: Path, enabled: None) -> None:
     model = plain(out)
     assert "packed" not in model.config.to_json_string() or "pack-quantized" in model.config.to_json_string()
-    assert model.config.to_dict()["quantization_config"] == json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (
+        model.config.to_dict()["quantization_config"]
+        == json.loads((out / "config.json").read_text())["quantization_config"]
+    )
     nearplane.disable()  # loaded models stay as they are
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.model):
         assert twin is model.model or torch.equal(logits(twin), logits(model))
@@ -250,7 +265,7 @@ def test_a_configuration_given_by_hand_is_transformers_own(out: Path, enabled: N
     model = CAUSAL.from_pretrained(out, dtype=torch.float32, quantization_config=dense)
     assert not quantized_linears(model)
     wanted = logits(nearplane.load(out, packed=False))
-    assert (logits(model) - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (logits(model) - wanted).norm() <= 1e-2 * wanted.norm()  # it multiplies in bfloat16
 
 
 def damage(folder: Path, change: Any) -> None:
@@ -263,7 +278,9 @@ def damage(folder: Path, change: Any) -> None:
 
 
 def without(*parts: str) -> Any:
-    return lambda state: {n: t for n, t in state.items() if not any(part in n for part in parts)} or {"x": torch.ones(1)}
+    return lambda state: (
+        {n: t for n, t in state.items() if not any(part in n for part in parts)} or {"x": torch.ones(1)}
+    )
 
 
 def poisoned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -289,8 +306,8 @@ def test_damage_is_one_sentence(change: Any, words: str, out: Path, tmp_path: Pa
 def test_what_cannot_be_is_one_sentence(out: Path, tmp_path: Path, enabled: None) -> None:
     config = transformers.AutoConfig.from_pretrained(out)
     with pytest.raises(NearplaneError, match="give from_pretrained a folder, no state_dict"):
-        CAUSAL.from_pretrained(None, config=config, state_dict={})
-    with pytest.raises(NearplaneError, match="no quantized layer of .* belongs to a BertModel"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict={"x": torch.ones(1)})
+    with pytest.raises(NearplaneError, match=r"no quantized layer of .* belongs to a BertModel"):
         transformers.BertModel.from_pretrained(out, config=transformers.BertConfig(
             hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=128,
             quantization_config=config.quantization_config))  # fmt: skip
@@ -313,7 +330,9 @@ def test_arithmetic_is_that_of_the_call(out: Path) -> None:
 
 def test_code_of_a_model_runs_where_it_is_trusted(out: Path, tmp_path: Path, enabled: None) -> None:
     folder = shutil.copytree(out, tmp_path / "out")
-    (folder / "own_model.py").write_text("import transformers\n\nclass Own(transformers.LlamaForCausalLM):\n    own = 5\n")
+    (folder / "own_model.py").write_text(
+        "import transformers\n\nclass Own(transformers.LlamaForCausalLM):\n    own = 5\n"
+    )
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"auto_map": {"AutoModelForCausalLM": "own_model.Own"}}))
     model = CAUSAL.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
@@ -327,7 +346,11 @@ def test_transformers_is_its_own_again(out: Path) -> None:
     with nearplane.enable():
         assert torch.equal(logits(nearplane.load(out)), logits(plain(out)))
         original = CAUSAL.from_pretrained(out.parent / "model")
-        assert not quantized_linears(original) and original.hf_quantizer is None if hasattr(original, "hf_quantizer") else True
+        assert (
+            not quantized_linears(original) and original.hf_quantizer is None
+            if hasattr(original, "hf_quantizer")
+            else True
+        )
     nearplane.disable()
     assert (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING) == PLAIN
     assert all(AUTO_QUANTIZATION_CONFIG_MAPPING[name] is kind for name, kind in PLAIN[0].items())
@@ -349,7 +372,8 @@ nearplane.load(sys.argv[1])
 after = seen()
 assert before[0] == after[0] and before[2] == after[2]
 for old, new in zip(before[1], after[1]):
-    assert old.keys() == new.keys() and all(old[k] is new[k] for k in old if k not in ("_is_quantized", "_torch_distributed_available")), "a module"
+    assert old.keys() == new.keys()
+    assert all(old[key] is new[key] for key in old), [key for key in old if old[key] is not new[key]]
 nearplane.enable()
 assert seen()[0] != before[0]
 nearplane.disable()
@@ -361,7 +385,12 @@ def test_without_the_call_nothing_of_transformers_is_touched(out: Path) -> None:
     paths = [str(Path(nearplane.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [sys.executable, "-c", UNTOUCHED, str(out)], capture_output=True, text=True, check=False, env=environment, timeout=240
+        [sys.executable, "-c", UNTOUCHED, str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
 
