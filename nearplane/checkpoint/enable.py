@@ -243,14 +243,16 @@ def _list_of(name: str) -> str | None:
 
 def _patterns(packing: Packing) -> list[str]:
     """Give patterns of the stored tensors that transformers need not place: those of packed linears, and of experts apart."""
-    leaves: dict[str, None] = {}
+    leaves = dict.fromkeys(packing.members.taken)
     for layer, module in packing.modules.items():
         for tensor in packing.checkpoint.layers[layer].tensors.values():
             leaf = tensor.rpartition(".")[2]
             leaves |= dict.fromkeys(f"{name}.{leaf}" for name in (layer, module))
-            if module in packing.apart:  # transformers' renamings may know no name of a lone expert's linear
-                leaves[f"{module.rpartition('.')[0]}.*.{leaf}"] = None
-    leaves |= dict.fromkeys(packing.members.taken)
+    # transformers' renamings may know no name of a lone expert's linear: any will do.
+    apart = [name for name in leaves if name.rpartition(".")[0] in packing.apart] + list(packing.members.dense)
+    for name in apart:
+        module, _, leaf = name.rpartition(".")
+        leaves[f"{module.rpartition('.')[0]}.*.{leaf}"] = None
     found = {re.sub(r"\d+", r"\\d+", re.escape(name).replace(r"\*", r"\w+")) for name in leaves}
     return [rf"(^|\.){name}$" for name in sorted(found)]
 
