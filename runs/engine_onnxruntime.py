@@ -2,10 +2,11 @@
 
     python runs/engine_onnxruntime.py FOLDER IDS.json OUT.npz
 
-IDS.json is a list of lists of token ids. FOLDER is converted by GenAI's own model builder, for a CPU, with float32
-activations (``int4_accuracy_level=1``), so that what is left of a difference is arithmetic. OUT.npz has for the list i:
-``logprobs_i``, float32 (tokens, vocabulary), of each position, and ``greedy_i``, the token ids that follow. Needs
-onnxruntime-genai, onnxruntime, onnx-ir, torch and transformers; 0.18 was run.
+IDS.json is a list of lists of token ids. FOLDER is converted by GenAI's own model builder for a CPU. Activations are float32
+(``accuracy_level=1``), and a dense head stays dense (``nodes_to_exclude``, and ``shared_embeddings=false`` where the
+head is tied), so that what is left of a difference is arithmetic. By default the builder rounds activations to 8 bits, and
+a dense head to 4. OUT.npz has for the list i: ``logprobs_i``, float32 (tokens, vocabulary), of each position, and
+``greedy_i``, the token ids that follow. Needs onnxruntime-genai (0.18 was run), onnxruntime, onnx-ir, torch, transformers.
 """
 
 import argparse
@@ -54,13 +55,14 @@ def main() -> None:
     parser.add_argument("ids", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--new", type=int, default=16, help="greedy tokens behind each list")
-    parser.add_argument("--accuracy", default="1", help="int4_accuracy_level: 1 float32 activations, 4 of 8 bits")
+    parser.add_argument("--accuracy", default="1", help="accuracy_level: 1 float32 activations, 4 of 8 bits")
     given = parser.parse_args()
     import onnxruntime_genai as og
 
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "onnx"
-        build(given.folder, built, [f"int4_accuracy_level={given.accuracy}"])
+        dense = ["nodes_to_exclude=/lm_head/MatMul", "shared_embeddings=false"]
+        build(given.folder, built, [f"accuracy_level={given.accuracy}", *dense])
         model, found = og.Model(str(built)), {}
         for number, ids in enumerate(json.loads(given.ids.read_text())):
             logprobs, tokens = run(model, ids, given.new)
