@@ -164,7 +164,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype: Any = None, checkpoint_files: Iterable[str] | None = None, **_: Any
+        self, model: Any, dtype: Any = None, checkpoint_files: Iterable[str] | None = None, **_: Any
     ) -> None:
         """Match the checkpoint with the model, and leave the linears out that will be packed."""
         kind = type(model).__name__
@@ -179,7 +179,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             self.packing, self.dtype = _match(model, folder), dtype or torch.float32
         self.packing.dig(model, room=True)
         known = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*known, *_patterns(self.packing)}  # type: ignore[assignment]
+        model._keys_to_ignore_on_load_unexpected = {*known, *_patterns(self.packing)}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Leave out the rules that merge experts, where experts stay apart."""
