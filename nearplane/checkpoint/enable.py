@@ -7,7 +7,7 @@ dense tensors, and spreads the model over devices; ``packed.py`` makes the linea
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def disable() -> None:
     AUTO_QUANTIZER_MAPPING.pop(OURS, None)
 
 
-def _foreign(quantization: Mapping[str, Any]) -> str | None:
+def _foreign(quantization: dict[str, Any]) -> str | None:
     """Tell why nearplane does not hold weights of this configuration packed; None if it does."""
     if is_original(quantization):
         return "its weights are small floats with scales"
