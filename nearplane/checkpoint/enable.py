@@ -7,7 +7,7 @@ dense tensors, and spreads the model over devices; ``packed.py`` makes the linea
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def disable() -> None:
     AUTO_QUANTIZER_MAPPING.pop(OURS, None)
 
 
-def _foreign(quantization: Mapping[str, Any]) -> str | None:
+def _foreign(quantization: dict[str, Any]) -> str | None:
     """Tell why nearplane does not hold weights of this configuration packed; None if it does."""
     if is_original(quantization):
         return "its weights are small floats with scales"
@@ -164,7 +164,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype: Any = None, checkpoint_files: Iterable[str] | None = None, **_: Any
+        self, model: Any, dtype: Any = None, checkpoint_files: Iterable[str] | None = None, **_: Any
     ) -> None:
         """Match the checkpoint with the model, and leave the linears out that will be packed."""
         kind = type(model).__name__
@@ -179,7 +179,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             self.packing, self.dtype = _match(model, folder), dtype or torch.float32
         self.packing.dig(model, room=True)
         known = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*known, *_patterns(self.packing)}  # type: ignore[assignment]
+        model._keys_to_ignore_on_load_unexpected = {*known, *_patterns(self.packing)}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Leave out the rules that merge experts, where experts stay apart."""
@@ -194,7 +194,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         places = _lift_hooks(model)
         packing.fill(model, self.dtype, places)
         for name, value in model.named_parameters():
-            if value.is_floating_point() and not value.is_meta and not all_finite(value):
+            if value.is_floating_point() and not value.is_meta and not all_finite(value.detach()):
                 folder = packing.checkpoint.store.folder
                 raise NumericalError(f"{folder}: weight {name} holds NaN or Inf; the checkpoint is broken.")
         turn(model, packing.checkpoint, partly=True)
@@ -227,24 +227,32 @@ def _match(model: nn.Module, folder: Path) -> Packing:
         raise NearplaneError(f"no quantized layer of {folder} belongs to a {type(model).__name__}.")
     _, dense = split_names(skeleton, checkpoint.store, checkpoint.dense)
     on_disk = names_in_model(skeleton, [*dense, *(f"{name}.weight" for name in packing.modules)])
-    towers = {name[: found.start()] for name in on_disk for found in [NUMBER.search(name)] if found}
-    missing = [name for name in absent.lacking(skeleton, on_disk) for found in [NUMBER.search(name)]
-               if found and name[: found.start()] in towers]  # fmt: skip
-    if missing:  # elsewhere a class may have what the checkpoint has not, as a head that is yet to be trained
+    # Elsewhere a class may have what the checkpoint has not, as a head that is yet to be trained.
+    stored, lists = skeleton.state_dict().keys(), {_list_of(name) for name in on_disk} - {None}
+    missing = [name for name in absent.lacking(skeleton, on_disk) if name in stored and _list_of(name) in lists]
+    if missing:
         raise NearplaneError(f"{folder} lacks weights that config.json asks for: {some_of(missing)}.")
     return packing
 
 
+def _list_of(name: str) -> str | None:
+    """Give the name of the list of blocks that a parameter is in; None for one outside of all."""
+    found = NUMBER.search(name)
+    return None if found is None else name[: found.start()]
+
+
 def _patterns(packing: Packing) -> list[str]:
     """Give patterns of the stored tensors that transformers need not place: those of packed linears, and of experts apart."""
-    leaves: dict[str, None] = {}
+    leaves = dict.fromkeys(packing.members.taken)
     for layer, module in packing.modules.items():
         for tensor in packing.checkpoint.layers[layer].tensors.values():
             leaf = tensor.rpartition(".")[2]
             leaves |= dict.fromkeys(f"{name}.{leaf}" for name in (layer, module))
-            if module in packing.apart:  # transformers' renamings may know no name of a lone expert's linear
-                leaves[f"{module.rpartition('.')[0]}.*.{leaf}"] = None
-    leaves |= dict.fromkeys(packing.members.taken)
+    # transformers' renamings may know no name of a lone expert's linear: any will do.
+    apart = [name for name in leaves if name.rpartition(".")[0] in packing.apart] + list(packing.members.dense)
+    for name in apart:
+        module, _, leaf = name.rpartition(".")
+        leaves[f"{module.rpartition('.')[0]}.*.{leaf}"] = None
     found = {re.sub(r"\d+", r"\\d+", re.escape(name).replace(r"\*", r"\w+")) for name in leaves}
     return [rf"(^|\.){name}$" for name in sorted(found)]
 

@@ -293,7 +293,7 @@ class _Unsaved:
             return type(model).save_pretrained(model, *args, **kwargs)
         raise NearplaneError(
             "this model's weights are packed for running, which is not a format on disk; copy the checkpoint's folder "
-            "instead, or load with packed=False to save dense weights."
+            "instead, or load it with nearplane.load(..., packed=False) to save dense weights."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Unsaved":

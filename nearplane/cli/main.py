@@ -32,6 +32,7 @@ USAGE = """nearplane: quantize transformers by error compensation.
   nearplane bench OUT                       tokens/s, packed against dense
   nearplane verify OUT --engine vllm        every file and tensor re-read
   nearplane convert OUT NEW --format gptq   the same codes in another format
+  nearplane serve OUT --port 8000           transformers' server, packed weights
 
   nearplane help VERB                       the options of a verb
   nearplane completion bash                 completion; bash or zsh
@@ -91,13 +92,15 @@ def _run(argv: list[str]) -> int:
     if word == "completion":
         print(completion(words[0] if words else ""))
         return 0
-    if word in ("-h", "--help", "help") and not words:
+    if word == "serve" or (word in ("-h", "--help", "help") and words[:1] == ["serve"]):
+        from nearplane.cli import serve
+
+        return serve.run(words if word == "serve" else ["--help"])
+    asks = word in ("-h", "--help", "help")
+    if asks and (not words or words[0] in ("help", "completion")):
         print(USAGE)
         return 0
-    if word in ("-h", "--help", "help"):
-        if words[0] in ("help", "completion"):
-            print(USAGE)
-            return 0
+    if asks:
         word, words = words[0], [*words[1:], "--help"]
     module = verb(word)
     if {"-h", "--help"} & set(words):

@@ -40,6 +40,8 @@ WIDTHS = (2, 3, 4, 8)
 # Kernels read words of 32 codes across both axes, and a 3-bit word only ends where 32 codes do.
 MULTIPLE = 32
 NEEDED = ("qweight", "qzeros", "scales")
+# What may follow the name of a module in a rule.
+OF_A_MODULE = r"(\.(qweight|qzeros|scales|g_idx|bias))?$"
 # Fields of the configuration that are of the run.
 OF_THE_RUN = ("damp_percent", "true_sequential", "static_groups")
 
@@ -227,8 +229,11 @@ class GPTQ(Format):
 
 
 def _pattern(module: str) -> str:
-    """Write a regular expression for one entry of ``ignore``: a name, or a pattern marked "re:"."""
-    return module.removeprefix("re:") if module.startswith("re:") else f"^{re.escape(module)}$"
+    """Write a regular expression for one entry of ``ignore``: a name, or a pattern marked "re:".
+
+    Engines match it with names of modules, ONNX Runtime GenAI with names of their tensors.
+    """
+    return module.removeprefix("re:") if module.startswith("re:") else rf"^{re.escape(module)}{OF_A_MODULE}"
 
 
 def _stored_version(config: Mapping[str, Any]) -> Any:

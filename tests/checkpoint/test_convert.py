@@ -14,6 +14,7 @@ import nearplane
 from nearplane import RTN, Grid, NearplaneError
 from nearplane.cli.main import main
 from nearplane.core.errors import SettingError
+from nearplane.formats.gptq import OF_A_MODULE
 from nearplane.formats.read import open_checkpoint
 
 IDS = tiny.tokens(2, 20, seed=3)
@@ -216,7 +217,11 @@ def test_what_is_said_of_several_grids(tmp_path: Path) -> None:
             for group in config.get("config_groups", {}).values():
                 group["targets"] = set(group["targets"])
         assert made == wanted
-    assert made["dynamic"][r"+:^model\.layers\.1\.self_attn\.qkv_proj$"] == {"bits": 3, "group_size": 16, "sym": True}
+    assert made["dynamic"][r"+:^model\.layers\.1\.self_attn\.qkv_proj" + OF_A_MODULE] == {
+        "bits": 3,
+        "group_size": 16,
+        "sym": True,
+    }
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"to-{CT}", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(theirs(IDS).logits, logits(both["gptq"]))

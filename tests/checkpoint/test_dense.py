@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 import nearplane
+from nearplane.formats.gptq import OF_A_MODULE
 from nearplane.formats.read import open_checkpoint
 
 Tensors = dict[str, Tensor]
@@ -50,7 +51,12 @@ def excluded(folder: Path) -> set[str]:
     """Names that the configuration leaves out."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     rules = config.get("dynamic", {})
-    return set(config.get("ignore", ())) | {rule[3:-1].replace("\\", "") for rule in rules if rule.startswith("-:")}
+    return set(config.get("ignore", ())) | {named(rule) for rule in rules if rule.startswith("-:")}
+
+
+def named(rule: str) -> str:
+    """Name of the module in one of our rules."""
+    return rule[3:].removesuffix(OF_A_MODULE).replace("\\", "")
 
 
 def forget(folder: Path, names: set[str]) -> None:
@@ -63,7 +69,7 @@ def forget(folder: Path, names: set[str]) -> None:
         if "ignore" in part:
             part["ignore"] = [name for name in part["ignore"] if name not in names]
         else:
-            part["dynamic"] = {k: v for k, v in part["dynamic"].items() if k[3:-1].replace("\\", "") not in names}
+            part["dynamic"] = {rule: v for rule, v in part["dynamic"].items() if named(rule) not in names}
         path.write_text(json.dumps(content))
     (folder / "SHA256SUMS").unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """GPTQ, versions 1 and 2, against an unpacker that shifts whole rows as Python integers."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import GPTQConfig
 
 from nearplane.core.grid import Grid, Quantized
 from nearplane.formats import FORMATS
+from nearplane.formats.gptq import GPTQ, OF_A_MODULE
 from nearplane.formats.read import open_checkpoint
 
 
@@ -73,6 +75,18 @@ def test_supports_says_why_not() -> None:
     assert v1.scale_dtype(torch.bfloat16) == "float16"
 
 
+def test_a_rule_matches_a_module_and_its_tensors_only() -> None:
+    """vLLM and gptqmodel ask with the name of a module, ONNX Runtime GenAI with the names of its tensors."""
+    other, grid = Grid(8, 64), Grid(4, 64)
+    config = GPTQ().config(grid, ignore=["a.dense"], settings={}, grids={"a.up": other, "a.down": grid})
+    rules = {rule[2:]: change for rule, change in config["dynamic"].items()}
+    for pattern, name in zip(rules, ("a.dense", "a.down"), strict=True):
+        for found in (name, f"{name}.qweight", f"{name}.qzeros", f"{name}.scales", f"{name}.g_idx"):
+            assert re.match(pattern, found), found
+        for missed in (f"{name}2", f"{name}.0", f"{name}.0.qweight", f"b.{name}", f"{name}.qweight2"):
+            assert not re.match(pattern, missed), missed
+
+
 def test_config() -> None:
     settings = {"version": "1.2", "damp_percent": 0.01, "true_sequential": True, "static_groups": True, "method": "x"}
     config = FORMATS["gptq_v2"].config(Grid(4, 32), ignore=["lm_head", "a.b", "re:.*gate"], settings=settings)
@@ -80,7 +94,7 @@ def test_config() -> None:
         "quantizer": ["nearplane:1.2"],
         "method": "x",
     }
-    assert config["dynamic"] == {"-:^a\\.b$": {}, "-:.*gate": {}} and config["desc_act"] is False
+    assert config["dynamic"] == {f"-:^a\\.b{OF_A_MODULE}": {}, "-:.*gate": {}} and config["desc_act"] is False
     assert FORMATS["gptq_v2"].extra_files(config) == {"quantize_config.json": config}
     loaded = GPTQConfig.from_dict(dict(config))
     assert loaded.bits == 4 and loaded.group_size == 32 and loaded.sym is True and loaded.damp_percent == 0.01

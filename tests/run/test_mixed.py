@@ -18,6 +18,7 @@ from nearplane.cli.main import main
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import dequantize
 from nearplane.formats import FORMATS
+from nearplane.formats.gptq import OF_A_MODULE
 from nearplane.formats.read import open_checkpoint
 from nearplane.run.plan import make_plan
 
@@ -112,9 +113,9 @@ def test_gptq_names_the_fused_modules_too(model: Path, tmp_path: Path) -> None:
     run(model, tmp_path / "out", method=RTN(), override=OVERRIDE, ignore=["0.*(gate|up)_proj"], format="gptq")
     rules = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
     three = {"bits": 3, "group_size": 16, "sym": True}
-    assert rules[r"+:^model\.layers\.1\.self_attn\.qkv_proj$"] == three
-    assert rules[r"+:^model\.layers\.1\.self_attn\.q_proj$"] == three
-    assert rules[r"-:^model\.layers\.0\.mlp\.gate_up_proj$"] == {}
+    assert rules[r"+:^model\.layers\.1\.self_attn\.qkv_proj" + OF_A_MODULE] == three
+    assert rules[r"+:^model\.layers\.1\.self_attn\.q_proj" + OF_A_MODULE] == three
+    assert rules[r"-:^model\.layers\.0\.mlp\.gate_up_proj" + OF_A_MODULE] == {}
     assert not any("layers.0.self_attn" in rule.replace("\\", "") for rule in rules)
 
 
