@@ -34,7 +34,9 @@ class Settings(ctypes.Structure):
         place, default = field
         number = ctypes.c_int32.from_buffer(self, place)
         if number.value != default:
-            raise RuntimeError(f"this release of llama.cpp has {number.value} at byte {place} of its settings, not {default}")
+            raise RuntimeError(
+                f"this release of llama.cpp has {number.value} at byte {place} of its settings, not {default}"
+            )
         number.value = value
 
 
@@ -63,7 +65,9 @@ class Llama:
         self.library = ctypes.CDLL(str(library))
         self.errors: list[str] = []
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self.listen = kind(lambda level, text, _: self.errors.append(text.decode(errors="replace")) if level == ERROR else None)
+        self.listen = kind(
+            lambda level, text, _: self.errors.append(text.decode(errors="replace")) if level == ERROR else None
+        )
         self.library.llama_log_set(self.listen, None)
         pointer = ctypes.c_void_p
         self.call("llama_backend_init", None)
