@@ -90,7 +90,9 @@ HYBRID = {"layer_types": ["attention", "mamba"], "mamba_n_heads": 8, "mamba_d_he
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", {}, "gate and up, fewer key heads"),
     "llama, tied": ("llama", {"tie_word_embeddings": True}, "a tied head"),
-    "llama, 192 wide": ("llama", {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 288}, "sizes 256 does not divide"),
+    "llama, 192 wide": (
+        "llama", {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 288}, "sizes 256 does not divide",
+    ),
     "qwen2": ("qwen2", {}, "biases"),
     "qwen3": ("qwen3", {}, "norms of queries and keys"),
     "mistral": ("mistral", {}, "a sliding window"),

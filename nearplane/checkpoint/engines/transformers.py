@@ -20,10 +20,11 @@ def judge(_: str, checkpoint: Described, found: Findings) -> None:
     for weight in checkpoint.weights:
         if weight.activations is not None and weight.activations.sym:
             last = (1 << (weight.activations.bits - 1)) - 1
-            found.note(
-                f"{TRANSFORMERS} simulates symmetric activations with a scale of max/{last + 0.5:g}; vLLM and nearplane "
-                f"take max/{last}"
-            )
+            told = f"{TRANSFORMERS} simulates symmetric activations with a scale of max/{last + 0.5:g}, not max/{last}"
+            if weight.activations.bits < 8:  # another model: a step is a fifteenth of the range
+                found.refuse(f"{told} as it was calibrated")
+            else:
+                found.note(f"{told} as vLLM and nearplane")
     if len(grids) > 1 and format in GPTQS:
         found.note(
             "optimum, by which transformers loads GPTQ, knows one grid for all linears; "
