@@ -178,7 +178,7 @@ def left_out(model: nn.Module, names: Mapping[str, str], quantized: set[str], st
     # Routers that are no linears here are linears in engines, by their names on disk.
     others = {*on_disk, *(name for some in unowned(model, names, stored).values() for name in some)}
     # vLLM asks for one expert of fused ones, by a name that differs between its classes: w1, gate_proj.
-    others |= {f"re:{re.escape(name)}\\." for name in others if name.endswith("experts")}
+    others |= {f"re:^{re.escape(name)}\\." for name in others if name.endswith("experts")}
     others |= {name.removesuffix(".weight") for name in routing(model, names)}
     return ignore + sorted(others - set(ignore))
 

@@ -224,17 +224,19 @@ def of_class(name: str, format: str = CT, *parts: str, grid: Grid | None = None,
 
 def test_classes_that_vllm_refuses() -> None:
     """Each of the sentences was met in the engine, but for the rest of the list of absent classes."""
-    assert of_class("LlamaForCausalLM", CT, "LlamaMLP") == of_class("GPTJForCausalLM") == ""
+    assert of_class("LlamaForCausalLM", CT, "LlamaMLP.up_proj") == of_class("GPTJForCausalLM") == ""
     assert of_class("MptForCausalLM") == "vLLM 0.32 has no MptForCausalLM"
     for name in ("XLNetLMHeadModel", "XLMWithLMHeadModel", "ReformerModelWithLMHead", "xLSTMForCausalLM"):
         assert "has no" in of_class(name)
     assert "as compressed-tensors it loads" in of_class("GPTJForCausalLM", "gptq")
-    assert "--ignore query_key_value" in of_class("BloomForCausalLM", CT, "BloomAttention")
-    assert "in dense form only" in of_class("JambaForCausalLM", CT, "JambaMambaMixer", "JambaMLP")
+    assert "--ignore query_key_value" in of_class("BloomForCausalLM", CT, "BloomAttention.query_key_value")
+    assert "in dense form only" in of_class("JambaForCausalLM", CT, "JambaMambaMixer.in_proj", "JambaMLP.up_proj")
     assert (
-        of_class("JambaForCausalLM", CT, "JambaMLP") == of_class("GraniteMoeHybridForCausalLM", CT, "Mamba2Layer") == ""
+        of_class("JambaForCausalLM", CT, "JambaMLP.up_proj")
+        == of_class("GraniteMoeHybridForCausalLM", CT, "GraniteMoeHybridMambaLayer.in_proj")
+        == ""
     )
-    assert of_class("BloomForCausalLM", CT, "BloomMLP") == ""
+    assert of_class("BloomForCausalLM", CT, "BloomAttention.dense") == ""
     eight = Grid(8, 32, sym=False)
     mixture = {"experts": True, "merges": True, "zeros": True}
     assert "8 bits asymmetric" in of_class("MixtralForCausalLM", grid=eight, **mixture)

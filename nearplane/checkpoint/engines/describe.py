@@ -51,7 +51,7 @@ class Model:
     initialises: bool = False
     """Whether the class, while it is loaded, initialises weights of linears that are quantized (``initialises_packed``)."""
     parts: frozenset[str] = frozenset()
-    """Classes of the modules whose direct children are quantized linears."""
+    """Names of the quantized linears behind the class of the module that holds each: ``LlamaMLP.up_proj``."""
     renamed: tuple[str, ...] = ()
     """Names on disk of linears of an expert, where the model stores experts fused and engines look for other names."""
 
@@ -123,9 +123,15 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid], stored: Mapping[st
         zeros=not all(grid.sym for grid in found.values()),
         head=any(model.get_submodule(name) is output_head(model) for name in layers),
         initialises=initialises_packed(model, layers.keys() - found.keys()),
-        parts=frozenset(type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in layers),
+        parts=frozenset(_part(model, name) for name in layers),
         renamed=() if merges_experts(model) else tuple(sorted(_renamed(found, stored or {}))),
     )
+
+
+def _part(model: nn.Module, name: str) -> str:
+    """Name a linear behind the class of its parent."""
+    parent, _, leaf = name.rpartition(".")
+    return f"{type(model.get_submodule(parent)).__name__}.{leaf}"
 
 
 def _renamed(experts: Iterable[str], stored: Mapping[str, str]) -> set[str]:

@@ -140,11 +140,11 @@ def _judge_class(format: str, model: Model, found: Findings) -> None:
     """Add why vLLM does not load quantized linears of some classes. All but the list of absent ones were run."""
     if HEADS.sub("", model.name) in NOT_IN_VLLM and model.causal:
         found.refuse(f"vLLM 0.32 has no {model.name}")
-    if any(part.endswith(MAMBA) for part in model.parts):
+    if any(part.partition(".")[0].endswith(MAMBA) for part in model.parts):
         found.refuse(
             f"vLLM 0.32 has the Mamba layers of {model.name} in dense form only: leave them dense, by --ignore 'mamba|mixer'"
         )
-    if model.name.startswith("Bloom"):
+    if "BloomAttention.query_key_value" in model.parts:
         found.refuse(
             f"vLLM 0.32 splits query_key_value of {model.name} while loading, not a packed one: leave it dense, by "
             "--ignore query_key_value"
