@@ -2,6 +2,7 @@
 # All make .venv on first use; nothing else on the machine is touched (the demo model goes to ~/.cache/nearplane).
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := $(if $(NEARPLANE_ENGINES),$(NEARPLANE_ENGINES),.engines)
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test docs engines test-engines install clean
@@ -21,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp
 demo: install
 	$(BIN)/python examples/demo.py
 
-test: install
+test: install $(ENGINES)/llama/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,7 +32,6 @@ test: install
 
 # Each engine in an environment of its own under .engines (NEARPLANE_ENGINES names another folder). Versions are pinned by
 # the lists in runs/engines/; a stamp keeps an environment until its list changes. Together about five gigabytes.
-ENGINES := $(if $(NEARPLANE_ENGINES),$(NEARPLANE_ENGINES),.engines)
 ENGINE_NAMES := vllm llama mlx onnxruntime transformers
 engines: $(ENGINE_NAMES:%=$(ENGINES)/%/installed)
 
