@@ -374,7 +374,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         for engine in columns
     }
     heads = [f"{engine}: {', '.join(versions[engine])}" for engine in columns]
-    lines = [*(RUNNERS / "page.md").read_text().rstrip().splitlines(), ""]
+    lines = [*(RUNNERS / "page.md").read_text().rstrip().splitlines(), "", "<!-- engines -->"]
     lines += [f"| model | format | weights | {' | '.join(heads)} |", "|---" * (3 + len(columns)) + "|"]
     for case, some in found.items():
         model, format, grid = case.split(" | ")
@@ -383,7 +383,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {model} ({kind}) | {format} | {grid} | {' | '.join(cells)} |")
     stored = [json.loads(line) for line in (ROOT / "runs" / "transformers_types.jsonl").read_text().splitlines()]
     lines += ["", "## Model types in plain transformers", "", types.table(stored)]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n<!-- engines -->\n"
 
 
 def main(argv: list[str] | None = None) -> int:
