@@ -2,9 +2,10 @@
 # All make .venv on first use; nothing else on the machine is touched (the demo model goes to ~/.cache/nearplane).
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := $(if $(NEARPLANE_ENGINES),$(NEARPLANE_ENGINES),.engines)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test docs install clean
+.PHONY: demo test docs engines test-engines install clean
 
 install: $(VENV)/installed
 
@@ -21,7 +22,7 @@ $(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp
 demo: install
 	$(BIN)/python examples/demo.py
 
-test: install
+test: install $(ENGINES)/llama/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,9 +30,25 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/models/test_timm.py
 
+# Each engine in an environment of its own under .engines (NEARPLANE_ENGINES names another folder). Versions are pinned by
+# the lists in runs/engines/; a stamp keeps an environment until its list changes. Together about five gigabytes.
+ENGINE_NAMES := vllm llama mlx onnxruntime transformers
+engines: $(ENGINE_NAMES:%=$(ENGINES)/%/installed)
+
+$(ENGINES)/%/installed: runs/engines/%.txt
+	python3 -m venv $(ENGINES)/$*
+	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement runs/engines/$*.txt
+	# The index's build of torchvision is for CUDA and breaks vLLM's import on a CPU; nothing here needs what is taken out.
+	if [ $* = vllm ]; then $(ENGINES)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
+	@du -sh $(ENGINES)/$* && touch $@
+
+# Every case of runs/engines.py in every engine that has an environment, against the verdict: half an hour with vLLM.
+test-engines: install
+	$(BIN)/python runs/engines.py check
+
 # site/index.html opens in a browser, without a server.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) demo-out site
+	rm -rf $(VENV) .engines demo-out site

@@ -1,156 +1,425 @@
-"""Which quantized model types transformers loads: every type that ``runs/models.py`` passes, tried as a tiny checkpoint.
+"""What engines really do with checkpoints: the record, and docs/engines.md made of it.
 
-    python runs/engines.py [TYPE ...] [--rows runs/engines.jsonl] [--table runs/engines.md]
+    python runs/engines.py run [--engines vllm ...] [--cases REGEX]     # run, and replace these rows of the record
+    python runs/engines.py check [--engines vllm ...] [--cases REGEX]   # run, and compare with verdict() alone
+    python runs/engines.py table                                        # docs/engines.md and nearplane's ran.json
 
-Each type in a process of its own. It is quantized to 4 bits, and loaded by transformers with the package compressed-tensors
-as it is, and with ``dequantize=True``. What the loaded model computes is compared with nearplane's dense model.
-"Said" is the verdict of ``nearplane verify --engine transformers``; a row where it differs from what happened is marked.
+A case is a tiny random model, quantized to some format. Its checkpoint goes to the runner of an engine
+(``runs/engines/NAME.py``), which runs in the engine's own environment: ``.engines/NAME``, made by ``make engines``, or
+``$NEARPLANE_ENGINES/NAME``. An engine without an environment is left out. Log-probabilities and greedy tokens are compared
+with ``nearplane.load``. Every row also holds what ``verdict`` looks at, so that a test compares the two without a model.
 """
 
 import argparse
 import json
 import os
-import resource
+import re
+import subprocess
+import sys
 import tempfile
-from importlib.metadata import version
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from models import features, saved, tiny_models
 
 import nearplane
 from nearplane import RTN, Grid
-from nearplane.checkpoint.engines import described, verdict
-from nearplane.core.errors import NearplaneError
+from nearplane.checkpoint.engines import Described, Model, Verdict, Weight, described, verdict
+from nearplane.checkpoint.engines.judge import RAN
+from nearplane.core.activations import TokenGrid
+from nearplane.formats import FORMATS
 from nearplane.formats.read import open_checkpoint
-from nearplane.models import inputs as classes
-from nearplane.models.locate import BAD_CONFIG
 from nearplane.models.source import open_skeleton
 
-SECONDS = 120
-# What transformers, or a model's own code, raises where it does not load or run.
-RAISED = (*classes.FORWARD_ERRORS, *BAD_CONFIG, OSError, ImportError, NearplaneError)
-PLAIN, DENSE, NO = "as it is", "dequantize=True", "no"
+ROOT = Path(__file__).resolve().parents[1]
+RECORD, PAGE = ROOT / "runs" / "engines.jsonl", ROOT / "docs" / "engines.md"
+RUNNERS = ROOT / "runs" / "engines"
+# Names of environments and runners, where they are not the engine's own.
+ENVIRONMENTS = {"llama.cpp": "llama", "onnxruntime-genai": "onnxruntime"}
+COLUMNS = ("vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai")
+# Mean difference of log-probabilities that an arithmetic explains. Those of tiny random models spread by about 0.5.
+EXACT, ROUNDED = 1e-3, 0.05
+NATIVE = {"kernels": "native"}
+CT, GPTQ1, GPTQ2 = "compressed-tensors", "gptq", "gptq_v2"
 
 
-def types(table: Path) -> list[str]:
-    """The types of the first table in ``runs/models.md``: those that pass its round trip."""
-    lines = table.read_text().partition("## What does not work")[0].splitlines()
-    return [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:]
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, and the engines that are given it."""
+
+    model: str
+    """A name of ``models``."""
+    format: str
+    bits: int
+    group: int
+    sym: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further settings of ``nearplane.quantize``."""
+    more: str = ""
+    """What the settings are, in words."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the vLLM runner; those of its reference products where none are given."""
+    engines: tuple[str, ...] = ("vllm", "transformers")
+
+    @property
+    def name(self) -> str:
+        """Name the case in words, as the record has it."""
+        grid = f"{self.bits} bits{'' if self.sym else ' asymmetric'}, {'rows' if self.group == -1 else f'groups of {self.group}'}"
+        return f"{self.model} | {self.format} | {grid}{self.more and f', {self.more}'}"
 
 
-def measure(kind: str, folder: Path) -> dict[str, Any]:
-    """One row: how transformers loads a checkpoint of this type, and what was said of it before."""
-    found = tiny_models.tiny_model(kind, folder)
-    if found.step != "runs":
-        return {"type": kind, "skipped": f"no tiny model runs ({found.step})"}
-    model = saved(found, folder)
-    try:
-        nearplane.quantize(folder / "model", folder / "out", method=RTN(), grid=Grid(4, -1), progress=False, force=True)
-    except NearplaneError as error:
-        return {"type": kind, "skipped": str(error).replace(str(folder), "")[:120]}
-    said = verdict("transformers", described(open_checkpoint(folder / "out"), open_skeleton(folder / "out")[1]))
-    row: dict[str, Any] = {"type": kind, "class": type(model).__name__}
-    row["said"] = NO if said.refusals else DENSE if any(DENSE in caveat for caveat in said.caveats) else PLAIN
-    wanted = features(nearplane.load(folder / "out", packed=False), folder / "model")
-    ways: dict[str, dict[str, Any]] = {
-        PLAIN: {},
-        DENSE: {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)},
-    }
-    for way, options in ways.items():
-        row[way] = tried(type(model), folder / "out", options, wanted).replace(str(folder), "")
-    row["works"] = next((way for way in ways if row[way] == "equal"), NO)
-    return row
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 192, "vocab_size": 128, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 192, "n_positions": 64, "rotary_dim": 32,
+    "ffn_dim": 192, "word_embed_proj_dim": 128, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 64,
+    "tie_word_embeddings": False, "moe_intermediate_size": 64, "shared_intermediate_size": 64, "num_local_experts": 4,
+    "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 64, "first_k_dense_replace": 1, "mamba_d_state": 16, "sliding_window": 8,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": 32,
+    "kv_lora_rank": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+HYBRID = {"layer_types": ["attention", "mamba"], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1}
+# Kinds of models: a type, what differs from SIZES, and what the kind stands for.
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama", {}, "gate and up, fewer key heads"),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, "a tied head"),
+    "llama, 192 wide": (
+        "llama", {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 288}, "sizes 256 does not divide",
+    ),
+    "qwen2": ("qwen2", {}, "biases"),
+    "qwen3": ("qwen3", {}, "norms of queries and keys"),
+    "mistral": ("mistral", {}, "a sliding window"),
+    "gemma2": ("gemma2", {}, "soft caps, windows in every other layer"),
+    "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, "windows, two rotary bases"),
+    "phi3": ("phi3", {}, "stored fused: qkv, gate and up"),
+    "gpt_neox": ("gpt_neox", {}, "stored fused: qkv by heads; biases"),
+    "opt": ("opt", {}, "learned positions, biases"),
+    "starcoder2": ("starcoder2", {}, "no gate, biases"),
+    "stablelm": ("stablelm", {}, "partial rotary"),
+    "olmo2": ("olmo2", {}, "norms behind"),
+    "cohere": ("cohere", {"tie_word_embeddings": True}, "attention beside the MLP"),
+    "granite": ("granite", {}, "multipliers"),
+    "smollm3": ("smollm3", {}, "layers without rotary"),
+    "gptj": ("gptj", {}, "attention beside the MLP"),
+    "bloom": ("bloom", {}, "stored fused: qkv by heads; ALiBi"),
+    "mpt": ("mpt", {}, "ALiBi"),
+    "mixtral": ("mixtral", {"intermediate_size": 64}, "experts w1, w3, w2"),
+    "qwen3_moe": ("qwen3_moe", {}, "experts"),
+    "qwen2_moe": ("qwen2_moe", {}, "experts, a shared one"),
+    "olmoe": ("olmoe", {"intermediate_size": 64}, "experts"),
+    "deepseek_v2": ("deepseek_v2", LATENT, "experts, latent attention"),
+    "glm4_moe": ("glm4_moe", {}, "experts, shared ones"),
+    "phimoe": ("phimoe", {"intermediate_size": 64}, "experts w1, w3, w2"),
+    "granitemoe": ("granitemoe", {"intermediate_size": 64}, "experts stored fused"),
+    "granitemoeshared": ("granitemoeshared", {"intermediate_size": 64}, "experts stored fused, a shared one"),
+    "granitemoehybrid": ("granitemoehybrid", {"intermediate_size": 64, **HYBRID}, "experts stored fused, Mamba 2"),
+    "gpt_oss": ("gpt_oss", {"intermediate_size": 64}, "experts stored fused, biases"),
+    "jamba": ("jamba", {"intermediate_size": 64}, "experts, Mamba"),
+}  # fmt: skip
+FAMILIES = tuple(MODELS)[1:]
+EXPERTS = r"experts\."
 
 
-def tried(kind: Any, folder: Path, options: dict[str, Any], wanted: dict[str, torch.Tensor]) -> str:
-    """Load by transformers; "equal", or what was wrong."""
-    try:
-        loaded = kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
-        found = features(loaded, folder.parent / "model")
-    except RAISED as error:  # the finding
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
-    errors = [float((found[name] - value).norm() / value.norm()) for name, value in wanted.items()]
-    return "equal" if max(errors) < 1e-3 else f"other numbers, apart by {max(errors):.2g}"
-
-
-def apart(kind: str) -> dict[str, Any]:
-    """``measure`` in a process of its own, ended after a while."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, child = Path(folder) / "row.json", os.fork()
-        if child == 0:
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            row: dict[str, Any] = {"type": kind, "skipped": "over the limit of time"}
-            try:
-                row = measure(kind, Path(folder))
-            except RAISED as error:  # a tiny model that cannot be built or run is runs/models.py's subject
-                reason = (str(error).strip().splitlines() or [""])[0].replace(folder, "")[:120]
-                row = {"type": kind, "skipped": f"{type(error).__name__}: {reason}"}
-            finally:
-                path.write_text(json.dumps(row))
-                os._exit(0)
-        os.waitpid(child, 0)
-        found: dict[str, Any] = (
-            json.loads(path.read_text()) if path.exists() else {"type": kind, "skipped": "ended early"}
-        )
-        return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The page."""
-    done = [row for row in rows if "skipped" not in row]
-    count = {way: sum(row["works"] == way for row in done) for way in (PLAIN, DENSE, NO)}
-    wrong = [row for row in done if row["said"] != row["works"]]
-    lines = [
-        "# Quantized model types in transformers",
-        "",
-        f"Generated by `python runs/engines.py` with transformers {transformers.__version__} and compressed-tensors",
-        f"{version('compressed-tensors')}: {len(done)} model types as tiny random models of 4 bits, one scale per row.",
-        f"transformers loads {count[PLAIN]} of them as they are, {count[DENSE]} more with",
-        f"`quantization_config=CompressedTensorsConfig(dequantize=True)`, and {count[NO]} not. To load means that the model",
-        "computes what nearplane's dense model does, within a thousandth.",
-        f"`nearplane verify --engine transformers` says something else of {len(wrong)} types, which are marked.",
-        "",
-        "| model type | class | loads | said before | as it is | with dequantize=True |",
-        "|---|---|---|---|---|---|",
+def cases() -> list[Case]:
+    """All cases: every grid on one model, then every kind of model at 4 bits."""
+    made = [Case("llama", CT, bits, 32, sym) for bits in range(2, 9) for sym in (True, False)]
+    made += [Case("llama", CT, 4, group, sym, options=NATIVE) for group in (32, 64, -1) for sym in (True, False)]
+    made = [case for case in made if case.bits != 4 or case.options]
+    made += [Case("llama, 192 wide", CT, 4, 96, options=NATIVE), Case("llama, 192 wide", GPTQ1, 4, 96)]
+    made += [Case("llama", GPTQ1, bits, 32) for bits in (2, 3, 8)] + [Case("llama", GPTQ1, 4, 32, options=NATIVE)]
+    made += [
+        Case("llama", GPTQ2, 4, 32, options=NATIVE),
+        Case("llama", GPTQ2, 4, 32, False),
+        Case("llama", GPTQ2, 8, 32, False),
     ]
-    for row in sorted(done, key=lambda row: (row["works"] == PLAIN, str(row["type"]))):
-        if row["works"] == PLAIN and row not in wrong:
-            continue
-        cells = [row["type"], row["class"], row["works"], row["said"] + " (!)" * (row in wrong), row[PLAIN], row[DENSE]]
-        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
-    rest = [str(row["type"]) for row in done if row["works"] == PLAIN and row not in wrong]
-    lines += ["", f"As they are, as was said: {', '.join(sorted(rest))}.", ""]
-    skipped = [row for row in rows if "skipped" in row]
-    if skipped:
-        named = "; ".join(f"{row['type']} ({row['skipped']})".replace("|", "/") for row in skipped)
-        lines += [f"Not tried: {named}.", ""]
-    return "\n".join(lines)
+    made += [Case("llama, 192 wide", CT, 4, 128, more="a tail group")]
+    made += [
+        Case("llama", format, 4, 32, settings={"override": {"down_proj": {"bits": 8}}}, more="down_proj 8 bits")
+        for format in (CT, GPTQ1)
+    ]
+    exact = {"kernels": "native", "dtype": "float32"}
+    for bits, group, sym, options in (
+        (8, -1, True, exact),
+        (4, 32, True, NATIVE),
+        (8, -1, False, NATIVE),
+        (8, 32, True, NATIVE),
+    ):
+        for tokens in (True, False):
+            rounded = {"act_bits": 8, "act_sym": tokens}
+            words = f"8-bit activations{'' if tokens else ' asymmetric'}"
+            made.append(Case("llama", CT, bits, group, sym, rounded, words, options))
+    made += [
+        Case("llama", CT, 3, 32, True, {"act_bits": 8}, "8-bit activations", NATIVE),
+        Case("llama", CT, 4, 32, True, {"act_bits": 4}, "4-bit activations", NATIVE),
+    ]
+    for model in FAMILIES:
+        made += [Case(model, format, 4, 32) for format in (CT, GPTQ1)]
+    for model in ("mixtral", "granitemoe", "olmoe"):
+        made += [Case(model, CT, 3, 32), Case(model, CT, 4, 32, False), Case(model, CT, 8, 32, False)]
+        for format in (CT, GPTQ1):
+            made.append(
+                Case(model, format, 4, 32, settings={"override": {EXPERTS: {"bits": 8}}}, more="experts 8 bits")
+            )
+    for model in ("mixtral", "granitemoe", "olmoe", "gpt_oss"):
+        for format in (CT, GPTQ1):
+            made.append(Case(model, format, 4, 32, settings={"ignore": [EXPERTS]}, more="experts dense"))
+            first = {"ignore": [rf"layers\.0\..*{EXPERTS}"]}
+            made.append(Case(model, format, 4, 32, settings=first, more="experts of the first layer dense"))
+    made += [
+        Case("jamba", CT, 4, 32, settings={"ignore": ["mamba"]}, more="Mamba dense"),
+        Case("bloom", CT, 4, 32, settings={"ignore": ["query_key_value"]}, more="query_key_value dense"),
+    ]
+    made += [Case("llama", "awq", 4, 32, False, engines=("vllm", "mlx", "onnxruntime-genai"))]
+    made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 6, 8)]
+    made += [Case("llama", GPTQ1, bits, 32, engines=("onnxruntime-genai",)) for bits in (2, 4, 8)]
+    return [case for case in made if case.format in FORMATS]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("--rows", type=Path, default=Path(__file__).parent / "engines.jsonl")
-    parser.add_argument("--table", type=Path)
-    args = parser.parse_args()
+def build(name: str, folder: Path) -> Path:
+    """Save a random model of a kind, whose weights are large enough that its layers do something."""
+    kind, changes, _ = MODELS[name]
+    default = transformers.AutoConfig.for_model(kind)
+    sizes = {key: value for key, value in {**SIZES, **changes}.items() if hasattr(default, key)}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "experts" in parameter_name and "shared" not in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+            elif parameter.dim() == 2:
+                parameter.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def python_of(engine: str) -> Path | None:
+    """Find the interpreter of an engine's environment; None: there is none."""
+    name = ENVIRONMENTS.get(engine, engine)
+    found = Path(os.environ.get("NEARPLANE_ENGINES", ROOT / ".engines")) / name / "bin" / "python"
+    return found if found.exists() else None
+
+
+def tokens() -> list[list[int]]:
+    """Two sequences of 24 tokens."""
+    return torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def tried(engine: str, made: list[tuple[Case, Path]], folder: Path) -> list[dict[str, Any]]:
+    """Run an engine on checkpoints, and give a row for each."""
+    python = python_of(engine)
+    assert python is not None
+    ids = folder / "ids.json"
+    ids.write_text(json.dumps(tokens()))
+    rows, groups = list[dict[str, Any]](), dict[str, list[tuple[Case, Path, Path]]]()
+    for i, (case, checkpoint) in enumerate(made):
+        options = (case.options or {"kernels": "float32"}) if engine == "vllm" else {}
+        if engine == "transformers" and not case.sym and case.format == CT:
+            options = {"dequantize": True}
+        groups.setdefault(json.dumps(options), []).append((case, checkpoint, folder / f"{engine}-{i}.npz"))
+    for options, some in groups.items():
+        triples = [str(word) for _, checkpoint, out in some for word in (checkpoint, ids, out)]
+        runner = RUNNERS / f"{ENVIRONMENTS.get(engine, engine)}.py"
+        log = folder / f"{engine}.log"
+        with log.open("ab") as file:
+            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+            command = [str(python), str(runner), "--options", options, *triples]
+            subprocess.run(command, stdout=file, stderr=file, check=False, env=environment)
+        rows += [row_of(engine, case, checkpoint, out) for case, checkpoint, out in some]
+    return rows
+
+
+def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Compare an engine's answer with nearplane's, and describe the checkpoint for ``verdict``."""
+    opened = described(open_checkpoint(checkpoint), open_skeleton(checkpoint)[1])
+    row = {"case": case.name, "engine": engine, "kind": MODELS[case.model][2], "described": told(opened)}
+    row |= {"format": case.format, "bits": case.bits, "sym": case.sym, "group": case.group, "more": case.more}
+    if not out.exists():
+        return {**row, "version": "", "outcome": "refused", "reason": "the engine ended without an answer"}
+    with np.load(out) as answer:
+        about = json.loads(str(answer["about"]))
+        first = next(iter(about["versions"].items()))
+        row |= {"version": " ".join(first), "versions": about["versions"], "arithmetic": about["arithmetic"]}
+        if "refused" in about:
+            return {**row, "outcome": "refused", "reason": about["refused"].replace(str(checkpoint.parent), "")}
+        logprobs, greedy = answer["logprobs"], answer["greedy"]
+    model, ids = nearplane.load(checkpoint, arithmetic="exact"), torch.tensor(tokens())
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).numpy()
+    off = np.abs(expected - logprobs[..., : expected.shape[-1]])
+    last = expected[:, -1]
+    behind = (
+        last.max(-1) - last[np.arange(len(last)), greedy[:, 0]]
+    )  # 0, unless two tokens are as likely as the noise is large
+    agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= ROUNDED
+    row |= {"mean": float(f"{off.mean():.2g}"), "max": float(f"{off.max():.2g}")}
+    return {**row, "outcome": "ran" if agrees else "garbage"}
+
+
+def told(found: Described) -> dict[str, Any]:
+    """Write down what ``verdict`` looks at."""
+    weights = [
+        {
+            "bits": w.grid.storage_bits, "group_size": w.grid.group_size, "sym": w.grid.sym, "shape": list(w.shape),
+            "activations": None if w.activations is None else asdict(w.activations),
+        }
+        for w in found.weights
+    ]  # fmt: skip
+    model = None if found.model is None else {**asdict(found.model), "parts": sorted(found.model.parts)}
+    return {
+        "format": found.format,
+        "weights": weights,
+        "model": model,
+        "online": found.online,
+        "ordered": found.ordered,
+    }
+
+
+def described_of(row: dict[str, Any]) -> Described:
+    """Read ``told`` back."""
+    held = row["described"]
+    weights = tuple(
+        Weight(
+            Grid(w["bits"], w["group_size"], w["sym"]), tuple(w["shape"]),
+            None if w["activations"] is None else TokenGrid(**w["activations"]),
+        )
+        for w in held["weights"]
+    )  # fmt: skip
+    facts = held["model"]
+    model = (
+        None
+        if facts is None
+        else Model(**{**facts, "parts": frozenset(facts["parts"]), "renamed": tuple(facts["renamed"])})
+    )
+    return Described(held["format"], weights, model, held["online"], held["ordered"])
+
+
+def disagreement(row: dict[str, Any]) -> str | None:
+    """Tell that the verdict says something else than what happened; None where it does not."""
+    said: Verdict = verdict(row["engine"], described_of(row))
+    if bool(said.refusals) == (row["outcome"] != "ran"):
+        return None
+    happened = row["outcome"] + (f" ({row['reason']})" if "reason" in row else "")
+    return f"{row['engine']}, {row['case']}: {happened}, but the verdict is: {said}"
+
+
+def run(engines: list[str], wanted: str) -> Iterable[dict[str, Any]]:
+    """Build, quantize, run and compare the cases whose names match, engine by engine."""
+    chosen = [case for case in cases() if re.search(wanted, case.name)]
+    with tempfile.TemporaryDirectory(prefix="engines-") as place:
+        folder = Path(place)
+        for engine in engines:
+            made = []
+            for i, case in enumerate(case for case in chosen if engine in case.engines):
+                if engine == "transformers" and case.format != CT:
+                    continue  # by optimum and gptqmodel, which are not in its environment
+                source, out = folder / case.model.replace(" ", "_"), folder / f"{engine}-{i}"
+                if not source.exists():
+                    build(case.model, source)
+                grid = Grid(case.bits, case.group, case.sym)
+                settings = {"method": RTN(), "grid": grid, "format": case.format, "progress": False}
+                try:
+                    nearplane.quantize(source, out, **settings, **case.settings)
+                except nearplane.NearplaneError as error:
+                    print(f"left out: {case.name}: {str(error).replace(place, '')[:150]}", flush=True)
+                    continue
+                made.append((case, out))
+            yield from tried(engine, made, folder)
+
+
+def read() -> list[dict[str, Any]]:
+    """Read the record."""
+    return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+
+
+def ran(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """List, by engine, the kinds of weights that were run, with the version; a refusal counts as run."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for kind in described_of(row).kinds:
+            found.setdefault(row["engine"], {})[kind] = row["version"]
+    return {engine: dict(sorted(kinds.items())) for engine, kinds in sorted(found.items())}
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Write a cell of the table."""
+    if row is None:
+        return "not run here"
+    if row["outcome"] == "ran":
+        reference = ", products by a reference" if "reference" in row["arithmetic"] else ""
+        return f"ran: log-probabilities differ by {row['mean']:.1g}{reference}"
+    if row["outcome"] == "garbage":
+        return "loads, and computes something else"
+    return "refused: " + re.sub(r"\s+", " ", row["reason"]).replace("|", "/")[:110]
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Write docs/engines.md."""
+    sys.path.insert(0, str(ROOT / "runs"))
+    types = __import__("transformers_types")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["case"], {})[row["engine"]] = row
+    columns = [engine for engine in COLUMNS if any(engine in some for some in found.values())]
+    versions = {
+        engine: sorted({row["version"] for row in rows if row["engine"] == engine and row["version"]})
+        for engine in columns
+    }
+    heads = [f"{engine}: {', '.join(versions[engine])}" for engine in columns]
+    lines = [*(RUNNERS / "page.md").read_text().rstrip().splitlines(), "", "<!-- engines -->"]
+    lines += [f"| model | format | weights | {' | '.join(heads)} |", "|---" * (3 + len(columns)) + "|"]
+    for case, some in found.items():
+        model, format, grid = case.split(" | ")
+        kind = next(iter(some.values()))["kind"]
+        cells = [cell(some.get(engine)) for engine in columns]
+        lines.append(f"| {model} ({kind}) | {format} | {grid} | {' | '.join(cells)} |")
+    stored = [json.loads(line) for line in (ROOT / "runs" / "transformers_types.jsonl").read_text().splitlines()]
+    lines += ["", "## Model types in plain transformers", "", types.table(stored)]
+    return "\n".join(lines).rstrip() + "\n<!-- engines -->\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("run", "check", "table"))
+    parser.add_argument("--engines", nargs="*", default=list(COLUMNS))
+    parser.add_argument("--cases", default="")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    for kind in args.types or types(Path(__file__).parent / "models.md"):
-        if kind not in {row["type"] for row in rows}:
-            rows.append(apart(kind))
-            with args.rows.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(kind, rows[-1].get("works", rows[-1].get("skipped")), flush=True)
-    if args.table is not None:
-        args.table.write_text(table(rows))
+    rows, wrong = read(), list[str]()
+    if args.step != "table":
+        here = [engine for engine in args.engines if python_of(engine) is not None]
+        for engine in sorted(set(args.engines) - set(here)):
+            print(f"{engine}: not run here, there is no environment (make engines)", flush=True)
+        for row in run(here, args.cases):
+            reason = disagreement(row)
+            wrong += [] if reason is None else [reason]
+            print(
+                f"{row['engine']:<14} {row['case']}: {cell(row)}{'' if reason is None else '   <- not the verdict'}",
+                flush=True,
+            )
+            key = (row["case"], row["engine"])
+            places = {(old["case"], old["engine"]): i for i, old in enumerate(rows)}
+            rows = (
+                [*rows, row] if key not in places else [row if i == places[key] else old for i, old in enumerate(rows)]
+            )
+    if args.step == "run":
+        order = {case.name: i for i, case in enumerate(cases())}
+        rows.sort(key=lambda row: (order.get(row["case"], len(order)), COLUMNS.index(row["engine"])))
+        RECORD.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if args.step != "check":
+        RAN.write_text(json.dumps(ran(rows), indent=1) + "\n")
+        PAGE.write_text(page(rows))
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

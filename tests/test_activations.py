@@ -169,7 +169,10 @@ def test_what_formats_and_engines_cannot_say(model, tmp_path, capsys):
     run(model, tmp_path / "w8a8", method=RTN(), activations=TokenGrid(8))
     assert nearplane.verify(tmp_path / "w8a8", "vllm").ok
     run(model, tmp_path / "w4a8", method=RTN(), grid=Grid(bits=4, group_size=16), activations=TokenGrid(8))
-    assert "leave activations as they are" in str(nearplane.verify(tmp_path / "w4a8", "vllm"))
+    checked = nearplane.verify(tmp_path / "w4a8", "vllm")
+    assert checked.ok and "another rule" in str(checked)
+    run(model, tmp_path / "groups", method=RTN(), grid=Grid(bits=8, group_size=16), activations=TokenGrid(8))
+    assert "one scale per row" in str(nearplane.verify(tmp_path / "groups", "vllm").problems)
     with pytest.raises(NearplaneError, match="input_activations"):
         nearplane.convert(tmp_path / "w8a8", tmp_path / "c", "gptq")
     assert main(["quantize", str(model), str(tmp_path / "d"), "--act-clip", "0.9"]) == 2

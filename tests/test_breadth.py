@@ -246,7 +246,7 @@ def test_a_plan_of_one_tower_and_what_loads_it(kind: str, tower: str, tmp_path: 
     """The last block has nothing to solve; engines are said to load what was looked up."""
     found = forecast(tiny.save(tiny.build(kind), tmp_path / "model"), grid=GRID, method=GPTQ(), towers=tower)
     assert sum(found.seconds.values()) > 0
-    said = {engine: f"{no} {but}" for engine, no, but in found.engines()}
+    said = {engine: str(judged) for engine, judged in found.engines().items()}
     assert "was not looked up" in said["vllm"] and ("dequantize=True" in said["transformers"]) == (kind == "t5")
 
 

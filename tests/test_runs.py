@@ -367,5 +367,5 @@ def test_a_type_in_transformers(kind: str, works: str, tmp_path: Path, monkeypat
     """The verdict before is what happens."""
     monkeypatch.delitem(sys.modules, "models", raising=False)  # the folder of that name here
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "runs"))
-    row = script("engines.py")["measure"](kind, tmp_path)
+    row = script("transformers_types.py")["measure"](kind, tmp_path)
     assert (row["said"], row["works"]) == (works, works) and row["dequantize=True"] == "equal", row

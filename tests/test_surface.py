@@ -48,6 +48,7 @@ SHORT = (
         "run/walk.py": "the walk is read by itself",
         "runtime/reference.py": "the kernel in plain torch, which others are tested against",
         "runtime/triton.py": "what can be asked without importing Triton",
+        "checkpoint/engines/others.py": "three engines of which little is known",
         "models/values.py": "plain questions about tensors, apart from how they are read",
         "transforms/hooks.py": "rotations that run, needed where a checkpoint is loaded",
     }

@@ -5,6 +5,7 @@ Each part is read and packed, and shards of the usual size are written beside th
 the index are safe.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -184,6 +185,8 @@ def left_out(model: nn.Module, names: Mapping[str, str], quantized: set[str], st
         ignore += [name for name in bare_linears(model.config) if not {name, prefix + name} & {*quantized, *ignore}]
     # Routers that are no linears here are linears in engines, by their names on disk.
     others = {*on_disk, *(name for some in unowned(model, names, stored).values() for name in some)}
+    # vLLM asks for one expert of fused ones, by a name that differs between its classes: w1, gate_proj.
+    others |= {f"re:^{re.escape(name)}\\." for name in others if name.endswith("experts")}
     others |= {name.removesuffix(".weight") for name in routing(model, names)}
     return ignore + sorted(others - set(ignore))
 

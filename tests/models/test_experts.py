@@ -1,5 +1,7 @@
 """Experts taken apart: what a model computes stays the same, every expert is a site, and every checkpoint loads."""
 
+import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from nearplane import RTN, Grid
 from nearplane.checkpoint.verify import verify
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import dequantize
+from nearplane.formats.read import open_checkpoint
 from nearplane.formats.store import Store
 from nearplane.models.discover import discover
 from nearplane.models.experts import EXPERT, Experts, experts_of, routers, set_visit
@@ -183,6 +186,42 @@ def test_a_layer_whose_experts_stay_dense_stays_fused(tmp_path: Path) -> None:
     packed, dense = (nearplane.load(tmp_path / "out", packed=p, arithmetic="exact") for p in (True, False))
     near(logits(packed), logits(dense), sums=96)
     assert verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe", "mixtral"])
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_dense_experts_are_left_out_by_every_name_that_engines_ask_for(kind: str, format: str, tmp_path: Path) -> None:
+    """vLLM asks for expert 0 by names on disk, or of a class's own, and for the module that holds all experts."""
+    folder = tiny.save(tiny.build_mixture(kind), tmp_path / "m")
+    ignore = [r"layers\.0\..*experts"]
+    grid = Grid(bits=4, group_size=32)
+    nearplane.quantize(folder, tmp_path / "out", method=RTN(), grid=grid, ignore=ignore, format=format, progress=False)
+    opened = open_checkpoint(tmp_path / "out")
+    parent = "mlp" if kind == "gpt_oss" else "block_sparse_moe"
+    asked = {"mixtral": ("w1", "w3", "w2"), "gpt_oss": ("w1", "gate_proj"), "granitemoe": ("gate_proj", "down_proj")}[
+        kind
+    ]
+    for layer, dense in ((0, True), (1, False)):
+        module = f"model.layers.{layer}.{parent}.experts"
+        names = [module] if format == "gptq" else [f"{module}.0.{leaf}" for leaf in asked]
+        assert all(opened.expects({name}, "Linear") != dense for name in names), (layer, names)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_gptq_of_several_grids_has_a_rule_for_the_experts_as_engines_fuse_them(kind: str, tmp_path: Path) -> None:
+    """vLLM asks for the grid of a layer's experts by the name of the module that holds them all."""
+    folder = tiny.save(tiny.build_mixture(kind, moe_intermediate_size=64), tmp_path / "m")
+    settings: dict[str, Any] = {"method": RTN(), "grid": Grid(4, 32), "format": "gptq", "progress": False}
+    nearplane.quantize(folder, tmp_path / "out", override={"experts": {"bits": 8}}, **settings)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    parent = "mlp" if kind == "qwen3_moe" else "block_sparse_moe"
+    for layer in range(2):
+        module = f"model.layers.{layer}.{parent}.experts"
+        rules = [change for rule, change in config["dynamic"].items() if re.match(rule.removeprefix("+:"), module)]
+        assert (rules[0]["bits"] if rules else config["bits"]) == 8
+        attention = f"model.layers.{layer}.self_attn.qkv_proj"
+        rules = [change for rule, change in config["dynamic"].items() if re.match(rule.removeprefix("+:"), attention)]
+        assert (rules[0]["bits"] if rules else config["bits"]) == 4
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
