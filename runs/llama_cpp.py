@@ -113,8 +113,8 @@ def main() -> None:
         original, base = folder / "f16.gguf", folder / "base.bin"
         tool(given.bin, "llama-quantize", "--allow-requantize", demo_template(), original, "F16")
         tool(
-            given.bin, "llama-perplexity", "-m", original, "-f", given.test, "-c", LENGTH, "--chunks", WINDOWS, "-t", given.threads,
-            "--kl-divergence-base", base,
+            given.bin, "llama-perplexity", "-m", original, "-f", given.test, "-c", LENGTH, "--chunks", WINDOWS,
+            "-t", given.threads, "--kl-divergence-base", base,
         )  # fmt: skip
         for number in given.draws:
             file, ids = draw(text, number, folder)
@@ -132,8 +132,11 @@ def main() -> None:
                         made = out
                     else:
                         made = ours(cell, row, ids, out)
-                    found = {"cell": cell, "row": row, "draw": number, "bytes": made.stat().st_size,
-                             "seconds": round(time.perf_counter() - start, 1), "llama.cpp": version[1] if version else "unknown"}  # fmt: skip
+                    found = {"cell": cell, "row": row, "draw": number, "bytes": made.stat().st_size}
+                    found |= {
+                        "seconds": round(time.perf_counter() - start, 1),
+                        "llama.cpp": version[1] if version else "",
+                    }
                     done.append(found | score(given.bin, made, base, given.test, given.threads))
                     with given.out.open("a") as lines:
                         lines.write(json.dumps(done[-1]) + "\n")
