@@ -144,9 +144,8 @@ def main() -> None:
     for cell, row in dict.fromkeys((some["cell"], some["row"]) for some in done):
         same = [some for some in done if (some["cell"], some["row"]) == (cell, row)]
         means = {key: statistics.mean(some[key] for some in same) for key in SCORES}
-        print(
-            f"| {cell} | {row} | {same[0]['bytes']} | {means['kl']:.3f} | {means['perplexity']:.2f} | {means['top1']:.1f}% | {len(same)} |"
-        )
+        scores = f"{means['kl']:.3f} | {means['perplexity']:.2f} | {means['top1']:.1f}%"
+        print(f"| {cell} | {row} | {same[0]['bytes']} | {scores} | {len(same)} |")
 
 
 if __name__ == "__main__":
