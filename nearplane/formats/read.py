@@ -85,15 +85,14 @@ class Checkpoint:
         return (decoded.codes.to(work) - decoded.zero.to(work)[:, decoded.group]).mul_(scale).to(dtype)
 
     def decode(self, prefix: str) -> tuple[StoredLayer, Decoded]:
-        """Read a layer, its groups in whatever order. Raises NearplaneError if a scale is not finite."""
+        """Read a layer, its groups in whatever order. Raises NearplaneError if a scale or an offset is not finite."""
         if prefix not in self.layers or self.reader is None:
             raise NearplaneError(f"{self.store.folder} holds no quantized layer named {prefix}.")
         layer = self.layers[prefix]
         decoded = self.reader.unpack(self.store, layer)
-        if not bool(decoded.scale.isfinite().all() and decoded.zero.isfinite().all()):
-            raise NearplaneError(
-                f"{prefix} in {self.store.folder} has scales or offsets that are not finite; it is damaged."
-            )
+        for part, value in (("scales", decoded.scale), ("offsets", decoded.zero)):
+            if not bool(value.isfinite().all()):
+                raise NearplaneError(f"{prefix} in {self.store.folder} has {part} that are not finite; it is damaged.")
         return layer, decoded
 
 
