@@ -257,9 +257,18 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
     behind = (
         last.max(-1) - last[np.arange(len(last)), greedy[:, 0]]
     )  # 0, unless two tokens are as likely as the noise is large
-    agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= ROUNDED
+    agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= tolerance(case, about["arithmetic"])
     row |= {"mean": float(f"{off.mean():.2g}"), "max": float(f"{off.max():.2g}")}
     return {**row, "outcome": "ran" if agrees else "garbage"}
+
+
+def tolerance(case: Case, arithmetic: str) -> float:
+    """Give the mean difference of log-probabilities that an arithmetic explains.
+
+    Deepseek's latent attention in vLLM differs by 0.01 and more from transformers' for the dense model, too.
+    """
+    plain = "float32" in arithmetic and "rounded" not in arithmetic
+    return EXACT if plain and "activations" not in case.more and case.model != "deepseek_v2" else ROUNDED
 
 
 def told(found: Described) -> dict[str, Any]:
