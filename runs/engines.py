@@ -348,11 +348,18 @@ def read() -> list[dict[str, Any]]:
 
 
 def ran(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """List, by engine, the kinds of weights that were run, with the version; a refusal counts as run."""
+    """List, by engine, the kinds of weights that were run, with the version; a refusal counts as run.
+
+    Where the products of no row of a kind were the engine's own, the version says so.
+    """
     found: dict[str, dict[str, str]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: "reference" not in row.get("arithmetic", "")):  # the engine's own come last
+        reference = (
+            " (its loader, with the products of a reference)" if "reference" in row.get("arithmetic", "") else ""
+        )
         for kind in described_of(row).kinds:
-            found.setdefault(row["engine"], {})[kind] = row["version"]
+            if row["outcome"] != "refused" or kind not in found.get(row["engine"], {}):
+                found.setdefault(row["engine"], {})[kind] = row["version"] + reference
     return {engine: dict(sorted(kinds.items())) for engine, kinds in sorted(found.items())}
 
 
