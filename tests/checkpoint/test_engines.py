@@ -209,6 +209,8 @@ def test_models() -> None:
         )
     assert "merges or splits weights of Mixtral" in told("transformers", converts=True)
     assert "fills them at random" in told("transformers", experts=True)
+    assert "some stay dense" in told("transformers", merges=True, dense_experts=True)
+    assert "dense" not in told("transformers", dense_experts=True).replace("makes the weights dense", "")
     assert "without their zero points" in told("transformers", experts=True, merges=True, zeros=True)
     assert told("transformers", experts=True, merges=True) == told("transformers", experts=True, scaled=True)
     assert "dequantize=True" in told("transformers", initialises=True)
@@ -228,7 +230,8 @@ def test_classes_that_vllm_refuses() -> None:
     assert of_class("MptForCausalLM") == "vLLM 0.32 has no MptForCausalLM"
     for name in ("XLNetLMHeadModel", "XLMWithLMHeadModel", "ReformerModelWithLMHead", "xLSTMForCausalLM"):
         assert "has no" in of_class(name)
-    assert "as compressed-tensors it loads" in of_class("GPTJForCausalLM", "gptq")
+    for name in ("GPTJForCausalLM", "StableLmForCausalLM"):
+        assert "as compressed-tensors it loads" in of_class(name, "gptq") and of_class(name) == ""
     assert "--ignore query_key_value" in of_class("BloomForCausalLM", CT, "BloomAttention.query_key_value")
     assert "in dense form only" in of_class("JambaForCausalLM", CT, "JambaMambaMixer.in_proj", "JambaMLP.up_proj")
     assert (
