@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 OLD = ("LOG.md", "CHANGELOG.md")  # entries stay as they were written
-LONGEST_README = 140  # lines
+LONGEST_README = 150  # lines
 
 
 def without_code(text: str) -> str:

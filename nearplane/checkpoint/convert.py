@@ -137,13 +137,16 @@ def convert(
         else:
             with writer:
                 export(writer, target, rest, report if report.is_file() else None, weights, tick)
-    now = {grids[n].held_in for n, layer in checkpoint.layers.items() if layer.grid.held_in != grids[n].held_in}
-    scales = ", ".join(sorted(now)) or None
-    about = None if alone else companions(folder).note()
-    note = "; ".join(filter(None, (about, _rounded(moved, target)))) or None
+    note = "; ".join(filter(None, (None if alone else companions(folder).note(), _rounded(moved, target)))) or None
     types = None if placed is None else _told(placed, target, checkpoint, grids)
-    count = len(checkpoint.layers), len(checkpoint.dense)
+    count, scales = (len(checkpoint.layers), len(checkpoint.dense)), _new_dtypes(checkpoint, grids)
     return Conversion(str(path), str(out), before, target.name, *count, scales, note, types, moved)
+
+
+def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:
+    """Name the dtypes of scales that had another one; None where all have their own."""
+    now = {grids[n].held_in for n, layer in checkpoint.layers.items() if layer.grid.held_in != grids[n].held_in}
+    return ", ".join(sorted(now)) or None
 
 
 def pick_target(out: str | Path, format: str | Format | None, options: Mapping[str, Any]) -> Format:

@@ -16,7 +16,8 @@ from nearplane.checkpoint.engines import TITLES, check_engine, described, verdic
 from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
 from nearplane.checkpoint.packed import misfit
 from nearplane.core.errors import NearplaneError, some_of
-from nearplane.formats.base import conv1d_reason, fused, fused_names, grid_name
+from nearplane.formats.base import conv1d_reason, grid_name
+from nearplane.formats.fused import fused, fused_names
 from nearplane.formats.journal import unfinished
 from nearplane.formats.originals import strays, unexplained
 from nearplane.formats.read import Checkpoint, open_checkpoint

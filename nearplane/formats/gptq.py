@@ -23,7 +23,6 @@ from nearplane.formats.base import (
     check,
     collect,
     expect,
-    fused_names,
     group_of_columns,
     levels_reason,
     require,
@@ -34,6 +33,7 @@ from nearplane.formats.base import (
     tensors_of,
 )
 from nearplane.formats.bits import pack, unpack, unused_bits, words_of
+from nearplane.formats.fused import fused_names
 from nearplane.formats.store import Store
 
 WIDTHS = (2, 3, 4, 8)

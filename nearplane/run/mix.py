@@ -13,7 +13,8 @@ from typing import Any
 
 from nearplane.core.errors import NumericalError, SettingError, some_of
 from nearplane.core.grid import Grid
-from nearplane.formats.base import Format, fused, grid_name
+from nearplane.formats.base import Format, grid_name
+from nearplane.formats.fused import fused
 from nearplane.models.discover import Block, Site
 from nearplane.models.towers import chosen_towers
 from nearplane.run.job import Job, compiled

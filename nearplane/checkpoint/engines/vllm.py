@@ -146,6 +146,11 @@ def _judge_class(format: str, model: Model, found: Findings) -> None:
         found.refuse(
             f"vLLM 0.32 has the Mamba layers of {model.name} in dense form only: leave them dense, by --ignore 'mamba|mixer'"
         )
+    if model.name.startswith("Phimoe"):
+        found.note(
+            "vLLM 0.32 knows this class as PhiMoEForCausalLM; a tiny checkpoint whose architectures say "
+            "PhimoeForCausalLM was refused"
+        )
     if "BloomAttention.query_key_value" in model.parts:
         found.refuse(
             f"vLLM 0.32 splits query_key_value of {model.name} while loading, not a packed one: leave it dense, by "
