@@ -49,6 +49,7 @@ SHORT = (
         "runtime/reference.py": "the kernel in plain torch, which others are tested against",
         "runtime/triton.py": "what can be asked without importing Triton",
         "checkpoint/engines/others.py": "three engines of which little is known",
+        "formats/fused.py": "engines' names, which no format owns",
         "models/values.py": "plain questions about tensors, apart from how they are read",
         "transforms/hooks.py": "rotations that run, needed where a checkpoint is loaded",
     }

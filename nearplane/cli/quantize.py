@@ -24,7 +24,7 @@ EPILOG = "The method's own options are listed with --method NAME --help. docs/cl
 class Options:
     """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
 
-    --format gguf writes for llama.cpp, Ollama and LM Studio, --format mlx for MLX, gptq and awq for ONNX Runtime, too.
+    --format gguf writes a file for llama.cpp, Ollama and LM Studio; --format mlx a folder for MLX.
 
     Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
     What cannot fit into this machine is refused first; nearplane plan says why. OUT is complete when it has an index; a run
