@@ -22,10 +22,9 @@ EPILOG = "The method's own options are listed with --method NAME --help. docs/cl
 
 @dataclass(frozen=True)
 class Options:
-    """Quantize every linear of a model's blocks and write a checkpoint that vLLM, SGLang and transformers load.
+    """Quantize every linear of a model's blocks and write a checkpoint that engines load.
 
-    --format gguf writes a file for llama.cpp, Ollama and LM Studio; --format mlx a folder for MLX.
-
+    The default is for vLLM, SGLang and transformers, --format gguf for llama.cpp and Ollama, --format mlx for MLX.
     Calibrates block by block on a text, in the memory of one block, the hidden states and up to 4 GiB of activations.
     What cannot fit into this machine is refused first; nearplane plan says why. OUT is complete when it has an index; a run
     that was ended before (Ctrl-C, kill, a full disk) goes on with --resume.
