@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("qwen2", {}, "biases"),
     "qwen3": ("qwen3", {}, "norms of queries and keys"),
     "mistral": ("mistral", {}, "a sliding window"),
-    "gemma2": ("gemma2", {}, "soft caps, windows in every other layer"),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True}, "soft caps, windows in every other layer"),
     "gemma3": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, "windows, two rotary bases"),
     "phi3": ("phi3", {}, "stored fused: qkv, gate and up"),
     "gpt_neox": ("gpt_neox", {}, "stored fused: qkv by heads; biases"),
@@ -108,15 +108,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "granite": ("granite", {}, "multipliers"),
     "smollm3": ("smollm3", {}, "layers without rotary"),
     "gptj": ("gptj", {}, "attention beside the MLP"),
-    "bloom": ("bloom", {}, "stored fused: qkv by heads; ALiBi"),
+    "bloom": ("bloom", {"tie_word_embeddings": True}, "stored fused: qkv by heads; ALiBi"),
     "mpt": ("mpt", {}, "ALiBi"),
     "mixtral": ("mixtral", {"intermediate_size": 64}, "experts w1, w3, w2"),
     "qwen3_moe": ("qwen3_moe", {}, "experts"),
     "qwen2_moe": ("qwen2_moe", {}, "experts, a shared one"),
     "olmoe": ("olmoe", {"intermediate_size": 64}, "experts"),
     "deepseek_v2": ("deepseek_v2", LATENT, "experts, latent attention"),
-    "glm4_moe": ("glm4_moe", {}, "experts, shared ones"),
-    "phimoe": ("phimoe", {"intermediate_size": 64}, "experts w1, w3, w2"),
+    "glm4_moe": ("glm4_moe", {"head_dim": 32}, "experts, shared ones"),
     "granitemoe": ("granitemoe", {"intermediate_size": 64}, "experts stored fused"),
     "granitemoeshared": ("granitemoeshared", {"intermediate_size": 64}, "experts stored fused, a shared one"),
     "granitemoehybrid": ("granitemoehybrid", {"intermediate_size": 64, **HYBRID}, "experts stored fused, Mamba 2"),
@@ -173,7 +172,6 @@ def cases() -> list[Case]:
             first = {"ignore": [rf"layers\.0\..*{EXPERTS}"]}
             made.append(Case(model, format, 4, 32, settings=first, more="experts of the first layer dense"))
     made += [
-        Case("jamba", CT, 4, 32, settings={"ignore": ["mamba"]}, more="Mamba dense"),
         Case("bloom", CT, 4, 32, settings={"ignore": ["query_key_value"]}, more="query_key_value dense"),
     ]
     made += [Case("llama", "awq", 4, 32, False, engines=("vllm", "mlx", "onnxruntime-genai"))]
@@ -186,7 +184,7 @@ def build(name: str, folder: Path) -> Path:
     """Save a random model of a kind, whose weights are large enough that its layers do something."""
     kind, changes, _ = MODELS[name]
     default = transformers.AutoConfig.for_model(kind)
-    sizes = {key: value for key, value in {**SIZES, **changes}.items() if hasattr(default, key)}
+    sizes = {key: value for key, value in SIZES.items() if hasattr(default, key)} | changes
     config = transformers.AutoConfig.for_model(kind, **sizes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -259,9 +257,18 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
     behind = (
         last.max(-1) - last[np.arange(len(last)), greedy[:, 0]]
     )  # 0, unless two tokens are as likely as the noise is large
-    agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= ROUNDED
+    agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= tolerance(case, about["arithmetic"])
     row |= {"mean": float(f"{off.mean():.2g}"), "max": float(f"{off.max():.2g}")}
     return {**row, "outcome": "ran" if agrees else "garbage"}
+
+
+def tolerance(case: Case, arithmetic: str) -> float:
+    """Give the mean difference of log-probabilities that an arithmetic explains.
+
+    Deepseek's latent attention in vLLM differs by 0.01 and more from transformers' for the dense model, too.
+    """
+    plain = "float32" in arithmetic and "rounded" not in arithmetic
+    return EXACT if plain and "activations" not in case.more and case.model != "deepseek_v2" else ROUNDED
 
 
 def told(found: Described) -> dict[str, Any]:

@@ -228,7 +228,8 @@ def test_classes_that_vllm_refuses() -> None:
     assert of_class("MptForCausalLM") == "vLLM 0.32 has no MptForCausalLM"
     for name in ("XLNetLMHeadModel", "XLMWithLMHeadModel", "ReformerModelWithLMHead", "xLSTMForCausalLM"):
         assert "has no" in of_class(name)
-    assert "as compressed-tensors it loads" in of_class("GPTJForCausalLM", "gptq")
+    for name in ("GPTJForCausalLM", "StableLmForCausalLM"):
+        assert "as compressed-tensors it loads" in of_class(name, "gptq") and of_class(name) == ""
     assert "--ignore query_key_value" in of_class("BloomForCausalLM", CT, "BloomAttention.query_key_value")
     assert "in dense form only" in of_class("JambaForCausalLM", CT, "JambaMambaMixer.in_proj", "JambaMLP.up_proj")
     assert (

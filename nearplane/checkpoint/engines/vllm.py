@@ -17,6 +17,8 @@ SPLIT_BY_VLLM = ("GraniteMoe", "Llama4")
 HEADLESS_IN_VLLM = ("Gemma2", "Gemma3n", "Cohere")
 # Classes that vLLM loads without finding their experts: what it generates is garbage.
 GARBAGE_IN_VLLM = ("GptOss",)
+# Classes that do not say in vLLM 0.32 which linears they fuse: GPT-J and StableLM were run as GPTQ, and refused.
+UNNAMED_IN_VLLM = ("GPTJ", "StableLm", "HrmText")
 # Modules of the first Mamba, which vLLM has in no quantized form.
 MAMBA = "MambaMixer"
 # Classes for language that vLLM 0.32 neither lists nor runs by its Transformers backend; Mpt was run, and refused.
@@ -149,5 +151,7 @@ def _judge_class(format: str, model: Model, found: Findings) -> None:
             f"vLLM 0.32 splits query_key_value of {model.name} while loading, not a packed one: leave it dense, by "
             "--ignore query_key_value"
         )
-    if model.name.startswith("GPTJ") and format in GPTQS:
-        found.refuse(f"vLLM 0.32 does not load {model.name} as GPTQ; as compressed-tensors it loads")
+    if model.name.startswith(UNNAMED_IN_VLLM) and format in GPTQS:
+        found.refuse(
+            f"vLLM 0.32 finds no GPTQ weights of the linears that it fuses in {model.name}; as compressed-tensors it loads"
+        )
