@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 import transformers
@@ -32,8 +33,12 @@ from nearplane.checkpoint.engines import Described, Model, Verdict, Weight, desc
 from nearplane.checkpoint.engines.judge import RAN
 from nearplane.core.activations import TokenGrid
 from nearplane.formats import FORMATS
+from nearplane.formats.gguf.grids import grid_of, own_type
 from nearplane.formats.read import open_checkpoint
 from nearplane.models.source import open_skeleton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gguf_templates  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "runs" / "engines.jsonl", ROOT / "docs" / "engines.md"
@@ -68,6 +73,8 @@ class Case:
     @property
     def name(self) -> str:
         """Name the case in words, as the record has it."""
+        if self.format == "gguf":
+            return f"{self.model} | gguf | {self.settings['gguf_type']}"
         grid = f"{self.bits} bits{'' if self.sym else ' asymmetric'}, {'rows' if self.group == -1 else f'groups of {self.group}'}"
         return f"{self.model} | {self.format} | {grid}{self.more and f', {self.more}'}"
 
@@ -124,6 +131,32 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 FAMILIES = tuple(MODELS)[1:]
 EXPERTS = r"experts\."
+# The same kinds where llama.cpp computes what the real models of that kind say, and not what transformers' defaults say.
+GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}
+WINDOWS = ["sliding_attention"] * 5 + ["full_attention"]
+MULTIPLIERS = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 1.5}
+MODELS |= {
+    "llama, 256 wide": (
+        "llama", {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256}, "sizes 256 divides",
+    ),
+    "llama, biased": ("llama", {"attention_bias": True, "mlp_bias": True}, "biases, rotary ones too"),
+    "qwen3_moe, summing to 1": ("qwen3_moe", {"norm_topk_prob": True}, "experts"),
+    "gemma2, heads of 32": ("gemma2", GEMMA, "soft caps, windows in every other layer, a tied head"),
+    "gemma3, 6 layers": (
+        "gemma3_text", {**GEMMA, "layer_types": WINDOWS, "num_hidden_layers": 6}, "windows, two rotary bases, a tied head",
+    ),
+    "mixtral, no window": ("mixtral", {"intermediate_size": 64, "sliding_window": None}, "experts w1, w3, w2"),
+    "starcoder2, no window": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}, "no gate, biases, a tied head"),
+    "cohere, scale 1": ("cohere", {"tie_word_embeddings": True, "logit_scale": 1.0}, "attention beside the MLP, a tied head"),
+    "phi3, no window": ("phi3", {"sliding_window": None}, "stored fused: qkv, gate and up"),
+    "granite, multiplied": ("granite", MULTIPLIERS, "multipliers"),
+}  # fmt: skip
+GGUF_FAMILIES = (
+    "llama", "llama, tied", "llama, 192 wide", "llama, biased", "qwen2", "qwen3", "qwen3_moe, summing to 1", "mixtral, no window",
+    "gemma2, heads of 32", "gemma3, 6 layers", "phi3, no window", "granite, multiplied", "olmo2", "stablelm",
+    "starcoder2, no window", "cohere, scale 1",
+)  # fmt: skip
+GGUF_TYPES = ("Q4_0", "Q8_0", "Q5_0", "Q4_1", "Q5_1", "Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def cases() -> list[Case]:
@@ -177,7 +210,16 @@ def cases() -> list[Case]:
     made += [Case("llama", "awq", 4, 32, False, engines=("vllm", "mlx", "onnxruntime-genai"))]
     made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 6, 8)]
     made += [Case("llama", GPTQ1, bits, 32, engines=("onnxruntime-genai",)) for bits in (2, 4, 8)]
+    made += [gguf_case("llama, 256 wide", type) for type in GGUF_TYPES]
+    made += [gguf_case(model, "Q4_0") for model in GGUF_FAMILIES]
     return [case for case in made if case.format in FORMATS]
+
+
+def gguf_case(model: str, type: str) -> Case:
+    """Make a case of llama.cpp's."""
+    grid = grid_of(type)
+    settings = {"gguf_type": type}
+    return Case(model, "gguf", grid.bits, grid.group_size, grid.sym, settings, engines=("llama.cpp",))
 
 
 def build(name: str, folder: Path) -> Path:
@@ -199,6 +241,22 @@ def build(name: str, folder: Path) -> Path:
     return folder
 
 
+def template(source: Path) -> Path:
+    """Write the GGUF of a model, and run it in llama.cpp as it is: what a checkpoint is compared with must be right."""
+    file, ids, out = source.parent / f"{source.name}.gguf", source.parent / "ids.json", source / "plain.npz"
+    if not file.exists():
+        gguf_templates.of_folder(source, file)
+        ids.write_text(json.dumps(tokens()))
+        asked("llama.cpp", "{}", [(file, ids, out)], source.parent / "plain.log")
+        with np.load(out) as answer:
+            logprobs = answer["logprobs"]
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        off = float(np.abs(scored(model) - logprobs).mean())
+        assert off <= EXACT, f"the template of {source.name} differs from its model by {off}"
+        out.unlink()
+    return file
+
+
 def python_of(engine: str) -> Path | None:
     """Find the interpreter of an engine's environment; None: there is none."""
     name = ENVIRONMENTS.get(engine, engine)
@@ -213,8 +271,6 @@ def tokens() -> list[list[int]]:
 
 def tried(engine: str, made: list[tuple[Case, Path]], folder: Path) -> list[dict[str, Any]]:
     """Run an engine on checkpoints, and give a row for each."""
-    python = python_of(engine)
-    assert python is not None
     ids = folder / "ids.json"
     ids.write_text(json.dumps(tokens()))
     rows, groups = list[dict[str, Any]](), dict[str, list[tuple[Case, Path, Path]]]()
@@ -224,15 +280,43 @@ def tried(engine: str, made: list[tuple[Case, Path]], folder: Path) -> list[dict
             options = {"dequantize": True}
         groups.setdefault(json.dumps(options), []).append((case, checkpoint, folder / f"{engine}-{i}.npz"))
     for options, some in groups.items():
-        triples = [str(word) for _, checkpoint, out in some for word in (checkpoint, ids, out)]
-        runner = RUNNERS / f"{ENVIRONMENTS.get(engine, engine)}.py"
-        log = folder / f"{engine}.log"
-        with log.open("ab") as file:
-            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            command = [str(python), str(runner), "--options", options, *triples]
-            subprocess.run(command, stdout=file, stderr=file, check=False, env=environment)
+        triples = [(file_of(checkpoint), ids, out) for _, checkpoint, out in some]
+        if engine == "llama.cpp":
+            triples += [(wide, ids, out.with_suffix(".wide.npz")) for case, checkpoint, out in some if (wide := widened(case, checkpoint))]
+        asked(engine, options, triples, folder / f"{engine}.log")
         rows += [row_of(engine, case, checkpoint, out) for case, checkpoint, out in some]
     return rows
+
+
+def asked(engine: str, options: str, triples: list[tuple[Path, Path, Path]], log: Path) -> None:
+    """Call the runner of an engine."""
+    runner = RUNNERS / f"{ENVIRONMENTS.get(engine, engine)}.py"
+    with log.open("ab") as file:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        words = [str(word) for triple in triples for word in triple]
+        command = [str(python_of(engine)), str(runner), "--options", options, *words]
+        subprocess.run(command, stdout=file, stderr=file, check=False, env=environment)
+
+
+def file_of(checkpoint: Path) -> Path:
+    """Give what an engine opens: the .gguf file of a folder that has one, else the folder."""
+    return next(checkpoint.glob("*.gguf"), checkpoint)
+
+
+def widened(case: Case, checkpoint: Path) -> Path | None:
+    """Write a GGUF checkpoint again in float32; None where the package gguf does not know its type, as Q2_0."""
+    if case.settings["gguf_type"] not in gguf.GGMLQuantizationType.__members__:
+        return None
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    return gguf_templates.widened(config, file_of(checkpoint), checkpoint.parent / f"{checkpoint.name}.wide.gguf")
+
+
+def scored(model: Any) -> np.ndarray:
+    """Give a model's log-probabilities of ``tokens``."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(tokens()), use_cache=False).logits
+    found: np.ndarray = logits.float().log_softmax(-1).numpy()
+    return found
 
 
 def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -249,9 +333,7 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
         if "refused" in about:
             return {**row, "outcome": "refused", "reason": about["refused"].replace(str(checkpoint.parent), "")}
         logprobs, greedy = answer["logprobs"], answer["greedy"]
-    model, ids = nearplane.load(checkpoint, arithmetic="exact"), torch.tensor(tokens())
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).numpy()
+    expected = scored(nearplane.load(checkpoint, arithmetic="exact"))
     off = np.abs(expected - logprobs[..., : expected.shape[-1]])
     last = expected[:, -1]
     behind = (
@@ -259,6 +341,11 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
     )  # 0, unless two tokens are as likely as the noise is large
     agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= tolerance(case, about["arithmetic"])
     row |= {"mean": float(f"{off.mean():.2g}"), "max": float(f"{off.max():.2g}")}
+    wide = out.with_suffix(".wide.npz")
+    if wide.exists():
+        with np.load(wide) as answer:
+            plain = float(np.abs(expected - answer["logprobs"]).mean())
+        row["widened"], agrees = float(f"{plain:.2g}"), agrees and plain <= EXACT
     return {**row, "outcome": "ran" if agrees else "garbage"}
 
 
@@ -275,6 +362,7 @@ def told(found: Described) -> dict[str, Any]:
     """Write down what ``verdict`` looks at."""
     weights = [
         {
+            "type": own_type(w.grid) if found.format == "gguf" else None,
             "bits": w.grid.storage_bits, "group_size": w.grid.group_size, "sym": w.grid.sym, "shape": list(w.shape),
             "activations": None if w.activations is None else asdict(w.activations),
         }
@@ -295,7 +383,7 @@ def described_of(row: dict[str, Any]) -> Described:
     held = row["described"]
     weights = tuple(
         Weight(
-            Grid(w["bits"], w["group_size"], w["sym"]), tuple(w["shape"]),
+            grid_of(w["type"]) if w.get("type") else Grid(w["bits"], w["group_size"], w["sym"]), tuple(w["shape"]),
             None if w["activations"] is None else TokenGrid(**w["activations"]),
         )
         for w in held["weights"]
@@ -331,8 +419,11 @@ def run(engines: list[str], wanted: str) -> Iterable[dict[str, Any]]:
                 source, out = folder / case.model.replace(" ", "_"), folder / f"{engine}-{i}"
                 if not source.exists():
                     build(case.model, source)
-                grid = Grid(case.bits, case.group, case.sym)
-                settings = {"method": RTN(), "grid": grid, "format": case.format, "progress": False}
+                settings: dict[str, Any] = {"method": RTN(), "format": case.format, "progress": False}
+                if case.format == "gguf":
+                    settings["template"] = template(source)
+                else:
+                    settings["grid"] = Grid(case.bits, case.group, case.sym)
                 try:
                     nearplane.quantize(source, out, **settings, **case.settings)
                 except nearplane.NearplaneError as error:
@@ -362,7 +453,8 @@ def cell(row: dict[str, Any] | None) -> str:
         return "not run here"
     if row["outcome"] == "ran":
         reference = ", products by a reference" if "reference" in row["arithmetic"] else ""
-        return f"ran: log-probabilities differ by {row['mean']:.1g}{reference}"
+        wide = f"; by {row['widened']:.1g} with its weights in float32" if "widened" in row else ""
+        return f"ran: log-probabilities differ by {row['mean']:.1g}{reference}{wide}"
     if row["outcome"] == "garbage":
         return "loads, and computes something else"
     return "refused: " + re.sub(r"\s+", " ", row["reason"]).replace("|", "/")[:110]

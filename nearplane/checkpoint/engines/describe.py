@@ -10,6 +10,7 @@ from torch import nn
 from nearplane.core.activations import TokenGrid
 from nearplane.core.grid import Grid
 from nearplane.formats.base import tail_reason
+from nearplane.formats.gguf.grids import own_type
 from nearplane.formats.read import Checkpoint
 from nearplane.models.experts import EXPERT, experts_of
 from nearplane.models.experts_disk import converts, merges_experts, names_in_model
@@ -81,7 +82,10 @@ class Described:
 
 
 def kind_of(format: str, grid: Grid, activations: TokenGrid | None = None) -> str:
-    """Name a kind of quantized weight: format, bits, symmetry, and how inputs are rounded."""
+    """Name a kind of quantized weight: format, bits, symmetry, and how inputs are rounded; of GGUF the type."""
+    own = own_type(grid) if format == "gguf" else None
+    if own is not None:
+        return f"gguf {own}"
     rounded = (
         "" if activations is None else f", inputs {activations.bits} bits{'' if activations.sym else ' asymmetric'}"
     )
