@@ -49,7 +49,8 @@ COLUMNS = ("vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai")
 # Mean difference of log-probabilities that an arithmetic explains. Those of tiny random models spread by about 0.5.
 EXACT, ROUNDED = 1e-3, 0.05
 NATIVE = {"kernels": "native"}
-CT, GPTQ1, GPTQ2 = "compressed-tensors", "gptq", "gptq_v2"
+CT, GPTQ1, GPTQ2, ONNX = "compressed-tensors", "gptq", "gptq_v2", "onnxruntime-genai"
+EIGHT: dict[str, Any] = {"override": {"down_proj": {"bits": 8}}}
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,18 @@ def cases() -> list[Case]:
     made += [
         Case("bloom", CT, 4, 32, settings={"ignore": ["query_key_value"]}, more="query_key_value dense"),
     ]
-    made += [Case("llama", "awq", 4, 32, False, engines=("vllm", "mlx", "onnxruntime-genai"))]
-    made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 6, 8)]
-    made += [Case("llama", GPTQ1, bits, 32, engines=("onnxruntime-genai",)) for bits in (2, 4, 8)]
+    made += [Case("llama", "awq", 4, group, False, engines=("vllm", "mlx", ONNX)) for group in (32, 64, 128)]
+    made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 5, 6, 8)]
+    made += [Case("llama", "mlx", 4, group, False, engines=("mlx",)) for group in (64, 128)]
+    made += [Case("llama", GPTQ1, bits, 32, engines=("mlx", ONNX)) for bits in (2, 3, 4, 8)]
+    made += [Case("llama", GPTQ1, 4, group, engines=(ONNX,)) for group in (16, 64, 128, -1)]
+    made += [Case("llama", GPTQ1, 4, 32, settings=EIGHT, more="down_proj 8 bits", engines=(ONNX,))]
+    made += [Case("llama", GPTQ2, bits, 32, sym, engines=(ONNX,)) for bits in (4, 8) for sym in (True, False)]
+    made += [Case("llama", CT, 4, 32, engines=("mlx", ONNX))]
+    made += [Case("llama", "mlx", 4, 32, False, EIGHT, "down_proj 8 bits", engines=("mlx",))]
+    for model in FAMILIES:
+        made += [Case(model, "mlx", 4, 32, False, engines=("mlx",)), Case(model, GPTQ1, 4, 32, engines=(ONNX,))]
+        made += [Case(model, "awq", 4, 32, False, engines=("mlx", ONNX))]
     made += [gguf_case("llama, 256 wide", type) for type in GGUF_TYPES]
     made += [gguf_case(model, "Q4_0") for model in GGUF_FAMILIES]
     return [case for case in made if case.format in FORMATS]
@@ -439,11 +449,18 @@ def read() -> list[dict[str, Any]]:
 
 
 def ran(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """List, by engine, the kinds of weights that were run, with the version; a refusal counts as run."""
+    """List, by engine, the kinds of weights that were run, with the version; a refusal counts as run.
+
+    Where the products of no row of a kind were the engine's own, the version says so.
+    """
     found: dict[str, dict[str, str]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: "reference" not in row.get("arithmetic", "")):  # the engine's own come last
+        reference = (
+            " (its loader, with the products of a reference)" if "reference" in row.get("arithmetic", "") else ""
+        )
         for kind in described_of(row).kinds:
-            found.setdefault(row["engine"], {})[kind] = row["version"]
+            if row["outcome"] != "refused" or kind not in found.get(row["engine"], {}):
+                found.setdefault(row["engine"], {})[kind] = row["version"] + reference
     return {engine: dict(sorted(kinds.items())) for engine, kinds in sorted(found.items())}
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from models import features, saved, tiny_models
 
 import nearplane
 from nearplane import RTN, Grid
@@ -44,6 +43,8 @@ def types(table: Path) -> list[str]:
 
 def measure(kind: str, folder: Path) -> dict[str, Any]:
     """One row: how transformers loads a checkpoint of this type, and what was said of it before."""
+    from models import features, saved, tiny_models  # here: runs/engines.py wants the table alone
+
     found = tiny_models.tiny_model(kind, folder)
     if found.step != "runs":
         return {"type": kind, "skipped": f"no tiny model runs ({found.step})"}
@@ -68,6 +69,8 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
 
 def tried(kind: Any, folder: Path, options: dict[str, Any], wanted: dict[str, torch.Tensor]) -> str:
     """Load by transformers; "equal", or what was wrong."""
+    from models import features
+
     try:
         loaded = kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
         found = features(loaded, folder.parent / "model")

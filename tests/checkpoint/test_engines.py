@@ -209,6 +209,8 @@ def test_models() -> None:
         )
     assert "merges or splits weights of Mixtral" in told("transformers", converts=True)
     assert "fills them at random" in told("transformers", experts=True)
+    assert "some stay dense" in told("transformers", merges=True, dense_experts=True)
+    assert "dense" not in told("transformers", dense_experts=True).replace("makes the weights dense", "")
     assert "without their zero points" in told("transformers", experts=True, merges=True, zeros=True)
     assert told("transformers", experts=True, merges=True) == told("transformers", experts=True, scaled=True)
     assert "dequantize=True" in told("transformers", initialises=True)

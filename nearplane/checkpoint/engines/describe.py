@@ -43,6 +43,8 @@ class Model:
     """Whether transformers makes fused experts of single stored ones."""
     experts: bool = False
     """Whether linears of fused experts are quantized."""
+    dense_experts: bool = False
+    """Whether all fused experts of some layer stay dense."""
     scaled: bool = False
     """Whether transformers takes these experts apart itself."""
     zeros: bool = False
@@ -114,15 +116,15 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid], stored: Mapping[st
         stored: names on disk of the weights of a finished checkpoint, by names in the model.
     """
     found = {name: grid for name, grid in layers.items() if EXPERT.fullmatch(name)}
-    experts = [
-        module for path, module in experts_of(model).items() if any(name.startswith(f"{path}.") for name in found)
-    ]
+    mixtures = experts_of(model)
+    experts = [module for path, module in mixtures.items() if any(name.startswith(f"{path}.") for name in found)]
     return Model(
         name=type(model).__name__,
         causal=is_causal(model),
         converts=converts(model),
         merges=merges_experts(model),
         experts=bool(experts),
+        dense_experts=len(experts) < len(mixtures),
         scaled=all(module.layout.scaled for module in experts),
         zeros=not all(grid.sym for grid in found.values()),
         head=any(model.get_submodule(name) is output_head(model) for name in layers),

@@ -60,6 +60,10 @@ def _refusal(format: str, model: Model) -> str | None:
     """
     if format == COMPRESSED and model.converts:
         return f"{TRANSFORMERS} merges or splits weights of {model.name} while loading, not packed ones"
+    if format == COMPRESSED and model.merges and model.dense_experts:
+        return (
+            f"{TRANSFORMERS} looks for packed experts in all layers of {model.name}, and some stay dense: quantize all"
+        )
     if not model.experts or model.scaled:
         return None
     if not model.merges:
