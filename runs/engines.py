@@ -24,6 +24,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -208,11 +209,15 @@ def cases() -> list[Case]:
     made += [
         Case("bloom", CT, 4, 32, settings={"ignore": ["query_key_value"]}, more="query_key_value dense"),
     ]
-    made += [Case("llama", "awq", 4, group, False, engines=("vllm", "mlx", ONNX)) for group in (32, 64, 128)]
+    made += [Case("llama", "awq", 4, group, False, engines=("vllm", "mlx", ONNX)) for group in (32, 64)]
     made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 5, 6, 8)]
-    made += [Case("llama", "mlx", 4, group, False, engines=("mlx",)) for group in (64, 128)]
+    made += [Case("llama", "mlx", 4, 64, False, engines=("mlx",))]
     made += [Case("llama", GPTQ1, bits, 32, engines=("mlx", ONNX)) for bits in (2, 3, 4, 8)]
-    made += [Case("llama", GPTQ1, 4, group, engines=(ONNX,)) for group in (16, 64, 128, -1)]
+    made += [Case("llama", GPTQ1, 4, group, engines=(ONNX,)) for group in (16, 64, -1)]
+    wide = [Case("llama, 256 wide", GPTQ1, bits, group, engines=(ONNX,)) for bits in (4, 8) for group in (8, 128, -1)]
+    made += [*wide, Case("llama, 192 wide", GPTQ1, 4, 96, engines=(ONNX,))]
+    made += [Case("llama, 256 wide", "awq", 4, group, False, engines=("mlx", ONNX)) for group in (16, 128, -1)]
+    made += [Case("llama, 256 wide", "mlx", 4, 128, False, engines=("mlx",))]
     made += [Case("llama", GPTQ1, 4, 32, settings=EIGHT, more="down_proj 8 bits", engines=(ONNX,))]
     made += [Case("llama", GPTQ2, bits, 32, sym, engines=(ONNX,)) for bits in (4, 8) for sym in (True, False)]
     made += [Case("llama", CT, 4, 32, engines=("mlx", ONNX))]
@@ -248,6 +253,10 @@ def build(name: str, folder: Path) -> Path:
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     model.save_pretrained(folder)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(sizes["vocab_size"])}, unk_token="w0")
+    plain = tokenizers.Tokenizer(words)
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder)
     return folder
 
 
