@@ -55,6 +55,8 @@ class Model:
     """Whether the class, while it is loaded, initialises weights of linears that are quantized (``initialises_packed``)."""
     parts: frozenset[str] = frozenset()
     """Names of the quantized linears behind the class of the module that holds each: ``LlamaMLP.up_proj``."""
+    type: str = ""
+    """Its ``model_type``; empty: not known."""
     renamed: tuple[str, ...] = ()
     """Names on disk of linears of an expert, where the model stores experts fused and engines look for other names."""
 
@@ -130,6 +132,7 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid], stored: Mapping[st
         head=any(model.get_submodule(name) is output_head(model) for name in layers),
         initialises=initialises_packed(model, layers.keys() - found.keys()),
         parts=frozenset(_part(model, name) for name in layers),
+        type=str(getattr(model.config, "model_type", "")),
         renamed=() if merges_experts(model) else tuple(sorted(_renamed(found, stored or {}))),
     )
 
