@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -32,8 +34,12 @@ from nearplane.checkpoint.engines import Described, Model, Verdict, Weight, desc
 from nearplane.checkpoint.engines.judge import RAN
 from nearplane.core.activations import TokenGrid
 from nearplane.formats import FORMATS
+from nearplane.formats.gguf.grids import grid_of, own_type
 from nearplane.formats.read import open_checkpoint
 from nearplane.models.source import open_skeleton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gguf_templates  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "runs" / "engines.jsonl", ROOT / "docs" / "engines.md"
@@ -42,9 +48,10 @@ RUNNERS = ROOT / "runs" / "engines"
 ENVIRONMENTS = {"llama.cpp": "llama", "onnxruntime-genai": "onnxruntime"}
 COLUMNS = ("vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai")
 # Mean difference of log-probabilities that an arithmetic explains. Those of tiny random models spread by about 0.5.
-EXACT, ROUNDED = 1e-3, 0.05
+EXACT, OFFSETS, ROUNDED = 1e-3, 0.01, 0.05
 NATIVE = {"kernels": "native"}
-CT, GPTQ1, GPTQ2 = "compressed-tensors", "gptq", "gptq_v2"
+CT, GPTQ1, GPTQ2, ONNX = "compressed-tensors", "gptq", "gptq_v2", "onnxruntime-genai"
+EIGHT: dict[str, Any] = {"override": {"down_proj": {"bits": 8}}}
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Case:
     @property
     def name(self) -> str:
         """Name the case in words, as the record has it."""
+        if self.format == "gguf":
+            return f"{self.model} | gguf | {self.settings['gguf_type']}"
         grid = f"{self.bits} bits{'' if self.sym else ' asymmetric'}, {'rows' if self.group == -1 else f'groups of {self.group}'}"
         return f"{self.model} | {self.format} | {grid}{self.more and f', {self.more}'}"
 
@@ -124,6 +133,44 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 FAMILIES = tuple(MODELS)[1:]
 EXPERTS = r"experts\."
+# The same kinds where llama.cpp computes what the real models of that kind say, and not what transformers' defaults say.
+GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}
+WINDOWS = ["sliding_attention"] * 5 + ["full_attention"]
+MULTIPLIERS = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 1.5}
+MODELS |= {
+    "llama, 256 wide": (
+        "llama", {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256}, "sizes 256 divides",
+    ),
+    "llama, biased": ("llama", {"attention_bias": True, "mlp_bias": True}, "biases, rotary ones too"),
+    "qwen3_moe, summing to 1": ("qwen3_moe", {"norm_topk_prob": True}, "experts"),
+    "gemma2, heads of 32": ("gemma2", GEMMA, "soft caps, windows in every other layer, a tied head"),
+    "gemma3, 6 layers": (
+        "gemma3_text", {**GEMMA, "layer_types": WINDOWS, "num_hidden_layers": 6}, "windows, two rotary bases, a tied head",
+    ),
+    "mixtral, no window": ("mixtral", {"intermediate_size": 64, "sliding_window": None}, "experts w1, w3, w2"),
+    "starcoder2, no window": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}, "no gate, biases, a tied head"),
+    "cohere, scale 1": ("cohere", {"tie_word_embeddings": True, "logit_scale": 1.0}, "attention beside the MLP, a tied head"),
+    "phi3, no window": ("phi3", {"sliding_window": None}, "stored fused: qkv, gate and up"),
+    "mistral, no window": ("mistral", {"sliding_window": None}, "fewer key heads"),
+    "gemma2, no window": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 64}, "soft caps, a tied head"),
+    "gpt_neox, 4 times wider between": ("gpt_neox", {"intermediate_size": 512}, "stored fused: qkv by heads; biases"),
+    "gptj, 4 times wider between": ("gptj", {"n_inner": 512}, "attention beside the MLP"),
+    "granite, multiplied": ("granite", MULTIPLIERS, "multipliers"),
+}  # fmt: skip
+GGUF_FAMILIES = (
+    "llama", "llama, tied", "llama, 192 wide", "llama, biased", "qwen2", "qwen3", "qwen3_moe, summing to 1", "mixtral, no window",
+    "gemma2, heads of 32", "gemma3, 6 layers", "phi3, no window", "granite, multiplied", "olmo2", "stablelm",
+    "starcoder2, no window", "cohere, scale 1",
+)  # fmt: skip
+# Without those in which mlx-lm takes a tiny model's configuration for another one: page.md says which.
+MLX_FAMILIES = (
+    "llama, tied", "llama, 192 wide", "llama, biased", "qwen2", "qwen3", "mistral, no window", "gemma2, no window", "gemma3", "phi3, no window",
+    "gpt_neox, 4 times wider between", "opt", "starcoder2, no window", "stablelm", "olmo2", "cohere", "granite, multiplied", "smollm3",
+    "gptj, 4 times wider between", "bloom", "mpt", "mixtral, no window", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "granitemoe",
+    "granitemoeshared", "gpt_oss",
+)
+ONNX_FAMILIES = tuple(model for model in MLX_FAMILIES if model != "mistral, no window") + ("mistral", "phi3", "gemma2")
+GGUF_TYPES = ("Q4_0", "Q8_0", "Q5_0", "Q4_1", "Q5_1", "Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def cases() -> list[Case]:
@@ -174,10 +221,34 @@ def cases() -> list[Case]:
     made += [
         Case("bloom", CT, 4, 32, settings={"ignore": ["query_key_value"]}, more="query_key_value dense"),
     ]
-    made += [Case("llama", "awq", 4, 32, False, engines=("vllm", "mlx", "onnxruntime-genai"))]
-    made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 6, 8)]
-    made += [Case("llama", GPTQ1, bits, 32, engines=("onnxruntime-genai",)) for bits in (2, 4, 8)]
+    made += [Case("llama", "awq", 4, group, False, engines=("vllm", "mlx", ONNX)) for group in (32, 64)]
+    made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 5, 6, 8)]
+    made += [Case("llama", "mlx", 4, 64, False, engines=("mlx",))]
+    made += [Case("llama", GPTQ1, bits, 32, engines=("mlx", ONNX)) for bits in (2, 3, 4, 8)]
+    made += [Case("llama", GPTQ1, 4, group, engines=(ONNX,)) for group in (16, 64, -1)]
+    wide = [Case("llama, 256 wide", GPTQ1, bits, group, engines=(ONNX,)) for bits in (4, 8) for group in (8, 128, -1)]
+    made += [*wide, Case("llama, 192 wide", GPTQ1, 4, 96, engines=(ONNX,))]
+    made += [Case("llama, 256 wide", "awq", 4, group, False, engines=("mlx", ONNX)) for group in (16, 128, -1)]
+    made += [Case("llama, 256 wide", "mlx", 4, 128, False, engines=("mlx",))]
+    made += [Case("llama", GPTQ1, 4, 32, settings=EIGHT, more="down_proj 8 bits", engines=(ONNX,))]
+    made += [Case("llama", GPTQ2, bits, 32, sym, engines=(ONNX,)) for bits in (4, 8) for sym in (True, False)]
+    made += [Case("llama", CT, 4, 32, engines=("mlx", ONNX))]
+    made += [Case("llama", "mlx", 4, 32, False, EIGHT, "down_proj 8 bits", engines=("mlx",))]
+    for model in MLX_FAMILIES:
+        made += [Case(model, format, 4, 32, False, engines=("mlx",)) for format in ("mlx", "awq")]
+    made += [Case(model, GPTQ1, 4, 32, engines=(ONNX,)) for model in ONNX_FAMILIES]
+    for model in ("qwen3", "mistral", "phi3", "mixtral"):
+        made += [Case(model, "awq", 4, 32, False, engines=(ONNX,))]
+    made += [gguf_case("llama, 256 wide", type) for type in GGUF_TYPES]
+    made += [gguf_case(model, "Q4_0") for model in GGUF_FAMILIES]
     return [case for case in made if case.format in FORMATS]
+
+
+def gguf_case(model: str, type: str) -> Case:
+    """Make a case of llama.cpp's."""
+    grid = grid_of(type)
+    settings = {"gguf_type": type}
+    return Case(model, "gguf", grid.bits, grid.group_size, grid.sym, settings, engines=("llama.cpp",))
 
 
 def build(name: str, folder: Path) -> Path:
@@ -196,7 +267,27 @@ def build(name: str, folder: Path) -> Path:
             elif parameter.dim() == 2:
                 parameter.mul_(3)
     model.save_pretrained(folder)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(sizes["vocab_size"])}, unk_token="w0")
+    plain = tokenizers.Tokenizer(words)
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder)
     return folder
+
+
+def template(source: Path) -> Path:
+    """Write the GGUF of a model, and run it in llama.cpp as it is: what a checkpoint is compared with must be right."""
+    file, ids, out = source.parent / f"{source.name}.gguf", source.parent / "ids.json", source / "plain.npz"
+    if not file.exists():
+        gguf_templates.of_folder(source, file)
+        ids.write_text(json.dumps(tokens()))
+        asked("llama.cpp", "{}", [(file, ids, out)], source.parent / "plain.log")
+        with np.load(out) as answer:
+            logprobs = answer["logprobs"]
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        off = float(np.abs(scored(model) - logprobs).mean())
+        assert off <= EXACT, f"the template of {source.name} differs from its model by {off}"
+        out.unlink()
+    return file
 
 
 def python_of(engine: str) -> Path | None:
@@ -213,8 +304,6 @@ def tokens() -> list[list[int]]:
 
 def tried(engine: str, made: list[tuple[Case, Path]], folder: Path) -> list[dict[str, Any]]:
     """Run an engine on checkpoints, and give a row for each."""
-    python = python_of(engine)
-    assert python is not None
     ids = folder / "ids.json"
     ids.write_text(json.dumps(tokens()))
     rows, groups = list[dict[str, Any]](), dict[str, list[tuple[Case, Path, Path]]]()
@@ -224,15 +313,43 @@ def tried(engine: str, made: list[tuple[Case, Path]], folder: Path) -> list[dict
             options = {"dequantize": True}
         groups.setdefault(json.dumps(options), []).append((case, checkpoint, folder / f"{engine}-{i}.npz"))
     for options, some in groups.items():
-        triples = [str(word) for _, checkpoint, out in some for word in (checkpoint, ids, out)]
-        runner = RUNNERS / f"{ENVIRONMENTS.get(engine, engine)}.py"
-        log = folder / f"{engine}.log"
-        with log.open("ab") as file:
-            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            command = [str(python), str(runner), "--options", options, *triples]
-            subprocess.run(command, stdout=file, stderr=file, check=False, env=environment)
+        triples = [(file_of(checkpoint), ids, out) for _, checkpoint, out in some]
+        if engine == "llama.cpp":
+            triples += [(wide, ids, out.with_suffix(".wide.npz")) for case, checkpoint, out in some if (wide := widened(case, checkpoint))]
+        asked(engine, options, triples, folder / f"{engine}.log")
         rows += [row_of(engine, case, checkpoint, out) for case, checkpoint, out in some]
     return rows
+
+
+def asked(engine: str, options: str, triples: list[tuple[Path, Path, Path]], log: Path) -> None:
+    """Call the runner of an engine."""
+    runner = RUNNERS / f"{ENVIRONMENTS.get(engine, engine)}.py"
+    with log.open("ab") as file:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        words = [str(word) for triple in triples for word in triple]
+        command = [str(python_of(engine)), str(runner), "--options", options, *words]
+        subprocess.run(command, stdout=file, stderr=file, check=False, env=environment)
+
+
+def file_of(checkpoint: Path) -> Path:
+    """Give what an engine opens: the .gguf file of a folder that has one, else the folder."""
+    return next(checkpoint.glob("*.gguf"), checkpoint)
+
+
+def widened(case: Case, checkpoint: Path) -> Path | None:
+    """Write a GGUF checkpoint again in float32; None where the package gguf does not know its type, as Q2_0."""
+    if case.settings["gguf_type"] not in gguf.GGMLQuantizationType.__members__:
+        return None
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    return gguf_templates.widened(config, file_of(checkpoint), checkpoint.parent / f"{checkpoint.name}.wide.gguf")
+
+
+def scored(model: Any) -> np.ndarray:
+    """Give a model's log-probabilities of ``tokens``."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(tokens()), use_cache=False).logits
+    found: np.ndarray = logits.float().log_softmax(-1).numpy()
+    return found
 
 
 def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -249,9 +366,7 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
         if "refused" in about:
             return {**row, "outcome": "refused", "reason": about["refused"].replace(str(checkpoint.parent), "")}
         logprobs, greedy = answer["logprobs"], answer["greedy"]
-    model, ids = nearplane.load(checkpoint, arithmetic="exact"), torch.tensor(tokens())
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).numpy()
+    expected = scored(nearplane.load(checkpoint, arithmetic="exact"))
     off = np.abs(expected - logprobs[..., : expected.shape[-1]])
     last = expected[:, -1]
     behind = (
@@ -259,14 +374,22 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
     )  # 0, unless two tokens are as likely as the noise is large
     agrees = bool((behind <= 2 * off.max()).all()) and float(off.mean()) <= tolerance(case, about["arithmetic"])
     row |= {"mean": float(f"{off.mean():.2g}"), "max": float(f"{off.max():.2g}")}
+    wide = out.with_suffix(".wide.npz")
+    if wide.exists():
+        with np.load(wide) as answer:
+            plain = float(np.abs(expected - answer["logprobs"]).mean())
+        row["widened"], agrees = float(f"{plain:.2g}"), agrees and plain <= EXACT
     return {**row, "outcome": "ran" if agrees else "garbage"}
 
 
 def tolerance(case: Case, arithmetic: str) -> float:
     """Give the mean difference of log-probabilities that an arithmetic explains.
 
+    mlx-lm rounds the offsets of awq, scale times zero, to the dtype of its scales.
     Deepseek's latent attention in vLLM differs by 0.01 and more from transformers' for the dense model, too.
     """
+    if case.format == "awq" and "MLX" in arithmetic:
+        return OFFSETS
     plain = "float32" in arithmetic and "rounded" not in arithmetic
     return EXACT if plain and "activations" not in case.more and case.model != "deepseek_v2" else ROUNDED
 
@@ -275,6 +398,7 @@ def told(found: Described) -> dict[str, Any]:
     """Write down what ``verdict`` looks at."""
     weights = [
         {
+            "type": own_type(w.grid) if found.format == "gguf" else None,
             "bits": w.grid.storage_bits, "group_size": w.grid.group_size, "sym": w.grid.sym, "shape": list(w.shape),
             "activations": None if w.activations is None else asdict(w.activations),
         }
@@ -295,7 +419,7 @@ def described_of(row: dict[str, Any]) -> Described:
     held = row["described"]
     weights = tuple(
         Weight(
-            Grid(w["bits"], w["group_size"], w["sym"]), tuple(w["shape"]),
+            grid_of(w["type"]) if w.get("type") else Grid(w["bits"], w["group_size"], w["sym"]), tuple(w["shape"]),
             None if w["activations"] is None else TokenGrid(**w["activations"]),
         )
         for w in held["weights"]
@@ -331,8 +455,11 @@ def run(engines: list[str], wanted: str) -> Iterable[dict[str, Any]]:
                 source, out = folder / case.model.replace(" ", "_"), folder / f"{engine}-{i}"
                 if not source.exists():
                     build(case.model, source)
-                grid = Grid(case.bits, case.group, case.sym)
-                settings = {"method": RTN(), "grid": grid, "format": case.format, "progress": False}
+                settings: dict[str, Any] = {"method": RTN(), "format": case.format, "progress": False}
+                if case.format == "gguf":
+                    settings["template"] = template(source)
+                else:
+                    settings["grid"] = Grid(case.bits, case.group, case.sym)
                 try:
                     nearplane.quantize(source, out, **settings, **case.settings)
                 except nearplane.NearplaneError as error:
@@ -369,7 +496,8 @@ def cell(row: dict[str, Any] | None) -> str:
         return "not run here"
     if row["outcome"] == "ran":
         reference = ", products by a reference" if "reference" in row["arithmetic"] else ""
-        return f"ran: log-probabilities differ by {row['mean']:.1g}{reference}"
+        wide = f"; by {row['widened']:.1g} with its weights in float32" if "widened" in row else ""
+        return f"ran: log-probabilities differ by {row['mean']:.1g}{reference}{wide}"
     if row["outcome"] == "garbage":
         return "loads, and computes something else"
     return "refused: " + re.sub(r"\s+", " ", row["reason"]).replace("|", "/")[:110]

@@ -50,10 +50,12 @@ LOADED = (
 )  # fmt: skip
 # Model types that it did not load, or not rightly, with the reason.
 STACKS = "it stacks the experts' weights and leaves their scales"
+ABSENT = "it has no such model"
 NAMES = "it knows other names of its weights than those of its scales"
 REFUSED = {
     "qwen3_moe": STACKS, "ernie4_5_moe": STACKS, "granitemoe": STACKS, "dbrx": STACKS, "gpt_oss": STACKS, "llama4_text": STACKS,
     "lfm2_moe": STACKS, "nanochat": NAMES, "bitnet": "it takes every linear for a ternary one",
+    "opt": ABSENT, "bloom": ABSENT, "mpt": ABSENT, "granitemoeshared": ABSENT,
 }  # fmt: skip
 
 

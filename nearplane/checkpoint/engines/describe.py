@@ -10,6 +10,7 @@ from torch import nn
 from nearplane.core.activations import TokenGrid
 from nearplane.core.grid import Grid
 from nearplane.formats.base import tail_reason
+from nearplane.formats.gguf.grids import own_type
 from nearplane.formats.read import Checkpoint
 from nearplane.models.experts import EXPERT, experts_of
 from nearplane.models.experts_disk import converts, merges_experts, names_in_model
@@ -54,6 +55,8 @@ class Model:
     """Whether the class, while it is loaded, initialises weights of linears that are quantized (``initialises_packed``)."""
     parts: frozenset[str] = frozenset()
     """Names of the quantized linears behind the class of the module that holds each: ``LlamaMLP.up_proj``."""
+    type: str = ""
+    """Its ``model_type``; empty: not known."""
     renamed: tuple[str, ...] = ()
     """Names on disk of linears of an expert, where the model stores experts fused and engines look for other names."""
 
@@ -83,7 +86,10 @@ class Described:
 
 
 def kind_of(format: str, grid: Grid, activations: TokenGrid | None = None) -> str:
-    """Name a kind of quantized weight: format, bits, symmetry, and how inputs are rounded."""
+    """Name a kind of quantized weight: format, bits, symmetry, and how inputs are rounded; of GGUF the type."""
+    own = own_type(grid) if format == "gguf" else None
+    if own is not None:
+        return f"gguf {own}"
     rounded = (
         "" if activations is None else f", inputs {activations.bits} bits{'' if activations.sym else ' asymmetric'}"
     )
@@ -126,6 +132,7 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid], stored: Mapping[st
         head=any(model.get_submodule(name) is output_head(model) for name in layers),
         initialises=initialises_packed(model, layers.keys() - found.keys()),
         parts=frozenset(_part(model, name) for name in layers),
+        type=str(getattr(model.config, "model_type", "")),
         renamed=() if merges_experts(model) else tuple(sorted(_renamed(found, stored or {}))),
     )
 

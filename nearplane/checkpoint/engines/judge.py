@@ -37,7 +37,7 @@ _TABLE: dict[str, Engine] = {
     "sglang": Engine(vllm.SGLANG, vllm.FORMATS, vllm.judge),
     "transformers": Engine(transformers.TRANSFORMERS, transformers.FORMATS, transformers.judge),
     "llama.cpp": Engine(others.LLAMA, ("gguf",), others.llama),
-    "mlx": Engine(others.MLX, ("mlx", "awq"), others.mlx),
+    "mlx": Engine(others.MLX, ("mlx", "awq", "gptq"), others.mlx),
     "onnxruntime-genai": Engine(others.ONNX, ("gptq", "gptq_v2", "awq"), others.onnx),
 }
 ENGINES: tuple[str, ...] = tuple(_TABLE)

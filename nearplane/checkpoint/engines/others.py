@@ -1,17 +1,22 @@
-"""What llama.cpp, mlx-lm and ONNX Runtime GenAI load."""
+"""What llama.cpp, mlx-lm and ONNX Runtime GenAI load: met in runs of these versions, rows of docs/engines.md."""
 
-from nearplane.checkpoint.engines.describe import Described
-from nearplane.checkpoint.engines.findings import Findings, grids_of, online, tail
+from nearplane.checkpoint.engines.describe import Described, Model
+from nearplane.checkpoint.engines.findings import AWQ, Findings, grids_of, online, tail
+from nearplane.core.grid import Grid
+from nearplane.formats.mlx import GROUPS, LOADED, REFUSED, WIDTHS
 
 LLAMA, MLX, ONNX = "llama.cpp b11549", "mlx-lm 0.32", "ONNX Runtime GenAI 0.18"
-MLX_BITS, MLX_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 ONNX_BITS = (2, 4, 8)
+# Types of models of whose sliding window an engine knows nothing. The dense model is computed like that, too.
+LLAMA_WINDOWLESS = ("mistral", "mixtral", "phi3", "starcoder2")
+MLX_WINDOWLESS = ("gemma2", "mistral", "mixtral", "phi3", "starcoder2")
 
 
 def llama(_: str, checkpoint: Described, found: Findings) -> None:
     """Add what is known of llama.cpp, which Ollama and LM Studio run, too: it reads GGUF only."""
     found.refuse(online(checkpoint))
     found.note(f"{LLAMA} rounds the inputs of quantized matrices to 8 bits")
+    _windows(LLAMA, LLAMA_WINDOWLESS, checkpoint.model, found)
     if checkpoint.model is not None and not checkpoint.model.causal:
         found.note(f"whether {LLAMA} has {checkpoint.model.name} was not looked up")
 
@@ -19,32 +24,65 @@ def llama(_: str, checkpoint: Described, found: Findings) -> None:
 def mlx(_: str, checkpoint: Described, found: Findings) -> None:
     """Add what is known of mlx-lm."""
     found.refuse(online(checkpoint))
+    if checkpoint.format == "gptq":
+        found.refuse(f"{MLX} takes no GPTQ with g_idx, which the layout of nearplane and gptqmodel has; write mlx or awq")
+        return
     for grid, shapes in grids_of(checkpoint):
         bits, size = grid.storage_bits, grid.group_size
         reason = tail(grid, shapes)
-        if reason is None and bits not in MLX_BITS:
-            reason = f"{MLX} has {', '.join(map(str, MLX_BITS))} bits, not {bits}"
-        if reason is None and size not in MLX_GROUPS:
-            reason = f"{MLX} has groups of {', '.join(map(str, MLX_GROUPS))}, not {size}"
+        if reason is None and bits not in WIDTHS:
+            reason = f"{MLX} has {', '.join(map(str, WIDTHS))} bits, not {bits}"
+        if reason is None and size not in GROUPS:
+            reason = f"{MLX} has groups of {', '.join(map(str, GROUPS))}, not {size}"
         found.refuse(reason)
-    if checkpoint.model is not None and not checkpoint.model.causal:
-        found.note(f"whether {MLX} has {checkpoint.model.name} was not looked up")
+    if checkpoint.format == AWQ:
+        found.note(f"{MLX} rounds each offset, scale times zero, to the dtype of the scales; {MLX}'s own format keeps it")
+    if checkpoint.model is not None:
+        _mlx_model(checkpoint.format, checkpoint.model, found)
+
+
+def _mlx_model(format: str, model: Model, found: Findings) -> None:
+    """Add what is known of a model in mlx-lm."""
+    if model.type in REFUSED:
+        found.refuse(f"{MLX} does not load a quantized {model.type}: {REFUSED[model.type]}")
+    elif format == AWQ and model.experts:
+        found.refuse(f"{MLX} loads no experts in the layout awq; write it as mlx")
+    elif not model.causal:
+        found.note(f"whether {MLX} has {model.name} was not looked up")
+    elif model.type and model.type not in LOADED:
+        found.note(f"{model.type} was not run in {MLX}")
+    _windows(MLX, MLX_WINDOWLESS, model, found)
 
 
 def onnx(_: str, checkpoint: Described, found: Findings) -> None:
     """Add what is known of ONNX Runtime GenAI, whose model builder makes an ONNX model of a folder."""
     found.refuse(online(checkpoint))
     for grid, shapes in grids_of(checkpoint):
-        bits = grid.storage_bits
-        reason = tail(grid, shapes)
-        if reason is None and checkpoint.format == "gptq_v2":
-            reason = f"{ONNX} reads gptq_v2 as version 1, each zero off by one; write it as gptq"
-        if reason is None and bits not in ONNX_BITS:
-            reason = f"the model builder of {ONNX} reads {checkpoint.format} of 2, 4 and 8 bits, not {bits}"
-        found.refuse(reason)
+        found.refuse(tail(grid, shapes) or _onnx_grid(checkpoint.format, grid, shapes))
     found.note(
         f"the model builder of {ONNX} makes an ONNX model of it first (python -m onnxruntime_genai.models.builder)"
     )
     model = checkpoint.model
     if model is not None and (model.experts or not model.causal):
         found.note(f"whether {ONNX} has {model.name} with these weights was not looked up")
+
+
+def _onnx_grid(format: str, grid: Grid, shapes: list[tuple[int, int]]) -> str | None:
+    """Tell why the model builder, or a kernel, does not take a grid."""
+    bits = grid.storage_bits
+    if format == "gptq_v2":
+        return f"{ONNX} reads gptq_v2 as version 1, each zero off by one; write it as gptq"
+    if bits not in ONNX_BITS:
+        return f"the model builder of {ONNX} reads {format} of 2, 4 and 8 bits, not {bits}"
+    widths = {grid.group_width(columns) for _, columns in shapes}
+    wrong = sorted(width for width in widths if width < 16 or width & (width - 1))
+    if not wrong:
+        return None
+    row = " (one scale per row)" if grid.group_size == -1 else ""
+    return f"{ONNX} takes groups of a power of two, 16 at least, not {wrong[0]}{row}"
+
+
+def _windows(engine: str, windowless: tuple[str, ...], model: Model | None, found: Findings) -> None:
+    """Tell of a sliding window that an engine does not have."""
+    if model is not None and model.type in windowless:
+        found.note(f"where config.json has a sliding_window, {engine} ignores it: texts longer than it come out otherwise")
