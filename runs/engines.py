@@ -150,8 +150,9 @@ MODELS |= {
     "mixtral, no window": ("mixtral", {"intermediate_size": 64, "sliding_window": None}, "experts w1, w3, w2"),
     "starcoder2, no window": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}, "no gate, biases, a tied head"),
     "cohere, scale 1": ("cohere", {"tie_word_embeddings": True, "logit_scale": 1.0}, "attention beside the MLP, a tied head"),
-    "phi3, no window": ("phi3", {"sliding_window": None}, "stored fused: qkv, gate and up"),
+    "phi3, no window": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 64}, "stored fused: qkv, gate and up"),
     "mistral, no window": ("mistral", {"sliding_window": None}, "fewer key heads"),
+    "smollm3, no window": ("smollm3", {"sliding_window": None}, "layers without rotary"),
     "gemma2, no window": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 64}, "soft caps, a tied head"),
     "gpt_neox, 4 times wider between": ("gpt_neox", {"intermediate_size": 512}, "stored fused: qkv by heads; biases"),
     "gptj, 4 times wider between": ("gptj", {"n_inner": 512}, "attention beside the MLP"),
@@ -169,7 +170,9 @@ MLX_FAMILIES = (
     "gptj, 4 times wider between", "bloom", "mpt", "mixtral, no window", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "granitemoe",
     "granitemoeshared", "gpt_oss",
 )
-ONNX_FAMILIES = tuple(model for model in MLX_FAMILIES if model != "mistral, no window") + ("mistral", "phi3", "gemma2")
+ONNX_FAMILIES = (
+    *(model for model in MLX_FAMILIES if model not in ("gemma2, no window", "smollm3")), "gemma2", "smollm3, no window",
+)  # fmt: skip
 GGUF_TYPES = ("Q4_0", "Q8_0", "Q5_0", "Q4_1", "Q5_1", "Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
@@ -237,7 +240,7 @@ def cases() -> list[Case]:
     for model in MLX_FAMILIES:
         made += [Case(model, format, 4, 32, False, engines=("mlx",)) for format in ("mlx", "awq")]
     made += [Case(model, GPTQ1, 4, 32, engines=(ONNX,)) for model in ONNX_FAMILIES]
-    for model in ("qwen3", "mistral", "phi3", "mixtral"):
+    for model in ("qwen3", "mistral, no window", "phi3, no window", "mixtral, no window"):
         made += [Case(model, "awq", 4, 32, False, engines=(ONNX,))]
     made += [gguf_case("llama, 256 wide", type) for type in GGUF_TYPES]
     made += [gguf_case(model, "Q4_0") for model in GGUF_FAMILIES]
@@ -270,7 +273,8 @@ def build(name: str, folder: Path) -> Path:
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(sizes["vocab_size"])}, unk_token="w0")
     plain = tokenizers.Tokenizer(words)
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder)
+    special = {"unk_token": "w0", "pad_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
     return folder
 
 
@@ -364,7 +368,7 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
         first = next(iter(about["versions"].items()))
         row |= {"version": " ".join(first), "versions": about["versions"], "arithmetic": about["arithmetic"]}
         if "refused" in about:
-            return {**row, "outcome": "refused", "reason": about["refused"].replace(str(checkpoint.parent), "")}
+            return {**row, "outcome": "refused", "reason": told_without(about["refused"], checkpoint)}
         logprobs, greedy = answer["logprobs"], answer["greedy"]
     expected = scored(nearplane.load(checkpoint, arithmetic="exact"))
     off = np.abs(expected - logprobs[..., : expected.shape[-1]])
@@ -380,6 +384,11 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
             plain = float(np.abs(expected - answer["logprobs"]).mean())
         row["widened"], agrees = float(f"{plain:.2g}"), agrees and plain <= EXACT
     return {**row, "outcome": "ran" if agrees else "garbage"}
+
+
+def told_without(words: str, checkpoint: Path) -> str:
+    """Take the place, and the number, of a checkpoint out of an engine's words."""
+    return words.replace(str(checkpoint), "OUT").replace(str(checkpoint.parent), "").replace(f"/{checkpoint.name} ", "OUT ")
 
 
 def tolerance(case: Case, arithmetic: str) -> float:

@@ -11,6 +11,26 @@ ONNX_BITS = (2, 4, 8)
 LLAMA_WINDOWLESS = ("mistral", "mixtral", "phi3", "starcoder2")
 MLX_WINDOWLESS = ("gemma2", "mistral", "mixtral", "phi3", "starcoder2")
 
+# Classes of text models in its model builder, read there. Of the rest, twelve were run, and refused.
+ONNX_CLASSES = (
+    "ChatGLMForConditionalGeneration", "ChatGLMModel", "Ernie4_5ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma4ForConditionalGeneration", "GptOssForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration", "GraniteForCausalLM", "GraniteMoeHybridForCausalLM", "HunYuanDenseV1ForCausalLM",
+    "InternLM2ForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "Lfm2VlForConditionalGeneration",
+    "Lfm2AudioForConditionalGeneration", "LlamaForCausalLM", "MistralForCausalLM", "Mistral3ForConditionalGeneration",
+    "NemotronForCausalLM", "OlmoForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM", "Phi3SmallForCausalLM",
+    "Phi3VForCausalLM", "Phi4MMForCausalLM", "Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration", "Qwen3ForCausalLM",
+    "Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
+    "SmolLM3ForCausalLM", "VideoChatFlashQwenForCausalLM", "WhisperForConditionalGeneration",
+)  # fmt: skip
+# What the builder has and did not convert.
+ONNX_FAILED = {
+    "Gemma3ForCausalLM": "it looks for one rotary base where the model has two",
+    "OlmoForCausalLM": "the dense model, too, comes out otherwise than in transformers",
+    "PhiForCausalLM": "it refuses the quantized model",
+    "GptOssForCausalLM": "it wants the package optimum to read quantized weights of it",
+}
+
 
 def llama(_: str, checkpoint: Described, found: Findings) -> None:
     """Add what is known of llama.cpp, which Ollama and LM Studio run, too: it reads GGUF only."""
@@ -62,9 +82,22 @@ def onnx(_: str, checkpoint: Described, found: Findings) -> None:
     found.note(
         f"the model builder of {ONNX} makes an ONNX model of it first (python -m onnxruntime_genai.models.builder)"
     )
-    model = checkpoint.model
-    if model is not None and (model.experts or not model.causal):
-        found.note(f"whether {ONNX} has {model.name} with these weights was not looked up")
+    if checkpoint.model is not None:
+        _onnx_model(checkpoint.model, found)
+
+
+def _onnx_model(model: Model, found: Findings) -> None:
+    """Add what is known of a model in the builder."""
+    if model.name not in ONNX_CLASSES:
+        found.refuse(f"the model builder of {ONNX} has no {model.name}")
+    elif model.name in ONNX_FAILED:
+        found.refuse(f"the model builder of {ONNX} does not convert {model.name}: {ONNX_FAILED[model.name]}")
+    elif model.experts or not model.causal:
+        found.note(f"whether {ONNX} converts {model.name} with these weights was not run")
+    if model.type in ("mistral", "smollm3"):
+        found.note(f"where config.json has a sliding_window, {ONNX} did not run {model.name}")
+    if model.type == "phi3":
+        found.note(f"{ONNX} did not convert Phi-3 with another max_position_embeddings than original_max_position_embeddings")
 
 
 def _onnx_grid(format: str, grid: Grid, shapes: list[tuple[int, int]]) -> str | None:
