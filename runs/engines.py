@@ -39,7 +39,7 @@ from nearplane.formats.read import open_checkpoint
 from nearplane.models.source import open_skeleton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gguf_templates  # noqa: E402
+import gguf_templates
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "runs" / "engines.jsonl", ROOT / "docs" / "engines.md"
@@ -136,7 +136,12 @@ EXPERTS = r"experts\."
 # The same kinds where llama.cpp computes what the real models of that kind say, and not what transformers' defaults say.
 GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}
 WINDOWS = ["sliding_attention"] * 5 + ["full_attention"]
-MULTIPLIERS = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 1.5}
+MULTIPLIERS = {
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 1.5,
+}
 MODELS |= {
     "llama, 256 wide": (
         "llama", {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 256}, "sizes 256 divides",
@@ -148,9 +153,9 @@ MODELS |= {
         "gemma3_text", {**GEMMA, "layer_types": WINDOWS, "num_hidden_layers": 6}, "windows, two rotary bases, a tied head",
     ),
     "mixtral, no window": ("mixtral", {"intermediate_size": 64, "sliding_window": None}, "experts w1, w3, w2"),
-    "starcoder2, no window": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}, "no gate, biases, a tied head"),
+    "starcoder2, no window": ("starcoder2", {"sliding_window": None, "tie_word_embeddings": True}, "no gate, biases, tied head"),
     "cohere, scale 1": ("cohere", {"tie_word_embeddings": True, "logit_scale": 1.0}, "attention beside the MLP, a tied head"),
-    "phi3, no window": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 64}, "stored fused: qkv, gate and up"),
+    "phi3, no window": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 64}, "fused: qkv, gate and up"),
     "mistral, no window": ("mistral", {"sliding_window": None}, "fewer key heads"),
     "smollm3, no window": ("smollm3", {"sliding_window": None}, "layers without rotary"),
     "gemma2, no window": ("gemma2", {"tie_word_embeddings": True, "sliding_window": 64}, "soft caps, a tied head"),
@@ -165,10 +170,34 @@ GGUF_FAMILIES = (
 )  # fmt: skip
 # Without those in which mlx-lm takes a tiny model's configuration for another one: page.md says which.
 MLX_FAMILIES = (
-    "llama, tied", "llama, 192 wide", "llama, biased", "qwen2", "qwen3", "mistral, no window", "gemma2, no window", "gemma3", "phi3, no window",
-    "gpt_neox, 4 times wider between", "opt", "starcoder2, no window", "stablelm", "olmo2", "cohere", "granite, multiplied", "smollm3",
-    "gptj, 4 times wider between", "bloom", "mpt", "mixtral, no window", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "granitemoe",
-    "granitemoeshared", "gpt_oss",
+    "llama, tied",
+    "llama, 192 wide",
+    "llama, biased",
+    "qwen2",
+    "qwen3",
+    "mistral, no window",
+    "gemma2, no window",
+    "gemma3",
+    "phi3, no window",
+    "gpt_neox, 4 times wider between",
+    "opt",
+    "starcoder2, no window",
+    "stablelm",
+    "olmo2",
+    "cohere",
+    "granite, multiplied",
+    "smollm3",
+    "gptj, 4 times wider between",
+    "bloom",
+    "mpt",
+    "mixtral, no window",
+    "qwen3_moe",
+    "qwen2_moe",
+    "olmoe",
+    "glm4_moe",
+    "granitemoe",
+    "granitemoeshared",
+    "gpt_oss",
 )
 ONNX_FAMILIES = (
     *(model for model in MLX_FAMILIES if model not in ("gemma2, no window", "smollm3")), "gemma2", "smollm3, no window",
@@ -319,7 +348,11 @@ def tried(engine: str, made: list[tuple[Case, Path]], folder: Path) -> list[dict
     for options, some in groups.items():
         triples = [(file_of(checkpoint), ids, out) for _, checkpoint, out in some]
         if engine == "llama.cpp":
-            triples += [(wide, ids, out.with_suffix(".wide.npz")) for case, checkpoint, out in some if (wide := widened(case, checkpoint))]
+            triples += [
+                (wide, ids, out.with_suffix(".wide.npz"))
+                for case, checkpoint, out in some
+                if (wide := widened(case, checkpoint))
+            ]
         asked(engine, options, triples, folder / f"{engine}.log")
         rows += [row_of(engine, case, checkpoint, out) for case, checkpoint, out in some]
     return rows
@@ -388,7 +421,11 @@ def row_of(engine: str, case: Case, checkpoint: Path, out: Path) -> dict[str, An
 
 def told_without(words: str, checkpoint: Path) -> str:
     """Take the place, and the number, of a checkpoint out of an engine's words."""
-    return words.replace(str(checkpoint), "OUT").replace(str(checkpoint.parent), "").replace(f"/{checkpoint.name} ", "OUT ")
+    return (
+        words.replace(str(checkpoint), "OUT")
+        .replace(str(checkpoint.parent), "")
+        .replace(f"/{checkpoint.name} ", "OUT ")
+    )
 
 
 def tolerance(case: Case, arithmetic: str) -> float:

@@ -45,7 +45,9 @@ def mlx(_: str, checkpoint: Described, found: Findings) -> None:
     """Add what is known of mlx-lm."""
     found.refuse(online(checkpoint))
     if checkpoint.format == "gptq":
-        found.refuse(f"{MLX} takes no GPTQ with g_idx, which the layout of nearplane and gptqmodel has; write mlx or awq")
+        found.refuse(
+            f"{MLX} takes no GPTQ with g_idx, which the layout of nearplane and gptqmodel has; write mlx or awq"
+        )
         return
     for grid, shapes in grids_of(checkpoint):
         bits, size = grid.storage_bits, grid.group_size
@@ -56,7 +58,9 @@ def mlx(_: str, checkpoint: Described, found: Findings) -> None:
             reason = f"{MLX} has groups of {', '.join(map(str, GROUPS))}, not {size}"
         found.refuse(reason)
     if checkpoint.format == AWQ:
-        found.note(f"{MLX} rounds each offset, scale times zero, to the dtype of the scales; {MLX}'s own format keeps it")
+        found.note(
+            f"{MLX} rounds each offset, scale times zero, to the dtype of the scales; {MLX}'s own format keeps it"
+        )
     if checkpoint.model is not None:
         _mlx_model(checkpoint.format, checkpoint.model, found)
 
@@ -97,7 +101,9 @@ def _onnx_model(model: Model, found: Findings) -> None:
     if model.type in ("mistral", "smollm3"):
         found.note(f"where config.json has a sliding_window, {ONNX} did not run {model.name}")
     if model.type == "phi3":
-        found.note(f"{ONNX} did not convert Phi-3 with another max_position_embeddings than original_max_position_embeddings")
+        found.note(
+            f"{ONNX} did not convert Phi-3 with another max_position_embeddings than original_max_position_embeddings"
+        )
 
 
 def _onnx_grid(format: str, grid: Grid, shapes: list[tuple[int, int]]) -> str | None:
@@ -118,4 +124,6 @@ def _onnx_grid(format: str, grid: Grid, shapes: list[tuple[int, int]]) -> str | 
 def _windows(engine: str, windowless: tuple[str, ...], model: Model | None, found: Findings) -> None:
     """Tell of a sliding window that an engine does not have."""
     if model is not None and model.type in windowless:
-        found.note(f"where config.json has a sliding_window, {engine} ignores it: texts longer than it come out otherwise")
+        found.note(
+            f"where config.json has a sliding_window, {engine} ignores it: texts longer than it come out otherwise"
+        )
