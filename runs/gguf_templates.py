@@ -113,24 +113,21 @@ def tensors(model: Any) -> dict[str, Tensor]:
     names = {**LINEARS, **known.norms}
     for name, value in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
-        value = value.float()
-        if known.shifted and "norm" in module:
-            value = value + 1
+        plain = value.float() + (1 if known.shifted and "norm" in module else 0)
         if module in ENDS:
             if module != "lm_head" or not config.tie_word_embeddings:
-                found[f"{ENDS[module]}.{leaf}"] = value
+                found[f"{ENDS[module]}.{leaf}"] = plain
             continue
         _, _, index, inner = module.split(".", 3)
         block = f"blk.{index}"
         if leaf == "gate_up_proj":
-            gate, up = value.chunk(2, 1)
+            gate, up = plain.chunk(2, 1)
             found |= {f"{block}.ffn_gate_exps.weight": gate, f"{block}.ffn_up_exps.weight": up}
         elif leaf == "down_proj":
-            found[f"{block}.ffn_down_exps.weight"] = value
+            found[f"{block}.ffn_down_exps.weight"] = plain
         else:
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(names[inner])
-            value = pairs(value, heads) if known.paired and heads else value
-            found[f"{block}.{names[inner]}.{leaf}"] = value
+            found[f"{block}.{names[inner]}.{leaf}"] = pairs(plain, heads) if known.paired and heads else plain
     return found
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import templates
 import tiny
 import torch
+
+import nearplane
 
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("NEARPLANE_ENGINES", ROOT / ".engines")) / "llama" / "bin" / "python"
@@ -19,6 +22,7 @@ NAMES = {
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "tie_word_embeddings": False}
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="there is no .engines/llama (make engines)")
 
@@ -78,6 +82,25 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path: Path) -> None:
     assert json.loads(str(answer["about"]))["versions"].keys() == {"xllamacpp", "gguf"}
     assert answer["logprobs"].shape == (2, 12, 128) and np.abs(answer["logprobs"] - expected).max() < 1e-4
     assert answer["greedy"].tolist() == greedy.tolist()
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_K"])
+def test_llama_cpp_computes_what_nearplane_wrote(type: str, tmp_path: Path) -> None:
+    """A K type whose blocks divide the inputs, and a plain one; runs/engines.py tries all types and more kinds of models.
+
+    What is left is llama.cpp's rounding of inputs to 8 bits, a mean of 0.01 there.
+    """
+    folder = tiny.save(tiny.build("llama", **WIDE), tmp_path / "model")
+    template = templates.of_folder(folder, tmp_path / "template.gguf", "F32")
+    out, ids = tmp_path / "out", tiny.tokens(2, 12)
+    settings: dict[str, Any] = {"format": "gguf", "gguf_type": type, "template": template}
+    nearplane.quantize(folder, out, method=nearplane.RTN(), progress=False, **settings)
+    answer = ran(out / f"model-{type}.gguf", tmp_path, ids.tolist())
+    with torch.no_grad():
+        ours = nearplane.load(out, arithmetic="exact")(input_ids=ids).logits.log_softmax(-1).numpy()
+        dense = tiny.build("llama", **WIDE)(input_ids=ids).logits.log_softmax(-1).numpy()
+    off = np.abs(answer["logprobs"] - ours).mean()
+    assert off < 0.03 and off < 0.2 * np.abs(dense - ours).mean()
 
 
 def test_what_llama_cpp_refuses_is_told_in_its_words(tmp_path: Path) -> None:

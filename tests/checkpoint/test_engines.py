@@ -34,6 +34,7 @@ RUNS = Path(__file__).parents[2] / "runs"
 # What reads safetensors of the formats that are no engine's own.
 READERS = ("vllm", "sglang", "transformers")
 SHAPES = [(64, 128), (256, 128)]
+ENGINES_RUN = {"vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai"}
 CT = "compressed-tensors"
 
 
@@ -59,7 +60,7 @@ def record() -> dict[str, Any]:
 def test_every_recorded_outcome_is_the_verdict(record) -> None:
     """What ran loads; what was refused, or computed something else, is refused."""
     rows = record["read"]()
-    assert {"vllm", "transformers"} <= {row["engine"] for row in rows} and len(rows) > 100
+    assert {row["engine"] for row in rows} == ENGINES_RUN and len(rows) > 300
     assert {row["outcome"] for row in rows} == {"ran", "refused", "garbage"}
     assert [told for told in map(record["disagreement"], rows) if told is not None] == []
     for row in rows:
@@ -261,6 +262,57 @@ def test_engines_of_other_formats() -> None:
     assert judged("onnxruntime-genai", "gptq", Grid(4, 64)).refusals == ()
     assert "each zero off by one" in str(judged("onnxruntime-genai", "gptq_v2", Grid(4, 64)))
     assert "not 3" in str(judged("onnxruntime-genai", "gptq", Grid(3, 64)))
+
+
+def test_mlx_by_the_kind_of_model() -> None:
+    """Each was met in mlx-lm 0.32."""
+
+    def said(format: str, **facts: Any) -> Verdict:
+        return judged("mlx", format, Grid(4, 64, sym=False), model=Model("AnyForCausalLM", **facts))
+
+    assert "has no such model" in said("awq", type="opt").refusals[0]
+    assert "stacks the experts" in said("mlx", type="qwen3_moe", experts=True).refusals[0]
+    assert "no experts in the layout awq" in said("awq", type="mixtral", experts=True).refusals[0]
+    assert said("mlx", type="mixtral", experts=True).refusals == said("awq", type="llama").refusals == ()
+    assert "rounds each offset" in str(said("awq", type="llama")) and said("mlx", type="llama").caveats == ()
+    assert "mlx-lm 0.32 ignores it" in str(said("mlx", type="mistral"))
+    assert said("mlx", type="xglm").caveats == ("xglm was not run in mlx-lm 0.32",)
+    assert "takes no GPTQ with g_idx" in judged("mlx", "gptq", Grid(4, 64)).refusals[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "runs"),
+    [(16, 192, True), (64, 192, True), (8, 256, False), (96, 192, False), (-1, 192, False), (-1, 256, True)],
+)
+def test_onnx_takes_groups_of_a_power_of_two(size: int, columns: int, runs: bool) -> None:
+    for format, sym in (("gptq", True), ("awq", False)):
+        assert (refusal("onnxruntime-genai", format, Grid(4, size, sym), [(64, columns)]) is None) == runs
+
+
+def test_onnx_by_the_class_of_model() -> None:
+    def told(name: str, type: str = "", **facts: Any) -> Verdict:
+        return judged("onnxruntime-genai", "gptq", Grid(4, 64), model=Model(name, type=type, **facts))
+
+    assert told("MixtralForCausalLM", experts=True).refusals == (
+        "the model builder of ONNX Runtime GenAI 0.18 has no MixtralForCausalLM",
+    )
+    for name, words in (("Gemma3ForCausalLM", "one rotary base"), ("GptOssForCausalLM", "optimum")):
+        assert words in told(name).refusals[0]
+    assert told("LlamaForCausalLM", "llama").refusals == told("Qwen3ForCausalLM").refusals == ()
+    assert "sliding_window" in str(told("MistralForCausalLM", "mistral")) and "original_max" in str(
+        told("Phi3ForCausalLM", "phi3")
+    )
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q2_0", "Q4_K", "Q6_K"])
+def test_gguf_types_are_kinds_of_their_own(type: str) -> None:
+    """Q4_0 that ran says nothing of Q4_K, although both have 4 bits."""
+    found = Described(
+        "gguf", (Weight(Grid.named(type.lower()), (64, 256)),), Model("MistralForCausalLM", type="mistral")
+    )
+    assert found.kinds == [f"gguf {type}"]
+    said = verdict("llama.cpp", found)
+    assert said.basis.startswith("run here with xllamacpp") and "llama.cpp b11549 ignores it" in said.caveats[1]
 
 
 def test_unknown_names_are_refused() -> None:
