@@ -2,8 +2,8 @@
 
     python runs/gguf_templates.py FOLDER NEW.gguf
 
-The file is in float32 and has no vocabulary. ``ARCHITECTURES`` says which kinds of models are known. runs/engines.py runs each
-template in llama.cpp as it is, too, so that a wrong template is not taken for a wrong checkpoint.
+The file is in float32 and has no vocabulary. ``ARCHITECTURES`` says which kinds of models are known.
+Before runs/engines.py quantizes a model, its template runs in llama.cpp, and must equal transformers.
 """
 
 import sys

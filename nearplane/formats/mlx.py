@@ -48,7 +48,7 @@ LOADED = (
     "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
-# Model types that it did not load, or not rightly, with the reason.
+# Model types that it did not load, or not rightly, with the reason. Absent ones: rows of docs/engines.md.
 STACKS = "it stacks the experts' weights and leaves their scales"
 ABSENT = "it has no such model"
 NAMES = "it knows other names of its weights than those of its scales"
