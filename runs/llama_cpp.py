@@ -70,13 +70,13 @@ def theirs(bin: Path, cell: str, original: Path, imatrix: Path | None, out: Path
     tool(bin, "llama-quantize", *with_matrix, *kept, *own, original, out, kind)
 
 
-def ours(cell: str, method: str, ids: list[list[int]], folder: Path) -> Path:
-    """Quantize by nearplane to a GGUF file."""
+def ours(cell: str, method: str, ids: list[list[int]], original: Path, folder: Path) -> Path:
+    """Quantize by nearplane to a GGUF file, which takes what is left dense from the same F16 file as theirs."""
     rest: dict[str, Any] = (
         {"gguf_dense": "Q8_0"} if cell == "Q4_0" else {"gguf_dense": "F16", "ignore": f"^(?!.*{DOWN})"}
     )
     nearplane.quantize(
-        "demo", folder, method=method, format="gguf", gguf_type=cell, dataset=ids, nsamples=WINDOWS, seqlen=LENGTH,
+        "demo", folder, method=method, format="gguf", gguf_type=cell, template=original, dataset=ids, nsamples=WINDOWS, seqlen=LENGTH,
         progress=False, **rest,
     )  # fmt: skip
     return next(folder.glob("*.gguf"))
@@ -131,7 +131,7 @@ def main() -> None:
                         theirs(given.bin, cell, original, imatrix if row == "imatrix" else None, out)
                         made = out
                     else:
-                        made = ours(cell, row, ids, out)
+                        made = ours(cell, row, ids, original, out)
                     found = {"cell": cell, "row": row, "draw": number, "bytes": made.stat().st_size}
                     found |= {
                         "seconds": round(time.perf_counter() - start, 1),

@@ -512,7 +512,7 @@ def test_a_changed_byte_is_a_problem(made: Path, tmp_path: Path) -> None:
         assert sorted(names) == sorted(p.name for p in folder.iterdir() if p.name not in ("report.json", "SHA256SUMS"))
     shard = new / "model-00001-of-00001.safetensors"
     word = (out / "tokenizer.json").read_bytes().index(b'"w17"') + 1
-    for path, place in ((out / "model-00002-of-00003.safetensors", -9), (shard, -9), (out / "tokenizer.json", word)):
+    for path, place in ((out / "model-00001-of-00001.safetensors", -9), (shard, -9), (out / "tokenizer.json", word)):
         good = path.read_bytes()
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         only(nearplane.verify(path.parent), f"{path} is not what was written, its sha256 is another")
@@ -566,5 +566,7 @@ def test_the_engine_that_loads_it_is_named(made, capsys):
     assert found.loads == "SGLang 0.5.23 loads such a checkpoint: read in the sources of SGLang 0.5.23, not run here"
     assert nearplane.verify(made / "gptq_v2", "vllm").loads is None and nearplane.verify(made / "gptq").loads is None
     (problem,) = nearplane.verify(made / "gptq", "llama.cpp").problems
-    assert "does not know the format gptq; vllm, sglang, transformers, onnxruntime-genai and nearplane do" in problem
+    assert (
+        "does not know the format gptq; vllm, sglang, transformers, mlx, onnxruntime-genai and nearplane do" in problem
+    )
     assert "Traceback" not in capsys.readouterr().err

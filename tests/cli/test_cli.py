@@ -155,7 +155,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         (["--order", "sideways"], "--order"),
         (["--method", "gptq", "--no-static-groups"], "groups must be static"),
         (["--damp-percent", "7"], "damp_percent is a fraction"),
-        (["--format", "gguf"], "format must be one of"),
+        (["--format", "exl2"], "format must be one of"),
         (["--device", "abacus"], "not usable here"),
         (["--nsamples", "0"], "nsamples must be at least 1"),
         (["--alpha2", "0.5"], "--alpha2 is an option of --method rescomp, not of nearplane"),

@@ -17,7 +17,7 @@ from nearplane.core.grid import Quantized, dequantize, fit_groups, round_to_near
 from nearplane.core.scales import Affine
 from nearplane.formats import FORMATS
 from nearplane.formats.base import check, scales_reason, stored_grid
-from nearplane.formats.compressed import CompressedTensors
+from nearplane.formats.compressed import NEUTRAL, CompressedTensors
 from nearplane.formats.parts import Writer
 from nearplane.formats.read import open_checkpoint
 from nearplane.run.events import BlockDone
@@ -32,6 +32,7 @@ class AnyScales(CompressedTensors):
     """Keeps a run's parts as they are, whatever their scales."""
 
     name: str = "any-scales"
+    parts: bool = True
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         return grid.scales.row_reason(shape[1], grid.group_width(shape[1]))
@@ -69,7 +70,7 @@ def test_a_part_gives_every_grid_back_bit_for_bit(tmp_path: Path, dtype: torch.d
             assert torch.equal(part.weight(name), values)
             assert torch.equal(part.weight(name, torch.float16), values.half())
             size = sum(part.store.get(tensor).nbytes for tensor in layer.tensors.values())
-            assert size == CompressedTensors().nbytes((6, 512), grid)
+            assert size == NEUTRAL.nbytes((6, 512), grid)
             assert list(part.reader.flaws(part.store, *part.decode(name))) == []  # type: ignore[union-attr]
             if grid.scales.joint:
                 for mine, its in zip(
@@ -87,9 +88,9 @@ def test_a_part_gives_every_grid_back_bit_for_bit(tmp_path: Path, dtype: torch.d
 )  # fmt: skip
 def test_damaged_offsets_are_named(tmp_path: Path, zero: torch.Tensor, told: str) -> None:
     grid = GRIDS["mlx"]
-    tensors = {**CompressedTensors().pack("fc", solved(grid), grid), "fc.weight_zero_point": zero}
+    tensors = {**NEUTRAL.pack("fc", solved(grid), grid), "fc.weight_zero_point": zero}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = CompressedTensors().config(grid, ignore=[], settings={})
+    config = NEUTRAL.config(grid, ignore=[], settings={})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(NearplaneError, match=told):
         open_checkpoint(tmp_path).quantized("fc")
@@ -100,10 +101,8 @@ def test_damaged_offsets_are_named(tmp_path: Path, zero: torch.Tensor, told: str
 )
 def test_scales_that_are_none_are_named(tmp_path: Path, told: Any) -> None:
     grid = GRIDS["mlx"]
-    save_file(
-        CompressedTensors().pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"}
-    )
-    config = CompressedTensors().config(grid, ignore=[], settings={})
+    save_file(NEUTRAL.pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = NEUTRAL.config(grid, ignore=[], settings={})
     config["config_groups"]["group_0"]["weights"]["observer_kwargs"]["nearplane_scales"] = told
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(
@@ -199,10 +198,8 @@ def test_what_no_file_holds_exactly_is_refused() -> None:
 def test_offsets_that_no_configuration_tells_are_refused(tmp_path: Path) -> None:
     """Real zeros read as codes would be silently wrong."""
     grid = GRIDS["mlx"]
-    save_file(
-        CompressedTensors().pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"}
-    )
-    config = CompressedTensors().config(Grid(3, 64, False), ignore=[], settings={})
+    save_file(NEUTRAL.pack("fc", solved(grid), grid), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = NEUTRAL.config(Grid(3, 64, False), ignore=[], settings={})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(NearplaneError, match=r"weight_zero_point .*float32, and no integers"):
         open_checkpoint(tmp_path).quantized("fc")

@@ -367,12 +367,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "eetq": {"quant_method": "eetq"},
     "vptq": {"quant_method": "vptq"},
     "spqr": {"quant_method": "spqr"},
-    "mlx": {"group_size": 64, "bits": 4},
 }
 
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_other_methods_are_named(method: str, tmp_path: Path) -> None:
-    extra = {"quantization": OTHERS[method]} if method == "mlx" else {}
     with pytest.raises(NearplaneError, match=f"is quantized with {method}; .*original model.*or make it dense"):
-        opened(tmp_path, {"m.weight": torch.ones(2, 2, dtype=torch.uint8)}, OTHERS[method], **extra)
+        opened(tmp_path, {"m.weight": torch.ones(2, 2, dtype=torch.uint8)}, OTHERS[method])

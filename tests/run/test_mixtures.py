@@ -18,6 +18,7 @@ from nearplane.cli.terminal import expert_lines
 from nearplane.core.activations import TokenGrid, round_tokens
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import dequantize
+from nearplane.formats.parts import Writer
 from nearplane.models.discover import discover
 from nearplane.models.experts import EXPERT, set_visit
 from nearplane.models.source import open_source
@@ -209,6 +210,7 @@ def test_damping_by_count() -> None:
 def test_resumed_and_planned(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that stops after a block goes on to the same bytes; the estimate counts all experts of a block."""
     settings: dict[str, Any] = {"grid": GRID, "calibration": calibration(mixture, 4, 12), "progress": False}
+    monkeypatch.setitem(Writer.__init__.__kwdefaults__, "shard_bytes", 60_000)
     nearplane.quantize(mixture, tmp_path / "whole", **settings)
     take, calls = Saver.take, []
 
