@@ -76,8 +76,8 @@ def ours(cell: str, method: str, ids: list[list[int]], original: Path, folder: P
         {"gguf_dense": "Q8_0"} if cell == "Q4_0" else {"gguf_dense": "F16", "ignore": f"^(?!.*{DOWN})"}
     )
     nearplane.quantize(
-        "demo", folder, method=method, format="gguf", gguf_type=cell, template=original, dataset=ids, nsamples=WINDOWS, seqlen=LENGTH,
-        progress=False, **rest,
+        "demo", folder, method=method, format="gguf", gguf_type=cell, template=original, dataset=ids,
+        nsamples=WINDOWS, seqlen=LENGTH, progress=False, **rest,
     )  # fmt: skip
     return next(folder.glob("*.gguf"))
 
