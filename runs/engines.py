@@ -253,14 +253,17 @@ def cases() -> list[Case]:
     made += [
         Case("bloom", CT, 4, 32, settings={"ignore": ["query_key_value"]}, more="query_key_value dense"),
     ]
-    made += [Case("llama", "awq", 4, group, False, engines=("vllm", "mlx", ONNX)) for group in (32, 64)]
+    made += [Case("llama", "awq", 4, group, False, options=NATIVE, engines=("vllm", "mlx", ONNX)) for group in (32, 64)]
     made += [Case("llama", "mlx", bits, 32, False, engines=("mlx",)) for bits in (2, 3, 4, 5, 6, 8)]
     made += [Case("llama", "mlx", 4, 64, False, engines=("mlx",))]
     made += [Case("llama", GPTQ1, bits, 32, engines=("mlx", ONNX)) for bits in (2, 3, 4, 8)]
     made += [Case("llama", GPTQ1, 4, group, engines=(ONNX,)) for group in (16, 64, -1)]
     wide = [Case("llama, 256 wide", GPTQ1, bits, group, engines=(ONNX,)) for bits in (4, 8) for group in (8, 128, -1)]
     made += [*wide, Case("llama, 192 wide", GPTQ1, 4, 96, engines=(ONNX,))]
-    made += [Case("llama, 256 wide", "awq", 4, group, False, engines=("mlx", ONNX)) for group in (16, 128, -1)]
+    made += [
+        Case("llama, 256 wide", "awq", 4, group, False, options=NATIVE, engines=("mlx", ONNX))
+        for group in (16, 128, -1)
+    ]
     made += [Case("llama, 256 wide", "mlx", 4, 128, False, engines=("mlx",))]
     made += [Case("llama", GPTQ1, 4, 32, settings=EIGHT, more="down_proj 8 bits", engines=(ONNX,))]
     made += [Case("llama", GPTQ2, bits, 32, sym, engines=(ONNX,)) for bits in (4, 8) for sym in (True, False)]

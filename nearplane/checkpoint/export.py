@@ -88,7 +88,8 @@ def export(
     if not writer.complete:
         if rest.file is not None:
             writer.repack()
-            writer.produce(rest.file.name, rest.file.nbytes, partial(rest.file.write, tick=tick))
+            held = [f"{name}.weight" for name in rest.config["quantization_config"].get("quantized", [])]
+            writer.produce(rest.file.name, rest.file.nbytes, partial(rest.file.write, tick=tick), held)
         elif weights is None:
             _pack_parts(writer, format, tick)
         for name, quantized, grid in weights or ():

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -85,6 +85,7 @@ class Writer:
         self._grids: dict[str, Grid] = {}  # of the weights since the last seal
         self._copying = False  # shards are written beside the parts
         self._shard_of: dict[str, int] = {}  # tensor name -> shard, counted from 0
+        self._elsewhere: dict[str, str] = {}  # tensor name -> file that is no shard
         self._hashes: list[str] = []  # of each shard
         self._sums: dict[str, str] = {}  # of each other file, by name
         self._total = 0
@@ -216,9 +217,13 @@ class Writer:
             shutil.copyfile(path, temporary)
             self._sums[name] = file_hash(temporary)
 
-    def produce(self, name: str, need: int, fill: Callable[[Path], None]) -> None:
-        """Write a file of this name, all of it or nothing; ``fill`` writes some ``need`` bytes under the path it is given."""
+    def produce(self, name: str, need: int, fill: Callable[[Path], None], holds: Iterable[str] = ()) -> None:
+        """Write a file of this name, all of it or nothing; ``fill`` writes some ``need`` bytes under the path it is given.
+
+        ``holds``: tensors that the index places in the file, so that no loader takes the folder for whole without it.
+        """
         target = self._target(name)
+        self._elsewhere |= dict.fromkeys(holds, name)
         if self.complete:
             return
         with self._atomic(target, need) as temporary:
@@ -264,7 +269,7 @@ class Writer:
             raise NearplaneError(f"the shards in {self.out} cannot be renamed: {error}.") from error
         index = {
             "metadata": {"total_size": self._total},
-            "weight_map": {name: names[shard] for name, shard in sorted(self._shard_of.items())},
+            "weight_map": {name: names[shard] for name, shard in sorted(self._shard_of.items())} | self._elsewhere,
         }
         data = json.dumps(index, indent=2).encode("utf-8")
         sums = {**self._sums, **dict(zip(names, self._hashes, strict=True)), INDEX: hashlib.sha256(data).hexdigest()}

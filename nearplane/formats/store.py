@@ -27,6 +27,8 @@ SUMS = "SHA256SUMS"
 REPORT = "report.json"
 # A shard that a writer has not finished (``parts.py``) carries this ending, so that no reader takes it for a weight.
 UNFINISHED = ".unfinished"
+# Files of a folder that hold weights and are no safetensors: formats/gguf reads them.
+GGUF = ".gguf"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -320,7 +322,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, file in promised.items():
         if not isinstance(file, str) or not stays_inside(file):
             raise NearplaneError(f"{path} places tensor {name} in {file!r}, outside of the folder; refused.")
-    return promised
+    return {name: file for name, file in promised.items() if not file.endswith(GGUF)} or promised
 
 
 def stays_inside(file: str) -> bool:

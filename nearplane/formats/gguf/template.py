@@ -21,8 +21,9 @@ from nearplane.formats.gguf.file import GGUFFile
 # Cosine by which a row is known; most rows of a matrix must have it. Two bits keep 0.8 on the average; of 64 columns, one
 # wrong row in 10^10 reaches 0.7.
 FOUND = 0.7
-# Least cosine of the other rows, each of which must be nearer to its partner than to any other row.
-LEAST = 0.4
+# Least cosine of the other rows, each of which must be nearer to its partner than to any other row: so much, or so many times
+# the largest of as many random cosines. A row whose codes were clipped may be far from what it was.
+LEAST, CLEAR = 0.4, 2.0
 # Below this no row shows that two matrices have to do with each other; nor below so many times what chance gives.
 STRANGE, CHANCE = 0.35, 1.3
 # A matrix of ours is a multiple of the template's where their best ratio is further from 1.
@@ -235,7 +236,8 @@ class _Search:
         if not len(low):
             return True
         many = sum(m.shape[0] * m.shape[1] for m in matrices)
-        if float(cosines.min()) < LEAST or len(low) * many > MOST_EXACT:
+        least = min(LEAST, CLEAR * _chance(sum(m.shape[0] for m in matrices), matrices[0].shape[1]))
+        if float(cosines.min()) < least or len(low) * many > MOST_EXACT:
             return False
         a = torch.cat([theirs(int(row), 1) for row in low])
         best = torch.cat([_similar(a, m.read(0, m.shape[0])) for m in matrices], 1).amax(1)
@@ -310,15 +312,20 @@ class _Search:
             return
         near, tensor = self.best.get(lost[0], (-1.0, ""))
         rows, columns = self.ours[lost[0]].shape
-        if near < max(STRANGE, CHANCE * sqrt(2 * log(rows + 1) / columns)):  # the largest of so many random cosines
+        if near < max(STRANGE, CHANCE * _chance(rows, columns)):
             raise NearplaneError(
                 f"{self.template.path} is of another model: it holds no rows of {_plain(lost[0])} ({rows} x {columns}) in "
                 f"whatever order, nor of {len(lost) - 1} more linears; give a GGUF of the original model."
             )
+        if near >= FOUND:
+            raise NearplaneError(
+                f"{_plain(lost[0])} is {tensor} of {self.template.path} by most of its rows (typical cosine {near:.2f}), and "
+                "some are like no row of that; either the template is of a changed model, or quantizing spoiled these rows: "
+                "calibrate on more tokens, or take more bits."
+            )
         raise NearplaneError(
             f"{self.template.path} is too coarse to match: {_plain(lost[0])} is nearest to {tensor}, with a typical cosine of "
-            f"{near:.2f} of their rows; most must have {FOUND}, the others {LEAST} and no nearer partner; give a finer GGUF of "
-            "the original, as F16 or Q8_0."
+            f"{near:.2f} of their rows; most must have {FOUND}; give a finer GGUF of the original, as F16 or Q8_0."
         )
 
     def _shape(self, at: Slice) -> tuple[int, int]:
@@ -349,6 +356,11 @@ class _Search:
 
     def _likeness(self, at: Slice, name: str) -> float:
         return float((self.marks[at] * self.marks[name]).sum())
+
+
+def _chance(rows: int, columns: int) -> float:
+    """Estimate the largest of the cosines between one row and so many random rows."""
+    return sqrt(2 * log(rows + 1) / columns)
 
 
 def _plain(name: str) -> str:
