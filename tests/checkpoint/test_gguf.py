@@ -11,6 +11,8 @@ import pytest
 import templates
 import tiny
 import torch
+import transformers
+from safetensors import SafetensorError
 
 import nearplane
 from nearplane.checkpoint.verify import verify
@@ -378,3 +380,14 @@ def test_one_part_of_several_is_no_template(small: tuple[Path, Path], tmp_path: 
     write(tmp_path / "t-00001-of-00002.gguf", file, {}, {"split.count": scalar("split.count", 4, 2)}, file.pieces)
     with pytest.raises(NearplaneError, match="is one of 2 parts; join them first"):
         nearplane.checkpoint.gguf.open_template(tmp_path / "t-00001-of-00002.gguf", "m")
+
+
+def test_transformers_does_not_fill_such_a_folder_at_random(small: tuple[Path, Path], tmp_path: Path) -> None:
+    """The index places the quantized weights in the .gguf file, which transformers cannot read."""
+    made = tmp_path / "out"
+    nearplane.quantize(small[0], made, format="gguf", gguf_type="Q4_0", template=small[1], **QUICK)
+    index = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+    quantized = json.loads((made / "config.json").read_text())["quantization_config"]["quantized"]
+    assert {index[f"{name}.weight"] for name in quantized} == {next(made.glob("*.gguf")).name}
+    with pytest.raises(SafetensorError, match="header"):
+        transformers.AutoModelForCausalLM.from_pretrained(made)

@@ -171,3 +171,12 @@ def test_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NearplaneError, match="is not a folder"):
         Store(tmp_path / "file")
+
+
+def test_a_header_with_line_breaks_is_one_sentence(tmp_path: Path) -> None:
+    """A dtype that is a line break; found by tests/test_fuzz.py."""
+    header = b'{"w": {"dtype": "\\n", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(NearplaneError, match="is truncated or corrupt") as caught:
+        Store(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -52,7 +52,7 @@ def judge(engine: str, checkpoint: Described, found: Findings) -> None:
             )
     if len(grids) > 1 and format != COMPRESSED and engine == "sglang":
         found.note(f"{title} takes several grids from GPTQ's dynamic rules, which nothing here has tried")
-    if format == AWQ:
+    if format == AWQ and engine == "sglang":
         found.note(f"{title} lists AWQ among its formats; it was not run with it here")
     if checkpoint.model is not None:
         _judge_model(engine, title, checkpoint, checkpoint.model, found)
