@@ -160,10 +160,14 @@ def pick_target(out: str | Path, format: str | Format | None, options: Mapping[s
     Raises:
         SettingError: no format, an unknown one, or options of another one.
     """
-    if format is None and Path(out).suffix.lower() != ".gguf":
+    named, type = Path(out).suffix.lower() == ".gguf", options.get("gguf_type")
+    if format is None and not named and type is None:
         raise SettingError("convert needs the format to write: give --format, or a NEW that ends in .gguf.")
     target = pick_format("gguf" if format is None else format)
-    type = options.get("gguf_type")
+    if named and not isinstance(target, GGUF):
+        raise SettingError(
+            f"{out} ends in .gguf, and {target.name} is a folder; choose another name, or --format gguf."
+        )
     target = target.asked({name: value for name, value in options.items() if name != "gguf_type"})
     if type is not None:
         target.grid(Grid(), type, ())  # refuses a type of another format

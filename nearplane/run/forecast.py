@@ -113,7 +113,11 @@ class Forecast:
         lines.append(f"time    {clock(sum(self.seconds.values()))} at the rates measured now: {spent}")
         lines += [f"{engine:<12} {judged}" for engine, judged in self.engines().items() if not judged.foreign]
         foreign = [engine for engine, judged in self.engines().items() if judged.foreign]
-        lines += [f"{', '.join(foreign)} do not know the format {plan.format.name}"] if foreign else []
+        lines += (
+            [f"{', '.join(foreign)} {'does' if len(foreign) == 1 else 'do'} not know the format {plan.format.name}"]
+            if foreign
+            else []
+        )
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join([*lines, self.verdict()])
 

@@ -391,3 +391,10 @@ def test_transformers_does_not_fill_such_a_folder_at_random(small: tuple[Path, P
     assert {index[f"{name}.weight"] for name in quantized} == {next(made.glob("*.gguf")).name}
     with pytest.raises(SafetensorError, match="header"):
         transformers.AutoModelForCausalLM.from_pretrained(made)
+
+
+def test_a_name_that_is_a_gguf_file_is_no_folder(plain: Path, tmp_path: Path) -> None:
+    for format in ("mlx", "gptq_v2"):
+        with pytest.raises(SettingError, match=f"ends in .gguf, and {format} is a folder"):
+            nearplane.convert(plain, tmp_path / "new.gguf", format)
+    assert not any(tmp_path.iterdir())
