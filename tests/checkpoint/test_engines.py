@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -21,20 +22,22 @@ from nearplane.checkpoint.engines import (
     Model,
     Verdict,
     Weight,
+    described,
     initialises_packed,
     verdict,
 )
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.models.source import open_source
+from nearplane.formats.read import open_checkpoint
+from nearplane.models.source import open_skeleton, open_source
 from nearplane.run.plan import make_plan
 
 RUNS = Path(__file__).parents[2] / "runs"
 # What reads safetensors of the formats that are no engine's own.
 READERS = ("vllm", "sglang", "transformers")
 SHAPES = [(64, 128), (256, 128)]
-ENGINES_RUN = {"vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai"}
+ENGINES_RUN = {"vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai", "openvino"}
 CT = "compressed-tensors"
 
 
@@ -80,6 +83,33 @@ def test_a_recorded_row_that_the_verdict_contradicts_is_told(record) -> None:
     assert "refused (words), but the verdict is: loads it (run here" in record["disagreement"](
         {**row, "outcome": "refused", "reason": "words"}
     )
+
+
+def test_every_greedy_token_is_compared(record) -> None:
+    """The most likely token is equal; one that is behind by no more than the bound is a tie; the last one counts like the first."""
+    expected = np.log(np.array([[[0.5, 0.495, 0.005], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]]))
+    followed = record["followed"]
+    assert followed(expected, np.array([[0, 1, 2]]), 0.05) == {"tokens": 3, "equal": 3, "ties": 0}
+    tie = followed(expected, np.array([[1, 1, 2]]), 0.05)
+    assert tie == {"tokens": 3, "equal": 2, "ties": 1, "behind": 0.01}
+    assert followed(expected, np.array([[1, 1, 2]]), 0.001)["ties"] == 0
+    for wrong in ([0, 1, 0], [0, 1, 3]):  # 3: outside of the vocabulary
+        found = followed(expected, np.array([wrong]), 0.05)
+        assert (found["equal"], found["ties"]) == (2, 0) and found["behind"] > 2
+
+
+def test_a_cell_tells_what_was_compared(record) -> None:
+    row = {"outcome": "ran", "mean": 0.0031, "arithmetic": "float32, products by a dense float32 reference"}
+    ran = "ran: log-probabilities differ by 0.003"
+    assert record["cell"](row) == f"{ran}, first tokens equal, products by a reference"
+    row |= {"arithmetic": "bfloat16", "greedy": {"tokens": 16, "equal": 15, "ties": 1, "behind": 0.01}}
+    assert record["cell"](row) == f"{ran}, 15 of 16 tokens equal, 1 tie"
+
+
+def test_the_demo_model_has_rows_of_every_engine(record) -> None:
+    rows = [row for row in record["read"]() if row.get("real")]
+    assert {row["engine"] for row in rows} == ENGINES_RUN and {row["outcome"] for row in rows} == {"ran"}
+    assert {row["format"] for row in rows} == {CT, "gptq", "awq", "mlx", "gguf"}
 
 
 def test_a_basis_is_a_run_or_the_sources() -> None:
@@ -298,10 +328,27 @@ def test_onnx_by_the_class_of_model() -> None:
     )
     for name, words in (("Gemma3ForCausalLM", "one rotary base"), ("GptOssForCausalLM", "optimum")):
         assert words in told(name).refusals[0]
+    dense = told("LlamaForCausalLM", dense=True)
+    assert len(dense.refusals) == 1 and "some linears of the layers stay dense" in dense.refusals[0]
     assert told("LlamaForCausalLM", "llama").refusals == told("Qwen3ForCausalLM").refusals == ()
     assert "sliding_window" in str(told("MistralForCausalLM", "mistral")) and "original_max" in str(
         told("Phi3ForCausalLM", "phi3")
     )
+
+
+@pytest.mark.parametrize(
+    ("ignore", "dense"), [([], False), (["down_proj"], True), ([r"layers\.0\."], True), (["lm_head"], False)]
+)
+def test_linears_that_stay_dense_are_seen_in_a_plan_and_in_a_folder(ignore: list[str], dense: bool, tmp_path: Path) -> None:
+    """An output head, which lies in no list of layers, is none of them."""
+    folder, out = tiny.save(tiny.build("llama"), tmp_path / "model"), tmp_path / "out"
+    settings: dict[str, Any] = {"method": RTN(), "grid": Grid(4, 16), "format": "gptq", "ignore": ignore}
+    plan = make_plan(folder, sketch=True, **settings)
+    nearplane.quantize(folder, out, progress=False, **settings)
+    found = described(open_checkpoint(out), open_skeleton(out)[1])
+    for seen in (plan.described(), found):
+        assert seen.model is not None and seen.model.dense == dense
+    assert nearplane.verify(out, "onnxruntime-genai").ok != dense
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q2_0", "Q4_K", "Q6_K"])
