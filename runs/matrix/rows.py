@@ -19,8 +19,10 @@ from nearplane.formats.read import open_checkpoint
 from nearplane.models.source import open_skeleton
 
 RECORD = Path(__file__).resolve().parents[1] / "engines.jsonl"
-# Mean difference of log-probabilities that an arithmetic explains. Those of tiny random models spread by about 0.5.
+# Mean difference of log-probabilities that an arithmetic explains. Those of tiny random models spread by about 0.7, those of
+# the demo model by 3.4.
 EXACT, OFFSETS, ROUNDED = 1e-3, 0.01, 0.05
+SPREAD = {DEMO: 5}
 
 
 def read() -> list[dict[str, Any]]:
@@ -103,10 +105,12 @@ def tolerance(case: Case, arithmetic: str) -> float:
     mlx-lm rounds the offsets of awq, scale times zero, to the dtype of its scales.
     Deepseek's latent attention in vLLM differs by 0.01 and more from transformers' for the dense model, too.
     """
+    spread = SPREAD.get(case.model, 1)
     if case.format == "awq" and "MLX" in arithmetic:
-        return OFFSETS
+        return OFFSETS * spread
     plain = "float32" in arithmetic and "rounded" not in arithmetic
-    return EXACT if plain and "activations" not in case.more and case.model != "deepseek_v2" else ROUNDED
+    exact = plain and "activations" not in case.more and case.model != "deepseek_v2"
+    return (EXACT if exact else ROUNDED) * spread
 
 
 def told(found: Described) -> dict[str, Any]:

@@ -66,7 +66,10 @@ def test_every_recorded_outcome_is_the_verdict(record) -> None:
     assert {row["engine"] for row in rows} == ENGINES_RUN and len(rows) > 300
     assert {row["outcome"] for row in rows} == {"ran", "refused", "garbage"}
     assert [told for told in map(record["disagreement"], rows) if told is not None] == []
+    assert {row["case"] for row in rows} <= {case.name for case in record["cases"]()}
     for row in rows:
+        if row["outcome"] == "ran" and "greedy" in row:
+            assert row["greedy"]["equal"] + row["greedy"]["ties"] == row["greedy"]["tokens"] == 16
         assert "run here with " + row["version"] in verdict(row["engine"], record["described_of"](row)).basis
 
 
@@ -86,7 +89,7 @@ def test_a_recorded_row_that_the_verdict_contradicts_is_told(record) -> None:
 
 
 def test_every_greedy_token_is_compared(record) -> None:
-    """The most likely token is equal; one that is behind by no more than the bound is a tie; the last one counts like the first."""
+    """The most likely token is equal; one behind by no more than the bound is a tie; the last one counts, too."""
     expected = np.log(np.array([[[0.5, 0.495, 0.005], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]]))
     followed = record["followed"]
     assert followed(expected, np.array([[0, 1, 2]]), 0.05) == {"tokens": 3, "equal": 3, "ties": 0}
@@ -339,7 +342,9 @@ def test_onnx_by_the_class_of_model() -> None:
 @pytest.mark.parametrize(
     ("ignore", "dense"), [([], False), (["down_proj"], True), ([r"layers\.0\."], True), (["lm_head"], False)]
 )
-def test_linears_that_stay_dense_are_seen_in_a_plan_and_in_a_folder(ignore: list[str], dense: bool, tmp_path: Path) -> None:
+def test_linears_that_stay_dense_are_seen_in_a_plan_and_in_a_folder(
+    ignore: list[str], dense: bool, tmp_path: Path
+) -> None:
     """An output head, which lies in no list of layers, is none of them."""
     folder, out = tiny.save(tiny.build("llama"), tmp_path / "model"), tmp_path / "out"
     settings: dict[str, Any] = {"method": RTN(), "grid": Grid(4, 16), "format": "gptq", "ignore": ignore}

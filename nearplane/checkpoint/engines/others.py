@@ -140,7 +140,9 @@ def openvino(_: str, checkpoint: Described, found: Findings) -> None:
         reason = tail(grid, shapes)
         if reason is None and (grid.storage_bits != 4 or grid.group_size == -1):
             size = "of one scale per row" if grid.group_size == -1 else "in groups"
-            reason = f"{OPENVINO} takes compressed-tensors of 4 bits in groups only, not {grid.storage_bits} bits {size}"
+            reason = (
+                f"{OPENVINO} takes compressed-tensors of 4 bits in groups only, not {grid.storage_bits} bits {size}"
+            )
         found.refuse(reason)
     if any(weight.activations is not None for weight in checkpoint.weights):
         found.refuse(f"{OPENVINO} takes no compressed-tensors whose activations are rounded")
