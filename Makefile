@@ -42,7 +42,7 @@ $(ENGINES)/%/installed: runs/engines/%.txt
 	case $* in vllm|openvino) $(ENGINES)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton;; esac
 	@du -sh $(ENGINES)/$* && touch $@
 
-# Every case of runs/engines.py in every engine that has an environment, against the verdict: half an hour with vLLM.
+# Every case of runs/engines.py in every engine that has an environment, against the verdict: tens of minutes.
 test-engines: install
 	$(BIN)/python runs/engines.py check
 

@@ -339,6 +339,27 @@ def test_onnx_by_the_class_of_model() -> None:
     )
 
 
+def test_openvino_takes_four_bits_in_groups() -> None:
+    def told(grid: Grid, format: str = CT, **more: Any) -> str:
+        return "; ".join(judged("openvino", format, grid, **more).refusals)
+
+    assert told(Grid(4, 32)) == told(Grid(4, 64, sym=False)) == ""
+    assert told(Grid(3, 32)).endswith("in groups only, not 3 bits in groups")
+    assert told(Grid(4, -1)).endswith("in groups only, not 4 bits of one scale per row")
+    assert "does not divide" in told(Grid(4, 48))
+    two = (Weight(Grid(4, 32), SHAPES[0]), Weight(Grid(8, 32), SHAPES[0]))
+    assert "not 8 bits" in str(verdict("openvino", Described(CT, two)))
+    rounded = Described(CT, (Weight(Grid(4, 32), SHAPES[0], TokenGrid(8)),))
+    assert "activations are rounded" in verdict("openvino", rounded).refusals[0]
+    for format in ("gptq", "gptq_v2", "awq"):
+        assert f"reads {format} by the package gptqmodel" in told(Grid(4, 32), format)
+    asked = Grid(4, 32)
+    assert "where experts are quantized" in told(asked, model=Model("MixtralForCausalLM", type="mixtral", experts=True))
+    assert "gemma2 with transformers up to 5.0" in told(asked, model=Model("Gemma2ForCausalLM", type="gemma2"))
+    xglm = judged("openvino", CT, asked, model=Model("XGLMForCausalLM", type="xglm"))
+    assert xglm.refusals == () and "xglm was not run" in xglm.caveats[0]
+
+
 @pytest.mark.parametrize(
     ("ignore", "dense"), [([], False), (["down_proj"], True), ([r"layers\.0\."], True), (["lm_head"], False)]
 )
@@ -376,7 +397,7 @@ def test_unknown_names_are_refused() -> None:
         found = judged(engine, "hqq", Grid())
         assert "does not know the format hqq; only nearplane" in str(found) and found.caveats == () and found.foreign
         assert found.as_dict()["refusals"] == list(found.refusals)
-    assert "does not know the format compressed-tensors; vllm, sglang, transformers and nearplane do" in str(
+    assert "does not know the format compressed-tensors; vllm, sglang, transformers, openvino and nearplane do" in str(
         judged("llama.cpp", CT, Grid())
     )
 

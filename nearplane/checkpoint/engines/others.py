@@ -32,6 +32,13 @@ ONNX_FAILED = {
     "GptOssForCausalLM": "it wants the package optimum to read quantized weights of it",
 }
 
+# Types that optimum-intel 2.2, which exports for OpenVINO, refuses beside the transformers 5.5 that it needs; those that ran.
+OPENVINO_REFUSED = ("gemma2", "gemma3_text")
+OPENVINO_LOADED = (
+    "cohere", "gpt_neox", "gptj", "granite", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+    "starcoder2",
+)  # fmt: skip
+
 
 def llama(_: str, checkpoint: Described, found: Findings) -> None:
     """Add what is known of llama.cpp, which Ollama and LM Studio run, too: it reads GGUF only."""
@@ -146,6 +153,18 @@ def openvino(_: str, checkpoint: Described, found: Findings) -> None:
         found.refuse(reason)
     if any(weight.activations is not None for weight in checkpoint.weights):
         found.refuse(f"{OPENVINO} takes no compressed-tensors whose activations are rounded")
+    model = checkpoint.model
+    if model is not None and model.experts:
+        found.refuse(
+            f"{OPENVINO}, by optimum-intel 2.2, computes something else where experts are quantized, without a word, or "
+            "refuses the model"
+        )
+    elif model is not None and model.type in OPENVINO_REFUSED:
+        found.refuse(
+            f"optimum-intel 2.2, which exports for {OPENVINO}, takes {model.type} with transformers up to 5.0 only"
+        )
+    elif model is not None and model.type and model.type not in OPENVINO_LOADED:
+        found.note(f"{model.type} was not run in {OPENVINO}")
     found.note("a script exports it first, without the hook that makes the weights dense (runs/engines/openvino.py)")
 
 
