@@ -32,17 +32,17 @@ test: install $(ENGINES)/llama/installed
 
 # Each engine in an environment of its own under .engines (NEARPLANE_ENGINES names another folder). Versions are pinned by
 # the lists in runs/engines/; a stamp keeps an environment until its list changes. Together about five gigabytes.
-ENGINE_NAMES := vllm llama mlx onnxruntime transformers
+ENGINE_NAMES := vllm llama mlx onnxruntime openvino transformers
 engines: $(ENGINE_NAMES:%=$(ENGINES)/%/installed)
 
 $(ENGINES)/%/installed: runs/engines/%.txt
 	python3 -m venv $(ENGINES)/$*
 	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement runs/engines/$*.txt
-	# The index's build of torchvision is for CUDA and breaks vLLM's import on a CPU; nothing here needs what is taken out.
-	if [ $* = vllm ]; then $(ENGINES)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; fi
+	# The index's build of torchvision is for CUDA and breaks imports beside a CPU torch; nothing here needs what is taken out.
+	case $* in vllm|openvino) $(ENGINES)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton;; esac
 	@du -sh $(ENGINES)/$* && touch $@
 
-# Every case of runs/engines.py in every engine that has an environment, against the verdict: half an hour with vLLM.
+# Every case of runs/engines.py in every engine that has an environment, against the verdict: tens of minutes.
 test-engines: install
 	$(BIN)/python runs/engines.py check
 

@@ -19,7 +19,7 @@ class Options:
     out: str
     """A transformers folder, quantized by nearplane or another tool, or not at all."""
     engine: str | None = None
-    """Also say what this engine (vllm, sglang, transformers, llama.cpp, mlx, onnxruntime-genai) would refuse."""
+    """Also say what this engine (vllm, sglang, transformers, llama.cpp, mlx, onnxruntime-genai, openvino) would refuse."""
     files: bool = False
     """List every file with its bytes and sha256."""
     json: bool = False

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -21,20 +22,22 @@ from nearplane.checkpoint.engines import (
     Model,
     Verdict,
     Weight,
+    described,
     initialises_packed,
     verdict,
 )
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.models.source import open_source
+from nearplane.formats.read import open_checkpoint
+from nearplane.models.source import open_skeleton, open_source
 from nearplane.run.plan import make_plan
 
 RUNS = Path(__file__).parents[2] / "runs"
 # What reads safetensors of the formats that are no engine's own.
 READERS = ("vllm", "sglang", "transformers")
 SHAPES = [(64, 128), (256, 128)]
-ENGINES_RUN = {"vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai"}
+ENGINES_RUN = {"vllm", "transformers", "llama.cpp", "mlx", "onnxruntime-genai", "openvino"}
 CT = "compressed-tensors"
 
 
@@ -63,7 +66,10 @@ def test_every_recorded_outcome_is_the_verdict(record) -> None:
     assert {row["engine"] for row in rows} == ENGINES_RUN and len(rows) > 300
     assert {row["outcome"] for row in rows} == {"ran", "refused", "garbage"}
     assert [told for told in map(record["disagreement"], rows) if told is not None] == []
+    assert {row["case"] for row in rows} <= {case.name for case in record["cases"]()}
     for row in rows:
+        if row["outcome"] == "ran" and "greedy" in row:
+            assert row["greedy"]["equal"] + row["greedy"]["ties"] == row["greedy"]["tokens"] == 16
         assert "run here with " + row["version"] in verdict(row["engine"], record["described_of"](row)).basis
 
 
@@ -80,6 +86,33 @@ def test_a_recorded_row_that_the_verdict_contradicts_is_told(record) -> None:
     assert "refused (words), but the verdict is: loads it (run here" in record["disagreement"](
         {**row, "outcome": "refused", "reason": "words"}
     )
+
+
+def test_every_greedy_token_is_compared(record) -> None:
+    """The most likely token is equal; one behind by no more than the bound is a tie; the last one counts, too."""
+    expected = np.log(np.array([[[0.5, 0.495, 0.005], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]]))
+    followed = record["followed"]
+    assert followed(expected, np.array([[0, 1, 2]]), 0.05) == {"tokens": 3, "equal": 3, "ties": 0}
+    tie = followed(expected, np.array([[1, 1, 2]]), 0.05)
+    assert tie == {"tokens": 3, "equal": 2, "ties": 1, "behind": 0.01}
+    assert followed(expected, np.array([[1, 1, 2]]), 0.001)["ties"] == 0
+    for wrong in ([0, 1, 0], [0, 1, 3]):  # 3: outside of the vocabulary
+        found = followed(expected, np.array([wrong]), 0.05)
+        assert (found["equal"], found["ties"]) == (2, 0) and found["behind"] > 2
+
+
+def test_a_cell_tells_what_was_compared(record) -> None:
+    row = {"outcome": "ran", "mean": 0.0031, "arithmetic": "float32, products by a dense float32 reference"}
+    ran = "ran: log-probabilities differ by 0.003"
+    assert record["cell"](row) == f"{ran}, first tokens equal, products by a reference"
+    row |= {"arithmetic": "bfloat16", "greedy": {"tokens": 16, "equal": 15, "ties": 1, "behind": 0.01}}
+    assert record["cell"](row) == f"{ran}, 15 of 16 tokens equal, 1 tie"
+
+
+def test_the_demo_model_has_rows_of_every_engine(record) -> None:
+    rows = [row for row in record["read"]() if row.get("real")]
+    assert {row["engine"] for row in rows} == ENGINES_RUN and {row["outcome"] for row in rows} == {"ran"}
+    assert {row["format"] for row in rows} == {CT, "gptq", "awq", "mlx", "gguf"}
 
 
 def test_a_basis_is_a_run_or_the_sources() -> None:
@@ -298,10 +331,50 @@ def test_onnx_by_the_class_of_model() -> None:
     )
     for name, words in (("Gemma3ForCausalLM", "one rotary base"), ("GptOssForCausalLM", "optimum")):
         assert words in told(name).refusals[0]
+    dense = told("LlamaForCausalLM", dense=True)
+    assert len(dense.refusals) == 1 and "some linears of the layers stay dense" in dense.refusals[0]
     assert told("LlamaForCausalLM", "llama").refusals == told("Qwen3ForCausalLM").refusals == ()
     assert "sliding_window" in str(told("MistralForCausalLM", "mistral")) and "original_max" in str(
         told("Phi3ForCausalLM", "phi3")
     )
+
+
+def test_openvino_takes_four_bits_in_groups() -> None:
+    def told(grid: Grid, format: str = CT, **more: Any) -> str:
+        return "; ".join(judged("openvino", format, grid, **more).refusals)
+
+    assert told(Grid(4, 32)) == told(Grid(4, 64, sym=False)) == ""
+    assert told(Grid(3, 32)).endswith("in groups only, not 3 bits in groups")
+    assert told(Grid(4, -1)).endswith("in groups only, not 4 bits of one scale per row")
+    assert "does not divide" in told(Grid(4, 48))
+    two = (Weight(Grid(4, 32), SHAPES[0]), Weight(Grid(8, 32), SHAPES[0]))
+    assert "not 8 bits" in str(verdict("openvino", Described(CT, two)))
+    rounded = Described(CT, (Weight(Grid(4, 32), SHAPES[0], TokenGrid(8)),))
+    assert "activations are rounded" in verdict("openvino", rounded).refusals[0]
+    for format in ("gptq", "gptq_v2", "awq"):
+        assert f"reads {format} by the package gptqmodel" in told(Grid(4, 32), format)
+    asked = Grid(4, 32)
+    assert "where experts are quantized" in told(asked, model=Model("MixtralForCausalLM", type="mixtral", experts=True))
+    assert "gemma2 with transformers up to 5.0" in told(asked, model=Model("Gemma2ForCausalLM", type="gemma2"))
+    xglm = judged("openvino", CT, asked, model=Model("XGLMForCausalLM", type="xglm"))
+    assert xglm.refusals == () and "xglm was not run" in xglm.caveats[0]
+
+
+@pytest.mark.parametrize(
+    ("ignore", "dense"), [([], False), (["down_proj"], True), ([r"layers\.0\."], True), (["lm_head"], False)]
+)
+def test_linears_that_stay_dense_are_seen_in_a_plan_and_in_a_folder(
+    ignore: list[str], dense: bool, tmp_path: Path
+) -> None:
+    """An output head, which lies in no list of layers, is none of them."""
+    folder, out = tiny.save(tiny.build("llama"), tmp_path / "model"), tmp_path / "out"
+    settings: dict[str, Any] = {"method": RTN(), "grid": Grid(4, 16), "format": "gptq", "ignore": ignore}
+    plan = make_plan(folder, sketch=True, **settings)
+    nearplane.quantize(folder, out, progress=False, **settings)
+    found = described(open_checkpoint(out), open_skeleton(out)[1])
+    for seen in (plan.described(), found):
+        assert seen.model is not None and seen.model.dense == dense
+    assert nearplane.verify(out, "onnxruntime-genai").ok != dense
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q2_0", "Q4_K", "Q6_K"])
@@ -324,7 +397,7 @@ def test_unknown_names_are_refused() -> None:
         found = judged(engine, "hqq", Grid())
         assert "does not know the format hqq; only nearplane" in str(found) and found.caveats == () and found.foreign
         assert found.as_dict()["refusals"] == list(found.refusals)
-    assert "does not know the format compressed-tensors; vllm, sglang, transformers and nearplane do" in str(
+    assert "does not know the format compressed-tensors; vllm, sglang, transformers, openvino and nearplane do" in str(
         judged("llama.cpp", CT, Grid())
     )
 

@@ -72,7 +72,7 @@ def test_the_report_has_the_engines_verdicts(model: Path, tmp_path: Path) -> Non
     grid = Grid(bits=3, group_size=32)
     nearplane.quantize(model, tmp_path / "out", method=RTN(), grid=grid, format="gptq", progress=False)
     found = json.loads((tmp_path / "out" / "report.json").read_text())["engines"]
-    assert list(found) == ["vllm", "sglang", "transformers", "llama.cpp", "mlx", "onnxruntime-genai"]
+    assert list(found) == ["vllm", "sglang", "transformers", "llama.cpp", "mlx", "onnxruntime-genai", "openvino"]
     for engine, said in found.items():
         checked = nearplane.verify(tmp_path / "out", engine)
         assert [f"engine {engine}: {refusal}." for refusal in said["refusals"]] == list(checked.problems)

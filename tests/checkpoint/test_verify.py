@@ -567,6 +567,7 @@ def test_the_engine_that_loads_it_is_named(made, capsys):
     assert nearplane.verify(made / "gptq_v2", "vllm").loads is None and nearplane.verify(made / "gptq").loads is None
     (problem,) = nearplane.verify(made / "gptq", "llama.cpp").problems
     assert (
-        "does not know the format gptq; vllm, sglang, transformers, mlx, onnxruntime-genai and nearplane do" in problem
+        "does not know the format gptq; vllm, sglang, transformers, mlx, onnxruntime-genai, openvino and nearplane do"
+        in problem
     )
     assert "Traceback" not in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What engines look at of a checkpoint: a plain ``Described``, made from a plan as well as from an opened folder."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from nearplane.models.experts import EXPERT, experts_of
 from nearplane.models.experts_disk import converts, merges_experts, names_in_model
 from nearplane.models.inputs import is_causal, output_head
 from nearplane.models.locate import BAD_CONFIG
+from nearplane.models.towers import linears_besides
 from nearplane.transforms.hooks import turned_linears
 
 
@@ -53,6 +55,8 @@ class Model:
     """Whether the output head is quantized."""
     initialises: bool = False
     """Whether the class, while it is loaded, initialises weights of linears that are quantized (``initialises_packed``)."""
+    dense: bool = False
+    """Whether some linears stay dense in a list of layers, such as ``model.layers``, in which others are quantized."""
     parts: frozenset[str] = frozenset()
     """Names of the quantized linears behind the class of the module that holds each: ``LlamaMLP.up_proj``."""
     type: str = ""
@@ -131,10 +135,16 @@ def model_facts(model: nn.Module, layers: Mapping[str, Grid], stored: Mapping[st
         zeros=not all(grid.sym for grid in found.values()),
         head=any(model.get_submodule(name) is output_head(model) for name in layers),
         initialises=initialises_packed(model, layers.keys() - found.keys()),
+        dense=bool(_lists(linears_besides(model, set(layers))) & _lists(layers)),
         parts=frozenset(_part(model, name) for name in layers),
         type=str(getattr(model.config, "model_type", "")),
         renamed=() if merges_experts(model) else tuple(sorted(_renamed(found, stored or {}))),
     )
+
+
+def _lists(names: Iterable[str]) -> set[str]:
+    """Give the lists of layers in which modules lie: their names before the first number."""
+    return {found[1] for name in names if (found := re.match(r"(.+?)\.\d+\.", name))}
 
 
 def _part(model: nn.Module, name: str) -> str:

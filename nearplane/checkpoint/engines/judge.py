@@ -14,7 +14,7 @@ from typing import Any
 
 from nearplane.checkpoint.engines import others, transformers, vllm
 from nearplane.checkpoint.engines.describe import Described
-from nearplane.checkpoint.engines.findings import Findings
+from nearplane.checkpoint.engines.findings import AWQ, COMPRESSED, GPTQS, Findings
 from nearplane.core.errors import SettingError
 
 RAN = Path(__file__).parent / "ran.json"
@@ -39,6 +39,7 @@ _TABLE: dict[str, Engine] = {
     "llama.cpp": Engine(others.LLAMA, ("gguf",), others.llama),
     "mlx": Engine(others.MLX, ("mlx", "awq", "gptq"), others.mlx),
     "onnxruntime-genai": Engine(others.ONNX, ("gptq", "gptq_v2", "awq"), others.onnx),
+    "openvino": Engine(others.OPENVINO, (COMPRESSED, *GPTQS, AWQ), others.openvino),
 }
 ENGINES: tuple[str, ...] = tuple(_TABLE)
 TITLES = {name: engine.title for name, engine in _TABLE.items()}

@@ -1,11 +1,12 @@
 """What llama.cpp, mlx-lm and ONNX Runtime GenAI load: met in runs of these versions, rows of docs/engines.md."""
 
 from nearplane.checkpoint.engines.describe import Described, Model
-from nearplane.checkpoint.engines.findings import AWQ, Findings, grids_of, online, tail
+from nearplane.checkpoint.engines.findings import AWQ, COMPRESSED, Findings, grids_of, online, tail
 from nearplane.core.grid import Grid
 from nearplane.formats.mlx import GROUPS, LOADED, REFUSED, WIDTHS
 
 LLAMA, MLX, ONNX = "llama.cpp b11549", "mlx-lm 0.32", "ONNX Runtime GenAI 0.18"
+OPENVINO = "OpenVINO 2026.4"
 ONNX_BITS = (2, 4, 8)
 # Types of models of whose sliding window an engine knows nothing. The dense model is computed like that, too.
 LLAMA_WINDOWLESS = ("mistral", "mixtral", "phi3", "starcoder2")
@@ -30,6 +31,13 @@ ONNX_FAILED = {
     "PhiForCausalLM": "it refuses the quantized model",
     "GptOssForCausalLM": "it wants the package optimum to read quantized weights of it",
 }
+
+# Types that optimum-intel 2.2, which exports for OpenVINO, refuses beside the transformers 5.5 that it needs; those that ran.
+OPENVINO_REFUSED = ("gemma2", "gemma3_text")
+OPENVINO_LOADED = (
+    "cohere", "gpt_neox", "gptj", "granite", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+    "starcoder2",
+)  # fmt: skip
 
 
 def llama(_: str, checkpoint: Described, found: Findings) -> None:
@@ -98,6 +106,11 @@ def _onnx_model(model: Model, found: Findings) -> None:
         found.refuse(f"the model builder of {ONNX} does not convert {model.name}: {ONNX_FAILED[model.name]}")
     elif model.experts or not model.causal:
         found.note(f"whether {ONNX} converts {model.name} with these weights was not run")
+    elif model.dense:
+        found.refuse(
+            f"the model builder of {ONNX} ends with an error where some linears of the layers stay dense: quantize all of "
+            "them (without --ignore)"
+        )
     if model.type in ("mistral", "smollm3"):
         found.note(f"where config.json has a sliding_window, {ONNX} did not run {model.name}")
     if model.type == "phi3":
@@ -119,6 +132,40 @@ def _onnx_grid(format: str, grid: Grid, shapes: list[tuple[int, int]]) -> str | 
         return None
     row = " (one scale per row)" if grid.group_size == -1 else ""
     return f"{ONNX} takes groups of a power of two, 16 at least, not {wrong[0]}{row}"
+
+
+def openvino(_: str, checkpoint: Described, found: Findings) -> None:
+    """Add what is known of OpenVINO, for which optimum-intel exports a folder."""
+    found.refuse(online(checkpoint))
+    if checkpoint.format != COMPRESSED:
+        found.refuse(
+            f"{OPENVINO} reads {checkpoint.format} by the package gptqmodel, without which it was refused; with it nothing "
+            "was run here, but compressed-tensors of 4 bits in groups was"
+        )
+        return
+    for grid, shapes in grids_of(checkpoint):
+        reason = tail(grid, shapes)
+        if reason is None and (grid.storage_bits != 4 or grid.group_size == -1):
+            size = "of one scale per row" if grid.group_size == -1 else "in groups"
+            reason = (
+                f"{OPENVINO} takes compressed-tensors of 4 bits in groups only, not {grid.storage_bits} bits {size}"
+            )
+        found.refuse(reason)
+    if any(weight.activations is not None for weight in checkpoint.weights):
+        found.refuse(f"{OPENVINO} takes no compressed-tensors whose activations are rounded")
+    model = checkpoint.model
+    if model is not None and model.experts:
+        found.refuse(
+            f"{OPENVINO}, by optimum-intel 2.2, computes something else where experts are quantized, without a word, or "
+            "refuses the model"
+        )
+    elif model is not None and model.type in OPENVINO_REFUSED:
+        found.refuse(
+            f"optimum-intel 2.2, which exports for {OPENVINO}, takes {model.type} with transformers up to 5.0 only"
+        )
+    elif model is not None and model.type and model.type not in OPENVINO_LOADED:
+        found.note(f"{model.type} was not run in {OPENVINO}")
+    found.note("a script exports it first, without the hook that makes the weights dense (runs/engines/openvino.py)")
 
 
 def _windows(engine: str, windowless: tuple[str, ...], model: Model | None, found: Findings) -> None:
