@@ -23,6 +23,7 @@ from nearplane.formats.gguf.file import GGUFFile, scalar, write
 from nearplane.formats.gguf.grids import grid_of
 from nearplane.formats.read import open_checkpoint
 from nearplane.run.job import Job
+from nearplane.runtime.linear import quantized_linears
 
 IDS = tiny.tokens(2, 20, seed=3)
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -86,6 +87,9 @@ def test_a_model_is_quantized_into_each_type(type: str, wide: tuple[Path, Path],
     out, (model, template) = tmp_path / "out", wide
     report = nearplane.quantize(model, out, format="gguf", gguf_type=type, template=template, **QUICK)
     same_values(out, out)
+    packed, found = quantized_linears(nearplane.load(out)), open_checkpoint(out)
+    assert set(packed) == set(found.layers)
+    assert all(torch.equal(module.dequantized(), found.weight(name)) for name, module in packed.items())
     types = Counter(kind for kind, _ in by_package(out).values())
     assert types == {type: 14, "F32": 5, "F16": 2}
     assert report.events[-1] == f"model-{type}.gguf: 14 {type}, 5 F32, 2 F16"
@@ -138,6 +142,11 @@ def test_a_mixture_of_experts_is_stacked(tmp_path: Path) -> None:
         )
         assert torch.equal(found.weight(name), gate[expert])
     assert verify(tmp_path / "out").ok and logits(tmp_path / "out").isfinite().all()
+    nearplane.quantize(model, tmp_path / "q4_1", format="gguf", gguf_type="Q4_1", template=template, **QUICK)
+    packed, found = nearplane.load(tmp_path / "q4_1", arithmetic="exact"), open_checkpoint(tmp_path / "q4_1")
+    assert len(quantized_linears(packed)) == len(found.layers) == 2 * (4 + 4 * 3)
+    with torch.no_grad():
+        assert torch.allclose(packed(input_ids=IDS, use_cache=False).logits, logits(tmp_path / "q4_1"), atol=1e-5)
 
 
 def test_a_resumed_run_writes_the_same_bytes(small: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
