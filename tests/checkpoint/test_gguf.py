@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
+import safetensors.torch
 import templates
 import tiny
 import torch
@@ -20,6 +21,7 @@ from nearplane.cli.main import main
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import dequantize
 from nearplane.formats.gguf.file import GGUFFile, scalar, write
+from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.gguf.grids import grid_of
 from nearplane.formats.read import open_checkpoint
 from nearplane.run.job import Job
@@ -201,8 +203,12 @@ def test_a_checkpoint_becomes_a_file(
 
 
 def test_a_checkpoint_becomes_a_folder_and_comes_back(small: tuple[Path, Path], plain: Path, tmp_path: Path) -> None:
-    done = nearplane.convert(plain, tmp_path / "new", nearplane.formats.FORMATS["gguf"].asked({"template": small[1]}))
+    done = nearplane.convert(plain, tmp_path / "new", "gguf", template=small[1])
     assert done.after == "gguf" and verify(tmp_path / "new").ok
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert Counter(index.values())["out-Q5_0.gguf"] == 14
+    held = [name for path in (tmp_path / "new").glob("*.safetensors") for name in safetensors.torch.load_file(path)]
+    assert sorted(held) == sorted(n for n in index if "norm" in n)  # no weight is stored twice
     assert torch.equal(logits(tmp_path / "new"), logits(plain))
     with pytest.raises(NearplaneError, match="is gguf already"):
         nearplane.convert(tmp_path / "new", tmp_path / "x.gguf")
@@ -322,6 +328,68 @@ def test_what_cannot_work_is_refused_before_the_run(
     nearplane.quantize(model, tmp_path / "fused", format="gguf", template=fused, **QUICK)
     assert by_package(tmp_path / "fused")["blk.1.ffn_up.weight"][1].numel() == 192 * 64
     assert verify(tmp_path / "fused").ok
+
+
+def test_python_takes_the_words_of_the_command_line(small: tuple[Path, Path], plain: Path, tmp_path: Path) -> None:
+    words = {"template": str(small[1]), "gguf_type": "q8_0", "gguf_dense": "q8_0"}
+    nearplane.convert(plain, tmp_path / "python.gguf", **words)
+    flags = [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert main(["convert", str(plain), str(tmp_path / "shell.gguf"), *flags]) == 0
+    assert (tmp_path / "python.gguf").read_bytes() == (tmp_path / "shell.gguf").read_bytes()
+    assert Counter(type for type, _ in by_package(tmp_path / "python.gguf").values()) == {"Q8_0": 16, "F32": 5}
+    assert nearplane.convert(plain, tmp_path / "folder", template=small[1]).after == "gguf"
+    ready = GGUF(template=small[1], type="Q8_0")
+    nearplane.convert(plain, tmp_path / "object.gguf", ready, gguf_dense="Q8_0")
+    assert (tmp_path / "object.gguf").read_bytes() == (tmp_path / "python.gguf").read_bytes()
+    for given, sentence in (
+        ({"format": "gptq", "template": small[1]}, "--template is for --format gguf"),
+        ({"format": "gguf", "template": small[1], "gguf_type": "Q9"}, "gguf_type must be one of Q4_0"),
+        ({"format": "gguf", "template": small[1], "gguf_dense": "Q4_0"}, "gguf_dense must be one of Q8_0"),
+        ({"format": "gguf", "template": 5}, "template must be a path; got 5"),
+        ({"format": "gguf"}, "give it as --template ORIGINAL"),
+    ):
+        with pytest.raises(SettingError, match=sentence):
+            nearplane.convert(plain, tmp_path / "new", **given)
+        with pytest.raises(SettingError, match=sentence):
+            nearplane.quantize(small[0], tmp_path / "new", **{"format": "gguf", **given}, **QUICK)
+    assert not (tmp_path / "new").exists()
+
+
+class Steps:
+    """A progress display that remembers each task: [name, done, total]."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.tasks: list[list[Any]] = []
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_task(self, name: str, total: int | None) -> int:
+        self.tasks.append([name, 0, total])
+        return len(self.tasks) - 1
+
+    def update(self, task: int, completed: int, total: int) -> None:
+        assert completed == self.tasks[task][1] + 1 and self.tasks[task][2] in (None, total)
+        self.tasks[task][1:] = [completed, total]
+
+    def advance(self, task: int) -> None:
+        self.tasks[task][1] += 1
+
+    def remove_task(self, task: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("out", ["new.gguf", "new"])
+def test_a_bar_knows_its_end(out: str, small: tuple[Path, Path], plain: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    shown = Steps()
+    monkeypatch.setattr(nearplane.checkpoint.convert, "bar", lambda _: shown)
+    nearplane.convert(plain, tmp_path / out, template=small[1], progress=True)
+    (find, found, of), (write, written, all_) = shown.tasks
+    assert (find, write) == ("find", "convert") and found == of == 16 + 2 * 16  # matrices of ours and of the template
+    assert written == all_ == 21 + 5 * (out == "new")  # tensors of the file; norms beside it
 
 
 def test_a_conversion_that_fails_leaves_nothing(

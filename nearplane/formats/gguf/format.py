@@ -8,6 +8,7 @@ opens the folder again: quantized weights, and those dense matrices that the fil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +63,8 @@ class GGUF(Format):
         if dense is not None and str(dense).upper() not in DENSE:
             raise SettingError(f"gguf_dense must be one of {', '.join(DENSE)}; got {dense!r}.")
         template = options.get("template", self.template)
+        if template is not None and not isinstance(template, str | PathLike):
+            raise SettingError(f"template must be a path; got {str(template)[:80]}.")
         return replace(
             self,
             template=None if template is None else Path(template),
