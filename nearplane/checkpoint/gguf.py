@@ -137,6 +137,35 @@ def check_template(template: GGUFFile, model: nn.Module, shapes: Mapping[str, tu
             )
 
 
+def dense_bytes(
+    template: GGUFFile, format: GGUF, quantized: Sequence[tuple[int, int]], quantized_head: bool
+) -> tuple[int, int]:
+    """Count what a file will hold besides quantized weights, by sizes alone: dense tensors, and the header.
+
+    Where sizes leave open which matrices stay dense, those of the largest rows do: routers are F32.
+
+    Args:
+        template: an open file.
+        format: gives the type of embedding and output head.
+        quantized: (out, in) of the weights that will be quantized.
+        quantized_head: whether the output head is one of them.
+    """
+    apart = [name for name in (EMBEDDING, HEAD) if name != HEAD or not quantized_head]
+    encoded = _dense_types(template, {}, format.dense)
+    total, rows = 0, dict[int, list[tuple[int, int]]]()
+    for info in template.tensors.values():
+        if info.name in apart or not info.matrices:
+            total += replace(info, type=encoded.get(info.name, info.type)).nbytes
+        else:
+            rows.setdefault(info.columns, []).append((info.row_bytes, info.matrices * info.rows))
+    for columns, some in rows.items():
+        left = sum(count for _, count in some) - sum(out for out, width in quantized if width == columns)
+        for nbytes, count in sorted(some, reverse=True):
+            total += nbytes * max(0, min(count, left))
+            left -= count
+    return total, min((info.start for info in template.tensors.values()), default=0)
+
+
 def place_source(
     source: Source,
     sites: Sequence[tuple[Site, Grid]],

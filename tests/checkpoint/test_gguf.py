@@ -8,12 +8,12 @@ from typing import Any
 
 import gguf
 import pytest
-import safetensors.torch
 import templates
 import tiny
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import nearplane
 from nearplane.checkpoint.verify import verify
@@ -104,6 +104,31 @@ def test_a_model_is_quantized_into_each_type(type: str, wide: tuple[Path, Path],
     assert keys["general.quantization_version"].contents() == 2
     assert keys["general.quantized_by"].contents() == f"nearplane {nearplane.__version__}"
     assert keys["tokenizer.ggml.tokens"].contents() == [f"w{i}" for i in range(tiny.VOCABULARY)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "stored", "dense"),
+    [("llama", False, "F16", None), ("llama", False, "Q4_0", None), ("llama", True, "Q8_0", None), ("llama", True, "F32", "F16"),
+     ("llama", False, "F16", "Q8_0"), ("mixtral", False, "Q8_0", None)],
+)  # fmt: skip
+def test_a_plan_counts_the_bytes_of_the_file(kind: str, tied: bool, stored: str, dense: Any, tmp_path: Path) -> None:
+    """Dense tensors take the template's types, or those of --gguf-dense, and not the model's dtype."""
+    settings: dict[str, Any] = {"tie_word_embeddings": tied, "vocab_size": 3000}
+    built = tiny.build_mixture(kind, **settings) if kind == "mixtral" else tiny.build(kind, **settings)
+    model = tiny.save(built, tmp_path / "model")
+    template = templates.of_folder(model, tmp_path / "template.gguf", stored)
+    asked = {"format": "gguf", "gguf_type": "Q4_1", "template": template, "gguf_dense": dense, "method": "rtn"}
+    planned = nearplane.plan(model, **asked).estimate.disk
+    report = nearplane.quantize(model, tmp_path / "out", progress=False, **asked)
+    file = next((tmp_path / "out").glob("*.gguf"))
+    tensors = sum(t.n_bytes for t in gguf.GGUFReader(file).tensors)
+    beside = sum(v.nbytes for path in (tmp_path / "out").glob("*.safetensors") for v in load_file(path).values())
+    assert planned["quantized"] == report.bytes["quantized"]
+    assert planned["quantized"] + planned["dense"] == tensors + beside
+    others = sum(
+        path.stat().st_size for path in (tmp_path / "out").iterdir() if path.suffix == ".json" and "tok" in path.name
+    )
+    assert abs(planned["other files"] - others - (file.stat().st_size - tensors)) < 2000
 
 
 def test_what_was_solved_is_what_is_read(wide: tuple[Path, Path], tmp_path: Path) -> None:
@@ -207,7 +232,7 @@ def test_a_checkpoint_becomes_a_folder_and_comes_back(small: tuple[Path, Path], 
     assert done.after == "gguf" and verify(tmp_path / "new").ok
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())["weight_map"]
     assert Counter(index.values())["out-Q5_0.gguf"] == 14
-    held = [name for path in (tmp_path / "new").glob("*.safetensors") for name in safetensors.torch.load_file(path)]
+    held = [name for path in (tmp_path / "new").glob("*.safetensors") for name in load_file(path)]
     assert sorted(held) == sorted(n for n in index if "norm" in n)  # no weight is stored twice
     assert torch.equal(logits(tmp_path / "new"), logits(plain))
     with pytest.raises(NearplaneError, match="is gguf already"):
