@@ -74,7 +74,7 @@ def logits(path: Path) -> torch.Tensor:
 
 def expected(out: Path) -> dict[str, torch.Tensor]:
     """What llama.cpp's converter would write of the model that ``nearplane.load`` gives."""
-    return templates.llama_tensors(nearplane.load(out, packed=False))
+    return templates.tensors(nearplane.load(out, packed=False))
 
 
 def same_values(file: Path, out: Path) -> None:
@@ -314,7 +314,7 @@ def test_what_cannot_work_is_refused_before_the_run(
     )
     tokens = templates.of_folder(tiny.save(tiny.build("llama", vocab_size=100), tmp_path / "v"), tmp_path / "v.gguf")
     build = tiny.build("llama", tie_word_embeddings=False)
-    tensors = templates.llama_tensors(nearplane.load(model))
+    tensors = templates.tensors(nearplane.load(model))
     order = {**tensors, "token_embd.weight": tensors["token_embd.weight"].flip(0)}
     mixed = templates.write(tmp_path / "m.gguf", build.config, order)
     twice = templates.write(
