@@ -192,7 +192,10 @@ CASES: dict[str, tuple[str, Callable[[dict[str, Any], dict[str, Any]], Any]]] = 
     "size": ("bits 4 and group_size 0", lambda t, c: c.update(group_size=0)),
     "type": ("bits must be of type int", lambda t, c: c.update(bits="4")),
     "part": (r"holds part of quantized layer m but no m\.biases", lambda t, c: t.pop("m.biases")),
-    "dtype": (r"m\.weight in .* must be uint32", lambda t, c: t.update({"m.weight": t["m.weight"].view(torch.int32)})),
+    "dtype": (
+        r"m\.weight in .* must be a uint32 matrix",
+        lambda t, c: t.update({"m.weight": t["m.weight"].view(torch.int32)}),
+    ),
     "stacked": ("stacked experts", lambda t, c: t.update({n: v.clone()[None] for n, v in t.items()})),
     "words": ("words and 2 groups of 32: no width", lambda t, c: t.update({"m.weight": t["m.weight"][:, :3].clone()})),
     "two": ("have different dtypes", lambda t, c: t.update({"m.biases": t["m.biases"].float()})),
