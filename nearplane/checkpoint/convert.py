@@ -187,11 +187,6 @@ def _placed(checkpoint: Checkpoint, target: Format, model: nn.Module, display: P
     if not isinstance(target, GGUF):
         return None
     folder = checkpoint.store.folder
-    if ROTATED in checkpoint.config:
-        raise NearplaneError(
-            f"{folder} is rotated, and so are its embeddings and norms, which a GGUF file takes from its template; convert a "
-            "checkpoint without rotations."
-        )
     made_of = read_json(folder / REPORT).get("model") if (folder / REPORT).is_file() else ""
     template = open_template(target.template, str(made_of) if made_of == "demo" else folder)
     check_template(template, model, {name: layer.shape for name, layer in checkpoint.layers.items()})
@@ -272,6 +267,11 @@ def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
     if turned_linears(checkpoint.config, folder)[0]:
         raise NearplaneError(
             f"inputs of linears of {folder} are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}."
+        )
+    if isinstance(target, GGUF) and ROTATED in checkpoint.config:
+        raise NearplaneError(
+            f"{folder} is rotated, and so are its embeddings and norms, which a GGUF file takes from its template; convert a "
+            "checkpoint without rotations."
         )
     parts = checkpoint.reader.besides_weights(checkpoint.quantization or {}) if checkpoint.reader else []
     if parts:

@@ -339,6 +339,7 @@ def test_what_cannot_work_is_refused_before_the_run(
          r"this would do: --override '\(q_proj\|.*\|down_proj\)=gguf_type=Q5_0'"),
         ({"gguf_type": "Q2_0"}, "Q2_0 has blocks of 64 inputs, which do not divide 96.*--override 'down_proj=gguf_type=Q4_0'"),
         ({"rotate": "r1"}, "rotations and other transforms change embeddings and norms"),
+        ({"rotate": "r1,r2,r4"}, "rotations and other transforms change embeddings and norms"),
         ({"gguf_dense": "Q6_K"}, "gguf_dense Q6_K has blocks of 256 inputs, which do not divide the 64 of token_embd.weight; "
          "give Q8_0 or F16"),
         ({"bits": 8, "group_size": 32, "sym": False}, "no GGUF type holds asymmetric 8 bits in groups of 32 exactly"),
@@ -441,6 +442,18 @@ def test_a_conversion_that_fails_leaves_nothing(
         assert main(["convert", *at]) == 2
         assert sentence in capsys.readouterr().err.replace("\n", " "), given
     assert there.read_text() == "mine" and not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_rotated_checkpoint_is_refused_before_its_weights_are_read(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Also where scales would be refused later: quantizing again to this format would not do."""
+    nearplane.quantize(small[0], tmp_path / "r", bits=4, group_size=32, rotate="r1", **QUICK)
+    monkeypatch.setattr(nearplane.formats.read.Checkpoint, "quantized", lambda *_: pytest.fail("a weight was read"))
+    for out in ("new.gguf", "new"):
+        with pytest.raises(NearplaneError, match="is rotated, and so are its embeddings and norms"):
+            nearplane.convert(tmp_path / "r", tmp_path / out, "gguf", template=small[1])
+        assert not (tmp_path / out).exists()
 
 
 def test_a_folder_whose_description_is_wrong(small: tuple[Path, Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats.base import Decoded, Format, StoredLayer, check, collect, setting
@@ -39,6 +40,10 @@ from nearplane.formats.store import Store
 DENSE = ("Q8_0", "Q6_K", "F16")
 DEFAULT = "Q4_0"
 SUFFIX = ".weight"
+NOT_ROTATED = (
+    "rotations and other transforms change embeddings and norms, which a GGUF file takes from its template; use --format gguf "
+    "without them."
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class GGUF(Format):
     container: ClassVar[Literal["safetensors", "gguf"]] = "gguf"
     holds_conv1d: ClassVar[bool] = True
     reads: ClassVar[str] = "gguf (folders that nearplane wrote)"
+
+    def running(self, activations: TokenGrid | None, online: bool) -> Format:
+        """Refuse a rotation while the model runs; others are refused where the template is opened."""
+        if online:
+            raise SettingError(NOT_ROTATED)
+        return super().running(activations, online)
 
     def asked(self, options: Mapping[str, Any]) -> "GGUF":
         """Take the template and the type of dense tensors."""
