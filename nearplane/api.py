@@ -115,6 +115,7 @@ def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: 
             show.take(event)
             if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
                 stop.check()
+        report.conclude()
         if saver:
             with clock("write"):
                 saver.finish()

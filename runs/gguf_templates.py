@@ -1,4 +1,4 @@
-"""GGUF files of tiny random models, as llama.cpp's converter writes them: templates for runs/engines.py.
+"""GGUF files of tiny random models, as llama.cpp's converter writes them: templates for runs/engines.py and the tests.
 
     python runs/gguf_templates.py FOLDER NEW.gguf
 
@@ -7,14 +7,16 @@ Before runs/engines.py quantizes a model, its template runs in llama.cpp, and mu
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 import transformers
+from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 # A module's name in transformers behind "model.layers.N.", and a tensor's behind "blk.N.".
@@ -141,12 +143,15 @@ def rotary(writer: gguf.GGUFWriter, config: Any, head: int) -> None:
     writer.add_rope_dimension_count(int(head * plain.get("partial_rotary_factor", 1)))
 
 
-def write(config: Any, tensors: dict[str, Any], path: Path) -> Path:
-    """Write tensors, numpy arrays in float32, and the metadata of a model."""
+def write(config: Any, tensors: dict[str, Any], path: Path, type: str = "F32", tokens: Sequence[str] = ()) -> Path:
+    """Write tensors and the metadata of a model.
+
+    ``type``: of matrices, except routers, which are F32 as all else. ``tokens``: the vocabulary; none where empty.
+    """
     known = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, known.name)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_file_type(0)
+    writer.add_file_type(0 if type == "F32" else 1)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -164,8 +169,14 @@ def write(config: Any, tensors: dict[str, Any], path: Path) -> Path:
     for keys in known.keys:
         keys(writer, config)
     writer.add_tokenizer_model("none")
+    if tokens:
+        writer.add_token_list(tokens)
     for name, value in tensors.items():
-        writer.add_tensor(name, value)
+        data, kind = np.ascontiguousarray(value, dtype=np.float32), Type.F32
+        if data.ndim > 1 and "gate_inp" not in name and type != "F32":
+            kind = Type[type]
+            data = data.astype(np.float16) if type == "F16" else gguf.quants.quantize(data, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -176,7 +187,7 @@ def write(config: Any, tensors: dict[str, Any], path: Path) -> Path:
 def of_folder(folder: Path, path: Path) -> Path:
     """Write the file of the model in a folder."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return write(model.config, {name: value.contiguous().numpy() for name, value in tensors(model).items()}, path)
+    return write(model.config, tensors(model), path)
 
 
 def widened(config: Any, file: Path, path: Path) -> Path:

@@ -7,7 +7,8 @@ of several grids keep them. What the new format cannot hold is refused before an
 copied as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,9 @@ def convert(
     out: str | Path,
     format: str | Format | None = None,
     *,
+    template: str | Path | None = None,
+    gguf_type: str | None = None,
+    gguf_dense: str | None = None,
     formats: Sequence[Format] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -98,7 +102,10 @@ def convert(
     Args:
         path: folder or hub id of the checkpoint, ours or another tool's.
         out: a folder that does not exist or is empty, or a new .gguf file; it appears whole or not at all.
-        format: a name, a ``GGUF`` with a template, or a format of the caller's own; none: gguf where ``out`` ends in .gguf.
+        format: a name, or a format of the caller's own; none: gguf where ``out`` ends in .gguf.
+        template: of gguf, a GGUF file of the original model (docs/gguf.md).
+        gguf_type: of gguf, the type of all weights; none: of each the smallest that keeps its values.
+        gguf_dense: of gguf, the type of embedding and output head; none: the template's.
         formats: formats of the caller's own that ``path`` may be in.
         revision: of a hub id, the branch, tag or commit.
         trust_remote_code: whether the model's own Python may run.
@@ -108,12 +115,12 @@ def convert(
         What was written. Printed, it is one line, and a note on files that were not copied.
 
     Raises:
-        NearplaneError: before anything is written, for what the format cannot hold exactly, with the layer's name and
-            the reason.
+        NearplaneError: before anything is written, names the layer that the format cannot hold exactly.
     """
     refuse_loaded(path)
-    target, alone = _target(given_path("out", out), format)
-    writer = None if alone else Writer(given_path("out", out))
+    words = {"template": template, "gguf_type": gguf_type, "gguf_dense": gguf_dense}
+    target, alone = _target(given_path("out", out), format, words)
+    writer = None if alone else Writer(Path(out))
     folder = locate(path, revision=revision)
     checkpoint = open_checkpoint(folder, formats=formats)
     before = _refuse(path, checkpoint, target)
@@ -122,25 +129,21 @@ def convert(
     grids, moved = _grids(checkpoint, target, model, modules)
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
-    weights = (
-        Solved(name, _exact(name, checkpoint.quantized(name), grids[name], target), grids[name]) for name in grids
-    )
-    report = folder / REPORT  # of the run that chose the codes
-    with bar(progress) as display:
+    weights = (Solved(n, _exact(n, checkpoint.quantized(n), grid, target), grid) for n, grid in grids.items())
+    report = folder / REPORT if (folder / REPORT).is_file() else None  # of the run that chose the codes
+    with bar(progress) as display, writer or nullcontext():
         placed = _placed(checkpoint, target, model, display)
         rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
-        task = display.add_task("convert", total=None if placed else len(checkpoint.layers) + len(checkpoint.dense))
-        tick = partial(display.advance, task)
-        if writer is None:
-            assert rest.file is not None
+        written = len(checkpoint.layers) if placed is None else len(placed.template.tensors)
+        tick = partial(display.advance, display.add_task("convert", total=written + len(rest.dense) * (not alone)))
+        if writer is not None:
+            export(writer, target, rest, report, weights, tick)
+        elif rest.file is not None:
             write_alone(Path(out), partial(rest.file.write, tick=tick))
-        else:
-            with writer:
-                export(writer, target, rest, report if report.is_file() else None, weights, tick)
     note = "; ".join(filter(None, (None if alone else companions(folder).note(), _rounded(moved, target)))) or None
     types = None if placed is None else _told(placed, target, checkpoint, grids)
-    count, scales = (len(checkpoint.layers), len(checkpoint.dense)), _new_dtypes(checkpoint, grids)
-    return Conversion(str(path), str(out), before, target.name, *count, scales, note, types, moved)
+    told = len(checkpoint.layers), len(checkpoint.dense), _new_dtypes(checkpoint, grids), note, types, moved
+    return Conversion(str(path), str(out), before, target.name, *told)
 
 
 def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:
@@ -149,19 +152,20 @@ def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:
     return ", ".join(sorted(now)) or None
 
 
-def pick_target(out: str | Path, format: str | Format | None, options: Mapping[str, Any]) -> Format:
-    """Give the format to write.
+def _target(out: Path, format: str | Format | None, options: dict[str, Any]) -> tuple[Format, bool]:
+    """Give the format to write, and whether it is one file by itself.
 
     Args:
         out: the new folder or file.
-        format: its name; none: gguf where ``out`` ends in .gguf.
-        options: of gguf: template, gguf_type, gguf_dense.
+        format: the format, or its name; none: gguf where ``out`` ends in .gguf or ``options`` are given.
+        options: of gguf: template, gguf_type, gguf_dense; None where not given.
 
     Raises:
-        SettingError: no format, an unknown one, or options of another one.
+        SettingError: no format, an unknown one, options of another one, or a file that exists.
     """
-    named, type = Path(out).suffix.lower() == ".gguf", options.get("gguf_type")
-    if format is None and not named and type is None:
+    options = {name: value for name, value in options.items() if value is not None}
+    named, type = out.suffix.lower() == ".gguf", options.get("gguf_type")
+    if format is None and not named and not options:
         raise SettingError("convert needs the format to write: give --format, or a NEW that ends in .gguf.")
     target = pick_format("gguf" if format is None else format)
     if named and not isinstance(target, GGUF):
@@ -171,16 +175,11 @@ def pick_target(out: str | Path, format: str | Format | None, options: Mapping[s
     target = target.asked({name: value for name, value in options.items() if name != "gguf_type"})
     if type is not None:
         target.grid(Grid(), type, ())  # refuses a type of another format
-    return replace(target, type=known_type(type)) if isinstance(target, GGUF) and type is not None else target
-
-
-def _target(out: Path, format: str | Format | None) -> tuple[Format, bool]:
-    """Give the format to write, and whether it is one file by itself."""
-    target = pick_target(out, format, {})
-    alone = out.suffix.lower() == ".gguf" and isinstance(target, GGUF)
-    if alone and out.exists():
+    if isinstance(target, GGUF) and type is not None:
+        target = replace(target, type=known_type(type))
+    if named and out.exists():
         raise SettingError(f"{out} exists; choose another name, or delete it.")
-    return target, alone
+    return target, named
 
 
 def _placed(checkpoint: Checkpoint, target: Format, model: nn.Module, display: Progress) -> Placed | None:
@@ -188,16 +187,13 @@ def _placed(checkpoint: Checkpoint, target: Format, model: nn.Module, display: P
     if not isinstance(target, GGUF):
         return None
     folder = checkpoint.store.folder
-    if ROTATED in checkpoint.config:
-        raise NearplaneError(
-            f"{folder} is rotated, and so are its embeddings and norms, which a GGUF file takes from its template; convert a "
-            "checkpoint without rotations."
-        )
     made_of = read_json(folder / REPORT).get("model") if (folder / REPORT).is_file() else ""
     template = open_template(target.template, str(made_of) if made_of == "demo" else folder)
     check_template(template, model, {name: layer.shape for name, layer in checkpoint.layers.items()})
     task = display.add_task("find", total=None)
-    placed = place_checkpoint(checkpoint, target, template, partial(display.advance, task))
+    placed = place_checkpoint(
+        checkpoint, target, template, lambda done, total: display.update(task, completed=done, total=total)
+    )
     display.remove_task(task)
     return placed
 
@@ -271,6 +267,11 @@ def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
     if turned_linears(checkpoint.config, folder)[0]:
         raise NearplaneError(
             f"inputs of linears of {folder} are rotated while the model runs (r4), which {ONLINE_ONLY_HERE}."
+        )
+    if isinstance(target, GGUF) and ROTATED in checkpoint.config:
+        raise NearplaneError(
+            f"{folder} is rotated, and so are its embeddings and norms, which a GGUF file takes from its template; convert a "
+            "checkpoint without rotations."
         )
     parts = checkpoint.reader.besides_weights(checkpoint.quantization or {}) if checkpoint.reader else []
     if parts:

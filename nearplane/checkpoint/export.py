@@ -79,8 +79,8 @@ def export(
         format: that of the checkpoint.
         rest: what is not quantized.
         report: content of report.json, or a file of that name to copy; None: there is none.
-        weights: what to pack in place of the writer's parts.
-        tick: called after each weight and each dense tensor.
+        weights: what to pack in place of the writer's parts, where ``rest`` has no file of them.
+        tick: called after each weight, or each tensor of the file, and each dense tensor.
 
     Raises:
         NearplaneError: when the disk refuses; sealed parts stay, and a resumed writer exports again to the same bytes.
@@ -92,9 +92,10 @@ def export(
             writer.produce(rest.file.name, rest.file.nbytes, partial(rest.file.write, tick=tick), held)
         elif weights is None:
             _pack_parts(writer, format, tick)
-        for name, quantized, grid in weights or ():
-            writer.put(format.pack(name, quantized, grid))
-            tick()
+        else:
+            for name, quantized, grid in weights:
+                writer.put(format.pack(name, quantized, grid))
+                tick()
         for name in rest.dense:
             writer.put({name: rest.get(name)})
             tick()

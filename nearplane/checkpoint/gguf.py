@@ -5,7 +5,7 @@ template's bytes, or embedding and output head encoded again from the original's
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -23,7 +23,7 @@ from nearplane.formats.gguf.file import FILE_TYPES, STRING, TYPES, UINT32, GGUFF
 from nearplane.formats.gguf.format import GGUF, SUFFIX, record
 from nearplane.formats.gguf.grids import dividing, grid_of, pack
 from nearplane.formats.gguf.template import Mapping as Found
-from nearplane.formats.gguf.template import Matrix, find
+from nearplane.formats.gguf.template import Matrix, Tick, find, silent
 from nearplane.formats.journal import sync
 from nearplane.formats.read import Checkpoint
 from nearplane.formats.store import Store
@@ -137,12 +137,41 @@ def check_template(template: GGUFFile, model: nn.Module, shapes: Mapping[str, tu
             )
 
 
+def dense_bytes(
+    template: GGUFFile, format: GGUF, quantized: Sequence[tuple[int, int]], quantized_head: bool
+) -> tuple[int, int]:
+    """Count what a file will hold besides quantized weights, by sizes alone: dense tensors, and the header.
+
+    Where sizes leave open which matrices stay dense, those of the largest rows do: routers are F32.
+
+    Args:
+        template: an open file.
+        format: gives the type of embedding and output head.
+        quantized: (out, in) of the weights that will be quantized.
+        quantized_head: whether the output head is one of them.
+    """
+    apart = [name for name in (EMBEDDING, HEAD) if name != HEAD or not quantized_head]
+    encoded = _dense_types(template, {}, format.dense)
+    total, rows = 0, dict[int, list[tuple[int, int]]]()
+    for info in template.tensors.values():
+        if info.name in apart or not info.matrices:
+            total += replace(info, type=encoded.get(info.name, info.type)).nbytes
+        else:
+            rows.setdefault(info.columns, []).append((info.row_bytes, info.matrices * info.rows))
+    for columns, some in rows.items():
+        left = sum(count for _, count in some) - sum(out for out, width in quantized if width == columns)
+        for nbytes, count in sorted(some, reverse=True):
+            total += nbytes * max(0, min(count, left))
+            left -= count
+    return total, min((info.start for info in template.tensors.values()), default=0)
+
+
 def place_source(
     source: Source,
     sites: Sequence[tuple[Site, Grid]],
     format: GGUF,
     template: GGUFFile,
-    tick: Callable[[], None] = lambda: None,
+    tick: Tick = silent,
 ) -> Placed:
     """Find the weights of a model in a template by their values.
 
@@ -151,7 +180,7 @@ def place_source(
         sites: the linears that will be quantized, with their grids.
         format: gives the types.
         template: an open file.
-        tick: called after each matrix that is read.
+        tick: called with the steps that are done, and all steps.
     """
     store = source.store
     read = lru_cache(2)(store.get)
@@ -162,10 +191,10 @@ def place_source(
         return read(name).T if name in turned else read(name)
 
     shapes = {source.names[f"{site.name}{SUFFIX}"]: site.shape for site, _ in sites}
-    return _place(store, shapes, grids, values, format, template, tick)
+    return _place(_dense(store, store.names - shapes.keys()), shapes, grids, values, format, template, tick)
 
 
-def place_checkpoint(checkpoint: Checkpoint, format: GGUF, template: GGUFFile, tick: Callable[[], None]) -> Placed:
+def place_checkpoint(checkpoint: Checkpoint, format: GGUF, template: GGUFFile, tick: Tick) -> Placed:
     """Find the weights of a checkpoint, quantized and dense ones, in a template; the arguments are ``place_source``'s."""
     grids = {f"{name}{SUFFIX}": layer.grid for name, layer in checkpoint.layers.items()}
     shapes = {f"{name}{SUFFIX}": layer.shape for name, layer in checkpoint.layers.items()}
@@ -174,27 +203,31 @@ def place_checkpoint(checkpoint: Checkpoint, format: GGUF, template: GGUFFile, t
     def values(name: str) -> Tensor:
         return checkpoint.weight(name.removesuffix(SUFFIX)) if name in grids else checkpoint.store.get(name)
 
-    return _place(checkpoint.store, shapes, grids, values, format, template, tick)
+    dense = _dense(checkpoint.store, checkpoint.dense)
+    return _place(dense, shapes, grids, values, format, template, tick)
+
+
+def _dense(store: Store, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Give the dense matrices among some tensors, sorted, with their shapes."""
+    shapes = {name: store.shape(name) for name in sorted(names)}
+    return {name: s for name, s in shapes.items() if len(s) == 2 and store.dtype(name).is_floating_point}
 
 
 def _place(
-    store: Store,
+    dense: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, int]],
     grids: Mapping[str, Grid],
     values: Callable[[str], Tensor],
     format: GGUF,
     template: GGUFFile,
-    tick: Callable[[], None],
+    tick: Tick,
 ) -> Placed:
-    dense = [name for name in sorted(store.names) if name not in shapes and len(store.shape(name)) == 2]
-    dense = [name for name in dense if store.dtype(name).is_floating_point]
-
     def matrix(name: str, shape: tuple[int, ...], needed: bool) -> Matrix:
         read = lambda first, count: values(name)[first : first + count].float()  # noqa: E731
         return Matrix(name, (shape[0], shape[1]), read, needed)
 
     matrices = [matrix(name, shape, True) for name, shape in shapes.items()]
-    found = find(template, matrices + [matrix(name, store.shape(name), False) for name in dense], tick)
+    found = find(template, matrices + [matrix(name, shape, False) for name, shape in dense.items()], tick)
     _same_tokens(template, found)
     types = _types(template, found, {name: format.type_of(grid, shapes[name][1]) for name, grid in grids.items()})
     return Placed(template, found, types, _dense_types(template, types, format.dense), values)

@@ -235,12 +235,10 @@ class _Hole(nn.Module):
             self.register_buffer("room", torch.empty(room, dtype=torch.uint8), persistent=False)
 
 
-def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> nn.Module:
-    """Make a module of a quantized layer in a model of this dtype; a dense one where offsets are free."""
+def _packed(checkpoint: Checkpoint, dtype: torch.dtype, name: str, bias: Any) -> QuantizedLinear:
+    """Make a packed linear of a quantized layer in a model of this dtype."""
     layer, decoded = checkpoint.decode(name)
     columns, grid = layer.shape[1], layer.grid
-    if grid.scales.free:  # the kernels' zeros are codes
-        return dense_linear(checkpoint.weight(name).to(dtype), bias)
     width = grid.group_width(columns)
     group = None if torch.equal(decoded.group, torch.arange(columns) // width) else decoded.group
     tiles = tile(decoded.codes, decoded.scale, decoded.zero, grid.storage_bits, width, group)

@@ -1,6 +1,6 @@
 """``nearplane convert``: the same codes and scales in another format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,8 @@ class Options:
 
 def run(options: Options, _: dict[str, Any]) -> int:
     """Write, and print what was written."""
-    from nearplane.checkpoint.convert import convert, pick_target
+    from nearplane.checkpoint.convert import convert
 
-    own = {name: getattr(options, name) for name in ("template", "gguf_type", "gguf_dense")}
-    format = pick_target(options.new, options.format, {name: value for name, value in own.items() if value is not None})
-    asked: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    printed(convert(options.out, options.new, format, progress=True, **asked))
+    asked = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in ("out", "new")}
+    printed(convert(options.out, options.new, progress=True, **asked))
     return 0

@@ -24,9 +24,12 @@ from nearplane.formats.base import (
     check,
     collect,
     expect,
+    expect_words,
     grid_name,
     group_of_columns,
+    group_size_of,
     levels_reason,
+    named,
     require,
     scale_dtype_of,
     scales_reason,
@@ -128,18 +131,13 @@ class AWQ(Format):
         """Every ``qweight``; AutoAWQ's older names of fields are read, too."""
         where = f"quantization config of {store.folder}"
         _refuse_layout(config, where, str(store.folder))
-        size = setting(config, "group_size", int, setting(config, "q_group_size", int, 128, where), where)
-        if size != -1 and size < 1:
-            raise NearplaneError(f"{where} has group_size {size}; it must be positive or -1.")
+        size = group_size_of(config, setting(config, "q_group_size", int, 128, where), where)
         sym = _symmetric(config, where)
 
         def find(name: str) -> StoredLayer:
             tensors = tensors_of(store, name, (*NEEDED, "qzeros"))
             require(store, tensors, name, NEEDED if sym else (*NEEDED, "qzeros"))
-            for suffix in tensors.keys() - {"scales"}:
-                sides = store.shape(tensors[suffix])
-                if store.dtype(tensors[suffix]) != torch.int32 or len(sides) != 2 or min(sides) < 1:
-                    raise NearplaneError(f"tensor {tensors[suffix]} in {store.folder} must be an int32 matrix.")
+            expect_words(store, (name for suffix, name in sorted(tensors.items()) if suffix != "scales"))
             columns, words = store.shape(tensors["qweight"])
             grid = Grid(BITS, size, sym, scale_dtype=scale_dtype_of(store, tensors["scales"]))
             count, out = grid.group_count(columns), words * len(ORDER)
@@ -149,9 +147,7 @@ class AWQ(Format):
                 expect(store, tensors["qzeros"], (count, words), what)
             return StoredLayer(name, grid, (out, columns), tensors)
 
-        return collect(
-            {name.removesuffix(".qweight") for name in store.names if name.endswith(".qweight")}, find, broken
-        )
+        return collect(named(store, "qweight"), find, broken)
 
     def unpack(self, store: Store, layer: StoredLayer) -> Decoded:
         """Read a layer. Raises NearplaneError where it is said to be symmetric, and a zero is not 8."""

@@ -363,6 +363,29 @@ def collect(
     return layers
 
 
+def named(store: Store, *suffixes: str) -> set[str]:
+    """Name the modules that have a tensor of one of these suffixes."""
+    return {name.removesuffix(f".{s}") for s in suffixes for name in store.names if name.endswith(f".{s}")}
+
+
+def expect_words(store: Store, names: Iterable[str], dtype: torch.dtype = torch.int32) -> None:
+    """Raise NearplaneError unless tensors are matrices of packed codes, of at least one word."""
+    for name in names:
+        sides = store.shape(name)
+        if store.dtype(name) != dtype or len(sides) != 2 or min(sides) < 1:
+            kind = "an int32" if dtype == torch.int32 else f"a {str(dtype).removeprefix('torch.')}"
+            stacked = " (stacked experts, as mlx_lm.convert writes them, are not read)" if len(sides) == 3 else ""
+            raise NearplaneError(f"tensor {name} in {store.folder} must be {kind} matrix{stacked}.")
+
+
+def group_size_of(config: dict[str, Any], default: int, where: str) -> int:
+    """Read the group size of a configuration. Raises NearplaneError unless it is positive or -1."""
+    size: int = setting(config, "group_size", int, default, where)
+    if size != -1 and size < 1:
+        raise NearplaneError(f"{where} has group_size {size}; it must be positive or -1.")
+    return size
+
+
 def require(store: Store, layer: dict[str, str], name: str, suffixes: tuple[str, ...]) -> None:
     """Raise NearplaneError unless the module has all of these tensors."""
     for suffix in suffixes:

@@ -29,6 +29,7 @@ from nearplane.formats.base import (
     collect,
     expect,
     group_of_columns,
+    named,
     require,
     scale_dtype_of,
     setting,
@@ -302,9 +303,8 @@ def _unsigned(store: Store, name: str, half: int) -> Tensor:
 
 def _prefixes(store: Store) -> set[str]:
     """List the modules whose weight is packed, or is stored beside a scale."""
-    packed = {name.removesuffix(".weight_packed") for name in store.names if name.endswith(".weight_packed")}
-    scaled = {name.removesuffix(".weight_scale") for name in store.names if name.endswith(".weight_scale")}
-    return packed | {name for name in scaled if f"{name}.weight" in store.names}
+    scaled = {name for name in named(store, "weight_scale") if f"{name}.weight" in store.names}
+    return named(store, "weight_packed") | scaled
 
 
 def _layer(store: Store, name: str, scheme: Scheme) -> StoredLayer:

@@ -23,8 +23,11 @@ from nearplane.formats.base import (
     check,
     collect,
     expect,
+    expect_words,
     group_of_columns,
+    group_size_of,
     levels_reason,
+    named,
     require,
     scale_dtype_of,
     scales_reason,
@@ -156,25 +159,18 @@ class GPTQ(Format):
         bits = setting(config, "bits", int, None, where)
         if bits not in WIDTHS:
             raise NearplaneError(f"{where} has bits {bits!r}; GPTQ stores 2, 3, 4 or 8.")
-        size = setting(config, "group_size", int, -1, where)
-        if size != -1 and size < 1:
-            raise NearplaneError(f"{where} has group_size {size}; it must be positive or -1.")
+        size = group_size_of(config, -1, where)
         sym = setting(config, "sym", bool, True, where)
         rules = _rules(config, where)
 
         def find(name: str) -> StoredLayer:
             tensors = tensors_of(store, name, (*NEEDED, "g_idx"))
             require(store, tensors, name, NEEDED)
-            for suffix in ("qweight", "qzeros"):
-                sides = store.shape(tensors[suffix])
-                if store.dtype(tensors[suffix]) != torch.int32 or len(sides) != 2 or min(sides) < 1:
-                    raise NearplaneError(f"tensor {tensors[suffix]} in {store.folder} must be an int32 matrix.")
+            expect_words(store, (tensors["qweight"], tensors["qzeros"]))
             grid, shape = _grid(store, tensors, _ruled(name, rules, Grid(bits, size, sym), where), bool(rules))
             return StoredLayer(name, grid, shape, tensors, order=tensors.get("g_idx"))
 
-        return collect(
-            {name.removesuffix(".qweight") for name in store.names if name.endswith(".qweight")}, find, broken
-        )
+        return collect(named(store, "qweight"), find, broken)
 
     def unpack(self, store: Store, layer: StoredLayer) -> Decoded:
         """Read a layer. Raises NearplaneError where its zeros show that the configuration names the wrong version."""

@@ -25,9 +25,11 @@ from nearplane.formats.base import (
     check,
     collect,
     expect,
+    expect_words,
     grid_name,
     group_of_columns,
     levels_reason,
+    named,
     require,
     scale_dtype_of,
     setting,
@@ -162,15 +164,10 @@ class MLX(Format):
         def find(name: str) -> StoredLayer:
             tensors = tensors_of(store, name, NEEDED)
             require(store, tensors, name, NEEDED)
-            if store.dtype(tensors["weight"]) != torch.uint32:
-                raise NearplaneError(
-                    f"tensor {tensors['weight']} in {store.folder} must be uint32, as MLX packs codes."
-                )
+            expect_words(store, (tensors["weight"],), torch.uint32)
             sides = [store.shape(tensors[suffix]) for suffix in NEEDED]
             if any(len(shape) != 2 or min(shape) < 1 for shape in sides):
-                stacked = any(len(shape) == 3 for shape in sides)
-                told = " (stacked experts, as mlx_lm.convert writes them, are not read)" if stacked else ""
-                raise NearplaneError(f"{name} in {store.folder} must be three matrices{told}.")
+                raise NearplaneError(f"{name} in {store.folder} must be three matrices.")
             entry = config.get(name)
             own, group = _sizes(entry if isinstance(entry, dict) else {}, {"bits": bits, "group_size": size}, where)
             (out, words), (_, count), _ = sides
@@ -188,10 +185,7 @@ class MLX(Format):
             grid = Grid.of(scales=Affine(dtype), bits=own, group_size=group, sym=False, scale_dtype=dtype)
             return StoredLayer(name, grid, (out, group * count), tensors)
 
-        names = {name.removesuffix(".scales") for name in store.names if name.endswith(".scales")}
-        return collect(
-            names | {name.removesuffix(".biases") for name in store.names if name.endswith(".biases")}, find, broken
-        )
+        return collect(named(store, "scales", "biases"), find, broken)
 
     def unpack(self, store: Store, layer: StoredLayer) -> Decoded:
         """Read a layer; its zeros are real numbers. Raises NearplaneError for a scale of 0 with codes that it needs."""

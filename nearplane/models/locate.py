@@ -27,6 +27,10 @@ BAD_CONFIG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticErro
 TIMM = "timm_wrapper"
 ADAPTER = "adapter_config.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+GGUF_ALONE = (
+    "a GGUF file, which llama.cpp opens and nearplane does not; give the transformers folder that it was made of, and a GGUF of "
+    "the original model as --template with --format gguf"
+)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a path may begin with a dot, a hub id not
 
 
@@ -60,9 +64,53 @@ def refuse_missing(model: str | Path) -> None:
     if folder.is_dir() or repository == "demo":
         return
     if folder.exists():
-        raise SettingError(f"{model} is a file; MODEL is a transformers folder, a hub id, or demo.")
+        raise SettingError(_no_folder(folder))
+    if folder.suffix.lower() == ".gguf":
+        raise SettingError(f"{model}: no such file; MODEL is a transformers folder, a hub id, or demo.")
     if not HUB_ID.fullmatch(repository):
         raise SettingError(f"{model}: no such folder; MODEL is a transformers folder, a hub id, or demo.")
+
+
+def _no_folder(file: Path) -> str:
+    """Tell what a file is that was given in place of a folder, and what to give."""
+    if _is_gguf(file):
+        if _file_of(file.parent) == file.name:
+            return f"{file} is the file for llama.cpp in a folder that nearplane wrote; give the folder, {file.parent}."
+        return f"{file} is {GGUF_ALONE}."
+    if (file.parent / "config.json").is_file():
+        return f"{file} is a file of a model folder; give the folder, {file.parent}."
+    return f"{file} is a file; MODEL is a transformers folder, a hub id, or demo."
+
+
+def _is_gguf(file: Path) -> bool:
+    if file.suffix.lower() == ".gguf":
+        return True
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError:  # a device, or a file that may not be read: no model either way
+        return False
+
+
+def _file_of(folder: Path) -> Any:
+    """Name the .gguf file of a folder that nearplane wrote; None for any other folder."""
+    from nearplane.formats.store import read_json
+
+    described = (
+        read_json(folder / "config.json").get("quantization_config") if (folder / "config.json").is_file() else None
+    )
+    return described.get("file") if isinstance(described, dict) else None
+
+
+def refuse_gguf(folder: Path) -> None:
+    """Raise NearplaneError for a folder of GGUF files without a model, as they are downloaded."""
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if not files or (folder / "config.json").exists():
+        return
+    from nearplane.formats.journal import STATE  # imports torch
+
+    if not (folder / STATE).is_dir():
+        raise NearplaneError(f"{folder} has no config.json, and {files[0]} in it is {GGUF_ALONE}.")
 
 
 def with_revision(model: str | Path, revision: str | None) -> tuple[str, str | None]:
@@ -112,6 +160,7 @@ def locate(model: str | Path, *, weights: bool = True, revision: str | None = No
     if not folder.is_dir():
         folder = _from_hub(repository, HUB_PATTERNS + HUB_WEIGHTS * weights, revision)
     refuse_adapter(folder)
+    refuse_gguf(folder)
     return folder
 
 

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 
 from nearplane.checkpoint.export import copied_bytes
+from nearplane.checkpoint.gguf import dense_bytes
 from nearplane.core.errors import SettingError
 from nearplane.formats.companions import companions
+from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.journal import STATE
 from nearplane.formats.parts import SHARD_BYTES
 from nearplane.machine.memory import available_memory, cuda_memory, free_disk, resident
@@ -205,14 +207,14 @@ class _Walk:
         sites = {source.names[s.name + ".weight"]: s for b in plan.blocks for s in b.sites}
         self.quantized = plan.nbytes(list(sites.values()))
         rest = [name for name in store.names if name not in sites]
-        self.dense = sum(_stored(plan, name) for name in rest)
+        self.dense, self.header = _dense(plan, rest, head)
         self.largest_dense = max((store.reading(name) for name in rest), default=0)
         self.files = sum((source.folder / name).stat().st_size for name in companions(source.folder).copied)
 
     def disk(self) -> dict[str, int]:
         """Return the bytes that are written; solved weights lie there twice while the export packs them."""
         plan = self.plan
-        found = {"quantized": self.quantized, "dense": self.dense, "other files": self.files}
+        found = {"quantized": self.quantized, "dense": self.dense, "other files": self.files + self.header}
         parts = copied_bytes((site.shape, plan.grid_of(site)) for site in plan.sites)
         return found | ({"parts until the export": parts} if parts else {})
 
@@ -296,6 +298,18 @@ def _names(stage: Stage) -> str:
 
 def _prefix(name: str, blocks: list[str]) -> str | None:
     return next((prefix for prefix in blocks if name.startswith(prefix)), None)
+
+
+def _dense(plan: Plan, rest: list[str], head: str | None) -> tuple[int, int]:
+    """Return the bytes of dense tensors as they will be written, and of a GGUF file's header.
+
+    ``rest``: what is not quantized, by name on disk. A GGUF file holds the matrices, in its template's types.
+    """
+    if plan.template is None or not isinstance(plan.format, GGUF):
+        return sum(_stored(plan, name) for name in rest), 0
+    shapes = [site.shape for site in plan.sites]
+    inside, header = dense_bytes(plan.template, plan.format, shapes, head in {site.name for site in plan.sites})
+    return inside + sum(_stored(plan, name) for name in rest if len(plan.source.store.shape(name)) != 2), header
 
 
 def _stored(plan: Plan, name: str) -> int:

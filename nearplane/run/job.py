@@ -24,6 +24,7 @@ from nearplane.formats.gguf.grids import grid_of, known_type, own_type
 from nearplane.machine.devices import Dtype, pick_dtype
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
+from nearplane.models.locate import given_path
 from nearplane.run.names import ALIASES
 from nearplane.transforms.rotation import Rotate, make_rotate
 from nearplane.transforms.view import Transform
@@ -366,8 +367,8 @@ _CONVERTED: dict[str, Any] = {
     "rotate": _words,
     "widths": tuple,
     "transforms": tuple,
-    "offload": lambda path: None if path is None else Path(path),
-    "template": lambda path: None if path is None else Path(path),
+    "offload": lambda path: None if path is None else given_path("offload", path),
+    "template": lambda path: None if path is None else given_path("template", path),
     "gguf_type": lambda name: None if name is None else known_type(name),
     "gguf_dense": lambda name: None if name is None else str(name).upper(),
 }

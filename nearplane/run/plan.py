@@ -25,7 +25,7 @@ from nearplane.data.text import Calibration
 from nearplane.formats import Format
 from nearplane.formats.base import conv1d_reason
 from nearplane.formats.gguf.file import GGUFFile
-from nearplane.formats.gguf.format import GGUF
+from nearplane.formats.gguf.format import GGUF, NOT_ROTATED
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
@@ -402,10 +402,7 @@ def _template(source: Source, job: Job, format: Format, shapes: Mapping[str, tup
     if not takes_template(format):
         return None
     if job.equivalences:
-        raise SettingError(
-            "rotations and other transforms change embeddings and norms, which a GGUF file takes from its template; use --format "
-            "gguf without them."
-        )
+        raise SettingError(NOT_ROTATED)
     template = open_template(getattr(format, "template", None), source.name)
     check_template(template, source.model, shapes)
     return template

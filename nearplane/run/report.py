@@ -15,6 +15,9 @@ from nearplane.machine.devices import environment
 from nearplane.run.events import BlockDone, Event, Noted, Solved, StageDone
 from nearplane.run.measure import LinearRow
 
+# Share of a weight's squares below which a change of it is float32's rounding: 8 bits change 1e-5 of them.
+EXACT = 1e-11
+
 
 class Mark(NamedTuple):
     """The lengths of a report's lists at one moment."""
@@ -108,6 +111,20 @@ class Report:
         """Add seconds to their phases."""
         for phase, more in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + more
+
+    def conclude(self) -> None:
+        """Add what only all linears tell: that their weights lay on the grid already."""
+        exact, count = [row.name for row in self.linears if row.weight_error <= EXACT], len(self.linears)
+        if exact:
+            told = (
+                f"all {count} linears"
+                if len(exact) == count
+                else f"{len(exact)} of {count} linears, the first {exact[0]},"
+            )
+            self.events.append(
+                f"{told} have weights that lie on this grid already, as those of a model that was quantized to it: they are "
+                "kept as they are, and their errors of 0 measure no grid and no method"
+            )
 
     @property
     def totals(self) -> dict[str, Any]:

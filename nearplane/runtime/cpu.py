@@ -23,7 +23,7 @@ Isa = Literal["avx512", "avx2", "portable"]
 ISAS: dict[Isa, int] = {"avx512": 2, "avx2": 1, "portable": 0}  # the best first
 PATHS: dict[str, int] = {"exact": 0, "a16": 1, "a8": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ABI = 2  # nearplane_abi() of the kernel.cpp that belongs to this file
+ABI = 3  # nearplane_abi() of the kernel.cpp that belongs to this file
 HOW = (
     "it is built while nearplane is installed, where there is a C++ compiler (g++ or clang++): with one, in a clone, "
     "pip install --force-reinstall --no-deps ."
@@ -36,7 +36,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "order")),
         *((name, ctypes.c_int64) for name in ("out", "columns", "positions", "groups", "span")),
-        *((name, ctypes.c_int32) for name in ("bits", "zero", "scale_dtype")),
+        *((name, ctypes.c_int32) for name in ("bits", "zero", "scale_dtype", "free")),
     )
 
 
@@ -120,7 +120,9 @@ def prepare(tiles: Tiles) -> Handle:
     tiles.check()
     shape, where = tiles.shape, addresses(tiles.codes, tiles.scales, tiles.zeros, tiles.order)
     sizes = (shape.out, shape.columns, shape.positions, shape.groups, shape.span)
-    weight = _Weight(*(at or None for at in where), *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype])
+    weight = _Weight(
+        *(at or None for at in where), *sizes, shape.bits, shape.zero, DTYPES[shape.scale_dtype], shape.free
+    )
     return Handle(ctypes.pointer(weight), shape, where, (weight, tiles))
 
 

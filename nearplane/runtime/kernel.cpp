@@ -357,10 +357,10 @@ INLINE float element(const void* p, int64_t i, int dtype) {
 extern "C" struct NearplaneWeight {  // the twin of this struct is in cpu.py
     const uint8_t* codes;            // [tiles, positions / 32, 64 * bits]
     const void* scales;              // [tiles, groups, 16]
-    const uint8_t* zeros;            // [tiles, groups, 16], or null: `zero` everywhere
+    const void* zeros;               // [tiles, groups, 16], bytes, or floats where `free`; or null: `zero` everywhere
     const int32_t* order;            // [positions]: input of each position, -1 for none; or null: position = input
     int64_t out, in, positions, groups, span;  // span: positions of a group; the last may have fewer
-    int32_t bits, zero, scale_dtype;
+    int32_t bits, zero, scale_dtype, free;
 };
 
 namespace {
@@ -488,7 +488,9 @@ INLINE Real scales_of(const Weight& w, int64_t tile, int64_t group) {
 }
 
 INLINE Real zeros_of(const Weight& w, int64_t tile, int64_t group) {
-    return w.zeros == nullptr ? Arch::all(float(w.zero)) : Arch::bytes(w.zeros + (tile * w.groups + group) * TILE);
+    const int64_t at = (tile * w.groups + group) * TILE;
+    if (w.zeros == nullptr) return Arch::all(float(w.zero));
+    return w.free ? Arch::get(static_cast<const float*>(w.zeros) + at) : Arch::bytes(static_cast<const uint8_t*>(w.zeros) + at);
 }
 
 template <int BITS> struct ArchOf {  // looked into only where WORDS is: not every Arch has dot_words
@@ -845,7 +847,7 @@ constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done befo
 
 extern "C" {
 
-int nearplane_abi() { return 2; }
+int nearplane_abi() { return 3; }
 
 // Whether this machine can run an instruction set's library. Asked of the portable one.
 int nearplane_runs(int isa) {

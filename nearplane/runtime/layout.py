@@ -12,7 +12,7 @@ order of columns. Then a position is a column's place in the layout, and ``order
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from nearplane.core.errors import SettingError
@@ -39,6 +39,8 @@ class Shape:
     zero: int
     """The zero of every group, if ``zeros`` is empty."""
     scale_dtype: torch.dtype
+    free: bool = False
+    """Whether zeros are real numbers, the bits of float32; else they are bytes."""
 
     @property
     def tiles(self) -> int:
@@ -54,8 +56,8 @@ class Tiles:
     codes: UInt8[Tensor, "tiles blocks bytes"]
     scales: Int[Tensor, "tiles groups 16"]
     """Scales, the bits of ``shape.scale_dtype``."""
-    zeros: UInt8[Tensor, "tiles groups 16"]
-    """Zeros; empty if all are ``shape.zero``."""
+    zeros: UInt8[Tensor, "tiles groups 16"] | Int[Tensor, "tiles groups 16"]
+    """Zeros, bytes or the bits of float32 (``shape.free``); empty if all are ``shape.zero``."""
     order: Int[Tensor, "positions"]
     """Column at each position, -1 for a gap; empty if column and position are the same."""
 
@@ -66,7 +68,10 @@ class Tiles:
         wanted = {
             "codes": (torch.uint8, (shape.tiles, shape.positions // BLOCK, 64 * shape.bits)),
             "scales": (SCALE_BITS[shape.scale_dtype], per_group),
-            "zeros": (torch.uint8, per_group if self.zeros.numel() else (0,)),
+            "zeros": (
+                torch.int32 if shape.free else torch.uint8,
+                per_group if shape.free or self.zeros.numel() else (0,),
+            ),
             "order": (torch.int32, (shape.positions,) if self.order.numel() else (0,)),
         }
         for name, (dtype, sizes) in wanted.items():
@@ -84,6 +89,11 @@ class Tiles:
         return Tiles(shape, self.codes[first:last], self.scales[first:last], zeros, self.order)
 
     @property
+    def numbers(self) -> Tensor:
+        """Zeros as numbers, uint8 or float32; empty if all are ``shape.zero``."""
+        return self.zeros.view(torch.float32) if self.shape.free else self.zeros
+
+    @property
     def nbytes(self) -> int:
         """Size of all four tensors in bytes."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.order))
@@ -92,7 +102,7 @@ class Tiles:
 def tile(
     codes: UInt8[Tensor, "out in"],
     scale: Float[Tensor, "out groups"],
-    zero: UInt8[Tensor, "out groups"],
+    zero: UInt8[Tensor, "out groups"] | Float32[Tensor, "out groups"],
     bits: int,
     width: int,
     group: Int[Tensor, "in"] | None = None,
@@ -102,7 +112,7 @@ def tile(
     Args:
         codes: codes of the weight.
         scale: scale of each group, float32, float16 or bfloat16.
-        zero: zero of each group.
+        zero: zero of each group, float32 where offsets are numbers of their own. Bytes are kept if all are bytes.
         bits: bits of a code, 2 to 8.
         width: columns per group; the last group may have fewer.
         group: group of each column, if groups are not contiguous.
@@ -124,17 +134,21 @@ def tile(
     codes = torch.nn.functional.pad(codes, (0, positions - codes.shape[1], 0, rows))
     # tile, block, step, channel, input
     blocks = codes.view(-1, TILE, positions // BLOCK, STEPS, 4).permute(0, 2, 3, 1, 4)
-    same = bool((zero == zero[0, 0]).all())
+    if bool((zero.to(torch.uint8) == zero).all()):
+        zero = zero.to(torch.uint8)
+    free = zero.is_floating_point()
+    same = not free and bool((zero == zero[0, 0]).all())
 
     def per_group(value: Tensor) -> Tensor:
         return torch.nn.functional.pad(value, (0, 0, 0, rows)).view(-1, TILE, groups).transpose(1, 2).contiguous()
 
-    shape = Shape(out, columns, bits, positions, span, groups, int(zero[0, 0]) if same else 0, scale.dtype)
+    shape = Shape(out, columns, bits, positions, span, groups, int(zero[0, 0]) if same else 0, scale.dtype, free)
+    zeros = per_group(zero)
     return Tiles(
         shape,
         _pack(blocks.reshape(*blocks.shape[:3], 64), bits),
         per_group(scale).view(SCALE_BITS[scale.dtype]),
-        torch.empty(0, dtype=torch.uint8) if same else per_group(zero),
+        zeros.view(torch.int32) if free else zeros[:0].flatten() if same else zeros,
         torch.empty(0, dtype=torch.int32) if trivial else order.int(),
     )
 
@@ -165,7 +179,7 @@ def dequantize(tiles: Tiles) -> Float[Tensor, "out in"]:
     def per_row(value: Tensor) -> Tensor:
         return value.transpose(1, 2).reshape(shape.tiles * TILE, shape.groups)[:, group]
 
-    zero = per_row(tiles.zeros).float() if tiles.zeros.numel() else shape.zero
+    zero = per_row(tiles.numbers).float() if tiles.zeros.numel() else shape.zero
     weight = (codes_of(tiles).float() - zero) * per_row(tiles.scales.view(shape.scale_dtype)).float()
     weight = weight[: shape.out]
     if not tiles.order.numel():

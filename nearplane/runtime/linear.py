@@ -239,14 +239,23 @@ def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) ->
 
 def _described(shape: Shape) -> tuple[list[int], int]:
     """Return a shape as arguments of the operator."""
-    sizes = [shape.out, shape.columns, shape.bits, shape.positions, shape.span, shape.groups, shape.zero]
+    sizes = [
+        shape.out,
+        shape.columns,
+        shape.bits,
+        shape.positions,
+        shape.span,
+        shape.groups,
+        shape.zero,
+        int(shape.free),
+    ]
     return sizes, SCALES.index(shape.scale_dtype)
 
 
 def _shape(sizes: list[int], scale_dtype: int) -> Shape:
     """Return the shape of an operator's arguments."""
-    out, columns, bits, positions, span, groups, zero = sizes
-    return Shape(out, columns, bits, positions, span, groups, zero, SCALES[scale_dtype])
+    out, columns, bits, positions, span, groups, zero, free = sizes
+    return Shape(out, columns, bits, positions, span, groups, zero, SCALES[scale_dtype], bool(free))
 
 
 @torch.library.custom_op("nearplane::linear", mutates_args=())

@@ -120,7 +120,7 @@ def launch(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     y = torch.empty(shares, rows, shape.out, dtype=kind, device=x.device)
     with torch.cuda.device(x.device if x.is_cuda else -1):
         multiply[(*pieces, shares)](
-            x, tiles.codes, tiles.scales.view(shape.scale_dtype), tiles.zeros, tiles.order, y if bias is None else bias, y,
+            x, tiles.codes, tiles.scales.view(shape.scale_dtype), tiles.numbers, tiles.order, y if bias is None else bias, y,
             rows, shape.out, shape.columns, blocks, shape.span, shape.groups, shape.zero, share,
             BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, BIAS=bias is not None,
             ROWS=ROWS, CHANNELS=CHANNELS, BLOCKS=BLOCKS, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
@@ -135,7 +135,7 @@ def dense(tiles: Tiles, dtype: torch.dtype) -> Tensor:
     weight = torch.empty(shape.out, shape.columns, dtype=dtype, device=tiles.codes.device)
     with torch.cuda.device(weight.device if weight.is_cuda else -1):
         unpack[(triton.cdiv(shape.out, UNPACKED), shape.positions // 32)](
-            tiles.codes, tiles.scales.view(shape.scale_dtype), tiles.zeros, tiles.order, weight, shape.out, shape.columns,
+            tiles.codes, tiles.scales.view(shape.scale_dtype), tiles.numbers, tiles.order, weight, shape.out, shape.columns,
             shape.positions // 32, shape.span, shape.groups, shape.zero,
             BITS=shape.bits, ZEROS=tiles.zeros.numel() > 0, ORDER=tiles.order.numel() > 0, CHANNELS=UNPACKED,
         )  # fmt: skip

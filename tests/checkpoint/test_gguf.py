@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import nearplane
 from nearplane.checkpoint.verify import verify
@@ -20,9 +21,11 @@ from nearplane.cli.main import main
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import dequantize
 from nearplane.formats.gguf.file import GGUFFile, scalar, write
+from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.gguf.grids import grid_of
 from nearplane.formats.read import open_checkpoint
 from nearplane.run.job import Job
+from nearplane.runtime.linear import quantized_linears
 
 IDS = tiny.tokens(2, 20, seed=3)
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -71,7 +74,7 @@ def logits(path: Path) -> torch.Tensor:
 
 def expected(out: Path) -> dict[str, torch.Tensor]:
     """What llama.cpp's converter would write of the model that ``nearplane.load`` gives."""
-    return templates.llama_tensors(nearplane.load(out, packed=False))
+    return templates.tensors(nearplane.load(out, packed=False))
 
 
 def same_values(file: Path, out: Path) -> None:
@@ -86,6 +89,9 @@ def test_a_model_is_quantized_into_each_type(type: str, wide: tuple[Path, Path],
     out, (model, template) = tmp_path / "out", wide
     report = nearplane.quantize(model, out, format="gguf", gguf_type=type, template=template, **QUICK)
     same_values(out, out)
+    packed, found = quantized_linears(nearplane.load(out)), open_checkpoint(out)
+    assert set(packed) == set(found.layers)
+    assert all(torch.equal(module.dequantized(), found.weight(name)) for name, module in packed.items())
     types = Counter(kind for kind, _ in by_package(out).values())
     assert types == {type: 14, "F32": 5, "F16": 2}
     assert report.events[-1] == f"model-{type}.gguf: 14 {type}, 5 F32, 2 F16"
@@ -98,6 +104,31 @@ def test_a_model_is_quantized_into_each_type(type: str, wide: tuple[Path, Path],
     assert keys["general.quantization_version"].contents() == 2
     assert keys["general.quantized_by"].contents() == f"nearplane {nearplane.__version__}"
     assert keys["tokenizer.ggml.tokens"].contents() == [f"w{i}" for i in range(tiny.VOCABULARY)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "stored", "dense"),
+    [("llama", False, "F16", None), ("llama", False, "Q4_0", None), ("llama", True, "Q8_0", None), ("llama", True, "F32", "F16"),
+     ("llama", False, "F16", "Q8_0"), ("mixtral", False, "Q8_0", None)],
+)  # fmt: skip
+def test_a_plan_counts_the_bytes_of_the_file(kind: str, tied: bool, stored: str, dense: Any, tmp_path: Path) -> None:
+    """Dense tensors take the template's types, or those of --gguf-dense, and not the model's dtype."""
+    settings: dict[str, Any] = {"tie_word_embeddings": tied, "vocab_size": 3000}
+    built = tiny.build_mixture(kind, **settings) if kind == "mixtral" else tiny.build(kind, **settings)
+    model = tiny.save(built, tmp_path / "model")
+    template = templates.of_folder(model, tmp_path / "template.gguf", stored)
+    asked = {"format": "gguf", "gguf_type": "Q4_1", "template": template, "gguf_dense": dense, "method": "rtn"}
+    planned = nearplane.plan(model, **asked).estimate.disk
+    report = nearplane.quantize(model, tmp_path / "out", progress=False, **asked)
+    file = next((tmp_path / "out").glob("*.gguf"))
+    tensors = sum(t.n_bytes for t in gguf.GGUFReader(file).tensors)
+    beside = sum(v.nbytes for path in (tmp_path / "out").glob("*.safetensors") for v in load_file(path).values())
+    assert planned["quantized"] == report.bytes["quantized"]
+    assert planned["quantized"] + planned["dense"] == tensors + beside
+    others = sum(
+        path.stat().st_size for path in (tmp_path / "out").iterdir() if path.suffix == ".json" and "tok" in path.name
+    )
+    assert abs(planned["other files"] - others - (file.stat().st_size - tensors)) < 2000
 
 
 def test_what_was_solved_is_what_is_read(wide: tuple[Path, Path], tmp_path: Path) -> None:
@@ -138,6 +169,11 @@ def test_a_mixture_of_experts_is_stacked(tmp_path: Path) -> None:
         )
         assert torch.equal(found.weight(name), gate[expert])
     assert verify(tmp_path / "out").ok and logits(tmp_path / "out").isfinite().all()
+    nearplane.quantize(model, tmp_path / "q4_1", format="gguf", gguf_type="Q4_1", template=template, **QUICK)
+    packed, found = nearplane.load(tmp_path / "q4_1", arithmetic="exact"), open_checkpoint(tmp_path / "q4_1")
+    assert len(quantized_linears(packed)) == len(found.layers) == 2 * (4 + 4 * 3)
+    with torch.no_grad():
+        assert torch.allclose(packed(input_ids=IDS, use_cache=False).logits, logits(tmp_path / "q4_1"), atol=1e-5)
 
 
 def test_a_resumed_run_writes_the_same_bytes(small: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
@@ -192,8 +228,12 @@ def test_a_checkpoint_becomes_a_file(
 
 
 def test_a_checkpoint_becomes_a_folder_and_comes_back(small: tuple[Path, Path], plain: Path, tmp_path: Path) -> None:
-    done = nearplane.convert(plain, tmp_path / "new", nearplane.formats.FORMATS["gguf"].asked({"template": small[1]}))
+    done = nearplane.convert(plain, tmp_path / "new", "gguf", template=small[1])
     assert done.after == "gguf" and verify(tmp_path / "new").ok
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert Counter(index.values())["out-Q5_0.gguf"] == 14
+    held = [name for path in (tmp_path / "new").glob("*.safetensors") for name in load_file(path)]
+    assert sorted(held) == sorted(n for n in index if "norm" in n)  # no weight is stored twice
     assert torch.equal(logits(tmp_path / "new"), logits(plain))
     with pytest.raises(NearplaneError, match="is gguf already"):
         nearplane.convert(tmp_path / "new", tmp_path / "x.gguf")
@@ -274,7 +314,7 @@ def test_what_cannot_work_is_refused_before_the_run(
     )
     tokens = templates.of_folder(tiny.save(tiny.build("llama", vocab_size=100), tmp_path / "v"), tmp_path / "v.gguf")
     build = tiny.build("llama", tie_word_embeddings=False)
-    tensors = templates.llama_tensors(nearplane.load(model))
+    tensors = templates.tensors(nearplane.load(model))
     order = {**tensors, "token_embd.weight": tensors["token_embd.weight"].flip(0)}
     mixed = templates.write(tmp_path / "m.gguf", build.config, order)
     twice = templates.write(
@@ -299,6 +339,7 @@ def test_what_cannot_work_is_refused_before_the_run(
          r"this would do: --override '\(q_proj\|.*\|down_proj\)=gguf_type=Q5_0'"),
         ({"gguf_type": "Q2_0"}, "Q2_0 has blocks of 64 inputs, which do not divide 96.*--override 'down_proj=gguf_type=Q4_0'"),
         ({"rotate": "r1"}, "rotations and other transforms change embeddings and norms"),
+        ({"rotate": "r1,r2,r4"}, "rotations and other transforms change embeddings and norms"),
         ({"gguf_dense": "Q6_K"}, "gguf_dense Q6_K has blocks of 256 inputs, which do not divide the 64 of token_embd.weight; "
          "give Q8_0 or F16"),
         ({"bits": 8, "group_size": 32, "sym": False}, "no GGUF type holds asymmetric 8 bits in groups of 32 exactly"),
@@ -313,6 +354,68 @@ def test_what_cannot_work_is_refused_before_the_run(
     nearplane.quantize(model, tmp_path / "fused", format="gguf", template=fused, **QUICK)
     assert by_package(tmp_path / "fused")["blk.1.ffn_up.weight"][1].numel() == 192 * 64
     assert verify(tmp_path / "fused").ok
+
+
+def test_python_takes_the_words_of_the_command_line(small: tuple[Path, Path], plain: Path, tmp_path: Path) -> None:
+    words = {"template": str(small[1]), "gguf_type": "q8_0", "gguf_dense": "q8_0"}
+    nearplane.convert(plain, tmp_path / "python.gguf", **words)
+    flags = [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert main(["convert", str(plain), str(tmp_path / "shell.gguf"), *flags]) == 0
+    assert (tmp_path / "python.gguf").read_bytes() == (tmp_path / "shell.gguf").read_bytes()
+    assert Counter(type for type, _ in by_package(tmp_path / "python.gguf").values()) == {"Q8_0": 16, "F32": 5}
+    assert nearplane.convert(plain, tmp_path / "folder", template=small[1]).after == "gguf"
+    ready = GGUF(template=small[1], type="Q8_0")
+    nearplane.convert(plain, tmp_path / "object.gguf", ready, gguf_dense="Q8_0")
+    assert (tmp_path / "object.gguf").read_bytes() == (tmp_path / "python.gguf").read_bytes()
+    for given, sentence in (
+        ({"format": "gptq", "template": small[1]}, "--template is for --format gguf"),
+        ({"format": "gguf", "template": small[1], "gguf_type": "Q9"}, "gguf_type must be one of Q4_0"),
+        ({"format": "gguf", "template": small[1], "gguf_dense": "Q4_0"}, "gguf_dense must be one of Q8_0"),
+        ({"format": "gguf", "template": 5}, "template must be a path; got 5"),
+        ({"format": "gguf"}, "give it as --template ORIGINAL"),
+    ):
+        with pytest.raises(SettingError, match=sentence):
+            nearplane.convert(plain, tmp_path / "new", **given)
+        with pytest.raises(SettingError, match=sentence):
+            nearplane.quantize(small[0], tmp_path / "new", **{"format": "gguf", **given}, **QUICK)
+    assert not (tmp_path / "new").exists()
+
+
+class Steps:
+    """A progress display that remembers each task: [name, done, total]."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.tasks: list[list[Any]] = []
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_task(self, name: str, total: int | None) -> int:
+        self.tasks.append([name, 0, total])
+        return len(self.tasks) - 1
+
+    def update(self, task: int, completed: int, total: int) -> None:
+        assert completed == self.tasks[task][1] + 1 and self.tasks[task][2] in (None, total)
+        self.tasks[task][1:] = [completed, total]
+
+    def advance(self, task: int) -> None:
+        self.tasks[task][1] += 1
+
+    def remove_task(self, task: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("out", ["new.gguf", "new"])
+def test_a_bar_knows_its_end(out: str, small: tuple[Path, Path], plain: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    shown = Steps()
+    monkeypatch.setattr(nearplane.checkpoint.convert, "bar", lambda _: shown)
+    nearplane.convert(plain, tmp_path / out, template=small[1], progress=True)
+    (find, found, of), (write, written, all_) = shown.tasks
+    assert (find, write) == ("find", "convert") and found == of == 16 + 2 * 16  # matrices of ours and of the template
+    assert written == all_ == 21 + 5 * (out == "new")  # tensors of the file; norms beside it
 
 
 def test_a_conversion_that_fails_leaves_nothing(
@@ -339,6 +442,18 @@ def test_a_conversion_that_fails_leaves_nothing(
         assert main(["convert", *at]) == 2
         assert sentence in capsys.readouterr().err.replace("\n", " "), given
     assert there.read_text() == "mine" and not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_rotated_checkpoint_is_refused_before_its_weights_are_read(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Also where scales would be refused later: quantizing again to this format would not do."""
+    nearplane.quantize(small[0], tmp_path / "r", bits=4, group_size=32, rotate="r1", **QUICK)
+    monkeypatch.setattr(nearplane.formats.read.Checkpoint, "quantized", lambda *_: pytest.fail("a weight was read"))
+    for out in ("new.gguf", "new"):
+        with pytest.raises(NearplaneError, match="is rotated, and so are its embeddings and norms"):
+            nearplane.convert(tmp_path / "r", tmp_path / out, "gguf", template=small[1])
+        assert not (tmp_path / out).exists()
 
 
 def test_a_folder_whose_description_is_wrong(small: tuple[Path, Path], tmp_path: Path) -> None:

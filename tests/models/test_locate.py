@@ -165,3 +165,50 @@ def test_an_adapter_is_to_be_merged_first(
 
 def _calls() -> list[Callable[[Path], object]]:
     return [nearplane.load, nearplane.inspect, nearplane.verify, lambda path: make_plan(path, sketch=True)]
+
+
+VERBS = ["plan FILE", "quantize FILE OUT", "eval FILE", "generate FILE --prompt x", "verify FILE", "inspect FILE", "bench FILE",
+         "convert FILE OUT --format gptq", "eval MODEL --reference FILE"]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_bare_gguf_file_is_no_model(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the file is, and what to give: its folder where nearplane wrote one, else the original's."""
+    model, ours = tiny.save(tiny.build("llama"), tmp_path / "model"), tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "gguf", "file": "m-Q4_0.gguf"}})
+    )
+    bare, wanted = (
+        tmp_path / "x-Q4_0.gguf",
+        "a GGUF file, which llama.cpp opens and nearplane does not; give the transformers",
+    )
+    downloads, nameless = tmp_path / "downloads", tmp_path / "blobs" / "0a1b"
+    downloads.mkdir(), nameless.parent.mkdir()
+    for file in (ours / "m-Q4_0.gguf", ours / "other.gguf", bare, downloads / "y.gguf", nameless):
+        file.write_bytes(b"GGUF" + bytes(20))
+    for given, sentence in (
+        (ours / "m-Q4_0.gguf", f"in a folder that nearplane wrote; give the folder, {ours}."),
+        (ours / "other.gguf", f"other.gguf is {wanted}"), (bare, f"x-Q4_0.gguf is {wanted}"), (nameless, f"0a1b is {wanted}"),
+        (downloads, f"downloads has no config.json, and y.gguf in it is {wanted}"),
+        (model / "model.safetensors", f"is a file of a model folder; give the folder, {model}."),
+        (tmp_path / "absent.gguf", "absent.gguf: no such file"),
+    ):  # fmt: skip
+        words = {"FILE": str(given), "OUT": str(tmp_path / "out"), "MODEL": str(model)}
+        assert main([words.get(word, word) for word in verb.split()]) == 2
+        told = capsys.readouterr().err.replace("\n", " ").replace("  ", " ")
+        assert sentence in told and "Traceback" not in told, (given, told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_refuses_a_bare_gguf_file(tmp_path: Path) -> None:
+    file, model = tmp_path / "x.gguf", tiny.save(tiny.build("llama"), tmp_path / "model")
+    file.write_bytes(b"GGUF")
+    for call in (
+        lambda: nearplane.load(file), lambda: nearplane.quantize(file, tmp_path / "out"), lambda: nearplane.verify(file),
+        lambda: nearplane.evaluate(model, reference=file), lambda: nearplane.generate(str(file), "x"),
+        lambda: nearplane.plan(file), lambda: nearplane.inspect(file), lambda: nearplane.bench(file),
+        lambda: nearplane.convert(file, tmp_path / "out", "gptq"),
+    ):  # fmt: skip
+        with pytest.raises(NearplaneError, match=r"is a GGUF file.*--template"):
+            call()

@@ -80,3 +80,28 @@ def test_a_model_is_opened_and_discovered_once(model: Path, tmp_path: Path, monk
     monkeypatch.setattr(plan, "discover", discovered)
     nearplane.quantize(model, tmp_path / "out", progress=False, **settings(model))
     assert counts == {"skeletons": 1, "probes": 1}
+
+
+@pytest.mark.parametrize("method", ["rtn", "nearplane"])
+def test_weights_that_lie_on_the_grid_are_told(model: Path, tmp_path: Path, method: str) -> None:
+    """A model that was quantized to a grid loses nothing on it: the report says why its errors are 0."""
+    asked = {"sym": False, "fit": "minmax", "dtype": "float32", "progress": False}
+    once = nearplane.quantize(model, tmp_path / "once", **settings(model, method="rtn", **asked))
+    assert not any("lie on this grid" in event for event in once.events)
+    nearplane.load(tmp_path / "once", packed=False).save_pretrained(tmp_path / "dense")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "dense" / file).write_bytes((model / file).read_bytes())
+    told = "have weights that lie on this grid already, as those of a model that was quantized to it: they are"
+    twice = nearplane.quantize(tmp_path / "dense", tmp_path / "twice", **settings(model, method=method, **asked))
+    assert [event for event in twice.events if "lie on this grid" in event] == [
+        f"all 14 linears {told} kept as they are, and their errors of 0 measure no grid and no method"
+    ]
+    assert max(row.weight_error for row in twice.linears) < 1e-11
+    assert nearplane.run.report.Report.read(tmp_path / "twice").events == twice.events
+    again = {**asked, "override": {"down_proj": {"bits": 2}}}
+    part = nearplane.quantize(tmp_path / "dense", tmp_path / "part", **settings(model, method="rtn", **again))
+    assert any(
+        event.startswith("12 of 14 linears, the first model.layers.0.") and told in event for event in part.events
+    )
+    fine = nearplane.quantize(model, tmp_path / "fine", **settings(model, method="rtn", **{**asked, "bits": 8}))
+    assert not any("lie on this grid" in event for event in fine.events)

@@ -23,9 +23,13 @@ class Problem(NamedTuple):
 
 def problem(
     out: int = 48, columns: int = 256, bits: int = 4, group: int = 64, sym: bool = False,
-    scale_dtype: torch.dtype = torch.float16, shuffled: bool = False, seed: int = 0,
+    scale_dtype: torch.dtype = torch.float16, shuffled: bool = False, seed: int = 0, free: bool = False,
 ) -> Problem:  # fmt: skip
-    """Normal weights rounded to nearest; ``shuffled``: groups of columns that are not neighbours, as desc_act leaves them."""
+    """Normal weights rounded to nearest.
+
+    ``shuffled``: groups of columns that are not neighbours, as desc_act leaves them. ``free``: zeros are real numbers, below
+    0 and above the codes, too, as in MLX and GGUF. They are multiples of 1/256, so that code - zero is exact in float32.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = columns if group == -1 else min(group, columns)
     groups = -(-columns // width)
@@ -33,20 +37,24 @@ def problem(
     if shuffled:
         of = of[torch.randperm(columns, generator=generator)]
     weight = torch.randn(out, columns, generator=generator)
+    if free:
+        weight += 3 * (torch.arange(out) % 3 - 1)[:, None]
     levels = 2**bits - 1
     scale, zero = torch.empty(out, groups), torch.empty(out, groups)
     for g in range(groups):
         part = weight[:, of == g]
-        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=1e-3)
+        low, high = (part.amin(1), part.amax(1)) if free else (part.amin(1).clamp(max=0), part.amax(1).clamp(min=1e-3))
         if sym:
             high = torch.maximum(high, -low)
             low = -high
         scale[:, g] = (high - low) / levels
-        zero[:, g] = float(2 ** (bits - 1)) if sym else (-low / scale[:, g]).round()
+        exact = -low / scale[:, g]
+        zero[:, g] = (exact * 256).round() / 256 if free else float(2 ** (bits - 1)) if sym else exact.round()
     scale = scale.to(scale_dtype)
     codes = (weight / scale.float()[:, of] + zero[:, of]).round().clamp(0, levels)
     dense = (codes - zero[:, of]).double() * scale.double()[:, of]
-    tiles = tile(codes.to(torch.uint8), scale, zero.to(torch.uint8), bits, width, of if shuffled else None)
+    kept = zero if free else zero.to(torch.uint8)
+    tiles = tile(codes.to(torch.uint8), scale, kept, bits, width, of if shuffled else None)
     packed = out * -(-columns * bits // 32) * 4 + scale.nbytes + (0 if sym else -(-out * bits // 32) * 4 * groups)
     return Problem(tiles, dense, packed)
 

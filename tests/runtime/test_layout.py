@@ -40,11 +40,26 @@ def test_every_code_lies_where_the_description_says(bits: int) -> None:
 @pytest.mark.parametrize(("out", "columns", "group", "shuffled"), CASES)
 def test_dequantizing_gives_the_weight_back(bits: int, out: int, columns: int, group: int, shuffled: bool) -> None:
     for dtype in SCALES:
-        found = problem(out, columns, bits, group, bits % 2 == 0, dtype, shuffled)
-        dense = dequantize(found.tiles)
-        assert torch.equal(dense, found.dense.float()), dtype
-        part = dequantize(found.tiles.rows(1, 2)) if out > 16 else None
-        assert part is None or torch.equal(part, dense[16:32])
+        for free in (False, True):
+            found = problem(out, columns, bits, group, bits % 2 == 0, dtype, shuffled, free=free)
+            found.tiles.check()
+            assert found.tiles.shape.free == free
+            dense = dequantize(found.tiles)
+            assert torch.equal(dense, found.dense.float()), dtype
+            part = dequantize(found.tiles.rows(1, 2)) if out > 16 else None
+            assert part is None or torch.equal(part, dense[16:32])
+
+
+def test_real_zeros_that_are_codes_are_bytes() -> None:
+    """A symmetric weight in a type with offsets takes no more memory than elsewhere."""
+    codes, scale = torch.randint(0, 16, (20, 64), dtype=torch.uint8), torch.ones(20, 2)
+    for zero in (torch.full((20, 2), 8.0), torch.arange(40.0).view(20, 2)):
+        tiles = tile(codes, scale, zero, 4, 32)
+        assert not tiles.shape.free and tiles.nbytes == tile(codes, scale, zero.to(torch.uint8), 4, 32).nbytes
+        assert torch.equal(dequantize(tiles), codes - zero.repeat_interleave(32, 1))
+    for zero in (torch.full((20, 2), 8.5), torch.full((20, 2), -1.0), torch.full((20, 2), 256.0)):
+        tiles = tile(codes, scale, zero, 4, 32)
+        assert tiles.shape.free and torch.equal(dequantize(tiles), codes - zero.repeat_interleave(32, 1))
 
 
 @pytest.mark.parametrize(("bits", "stored"), [(2, 2.1875), (3, 3.1875), (4, 4.1875), (8, 8.1875)])
@@ -53,6 +68,8 @@ def test_size_per_weight(bits: int, stored: float) -> None:
     found = problem(64, 512, bits, 128)
     assert found.tiles.nbytes * 8 == stored * 64 * 512
     assert found.tiles.nbytes <= 1.15 * found.checkpoint_bytes
+    free = problem(64, 512, bits, 128, free=True)  # offsets are float32
+    assert free.tiles.nbytes * 8 == (stored + 24 / 128) * 64 * 512
     symmetric = problem(64, 512, bits, 128, sym=True)
     assert symmetric.tiles.nbytes == symmetric.checkpoint_bytes
 

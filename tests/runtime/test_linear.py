@@ -81,6 +81,29 @@ def test_state_dict_round_trip(layer: QuantizedLinear) -> None:
     assert torch.equal(plain[1](x), plain[0](x))
 
 
+def test_real_zeros_stay_as_they_are(layer: QuantizedLinear) -> None:
+    """Offsets that are numbers of their own: a cast of the model, a copy and a state keep all bits of them."""
+    given, x = problem(40, 96, 3, 32, free=True), torch.randn(3, 96)
+    free = QuantizedLinear(given.tiles)
+    wanted = x.double() @ given.dense.T
+    before = free(x)
+    assert (before.double() - wanted).norm() <= 1e-4 * wanted.norm()
+    twin = QuantizedLinear(problem(40, 96, 3, 32, seed=1, free=True).tiles)
+    twin.load_state_dict(free.state_dict())
+    for same in (free.half(), free.bfloat16(), copy.deepcopy(free), pickle.loads(pickle.dumps(free)), twin):
+        assert torch.equal(same.dequantized(), given.dense.float()) and torch.equal(same(x), before)
+    # Zeros of the other kind do not become numbers by a cast.
+    other = QuantizedLinear(problem(40, 96, 3, 32).tiles)
+    other.load_state_dict(free.state_dict())
+    with pytest.raises(ValueError, match="zeros must be"):
+        torch.ops.nearplane.linear(x, *other._parts(), None, *linear._described(other.shape), "exact")
+    arguments = (x, *free._parts(), None, *linear._described(free.shape), "exact")
+    assert torch.equal(torch.ops.nearplane.linear(*arguments), QuantizedLinear(given.tiles, arithmetic="exact")(x))
+    x.requires_grad_()
+    free(x).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad.double(), given.dense.sum(0).expand(3, -1), atol=1e-4)
+
+
 def test_tensors_that_are_replaced_are_seen(layer: QuantizedLinear) -> None:
     """However it is done: the kernel holds addresses, and must not use old ones."""
     x, other = torch.randn(3, 96), made(seed=1)

@@ -18,7 +18,8 @@ from nearplane.runtime.triton import linear
 found = {}
 for bits in (2, 3, 4, 8):
     for i, (out, columns, group, shuffled) in enumerate([(50, 100, 32, False), (33, 300, 128, False), (20, 128, 64, True)]):
-        given = problem(out, columns, bits, group, i == 1, SCALES[i], shuffled)
+      for free in (False, True):
+        given = problem(out, columns, bits, group, i == 1, SCALES[i], shuffled, free=free)
         few, many = [(1, torch.float32), (17, torch.float16), (3, torch.bfloat16), (0, torch.float32)], (70, torch.float16)
         for rows, dtype in [*few, many]:
             x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -8,12 +8,14 @@ opens the folder again: quantized weights, and those dense matrices that the fil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
 from nearplane.formats.base import Decoded, Format, StoredLayer, check, collect, setting
@@ -38,6 +40,10 @@ from nearplane.formats.store import Store
 DENSE = ("Q8_0", "Q6_K", "F16")
 DEFAULT = "Q4_0"
 SUFFIX = ".weight"
+NOT_ROTATED = (
+    "rotations and other transforms change embeddings and norms, which a GGUF file takes from its template; use --format gguf "
+    "without them."
+)
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,20 @@ class GGUF(Format):
     holds_conv1d: ClassVar[bool] = True
     reads: ClassVar[str] = "gguf (folders that nearplane wrote)"
 
+    def running(self, activations: TokenGrid | None, online: bool) -> Format:
+        """Refuse a rotation while the model runs; others are refused where the template is opened."""
+        if online:
+            raise SettingError(NOT_ROTATED)
+        return super().running(activations, online)
+
     def asked(self, options: Mapping[str, Any]) -> "GGUF":
         """Take the template and the type of dense tensors."""
         dense = options.get("gguf_dense")
         if dense is not None and str(dense).upper() not in DENSE:
             raise SettingError(f"gguf_dense must be one of {', '.join(DENSE)}; got {dense!r}.")
         template = options.get("template", self.template)
+        if template is not None and not isinstance(template, str | PathLike):
+            raise SettingError(f"template must be a path; got {str(template)[:80]}.")
         return replace(
             self,
             template=None if template is None else Path(template),

@@ -92,13 +92,21 @@ class Mapping:
         return {tensor: list(names) for tensor, names in found.items()}
 
 
-def find(template: GGUFFile, matrices: list[Matrix], tick: Callable[[], None] = lambda: None) -> Mapping:
+Tick = Callable[[int, int], None]
+"""Hears of the steps that are done, and all steps."""
+
+
+def silent(done: int, total: int) -> None:
+    """Say nothing of a search's steps."""
+
+
+def find(template: GGUFFile, matrices: list[Matrix], tick: Tick = silent) -> Mapping:
     """Find the partners of a template's matrices.
 
     Args:
         template: a file of the same model, in any type that can be decoded.
         matrices: ours, quantized or not. Those that are ``needed`` must be found, all of their rows once.
-        tick: called after each matrix of ours and of the template.
+        tick: called after each matrix of ours, and twice after each of the template: read, and compared.
 
     Raises:
         NearplaneError: names the matrix that is not found, fits too coarsely, or has two equally good partners.
@@ -109,7 +117,7 @@ def find(template: GGUFFile, matrices: list[Matrix], tick: Callable[[], None] = 
 class _Search:
     """One search; ``free``: matrices of ours whose rows have no place yet."""
 
-    def __init__(self, template: GGUFFile, matrices: list[Matrix], tick: Callable[[], None]) -> None:
+    def __init__(self, template: GGUFFile, matrices: list[Matrix], tick: Tick) -> None:
         self.template, self.tick = template, tick
         self.ours = {matrix.name: matrix for matrix in matrices}
         self.slices = [Slice(i.name, n) for i in template.tensors.values() for n in range(i.matrices)]
@@ -123,14 +131,16 @@ class _Search:
         """Pair matrices of equal shapes, then look for the rows of what is left in each other."""
         columns = {matrix.shape[1] for matrix in self.ours.values()}
         self.slices = [at for at in self.slices if self._shape(at)[1] in columns]
+        total, done = len(self.ours) + 2 * len(self.slices), 0
         for matrix in self.ours.values():
             self.marks[matrix.name] = self._mark(matrix.read, matrix.shape)
-            self.tick()
+            self.tick(done := done + 1, total)
         for at in self.slices:
             self.marks[at] = self._mark(self._reader(at), self._shape(at))
-            self.tick()
+            self.tick(done := done + 1, total)
         for at in self.slices:
             self._pair(at)
+            self.tick(done := done + 1, total)
         for at in self.slices:
             if at not in self.pieces:
                 self._gather(at)

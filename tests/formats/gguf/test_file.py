@@ -16,9 +16,7 @@ from nearplane.formats.gguf.file import GGUFFile, scalar, write
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.build("llama", tie_word_embeddings=False)
-    return templates.write(
-        tmp_path_factory.mktemp("gguf") / "t.gguf", model.config, templates.llama_tensors(model), "Q4_1"
-    )
+    return templates.write(tmp_path_factory.mktemp("gguf") / "t.gguf", model.config, templates.tensors(model), "Q4_1")
 
 
 def test_a_header_is_read_as_the_package_reads_it(good: Path) -> None:
@@ -62,7 +60,7 @@ def test_changed_types_and_metadata_are_read_by_the_package(good: Path, tmp_path
 
 def test_a_type_of_the_packages_own_is_decoded_by_it(tmp_path: Path) -> None:
     model = tiny.build("llama", hidden_size=256, intermediate_size=256, head_dim=64)
-    path = templates.write(tmp_path / "t.gguf", model.config, templates.llama_tensors(model), "TQ2_0")
+    path = templates.write(tmp_path / "t.gguf", model.config, templates.tensors(model), "TQ2_0")
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}["blk.0.ffn_up.weight"]
     values = torch.from_numpy(gguf.quants.dequantize(read.data, read.tensor_type))
     assert torch.equal(GGUFFile(path).values("blk.0.ffn_up.weight", 0, 256), values)
