@@ -13,6 +13,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import spoiled_groups
 from nearplane.data.samples import longest_input
 from nearplane.formats.companions import companions
+from nearplane.models.discover import point_of
 from nearplane.models.experts import EXPERT
 from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.inputs import MEDIA, reads
@@ -160,6 +161,7 @@ def _mostly_dense(plan: "Plan") -> str | None:
 
 def _no_stream(plan: "Plan") -> str | None:
     """Return the reason why no linear can repair the residual stream's drift, else None."""
-    if "R" not in plan.method.needs or any(site.adds_to for site in plan.sites):
+    needs = plan.method.needs
+    if "R" not in needs or any(point_of(stage, needs) for block in plan.blocks for stage in block.stages):
         return None
     return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"

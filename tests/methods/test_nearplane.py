@@ -13,7 +13,7 @@ from nearplane.core.grid import Course, Grid, dequantize, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.methods import GPTQ, NearPlane
 
-BARE = {"target": False, "rounds": 0, "damping": "fixed"}
+BARE = {"target": False, "sandwich": False, "rounds": 0, "damping": "fixed"}
 GRID = Grid(bits=3, group_size=16, sym=False)
 
 
