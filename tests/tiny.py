@@ -26,8 +26,8 @@ CLASSES = {
     "bert": "BertForMaskedLM", "roberta": "RobertaModel", "distilbert": "DistilBertForMaskedLM", "electra": "ElectraModel",
     "mpnet": "MPNetForMaskedLM", "modernbert": "ModernBertForMaskedLM", "deberta-v2": "DebertaV2Model",
     "t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
-    "vit": "ViTForImageClassification", "deit": "DeiTModel", "dinov2": "Dinov2Model", "swin": "SwinModel", "swinv2": "Swinv2Model",
-    "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel", "wav2vec2": "Wav2Vec2ForCTC",
+    "vit": "ViTForImageClassification", "deit": "DeiTModel", "dinov2": "Dinov2Model", "swin": "SwinModel",
+    "swinv2": "Swinv2Model", "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel", "wav2vec2": "Wav2Vec2ForCTC",
     "audio-spectrogram-transformer": "ASTModel", "moonshine": "MoonshineForConditionalGeneration",
     "speech_to_text": "Speech2TextForConditionalGeneration", "wav2vec2-bert": "Wav2Vec2BertForCTC",
 }  # fmt: skip

@@ -159,7 +159,8 @@ class OpenBlock:
         """Return the norm behind a site; ``weight``: the site's original."""
         assert site.passage is not None
         model = self.walk.source.model
-        return Norm(model.get_submodule(site.passage.norm), weight, model.get_submodule(site.name).bias)
+        bias = model.get_submodule(site.name).bias
+        return Norm(model.get_submodule(site.passage.norm), weight, bias if isinstance(bias, Tensor) else None)
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""

@@ -154,7 +154,7 @@ PASSES: dict[str, dict[str, tuple[str, str]]] = {
     },
     "dinov2": {"attention.o_proj": ("layer_scale1", "norm1"), "mlp.fc2": ("layer_scale2", "norm2")},
     # No norm follows, or one of the sum; LayerNorms, which subtract a mean; two outputs at once.
-    **dict.fromkeys(["llama", "gpt2", "bert", "swinv2", "phi", "mixtral"], {}),
+    **{kind: {} for kind in ("llama", "gpt2", "bert", "swinv2", "phi", "mixtral")},
 }
 
 

@@ -115,7 +115,12 @@ def test_weights_and_drift_lower_the_error_behind_the_norm(seed: int) -> None:
     tokens = len(m.xhat)
     one, none = torch.ones(tokens, dtype=torch.float64), torch.zeros_like(m.R)
     errors = {}
-    for name, weight, R in (("plain", one, none), ("weights", m.scale, none), ("drift", one, m.R), ("both", m.scale, m.R)):
+    for name, weight, R in (
+        ("plain", one, none),
+        ("weights", m.scale, none),
+        ("drift", one, m.R),
+        ("both", m.scale, m.R),
+    ):
         drift = before_norm(R, m.gain, m.scale) + (m.x - m.xhat) @ m.W.T
         H, G = ((m.xhat.T * weight.square()) @ m.xhat, (drift.T * weight.square()) @ m.xhat)
         errors[name] = m.error(m.W + G @ torch.linalg.inv(oracles.damped(H, 1e-6)))
