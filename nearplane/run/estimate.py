@@ -220,7 +220,7 @@ class _Walk:
         if self.plan.device.type == "cpu":
             yield from self.beside()
         seen = set()
-        for block in self.plan.blocks:
+        for block in self.plan.walked:
             kind = (self.blocks[block.name + "."], tuple(tuple(s.shape for s in stage) for stage in block.stages))
             if kind not in seen:
                 seen.add(kind)

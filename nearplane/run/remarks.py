@@ -35,7 +35,7 @@ def remarks(plan: "Plan") -> list[str]:
     missed = "the probe forward did not reach it, stays dense"
     unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached] + _strange(plan)
     notes += [*plan.source.notes, *plan.notes, *_about_loading(plan), *_about_files(plan.source)]
-    notes += [_shortened(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
+    notes += [_shortened(plan), _not_run(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
     notes += [] if plan.ignored else [_mostly_dense(plan)]
     return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
@@ -100,6 +100,14 @@ def _shortened(plan: "Plan") -> str | None:
     if MEDIA & set(reads(plan.source.model)) or limit is None or limit >= seqlen:
         return None
     return f"seqlen cut to {limit}, the model's limit of positions"
+
+
+def _not_run(plan: "Plan") -> str | None:
+    """Return a sentence on blocks behind the last one with anything to quantize, else None."""
+    walked, left = plan.walked, len(plan.blocks) - len(plan.walked)
+    if not left or not walked:
+        return None
+    return f"{left} blocks after {walked[-1].name} hold nothing to quantize and are not run"
 
 
 def _about_loading(plan: "Plan") -> list[str]:

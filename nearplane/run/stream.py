@@ -56,6 +56,11 @@ def kept(blocks: list[Block], tokens: int, dtype: torch.dtype, streams: int) -> 
     return tokens * width * 2 * dtype.itemsize * streams <= IN_FLIGHT_BYTES
 
 
+def up_to_last(blocks: list[Block]) -> list[Block]:
+    """Return the blocks that a walk opens: up to the last one that has a stage. Nothing reads what later blocks compute."""
+    return blocks[: max((k for k, block in enumerate(blocks, 1) if block.stages), default=0)]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a walk computes and keeps its hidden states, and who shares the samples."""
@@ -306,7 +311,7 @@ def stream(
         place: device, dtype, folder for the streams, ranks.
 
     Yields:
-        Each block while its weights are in memory, in the order in which the model runs them.
+        Each block while its weights are in memory, in the order in which the model runs them, up to the last one with a stage.
 
     Raises:
         NearplaneError: every activation is NaN or Inf, or ``place.offload`` cannot be written to.
@@ -314,11 +319,12 @@ def stream(
     """
     with torch.no_grad(), _scratch(place.offload) as folder:
         walk = Walk(source, blocks, samples, replace(place, offload=folder), reference, activations)
-        for k, block in enumerate(blocks):
+        last = len(up_to_last(blocks)) - 1
+        for k, block in enumerate(blocks[: last + 1]):
             opened = OpenBlock(walk, k)
             try:
                 yield opened
-                if k + 1 < len(blocks):
+                if k < last:
                     opened.advance()
                     _check_finite(walk, block)
             finally:
