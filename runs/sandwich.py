@@ -6,8 +6,8 @@ No pretrained model with sandwich norms can be had offline. So a small one of tr
 1.3M weights) is trained for some minutes on Python's documentation and standard library, with a BPE of 1024 tokens of its own.
 The last fifth of the documentation is held out. Calibration: 32 windows of 256 tokens of the first part, three draws.
 
-Figures, on the held-out text: KL per token to the original, its perplexity, and the relative error of the residual stream behind each
-block. A cell is a line; a second call measures nothing again.
+Figures, on the held-out text: KL per token to the original, perplexity, and the relative error of the residual stream behind
+each block. A cell is a line; a second call measures nothing again.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 1. Target (``core/target.py``): ``W* = W + α (W D + R X̂ᵀ/n) (H + λI)⁻¹``, which compensates the drift of the input exactly.
    GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) push a fixed share of it along while sweeping. A linear whose
-   output is added to the residual stream also repairs the drift R of that stream.
+   output is added to the residual stream also repairs the drift R of that stream (as LoaQ's does, arXiv 2509.06297). Where
+   the output passes a norm before, tokens and outputs count as they do behind that norm.
 2. Shrinkage: of that step, by direction of the input, the share that held-out tokens confirm. They choose the damping, too.
 3. Grid and sweep: static groups are fitted to W*, with errors weighted by their cost to the sweep. The sweep is GPTQ's
    (arXiv 2210.17323), which is Babai's nearest plane (arXiv 2507.18553); ``beam`` > 1 keeps its K cheapest answers.

@@ -128,6 +128,27 @@ def test_weights_and_drift_lower_the_error_behind_the_norm(seed: int) -> None:
     assert errors["both"] < errors["weights"] < errors["plain"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_norms_derivative_is_dropped_from_both_sides_or_from_none(seed: int) -> None:
+    """Finite differences give it; in the pull alone it is worse, and the original's own factor makes no difference."""
+    m = Behind(seed)
+    y, u = m.xhat @ m.W.T, torch.nn.functional.normalize(m.xhat @ m.W.T, dim=1)
+    step = 1e-6 * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moved = m.scale[:, None] * m.gain * (step - u * (u * step).sum(1, keepdim=True))
+    torch.testing.assert_close(m.norm(y + step) - m.norm(y), moved, rtol=1e-4, atol=1e-9)
+    drift = before_norm(m.R, m.gain, m.scale) + (m.x - m.xhat) @ m.W.T
+    behind = m.norm(m.x @ m.W.T) + m.R - m.norm(y)  # with the original's own factor
+    wanted = m.gain * behind
+    pulled = (wanted - u * (u * wanted).sum(1, keepdim=True)) / m.gain**2 / m.scale[:, None]
+    w = m.scale.square()
+    A = oracles.damped((m.xhat.T * w) @ m.xhat, 1e-6)
+    dropped, own, kept = (
+        m.error(m.W + (each.T * w) @ m.xhat @ torch.linalg.inv(A))
+        for each in (drift, behind / (m.gain * m.scale[:, None]), pulled)
+    )
+    assert dropped < kept and dropped == pytest.approx(own, rel=0.05)
+
+
 def test_rows_are_judged_together_by_what_they_add_to_the_stream() -> None:
     """The held-out loss is that behind the norm, so an output that the norm drops has no say."""
     m = Behind()
