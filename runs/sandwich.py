@@ -1,6 +1,6 @@
 """What the target behind a norm is worth on a model whose norms follow the sublayers, trained here for want of a real one.
 
-    python runs/sandwich.py [--kind gemma3_text olmo2] [--steps 900] [--bits 3 2] [--out runs/sandwich.jsonl]
+    python runs/sandwich.py [--kind gemma3_text] [--steps 700] [--bits 3 2] [--out runs/sandwich.jsonl]
 
 No pretrained model with sandwich norms can be had offline. So a small one of transformers' own class (6 blocks, width 128,
 1.3M weights) is trained for some minutes on Python's documentation and standard library, with a BPE of 1024 tokens of its own.
@@ -122,8 +122,8 @@ def cell(folder: Path, method: Method, bits: int, group: int, seed: int, ids: to
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", nargs="+", default=["gemma3_text", "olmo2"])
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--kind", nargs="+", default=["gemma3_text"])
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 2])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "nearplane-sandwich")
