@@ -105,7 +105,7 @@ def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: 
             return report if writer is None else Report.read(writer.out)
         saver = Saver(plan, writer, report, ranks.world) if writer else None
         clock = Clock()
-        show.begin(report, plan.blocks, len(done), resume=plan.job.resume, mixed=plan.mixed)
+        show.begin(report, plan.walked, len(done), resume=plan.job.resume, mixed=plan.mixed)
         for event in walk(plan, done, ranks):
             report.take(event)
             if saver:

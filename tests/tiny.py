@@ -27,7 +27,7 @@ CLASSES = {
     "mpnet": "MPNetForMaskedLM", "modernbert": "ModernBertForMaskedLM", "deberta-v2": "DebertaV2Model",
     "t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
     "vit": "ViTForImageClassification", "deit": "DeiTModel", "dinov2": "Dinov2Model", "swin": "SwinModel",
-    "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel", "wav2vec2": "Wav2Vec2ForCTC",
+    "swinv2": "Swinv2Model", "clip": "CLIPModel", "siglip": "SiglipModel", "albert": "AlbertModel", "wav2vec2": "Wav2Vec2ForCTC",
     "audio-spectrogram-transformer": "ASTModel", "moonshine": "MoonshineForConditionalGeneration",
     "speech_to_text": "Speech2TextForConditionalGeneration", "wav2vec2-bert": "Wav2Vec2BertForCTC",
 }  # fmt: skip
@@ -37,10 +37,12 @@ PARTS = {"text_config", "vision_config"}
 REFUSED = {
     "falcon": ("head_dim", "num_kv_heads"),
     "swin": ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_layers"),
+    "swinv2": ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_layers"),
 }
 EXTRA: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 96},
     "swin": {"depths": [2, 2], "embed_dim": 32, "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
+    "swinv2": {"depths": [2, 2], "embed_dim": 32, "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
     "clip": {"projection_dim": 32},
     # Of sound, sizes that the folder's feature extractor must know.
     "audio-spectrogram-transformer": {"max_length": 64, "time_stride": 8, "frequency_stride": 8},
@@ -191,6 +193,6 @@ def batch(kind: str, samples: int, length: int = 9, seed: int = 0) -> dict[str, 
         return {"input_features": mels, "decoder_input_ids": decoded}
     if kind == "wav2vec2":
         return {"input_values": torch.randn(samples, 8000, generator=generator)}  # 6 frames
-    if kind in ("vit", "deit", "dinov2", "swin"):
+    if kind in ("vit", "deit", "dinov2", "swin", "swinv2"):
         return {"pixel_values": images}
     return {"input_ids": ids} | ({"decoder_input_ids": decoded} if kind in ("t5", "bart") else {})

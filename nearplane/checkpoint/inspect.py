@@ -97,7 +97,8 @@ def _block(block: Block, source: Source) -> list[str]:
         for site in stage:
             name = site.name.removeprefix(block.name + ".")
             line = f"    {name:<32} {site.shape[0]} x {site.shape[1]}" + "  (transposed)" * site.transposed
-            lines.append(line + "  adds to the residual stream" * _repairs(site, stage))
+            norm = "" if site.passage is None else f" behind {site.passage.norm.removeprefix(block.name + '.')}"
+            lines.append(line + f"  adds to the residual stream{norm}" * _repairs(site, stage))
     if not any(_repairs(site, stage) for stage in block.stages for site in stage):
         lines.append("  no output is added to the residual stream as it is: NearPlane's residual target goes without")
     for name in routers(source.model.get_submodule(block.name)):
@@ -129,7 +130,7 @@ def _anatomy(block: Block) -> list[list[tuple[str, tuple[int, int], bool]]]:
 
 def _repairs(site: Site, stage: Stage) -> bool:
     """Tell whether NearPlane's target of this linear answers the residual stream's drift: it adds to it, alone."""
-    return site.adds_to is not None and len(stage) == 1
+    return (site.adds_to is not None or site.passage is not None) and len(stage) == 1
 
 
 def _quantized(model: str | Path, checkpoint: Checkpoint) -> Anatomy:

@@ -75,7 +75,8 @@ class Terminal:
         self._bar: Any = None
         self._task: Any = None
         self._rows: list[LinearRow] = []
-        self._blocks, self._spent, self._worked = 0, 0.0, 0
+        self._full: list[bool] = []  # by block: whether it holds anything to quantize
+        self._spent, self._worked = 0.0, 0  # seconds on such blocks, and their number
         self._mixed = False
         self._last = time.perf_counter()
 
@@ -122,12 +123,12 @@ class Terminal:
 
         Args:
             report: with the settings, the data and the notes known before.
-            blocks: all blocks of the run.
+            blocks: the blocks that are run.
             done: blocks that an earlier session finished.
             resume: whether to go on was asked for.
             mixed: whether linears differ in their grids.
         """
-        self._blocks, self._last, self._mixed = len(blocks), time.perf_counter(), mixed
+        self._full, self._last, self._mixed = [bool(b.stages) for b in blocks], time.perf_counter(), mixed
         for line in head(report, blocks, verbose=self.verbose):
             self.say(line)
         if done:
@@ -163,11 +164,12 @@ class Terminal:
             if self._bar is not None:
                 self._bar.advance(self._task, len(event.block.stages))
             return
-        self._spent, self._worked = self._spent + seconds, self._worked + 1
-        left = self._spent / self._worked * (self._blocks - event.number - 1)
+        if self._full[event.number]:  # others are run in no time, and would make the time left look short
+            self._spent, self._worked = self._spent + seconds, self._worked + 1
+        left = self._spent / self._worked * sum(self._full[event.number + 1 :]) if self._worked else None
         for line in expert_lines(rows) if self.verbose else ():
             self.say(line)
-        self.say(block_line(event.block.name, event.number + 1, self._blocks, rows, seconds, left, self._mixed))
+        self.say(block_line(event.block.name, event.number + 1, len(self._full), rows, seconds, left, self._mixed))
 
     def end(self) -> None:
         """Take the bar away, however the run ends. ``summary(report)`` is the text to print then."""
@@ -259,7 +261,13 @@ def choice_table(settings: dict[str, Any]) -> list[str]:
 
 
 def block_line(
-    block: str, number: int, total: int, rows: "list[LinearRow]", seconds: float, left: float, mixed: bool = False
+    block: str,
+    number: int,
+    total: int,
+    rows: "list[LinearRow]",
+    seconds: float,
+    left: float | None,
+    mixed: bool = False,
 ) -> str:
     """One line for a finished block, of at most 78 columns.
 
@@ -269,12 +277,12 @@ def block_line(
         total: blocks of the run.
         rows: its linears, as the report has them.
         seconds: spent on the block.
-        left: seconds that the run will take yet.
+        left: seconds that the run will take yet; None: not known.
         mixed: whether linears differ in their grids, so that the line says how many bits its codes have on average.
     """
     start = f"block {number:>{len(str(total))}}/{total}  "
     end = f"  {seconds:.1f}s" if seconds < 100 else f"  {clock(seconds)}"
-    end += f"  eta {clock(left)}" if number < total else ""
+    end += f"  eta {clock(left)}" if number < total and left is not None else ""
     if not rows:
         return f"{start}no linear{end}"[:COLUMNS]
     read = [row for row in rows if row.error is not None]

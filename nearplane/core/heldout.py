@@ -19,6 +19,8 @@ from nearplane.core.target import pull
 class Trial:
     """Some rows of a weight, with the moments and the pull of the held-out tokens.
 
+    Pulls and errors are multiplied by the gain of their output, where moments have gains: the rows are judged together.
+
     Args:
         weight: The weight of the linear.
         moments: Moments with a held-out part.
@@ -31,12 +33,13 @@ class Trial:
         self.rows = slice(None, None, max(1, -(-len(weight) // max(1, rows))))
         self.weight = weight[self.rows]
         self.H = held.H
-        self.pull = pull(self.weight, held.D, None if held.R is None else held.R[self.rows])
+        self.gain = None if moments.gain is None else moments.gain[self.rows, None].to(weight.dtype)
+        self.pull = self._gained(pull(self.weight, held.D, None if held.R is None else held.R[self.rows]))
 
     def fit_pull(self) -> Float[Tensor, "rows in"]:
         """Return the pull of the tokens that are not held out."""
         R = self.moments.fit("R")
-        return pull(self.weight, self.moments.fit("D"), None if R is None else R[self.rows])
+        return self._gained(pull(self.weight, self.moments.fit("D"), None if R is None else R[self.rows]))
 
     def rounding(self, grid: Grid) -> Float[Tensor, "some in"]:
         """Return the errors of rounding every fourth of these rows to nearest: errors before a sweep spreads them.
@@ -45,7 +48,8 @@ class Trial:
         """
         weight = self.weight[::4]
         scale, zero = fit_groups(weight, replace(grid, fit="minmax"))
-        return dequantize(round_to_nearest(weight, scale, zero, grid), grid).sub_(weight)
+        error = dequantize(round_to_nearest(weight, scale, zero, grid), grid).sub_(weight)
+        return error if self.gain is None else error.mul_(self.gain[::4])
 
     def spread(self, rounding: Float[Tensor, "some in"], factor: Factor) -> float:
         """Return the held-out loss that a sweep with ``factor`` would leave, without sweeping.
@@ -67,6 +71,10 @@ class Trial:
         """
         if len(solved.codes) != len(self.weight):
             solved = solved.rows(self.rows)
-        delta = dequantize(solved, grid).to(self.weight.dtype).sub_(self.weight)
+        delta = self._gained(dequantize(solved, grid).to(self.weight.dtype).sub_(self.weight))
         gradient = (delta @ self.H).sub_(self.pull, alpha=2)
         return float(gradient.mul_(delta).sum(dtype=torch.float64))
+
+    def _gained(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
+        """Multiply each row by the gain of its output."""
+        return rows if self.gain is None else rows * self.gain

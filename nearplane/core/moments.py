@@ -4,6 +4,9 @@ With X the input in the original model and X̂ in the partially quantized one: `
 moment ``D = (X - X̂) X̂ᵀ/n`` (GPTAQ's dXXT, arXiv 2504.02692). Where the linear's output is added to a residual stream
 r, the linear can repair the drift behind the addition: ``R = (r + W X - r̂ - W X̂) X̂ᵀ/n``. ``W D`` is part of R, so the
 walk keeps no D then. The solvers are invariant to a common rescale of all three, so no factor 2/N appears.
+
+Where a norm follows the linear, an error of a token counts by the token's weight, and one of an output by the norm's gain
+(``docs/method.md``, section 10). Moments are then weighted averages.
 """
 
 import math
@@ -26,7 +29,7 @@ WIDEST = 48
 
 @dataclass
 class Moments:
-    """Averages over ``tokens`` tokens; ``dropped`` more tokens were not finite and were left out."""
+    """Averages over ``tokens`` tokens, weighted where ``mass`` is given; ``dropped`` more were not finite and left out."""
 
     H: Float[Tensor, "in in"]
     D: Float[Tensor, "in in"] | None = None
@@ -34,6 +37,8 @@ class Moments:
     dropped: int = 0
     R: Float[Tensor, "out in"] | None = None
     held: "Moments | None" = None  # moments of the held-out tokens, which are among these
+    mass: float | None = None  # sum of the tokens' weights; None: each weighs 1
+    gain: Float[Tensor, "out"] | None = None  # what an error of each output is multiplied by; None: 1
 
     @classmethod
     def zeros(
@@ -42,6 +47,7 @@ class Moments:
         *,
         drift: bool = False,
         residual: int | None = None,
+        weighted: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Moments":
@@ -51,18 +57,20 @@ class Moments:
             n: Features of the input.
             drift: Whether to keep D.
             residual: Width of the residual stream, to keep R.
+            weighted: Whether tokens come with weights.
             dtype: Of the moments.
             device: Of the moments.
         """
         H = torch.zeros(n, n, dtype=dtype, device=device)
         R = None if residual is None else H.new_zeros(residual, n)
-        return cls(H, torch.zeros_like(H) if drift else None, R=R)
+        return cls(H, torch.zeros_like(H) if drift else None, R=R, mass=0.0 if weighted else None)
 
     def add(
         self,
         xhat: Float[Tensor, "tokens in"],
         x: Float[Tensor, "tokens in"] | None = None,
         drift: Float[Tensor, "tokens out"] | None = None,
+        weight: Float[Tensor, "tokens"] | None = None,
     ) -> None:
         """Add a batch of tokens. A token with a value that is not finite is left out and counted in ``dropped``.
 
@@ -70,9 +78,12 @@ class Moments:
             xhat: Input in the quantized stream.
             x: Input in the reference stream; where D is kept, and only there.
             drift: Drift of the stream behind the linear; where R is kept, and only there.
+            weight: Weights of the tokens, none below 0; where moments are weighted, and only there.
         """
         if (x is None) != (self.D is None) or (drift is None) != (self.R is None):
             raise ValueError("x is needed exactly when the moments keep D, and drift exactly when they keep R.")
+        if (weight is None) != (self.mass is None):
+            raise ValueError("weight is needed exactly when the moments are weighted.")
         dtype = self.H.dtype
         xhat = xhat.to(dtype)
         finite = _finite(xhat)
@@ -83,13 +94,24 @@ class Moments:
             sides.append((self.R, drift.to(dtype)))
         for _, left in sides:
             finite &= _finite(left)
+        if weight is not None:
+            root = weight.to(dtype).sqrt()[:, None]
+            finite &= _finite(root)
+            xhat, sides = xhat * root, [(moment, left * root) for moment, left in sides]
         kept = int(finite.sum())
         self.dropped += len(xhat) - kept
         if kept == 0:
             return
         if kept < len(xhat):
             xhat, sides = xhat[finite], [(moment, left[finite]) for moment, left in sides]
-        keep, step = self.tokens / (self.tokens + kept), 1 / (self.tokens + kept)
+        before, more = self.weight, float(kept)
+        if weight is not None:
+            more = float(weight[finite].sum(dtype=torch.float64))
+            self.mass = before + more
+            if more == 0:
+                self.tokens += kept
+                return
+        keep, step = before / (before + more), 1 / (before + more)
         add_gram(self.H, xhat, keep, step)
         for moment, left in sides:
             torch.addmm(moment, left.T, xhat, beta=keep, alpha=step, out=moment)
@@ -97,11 +119,12 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of tokens together: their weighted mean, so shards combine exactly."""
-        if (self.D is None) != (other.D is None) or (self.R is None) != (other.R is None):
+        kinds = [(m.D is None, m.R is None, m.mass is None) for m in (self, other)]
+        if kinds[0] != kinds[1]:
             raise ValueError("moments that keep different things cannot be merged.")
         held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
         D, R = (None if moment is None else moment.clone() for moment in (self.D, self.R))
-        whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R)
+        whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain)
         whole._absorb(other)
         whole.held = held
         return whole
@@ -123,9 +146,9 @@ class Moments:
         """
         whole: Tensor | None = getattr(self, moment)
         part: Tensor | None = getattr(self.held, moment, None)
-        if whole is None or part is None or self.held is None or not 0 < self.held.tokens < self.tokens:
+        if whole is None or part is None or self.held is None or not 0 < self.held.weight < self.weight:
             return whole
-        share = self.held.tokens / self.tokens
+        share = self.held.weight / self.weight
         rest = torch.sub(whole, part, alpha=share).div_(1 - share)
         if moment == "H":
             dead = rest.diagonal() <= ROUNDING * torch.finfo(rest.dtype).eps * whole.diagonal()
@@ -133,13 +156,19 @@ class Moments:
                 rest.masked_fill_(dead[:, None], 0.0).masked_fill_(dead, 0.0)
         return rest
 
+    @property
+    def weight(self) -> float:
+        """Return the sum of the tokens' weights: their number where each weighs 1."""
+        return float(self.tokens) if self.mass is None else self.mass
+
     def _absorb(self, other: "Moments") -> None:
-        tokens = self.tokens + other.tokens
-        a, b = (self.tokens / tokens, other.tokens / tokens) if tokens else (0.0, 0.0)
+        total = self.weight + other.weight
+        a, b = (self.weight / total, other.weight / total) if total else (0.0, 0.0)
         for mine, its in ((self.H, other.H), (self.D, other.D), (self.R, other.R)):
             if mine is not None and its is not None:
                 mine.mul_(a).add_(its, alpha=b)
-        self.tokens, self.dropped = tokens, self.dropped + other.dropped
+        self.tokens, self.dropped = self.tokens + other.tokens, self.dropped + other.dropped
+        self.mass = None if self.mass is None else total
 
     def rescale(self) -> int:
         """Multiply moments of very large or small activations by a power of two, to bring them near 1.

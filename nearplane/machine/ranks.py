@@ -114,20 +114,22 @@ class Ranks:
         return result
 
     def reduce(self, moments: Moments) -> Moments:
-        """Average moments over the tokens of all ranks, in place."""
+        """Average moments over the tokens of all ranks, in place, by their weights where they have weights."""
         if self.world == 1:
             return moments
         parts = [m for m in (moments, moments.held) if m is not None]
         totals = torch.tensor([[m.tokens, m.dropped] for m in parts])
+        weights = torch.tensor([m.weight for m in parts], dtype=torch.float64)
         with self._speaking():
             dist.all_reduce(totals)
-        for m, (tokens, dropped) in zip(parts, totals.tolist(), strict=True):
-            share = m.tokens / tokens if tokens else 0.0
+            dist.all_reduce(weights)
+        for m, (tokens, dropped), weight in zip(parts, totals.tolist(), weights.tolist(), strict=True):
+            share = m.weight / weight if weight else 0.0
             self._mean(m.H, share, symmetric=True)
             for moment in (m.D, m.R):
                 if moment is not None:
                     self._mean(moment, share, symmetric=False)
-            m.tokens, m.dropped = tokens, dropped
+            m.tokens, m.dropped, m.mass = tokens, dropped, None if m.mass is None else weight
         return moments
 
     def share(self, solved: Quantized | NearplaneError | None, owner: int, device: torch.device) -> Quantized:

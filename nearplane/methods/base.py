@@ -13,7 +13,7 @@ from nearplane.core.grid import Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.sweep import Push, sweep
 
-Need = Literal["H", "D", "R", "held_out"]
+Need = Literal["H", "D", "R", "held_out", "norm"]
 
 
 @runtime_checkable
@@ -31,7 +31,10 @@ class Method(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Moments that calibration must measure: of H, D and R (``core/moments.py``; R takes the place of D), and held_out."""
+        """Moments that calibration must measure: of H, D and R (``core/moments.py``; R takes the place of D), and held_out.
+
+        With norm, tokens and outputs are weighted where a norm follows the linear, which may have an R there, too.
+        """
         ...
 
     def prepare(self, moments: Moments) -> Any:

@@ -2,7 +2,8 @@
 
 1. Target (``core/target.py``): ``W* = W + α (W D + R X̂ᵀ/n) (H + λI)⁻¹``, which compensates the drift of the input exactly.
    GPTAQ (arXiv 2504.02692) and ResComp (arXiv 2604.07955) push a fixed share of it along while sweeping. A linear whose
-   output is added to the residual stream also repairs the drift R of that stream.
+   output is added to the residual stream also repairs the drift R of that stream (as LoaQ's does, arXiv 2509.06297). Where
+   the output passes a norm before, tokens and outputs count as they do behind that norm.
 2. Shrinkage: of that step, by direction of the input, the share that held-out tokens confirm. They choose the damping, too.
 3. Grid and sweep: static groups are fitted to W*, with errors weighted by their cost to the sweep. The sweep is GPTQ's
    (arXiv 2210.17323), which is Babai's nearest plane (arXiv 2507.18553); ``beam`` > 1 keeps its K cheapest answers.
@@ -55,6 +56,9 @@ class NearPlane:
     """Correct the drift of earlier layers exactly; --no-target rounds towards the original weight."""
     residual: bool = True
     """Let linears that write to the residual stream repair its drift too."""
+    sandwich: bool = True
+    """Where a norm follows a linear (Gemma, OLMo 2, GLM-4), count errors as they are behind the norm, and let the linear
+    repair the residual stream through it; --no-sandwich takes such linears as any other."""
     shrink: Shrink = "spectral"
     """How held-out tokens limit the target's step: spectral, by direction of the input; linear, one share for all
     linears that read the input; row, one per output row; none takes all of it."""
@@ -81,7 +85,7 @@ class NearPlane:
             raise SettingError(f"damping must be held_out or fixed; got {self.damping!r}.")
         if not 0 <= self.damp_percent <= 1:
             raise SettingError(f"damp_percent is a fraction of the mean diagonal, 0 to 1; got {self.damp_percent}.")
-        for switch in ("target", "residual", "gate"):
+        for switch in ("target", "residual", "sandwich", "gate"):
             if not isinstance(getattr(self, switch), bool):
                 raise SettingError(f"{switch} must be True or False; got {getattr(self, switch)!r}.")
         if not (isinstance(self.beam, int) and isinstance(self.rounds, int)):
@@ -94,6 +98,8 @@ class NearPlane:
         needs: set[Need] = {"H"}
         if self.target:
             needs |= {"D", "R"} if self.residual else {"D"}
+        if self.sandwich:
+            needs.add("norm")
         if (self.target and self.shrink != "none") or self.damping == "held_out" or (self.gate and self.rounds):
             needs.add("held_out")
         return frozenset(needs)

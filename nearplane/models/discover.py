@@ -8,9 +8,10 @@ tensors of a block are compared by value (``record.py``).
 Blocks that are given a dictionary or the like may write what others read (``handed.py``), so that all of them are run.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from math import prod
 from typing import Any, NamedTuple
 
@@ -23,10 +24,17 @@ from nearplane.models import handed, inputs
 from nearplane.models.experts import EXPERT, probing, routers
 from nearplane.models.handed import Watch, hidden_of, output_hidden, output_rest, with_rest
 from nearplane.models.inputs import ForwardFailed, is_causal, output_head
-from nearplane.models.record import SAME, Call, patched, recorded, rows_of, same
+from nearplane.models.record import SAME, Call, gain_of, patched, recorded, rows_of, same, scales_of
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source
 from nearplane.models.towers import NotBlocks, find_towers, is_linear, refuse_shared
+
+
+class Passage(NamedTuple):
+    """What a linear's output passes before it is added to the residual stream."""
+
+    norm: str  # a module that multiplies each token by a factor, and each feature by another: an RMSNorm, or a scale
+    adds_to: str  # the module whose input is the stream that the norm's output is added to
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Site:
     shape: tuple[int, int]  # (out, in)
     transposed: bool = False
     adds_to: str | None = None  # the module whose input is the residual stream that the output is added to
+    passage: Passage | None = None  # where the output is added to the stream behind a norm
 
     def weight(self, model: nn.Module) -> Tensor:
         """Return the live weight in ``model``, a view of shape (out, in)."""
@@ -46,6 +55,19 @@ class Site:
 
 
 Stage = list[Site]
+
+
+def passage_of(stage: Stage, needs: frozenset[str]) -> Passage | None:
+    """Return what the output of a stage passes, where a method that ``needs`` this takes it into account: of a lone linear."""
+    return stage[0].passage if "norm" in needs and len(stage) == 1 else None
+
+
+def point_of(stage: Stage, needs: frozenset[str]) -> str | None:
+    """Return the module whose input is the stream that a stage repairs; None where it repairs none, or ``needs`` lacks R."""
+    passage = passage_of(stage, needs)
+    if "R" not in needs or len(stage) != 1:
+        return None
+    return stage[0].adds_to if passage is None else passage.adds_to
 
 
 @dataclass(frozen=True)
@@ -294,7 +316,7 @@ def _multiplies(call: Call) -> bool:
 
 def _again(block: Block) -> Block:
     """Count one more call of a block. What its linears add to the stream differs from call to call."""
-    stages = [[replace(site, adds_to=None) for site in stage] for stage in block.stages]
+    stages = [[replace(site, adds_to=None, passage=None) for site in stage] for stage in block.stages]
     return replace(block, stages=stages, calls=block.calls + 1)
 
 
@@ -316,11 +338,12 @@ def _stopping(head: nn.Module | None) -> Iterator[None]:
 def _record(module: nn.Module) -> AbstractContextManager[list[Call]]:
     """Record the calls inside a block, with what identifies stages.
 
-    Inputs are kept alive: their addresses identify them. Outputs of linears are copied: a model may add to them in place.
+    Inputs are kept alive: their addresses identify them. Outputs of modules with no other inside, linears and norms, are
+    copied: a model may add to them in place.
     """
 
     def copied(m: nn.Module, output: Any) -> Tensor | None:  # a router may return several
-        return output.clone() if is_linear(m) and isinstance(output, Tensor) else None
+        return output.clone() if not any(m.children()) and isinstance(output, Tensor) else None
 
     return recorded(module, hidden_of, copied)
 
@@ -330,7 +353,7 @@ def _stages(calls: list[Call], hidden: Tensor) -> list[Stage]:
     stages: dict[Any, Stage] = {}
     seen: set[str] = set()
     outside = [call for call in calls if EXPERT.fullmatch(call.name) is None]  # experts add to a sum of their own
-    for name, module, x, y in calls:
+    for number, (name, module, x, y) in enumerate(calls):
         if name in seen or x is None or not is_linear(module):
             continue
         seen.add(name)
@@ -339,30 +362,69 @@ def _stages(calls: list[Call], hidden: Tensor) -> list[Stage]:
         assert isinstance(weight, Tensor)
         transposed = isinstance(module, Conv1D)
         out, width = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
-        site = Site(
-            name, (out, width), transposed, None if EXPERT.fullmatch(name) else _stream_point(y, outside, hidden)
-        )
-        stages.setdefault(key, []).append(site)
+        point = passage = None
+        if EXPERT.fullmatch(name) is None and y is not None:
+            passage = _passage(y, calls[:number], calls[number + 1 :], hidden)
+            point = None if passage else _stream_point(y, outside, outside, hidden)
+        stages.setdefault(key, []).append(Site(name, (out, width), transposed, point, passage))
     return list(stages.values())
 
 
-def _stream_point(y: Tensor | None, calls: list[Call], hidden: Tensor) -> str | None:
-    """Find the module whose input is the residual stream that a linear's output ``y`` is added to.
+def _stream_point(y: Tensor, sooner: Sequence[Call], calls: Sequence[Call], hidden: Tensor) -> str | None:
+    """Find the module whose input, in one of the calls ``sooner``, is the residual stream that ``y`` is added to.
 
-    Another module's input, or the block's output ``hidden``, must equal that input plus y. No tensors fit where a model scales or
-    normalizes y before adding it: None.
+    Another module's input in ``calls``, or the block's output ``hidden``, must equal that input plus y. No tensors fit where a
+    model scales or normalizes y before adding it: None.
     """
-    if y is None or y.numel() != hidden.numel():
+    if y.numel() != hidden.numel():
         return None
-    like = ((call.name, call.input) for call in reversed(calls))
-    before_of = {name: x.reshape(y.shape) for name, x in like if x is not None and x.numel() == y.numel()}
+
+    def inputs_of(some: Sequence[Call]) -> dict[str, Tensor]:  # the first call of a module wins
+        like = ((call.name, call.input) for call in reversed(some))
+        return {name: x.reshape(y.shape) for name, x in like if x is not None and x.numel() == y.numel()}
+
     size = float(y.norm())
-    for name, before in before_of.items():  # the first call of a module wins
-        for after in (*before_of.values(), hidden.reshape(y.shape)):
+    afters = [*inputs_of(calls).values(), hidden.reshape(y.shape)]
+    for name, before in inputs_of(sooner).items():
+        for after in afters:
             rounding = SAME * float(after.norm())
             if float((after - before - y).norm()) <= rounding + SAME * size < size:
                 return name
     return None
+
+
+def _passage(y: Tensor, sooner: list[Call], later: list[Call], hidden: Tensor) -> Passage | None:
+    """Find a module that a linear's output ``y`` passes on its way to the residual stream, and that only scales it.
+
+    It must be given y, answer factor x gain x y in every token, with gains that are the same for all tokens, and its answer must
+    join the stream. So does an RMSNorm or a LayerScale; a LayerNorm, which subtracts a mean, does not. A module that answers y
+    itself counts if it has parameters: they may be others in other blocks.
+    """
+    rows = rows_of(y)
+    for name, module, given, output in later:
+        if is_linear(module) or given is None or output is None or output.shape != y.shape:
+            continue
+        passed = rows_of(output)
+        if not same(rows_of(given), rows) or (torch.equal(passed, rows) and next(module.parameters(), None) is None):
+            continue
+        if not _takes_one(module):
+            continue
+        gain = gain_of(module, y)
+        if not same(passed, scales_of(rows, passed, gain)[:, None] * gain * rows):
+            continue
+        outside = [call for call in sooner if EXPERT.fullmatch(call.name) is None]
+        point = _stream_point(output, outside, [*outside, *later], hidden)
+        if point is not None:
+            return Passage(name, point)
+    return None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Tell whether a module can be called with one tensor alone."""
+    kinds = [p.kind for p in signature(module.forward).parameters.values() if p.default is p.empty]
+    return sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds) == 1 and all(
+        kind is not kind.KEYWORD_ONLY for kind in kinds
+    )
 
 
 def _outside(model: nn.Module, blocks: list[str]) -> dict[str, nn.Module]:
@@ -374,7 +436,8 @@ def _outside(model: nn.Module, blocks: list[str]) -> dict[str, nn.Module]:
 def _below(block: str, site: Site) -> Site:
     """Rename a site of a block's kind for one block of that kind."""
     point = None if site.adds_to is None else f"{block}.{site.adds_to}".rstrip(".")
-    return replace(site, name=f"{block}.{site.name}", adds_to=point)
+    names = None if site.passage is None else Passage(*(f"{block}.{name}".rstrip(".") for name in site.passage))
+    return replace(site, name=f"{block}.{site.name}", adds_to=point, passage=names)
 
 
 def _structure(module: nn.Module) -> Any:

@@ -110,6 +110,29 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return bool(((a - b).norm(dim=1) <= SAME * b.norm(dim=1)).all())
 
 
+def gain_of(module: nn.Module, like: Tensor) -> Tensor:
+    """Return what a norm or a scale multiplies each feature by, from its answer to ones; (width,), up to a common factor.
+
+    Args:
+        module: takes a tensor like ``like`` alone.
+        like: (..., width).
+    """
+    gain: Tensor = module(torch.ones_like(like)).reshape(-1, like.shape[-1])[0]
+    return gain
+
+
+def scales_of(y: Tensor, passed: Tensor, gain: Tensor) -> Tensor:
+    """Return the factor of each token, (tokens,), with which ``passed`` is nearest to factor x gain x y; 0 where that is 0.
+
+    Args:
+        y: (tokens, width), what a norm or a scale was given.
+        passed: (tokens, width), what came of it.
+        gain: (width,).
+    """
+    shaped = y * gain
+    return ((passed * shaped).sum(1) / shaped.square().sum(1)).nan_to_num(0, 0, 0)
+
+
 def fits(a: Tensor | None, like: Tensor) -> bool:
     """Return whether ``a`` has the shape of ``like``."""
     return a is not None and a.shape == like.shape

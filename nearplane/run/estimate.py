@@ -35,7 +35,7 @@ from nearplane.machine.memory import available_memory, cuda_memory, free_disk, r
 from nearplane.machine.ranks import Ranks
 from nearplane.methods import METHODS
 from nearplane.methods.base import Need
-from nearplane.models.discover import Block, Stage, embedding_name, head_name
+from nearplane.models.discover import Block, Stage, embedding_name, head_name, point_of
 from nearplane.models.inputs import PROBE_TOKENS
 from nearplane.run.measure import MEASURED_AT_ONCE
 from nearplane.run.mix import JUDGED
@@ -57,8 +57,7 @@ MEASURING, MEASURING_ROUNDED = 6.0, 5.25
 
 def size_of(stage: Stage, needs: frozenset[Need]) -> Size:
     """Return the size of a stage, and whether R stands in for D: in a lone linear that adds to the residual stream."""
-    adds = "R" in needs and len(stage) == 1 and stage[0].adds_to is not None
-    return Size(sum(site.shape[0] for site in stage), stage[0].shape[1], adds)
+    return Size(sum(site.shape[0] for site in stage), stage[0].shape[1], point_of(stage, needs) is not None)
 
 
 def solver_dtype(plan: Plan) -> torch.dtype:
@@ -223,7 +222,7 @@ class _Walk:
         if self.plan.device.type == "cpu":
             yield from self.beside()
         seen = set()
-        for block in self.plan.blocks:
+        for block in self.plan.walked:
             kind = (self.blocks[block.name + "."], tuple(tuple(s.shape for s in stage) for stage in block.stages))
             if kind not in seen:
                 seen.add(kind)

@@ -194,7 +194,7 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
     inside = float(sum(s.shape[0] * s.shape[1] for b in plan.blocks for s in b.sites))
     phases["start"] = rates.load * (2 * (stored - inside) + inside / len(plan.blocks))
     phases["forward"] = rates.load * inside
-    for number, block in enumerate(plan.blocks):
+    for number, block in enumerate(plan.walked):
         sizes = [size_of(stage, needs) for stage in block.stages]
         reached, costs = 0.0, []  # seconds of a token's forward up to each stage
         for place, (m, n, _) in enumerate(sizes):
@@ -202,7 +202,7 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
                 reached += rates.flop * 2 * seqlen * hidden
             costs.append(reached)
             reached += rates.flop * 2 * m * n + rates.element * (m + n + 2 * hidden)
-        behind = 0.0 if number == len(plan.blocks) - 1 else reached
+        behind = 0.0 if number == len(plan.walked) - 1 else reached
         phases["forward"] += tokens * found.streams * (max([behind, *costs]) if found.kept else behind + sum(costs))
         for stage, size in zip(block.stages, sizes, strict=True):
             for phase, work in zip(("prepare", "solve"), probe.work(size), strict=True):

@@ -179,11 +179,14 @@ def _measure(weight: Tensor, quantized: Quantized, grid: Grid, moments: Moments 
     total = _Measured(norm, moved)
     if moments is not None:
         rows = measured_rows(len(weight))
-        weight, quantized, R = weight[rows], quantized.rows(rows), None if moments.R is None else moments.R[rows]
+        weight, quantized = weight[rows], quantized.rows(rows)
+        R, gain = (None if each is None else each[rows] for each in (moments.R, moments.gain))
         for part in chunks(len(weight)):
             w, q = weight[part], quantized.rows(part)
             delta, rtn = dequantize(q, grid).to(w.dtype).sub_(w), _rounded(w, q, grid).sub_(w)
             wanted = pull(w, moments.D, None if R is None else R[part])
+            if gain is not None:  # behind the norm an output's error is so many times as large
+                w, delta, rtn, wanted = (each * gain[part, None].to(w.dtype) for each in (w, delta, rtn, wanted))
             energies = [energy(each, moments.H) for each in (w, delta, rtn)]
             found = [0.0, 0.0, *energies, *(float((each * wanted).sum()) for each in (delta, rtn))]
             total = _Measured(*(a + b for a, b in zip(total, found, strict=True)))

@@ -10,6 +10,8 @@ from nearplane.methods.base import Need
 HELD_OUT = 4
 # With fewer sequences than HELD_OUT, whole sequences cannot be set apart: runs of this many tokens are.
 RUN = 32
+# A norm whose gain of an output is a smaller share of its gains' root mean square lets nothing of that output through.
+LEAST_GAIN = 1e-2
 # A token with more than SINK times the median energy of the stream is an attention sink.
 SINK = 100.0
 
@@ -25,6 +27,7 @@ class Measuring:
         like: Tensor,
         sequences: int,
         seen: int = 0,
+        gain: Tensor | None = None,
     ) -> None:
         """Start with no token.
 
@@ -35,11 +38,21 @@ class Measuring:
             like: gives dtype and device.
             sequences: of the whole calibration, over all ranks.
             seen: rows that other ranks cut into runs before the first row here.
+            gain: (out,), of a norm behind the linear, where tokens come with weights; None: no norm.
         """
         drift = "D" in needs and residual is None
 
         def empty() -> Moments:
-            return Moments.zeros(width, drift=drift, residual=residual, dtype=like.dtype, device=like.device)
+            found = Moments.zeros(
+                width,
+                drift=drift,
+                residual=residual,
+                weighted=gain is not None,
+                dtype=like.dtype,
+                device=like.device,
+            )
+            found.gain = gain
+            return found
 
         self.fit, self.held = empty(), empty() if "held_out" in needs else None
         self.sequences = sequences
@@ -54,6 +67,7 @@ class Measuring:
         x: Tensor | None,
         residual: Tensor | None,
         real: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:
         """Add the tokens of a batch.
 
@@ -63,9 +77,10 @@ class Measuring:
             xhat, x: (tokens, in), inputs in the quantized and in the reference stream.
             residual: (tokens, out), the drift of the residual stream.
             real: (tokens,), false at padding; None: no padding.
+            weight: (tokens,), where a norm follows.
         """
         if self.held is None and real is None:
-            self.fit.add(xhat, x, residual)
+            self.fit.add(xhat, x, residual, weight)
             return
         held = (
             torch.zeros(len(xhat), dtype=torch.bool)
@@ -76,7 +91,7 @@ class Measuring:
         fit = ~held if real is None else ~held & real
         for part, rows in ((self.fit, fit), (self.held, held if real is None else held & real)):
             if part is not None:
-                part.add(xhat[rows], None if x is None else x[rows], None if residual is None else residual[rows])
+                part.add(xhat[rows], *(None if each is None else each[rows] for each in (x, residual, weight)))
 
     def misses(self, seen: int) -> bool:
         """Tell whether other tokens would be held out if ``seen`` rows came before."""
@@ -108,3 +123,16 @@ def residual_drift(r: Tensor, rhat: Tensor, real: Tensor | None = None) -> Tenso
     energy = rhat.float().square().sum(1)
     sink = energy > SINK * (energy if real is None else energy[real]).nanmedian()
     return (r - rhat).masked_fill(sink[:, None], 0)
+
+
+def before_norm(drift: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
+    """Return what an output must add before a norm, so that the norm adds ``drift`` (tokens, out) to the stream.
+
+    Args:
+        drift: of the stream.
+        gain: (out,), the norm's factor of each output; where the factor is next to nothing, so is what the output can add.
+        scale: (tokens,), the norm's factor of each token.
+    """
+    least = LEAST_GAIN * float(gain.square().mean().sqrt())
+    inverse, each = torch.where(gain.abs() > least, 1 / gain, 0.0), torch.where(scale > 0, 1 / scale, 0.0)
+    return drift * inverse * each[:, None]

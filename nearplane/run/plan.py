@@ -51,7 +51,7 @@ from nearplane.run.mix import (
 )
 from nearplane.run.remarks import check_scales, remarks
 from nearplane.run.report import recordable
-from nearplane.run.stream import OpenBlock, Place, stream
+from nearplane.run.stream import OpenBlock, Place, stream, up_to_last
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ class Plan:
     def sites(self) -> list[Site]:
         """All sites, in the order in which they are solved."""
         return [site for block in self.blocks for site in block.sites]
+
+    @property
+    def walked(self) -> list[Block]:
+        """The blocks that are run: up to the last one with anything to quantize."""
+        return up_to_last(self.blocks)
 
     @property
     def counted(self) -> list[Site]:

@@ -13,6 +13,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.grid import spoiled_groups
 from nearplane.data.samples import longest_input
 from nearplane.formats.companions import companions
+from nearplane.models.discover import point_of
 from nearplane.models.experts import EXPERT
 from nearplane.models.experts_disk import converts, loading_notes
 from nearplane.models.inputs import MEDIA, reads
@@ -34,7 +35,7 @@ def remarks(plan: "Plan") -> list[str]:
     missed = "the probe forward did not reach it, stays dense"
     unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached] + _strange(plan)
     notes += [*plan.source.notes, *plan.notes, *_about_loading(plan), *_about_files(plan.source)]
-    notes += [_shortened(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
+    notes += [_shortened(plan), _not_run(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
     notes += [] if plan.ignored else [_mostly_dense(plan)]
     return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
@@ -101,6 +102,14 @@ def _shortened(plan: "Plan") -> str | None:
     return f"seqlen cut to {limit}, the model's limit of positions"
 
 
+def _not_run(plan: "Plan") -> str | None:
+    """Return a sentence on blocks behind the last one with anything to quantize, else None."""
+    walked, left = plan.walked, len(plan.blocks) - len(plan.walked)
+    if not left or not walked:
+        return None
+    return f"{left} blocks after {walked[-1].name} hold nothing to quantize and are not run"
+
+
 def _about_loading(plan: "Plan") -> list[str]:
     """Name who will not load the checkpoint, and what is stored beyond the model."""
     source, sites = plan.source, plan.sites
@@ -160,6 +169,7 @@ def _mostly_dense(plan: "Plan") -> str | None:
 
 def _no_stream(plan: "Plan") -> str | None:
     """Return the reason why no linear can repair the residual stream's drift, else None."""
-    if "R" not in plan.method.needs or any(site.adds_to for site in plan.sites):
+    needs = plan.method.needs
+    if "R" not in needs or any(point_of(stage, needs) for block in plan.blocks for stage in block.stages):
         return None
     return "no linear's output joins the residual stream as it is, so none can repair the stream's drift (residual)"

@@ -56,7 +56,7 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
         SettingError: a setting, the data or the source differs, by name.
     """
     now = _identity(plan)
-    for record, block in zip(writer.records, plan.blocks, strict=False):
+    for record, block in zip(writer.records, plan.walked, strict=False):
         changed = _changed(record["run"], now)
         bound = [key for key in changed if key not in FREE and not key.startswith("data.")]
         if record["block"] != block.name or bound:
@@ -77,8 +77,8 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
                 "begun with; resume with that model, or begin in another folder."
             )
     done = [Done(writer.part(record), record["source"]) for record in writer.records]
-    if len(done) == len(plan.blocks):  # no block will be opened again: a tensor of each has to do
-        for block, each in zip(plan.blocks, done, strict=True):
+    if len(done) == len(plan.walked):  # no block will be opened again: a tensor of each has to do
+        for block, each in zip(plan.walked, done, strict=True):
             for site in sorted(block.sites, key=lambda site: prod(site.shape))[:1]:
                 plan.source.tensor(site.name + ".weight")
             _same_source(plan, block, each)
@@ -233,7 +233,7 @@ def _same_source(plan: Plan, block: Block, done: Done) -> None:
 
 def _next(plan: Plan, writer: Writer) -> str:
     done = len(writer.records)
-    return plan.blocks[done].name if done < len(plan.blocks) else END
+    return plan.walked[done].name if done < len(plan.walked) else END
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

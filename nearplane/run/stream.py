@@ -12,6 +12,7 @@ costs each stream one forward, not one per stage. All batches are then on their 
 than ``IN_FLIGHT_BYTES``, new forwards reach every stage instead, with the same result.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError
@@ -29,11 +30,12 @@ from nearplane.data.samples import Batch, as_batch, cut, positions, real
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods.base import Need
 from nearplane.models import discover
-from nearplane.models.discover import Block, Site, Stage
+from nearplane.models.discover import Block, Site, Stage, passage_of, point_of
 from nearplane.models.experts import experts_of
+from nearplane.models.record import gain_of, scales_of
 from nearplane.models.source import Source
 from nearplane.run.forward import Forward, OnDisk, Stream, hooked
-from nearplane.run.observe import HELD_OUT, Measuring, residual_drift
+from nearplane.run.observe import HELD_OUT, Measuring, before_norm, residual_drift
 
 # Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
 BATCH_TOKENS = 2048
@@ -52,6 +54,11 @@ def kept(blocks: list[Block], tokens: int, dtype: torch.dtype, streams: int) -> 
     """Tell whether all forwards of a block may wait in memory at once; else each stage is reached by new forwards."""
     width = max((site.shape[0] + site.shape[1] for block in blocks for site in block.sites), default=0)
     return tokens * width * 2 * dtype.itemsize * streams <= IN_FLIGHT_BYTES
+
+
+def up_to_last(blocks: list[Block]) -> list[Block]:
+    """Return the blocks that a walk opens: up to the last one that has a stage. Nothing reads what later blocks compute."""
+    return blocks[: max((k for k, block in enumerate(blocks, 1) if block.stages), default=0)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class OpenBlock:
         self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
         self.hooks = ExitStack()
         points = {site.adds_to for site in self.block.sites if site.adds_to is not None}
+        points |= {site.passage.adds_to for site in self.block.sites if site.passage is not None}
         # Where a stage begins; where inputs are rounded, all its linears are given them rounded.
         every = walk.activations is not None
         pauses = [site.name for stage in self.stages for site in (stage if every else stage[:1])]
@@ -117,11 +125,14 @@ class OpenBlock:
         walk, number, site = self.walk, self.stages.index(stage), stage[0]
         if number <= self.reached:
             self._drop()
-        point = site.adds_to if "R" in needs and len(stage) == 1 else None
+        point = point_of(stage, needs)
         # The drift behind a linear is the original's, also where a loop observes it again after its weight was replaced.
         original = self.original.get(site.name)
         weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
-        measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
+        norm = self._norm(site, weight) if passage_of(stage, needs) else None
+        out = site.shape[0] if point else None
+        gain = None if norm is None else norm.gain
+        measuring = Measuring(needs, site.shape[1], out, weight, walk.sequences, seen, gain)
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)
             given = current.reach(site.name)
@@ -133,18 +144,28 @@ class OpenBlock:
             for call, xhat in enumerate(given):  # several, if the block is called several times
                 # of an expert: other tokens are its router's own
                 x = others[call][: len(xhat)] if call < len(others) else None
+                scale = None if norm is None else norm.scales(xhat)
                 drift = None
                 mask = real(walk.batches[batch], current.leading, site.name)
                 if point is not None and reference is not None and x is not None:
                     drift = residual_drift(reference.points[point], current.points[point], mask).to(weight.dtype)
+                    drift = drift if norm is None or scale is None else before_norm(drift, norm.gain, scale)
                     drift.addmm_((x - xhat).to(weight.dtype), weight.T)
                     x = None
                 shape, first = walk.layout(batch, current), walk.firsts[batch]
-                measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask)
+                weights = None if scale is None else scale.square()
+                measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask, weights)
             if not self.keep:
                 self._drop(batch)
         self.reached = number if self.keep else -1
         return measuring
+
+    def _norm(self, site: Site, weight: Tensor) -> "Norm":
+        """Return the norm behind a site; ``weight``: the site's original."""
+        assert site.passage is not None
+        model = self.walk.source.model
+        bias = model.get_submodule(site.name).bias
+        return Norm(model.get_submodule(site.passage.norm), weight, bias if isinstance(bias, Tensor) else None)
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""
@@ -205,6 +226,21 @@ class OpenBlock:
         finally:
             for parameter, data in zip(parameters, current, strict=True):
                 parameter.data = data
+
+
+class Norm:
+    """A norm, or a scale, that a linear's output passes: factor of the token x gain of the output x output."""
+
+    def __init__(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        """Prepare the norm ``module`` behind a linear of ``weight`` (out, in), in the dtype of that weight."""
+        self.module, self.weight = copy.deepcopy(module).to(weight.dtype), weight
+        self.bias = None if bias is None else bias.to(weight.dtype)
+        self.gain = gain_of(self.module, weight.T[:1])
+
+    def scales(self, xhat: Tensor) -> Tensor:
+        """Return the factor of each token, from what the linear with its original weight makes of ``xhat`` (tokens, in)."""
+        y = nn.functional.linear(xhat.to(self.weight.dtype), self.weight, self.bias)
+        return scales_of(y, self.module(y), self.gain)
 
 
 class Walk:
@@ -275,7 +311,7 @@ def stream(
         place: device, dtype, folder for the streams, ranks.
 
     Yields:
-        Each block while its weights are in memory, in the order in which the model runs them.
+        Each block while its weights are in memory, in the order in which the model runs them, up to the last one with a stage.
 
     Raises:
         NearplaneError: every activation is NaN or Inf, or ``place.offload`` cannot be written to.
@@ -283,11 +319,12 @@ def stream(
     """
     with torch.no_grad(), _scratch(place.offload) as folder:
         walk = Walk(source, blocks, samples, replace(place, offload=folder), reference, activations)
-        for k, block in enumerate(blocks):
+        last = len(up_to_last(blocks)) - 1
+        for k, block in enumerate(blocks[: last + 1]):
             opened = OpenBlock(walk, k)
             try:
                 yield opened
-                if k + 1 < len(blocks):
+                if k < last:
                     opened.advance()
                     _check_finite(walk, block)
             finally:

@@ -27,8 +27,8 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
         NumericalError: numbers that cannot be solved, with the name of the linear.
         SettingError: settings that cannot work, or weights that are not those which ``done`` was made of.
     """
-    if len(done) == len(plan.blocks):  # nothing is left to solve: no block is opened
-        yield from (BlockDone(block, number, replayed=True) for number, block in enumerate(plan.blocks))
+    if len(done) == len(plan.walked):  # nothing is left to solve: no block is opened
+        yield from (BlockDone(block, number, replayed=True) for number, block in enumerate(plan.walked))
         return
     clock, blocks = Clock(), plan.stream(ranks)
     for number in count():

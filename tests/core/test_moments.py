@@ -260,3 +260,62 @@ def test_gram_matrix_is_symmetric_to_the_last_bit(n, dtype):
     for batch in three_streams(7, n, n)[:2]:
         add_gram(total, batch.to(dtype), 0.5, 1 / 7)
     assert torch.equal(total, total.T)
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def weighted(tokens, n=4, out=3, seed=0):
+    xhat, drift = streams(tokens, n, seed)[0], streams(tokens, out, seed + 1)[0]
+    return xhat, drift, streams(tokens, 1, seed + 2)[0][:, 0].square()
+
+
+def test_weighted_moments_are_the_weighted_means():
+    """Batch by batch, over merged shards and over the tokens that are not held out; a weight of 1 is none."""
+    xhat, drift, weight = weighted(60)
+    held = torch.arange(60) % 4 == 3
+
+    def of(rows):
+        m = Moments.zeros(4, residual=3, weighted=True, dtype=torch.float64)
+        for part in torch.arange(60)[rows].split(7):
+            m.add(xhat[part], None, drift[part], weight[part])
+        return m
+
+    def dense(rows):
+        w, x, r = weight[rows], xhat[rows], drift[rows]
+        return (x.T * w) @ x / w.sum(), (r.T * w) @ x / w.sum()
+
+    merged, joined = of(~held).merge(of(held)), of(~held).join(of(held))
+    for m in (of(slice(None)), merged, joined):
+        for found, expected in zip((m.H, m.R), dense(slice(None)), strict=True):
+            same(found, expected)
+        assert m.tokens == 60 and m.weight == pytest.approx(float(weight.sum()))
+    for name, expected in zip("HR", dense(~held), strict=True):
+        torch.testing.assert_close(joined.fit(name), expected, rtol=1e-9, atol=1e-9)
+    plain, ones = Moments.zeros(4, dtype=torch.float64), Moments.zeros(4, weighted=True, dtype=torch.float64)
+    plain.add(xhat)
+    ones.add(xhat, weight=torch.ones(60))
+    assert torch.equal(plain.H, ones.H) and plain.weight == ones.weight == 60
+
+
+def test_a_token_of_weight_0_changes_nothing_and_one_that_is_not_finite_is_dropped():
+    xhat, drift, weight = weighted(8)
+    few, all_ = (Moments.zeros(4, residual=3, weighted=True, dtype=torch.float64) for _ in range(2))
+    weight[[1, 4]] = torch.tensor([0.0, float("inf")], dtype=torch.float64)
+    rest = [0, 2, 3, 5, 6, 7]
+    few.add(xhat[rest], None, drift[rest], weight[rest])
+    all_.add(xhat[[1]], None, drift[[1]], weight[[1]])
+    all_.add(xhat, None, drift, weight)
+    same(all_.H, few.H)
+    same(all_.R, few.R)
+    assert (all_.tokens, all_.dropped) == (8, 1) and all_.weight == pytest.approx(few.weight)
+
+
+def test_weights_are_given_where_they_are_kept():
+    xhat, _, weight = weighted(5)
+    with pytest.raises(ValueError, match="weight is needed exactly when"):
+        Moments.zeros(4, dtype=torch.float64).add(xhat, weight=weight)
+    with pytest.raises(ValueError, match="weight is needed exactly when"):
+        Moments.zeros(4, weighted=True, dtype=torch.float64).add(xhat)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        Moments.zeros(4).merge(Moments.zeros(4, weighted=True))

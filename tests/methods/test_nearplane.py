@@ -13,7 +13,7 @@ from nearplane.core.grid import Course, Grid, dequantize, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.methods import GPTQ, NearPlane
 
-BARE = {"target": False, "rounds": 0, "damping": "fixed"}
+BARE = {"target": False, "sandwich": False, "rounds": 0, "damping": "fixed"}
 GRID = Grid(bits=3, group_size=16, sym=False)
 
 
@@ -61,7 +61,7 @@ SWITCHES = product(
 def test_needs_is_what_is_read(target, residual, shrink, damping, rounds, gate):
     method = NearPlane(target=target, residual=residual, shrink=shrink, damping=damping, rounds=rounds, gate=gate)
     judged = [target and shrink != "none", damping == "held_out", gate and rounds > 0]
-    expected = {"H"} | ({"D"} if target else set()) | ({"R"} if target and residual else set())
+    expected = {"H", "norm"} | ({"D"} if target else set()) | ({"R"} if target and residual else set())
     assert method.needs == expected | ({"held_out"} if any(judged) else set())
     m = layer(3, 12, 40, residual=residual)
     whole = m.moments

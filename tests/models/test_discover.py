@@ -115,9 +115,12 @@ ADDS_TO = {
     "gpt2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
     "mpt": {"attn.out_proj": "norm_1", "ffn.down_proj": "norm_2"},
     "opt": {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
-    # Normalized before they are added.
+    "bert": {"attention.output.dense": "attention.self.value", "output.dense": "intermediate.dense"},  # normalized then
+    # Normalized, or scaled, before they are added.
     "gemma2": {},
     "olmo2": {},
+    "dinov2": {},
+    "swinv2": {},
     # Parallel blocks: two outputs are added to the stream at once (in Falcon one is first added to the other, in place).
     "phi": {},
     "gptj": {},
@@ -135,7 +138,37 @@ def test_where_an_output_joins_the_stream(kind: str, tmp_path: Path) -> None:
         assert {site.name for site in block.sites} > set(expected)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, sites in ADDS_TO.items() if sites])
+BEFORE_IT = {"self_attn.o_proj": ("post_attention_layernorm", "input_layernorm"),
+             "mlp.down_proj": ("post_feedforward_layernorm", "pre_feedforward_layernorm")}  # fmt: skip
+NO_NORM_BEFORE = {"self_attn.o_proj": ("post_attention_layernorm", "self_attn.v_proj"),
+                  "mlp.down_proj": ("post_feedforward_layernorm", "mlp.up_proj")}  # fmt: skip
+# Linears whose output passes a norm or a scale and then joins the stream: that module, and the one that reads the stream.
+PASSES: dict[str, dict[str, tuple[str, str]]] = {
+    "gemma2": BEFORE_IT,
+    "gemma3_text": BEFORE_IT,
+    "olmo2": NO_NORM_BEFORE,
+    "exaone4": NO_NORM_BEFORE,
+    "glm4": {
+        "self_attn.o_proj": ("post_self_attn_layernorm", "input_layernorm"),
+        "mlp.down_proj": ("post_mlp_layernorm", "post_attention_layernorm"),
+    },
+    "dinov2": {"attention.o_proj": ("layer_scale1", "norm1"), "mlp.fc2": ("layer_scale2", "norm2")},
+    # No norm follows, or one of the sum; LayerNorms, which subtract a mean; two outputs at once.
+    **{kind: {} for kind in ("llama", "gpt2", "bert", "swinv2", "phi", "mixtral")},
+}
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+@pytest.mark.parametrize("kind", PASSES)
+def test_what_an_output_passes_before_it_joins_the_stream(kind: str, sketch: bool, tmp_path: Path) -> None:
+    model = tiny.build_mixture(kind) if kind in tiny.MIXTURES else tiny.build(kind)
+    for block in discover(open_source(tiny.save(model, tmp_path / "m"), sketch=sketch)):
+        expected = {f"{block.name}.{a}": tuple(f"{block.name}.{b}" for b in names) for a, names in PASSES[kind].items()}
+        assert {site.name: site.passage for site in block.sites if site.passage is not None} == expected
+        assert not any(site.adds_to for site in block.sites if site.passage is not None)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, sites in ADDS_TO.items() if sites and kind != "bert"])
 def test_the_stream_is_what_it_was_plus_the_output(kind: str, tmp_path: Path) -> None:
     """In the model's own forward: first norm's input + attention = second norm's input, + MLP = the block's output."""
     model = tiny.build(kind)
