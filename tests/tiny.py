@@ -21,6 +21,29 @@ SIZES: dict[str, Any] = {
     "num_decoder_layers": 2, "decoder_start_token_id": 1, "image_size": 32, "patch_size": 8, "num_mel_bins": 16,
     "max_source_positions": 24, "max_target_positions": 32, "begin_suppress_tokens": None, "suppress_tokens": None,
 }  # fmt: skip
+# Linears per stage of the first block, known from each architecture's definition.
+STAGES = {
+    "llama": [3, 1, 2, 1],
+    "qwen2": [3, 1, 2, 1],
+    "qwen3": [3, 1, 2, 1],
+    "mistral": [3, 1, 2, 1],
+    "gemma2": [3, 1, 2, 1],
+    "gemma3_text": [3, 1, 2, 1],
+    "olmo2": [3, 1, 2, 1],
+    "granite": [3, 1, 2, 1],
+    "starcoder2": [3, 1, 1, 1],
+    "opt": [3, 1, 1, 1],
+    "gpt_neo": [3, 1, 1, 1],
+    "phi3": [1, 1, 1, 1],  # fused qkv and gate_up
+    "gpt2": [1, 1, 1, 1],  # Conv1D
+    "bloom": [1, 1, 1, 1],
+    "gpt_neox": [1, 1, 1, 1],
+    "mpt": [1, 1, 1, 1],
+    "phi": [4, 1, 1],  # parallel block: q, k, v and fc1 read one norm
+    "cohere": [5, 1, 1],  # parallel block: q, k, v, gate, up
+    "gptj": [4, 1, 1],
+    "falcon": [2, 1, 1],  # parallel block, its own Linear class
+}
 # Of models that are no decoders, the class that a checkpoint names.
 CLASSES = {
     "bert": "BertForMaskedLM", "roberta": "RobertaModel", "distilbert": "DistilBertForMaskedLM", "electra": "ElectraModel",

@@ -19,37 +19,13 @@ from nearplane.run.stream import Place, stream
 
 CPU = torch.device("cpu")
 
-# Linears per stage of the first block, known from each architecture's definition.
-STAGES = {
-    "llama": [3, 1, 2, 1],
-    "qwen2": [3, 1, 2, 1],
-    "qwen3": [3, 1, 2, 1],
-    "mistral": [3, 1, 2, 1],
-    "gemma2": [3, 1, 2, 1],
-    "gemma3_text": [3, 1, 2, 1],
-    "olmo2": [3, 1, 2, 1],
-    "granite": [3, 1, 2, 1],
-    "starcoder2": [3, 1, 1, 1],
-    "opt": [3, 1, 1, 1],
-    "gpt_neo": [3, 1, 1, 1],
-    "phi3": [1, 1, 1, 1],  # fused qkv and gate_up
-    "gpt2": [1, 1, 1, 1],  # Conv1D
-    "bloom": [1, 1, 1, 1],
-    "gpt_neox": [1, 1, 1, 1],
-    "mpt": [1, 1, 1, 1],
-    "phi": [4, 1, 1],  # parallel block: q, k, v and fc1 read one norm
-    "cohere": [5, 1, 1],  # parallel block: q, k, v, gate, up
-    "gptj": [4, 1, 1],
-    "falcon": [2, 1, 1],  # parallel block, its own Linear class
-}
 
-
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", tiny.STAGES)
 def test_stages_and_replay(kind: str, tmp_path: Path) -> None:
     model = tiny.build(kind)
     source = open_source(tiny.save(model, tmp_path / "m"))
     blocks = discover(source)
-    assert [len(stage) for stage in blocks[0].stages] == STAGES[kind]
+    assert [len(stage) for stage in blocks[0].stages] == tiny.STAGES[kind]
     assert len(blocks) == 2 and not any(block.unreached for block in blocks)
     # Every linear below the blocks is a site, exactly once.
     for block in blocks:

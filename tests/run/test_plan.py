@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from models.test_discover import STAGES
 from torch import Tensor
 
 import nearplane
@@ -64,7 +63,7 @@ def parts(model: Path, method: Method) -> dict[str, int]:
     return estimate.estimate(planned(model, method)).memory[0].parts
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", tiny.STAGES)
 def test_stages_are_found_without_weights(kind: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.build(kind), tmp_path / "m")
     true = discover(open_source(folder))
