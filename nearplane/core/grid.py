@@ -80,6 +80,9 @@ class Grid:
     fit: Fit = "auto"
     """How a group's range is chosen: minmax, its extremes; mse, least weight error; hessian, least error weighted
     by what it costs the layer's output; auto, hessian where the method reads data and mse where it does not."""
+    negative_scales: bool = True
+    """Let the scale of a symmetric group be negative where that fits better: its codes reach one step further on the
+    other side. --no-negative-scales keeps all above 0. An asymmetric group has no need of it."""
     scale_dtype: ScaleDtype = "float32"
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
 
@@ -134,7 +137,7 @@ class Grid:
     @property
     def scales(self) -> Scales:
         """The values that scales and offsets are rounded to."""
-        return Stored(self.scale_dtype)
+        return Stored(self.scale_dtype, self.negative_scales and self.sym and self.bits != "ternary")
 
     def stored_zero(self, zero: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return zeros as a ``Quantized`` holds them: codes, or real numbers where offsets are free."""
@@ -193,6 +196,8 @@ class CustomGrid(Grid):
 
     @property
     def scales(self) -> Scales:
+        if self.own_scales is None and self.own_levels is not None:
+            return Stored(self.scale_dtype)
         return self.own_scales or super().scales
 
 
