@@ -186,6 +186,9 @@ class CustomGrid(Grid):
         if self.scales.either_sign and not self.sym:
             name = type(self.own_scales).__name__
             raise SettingError(f"{name} scales have a sign, which turns a symmetric grid round; sym must be True.")
+        if self.own_scales is not None and self.scales.either_sign and not self.negative_scales:
+            name = type(self.own_scales).__name__
+            raise SettingError(f"{name} scales have a sign of their own; leave out --no-negative-scales.")
 
     @property
     def levels(self) -> Levels:

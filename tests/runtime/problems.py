@@ -25,7 +25,10 @@ def problem(
     out: int = 48, columns: int = 256, bits: int = 4, group: int = 64, sym: bool = False,
     scale_dtype: torch.dtype = torch.float16, shuffled: bool = False, seed: int = 0,
 ) -> Problem:  # fmt: skip
-    """Normal weights rounded to nearest; ``shuffled``: groups of columns that are not neighbours, as desc_act leaves them."""
+    """Normal weights rounded to nearest; ``shuffled``: groups of columns that are not neighbours, as desc_act leaves them.
+
+    Of symmetric ones about half of the scales are negative.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = columns if group == -1 else min(group, columns)
     groups = -(-columns // width)
@@ -43,6 +46,8 @@ def problem(
             low = -high
         scale[:, g] = (high - low) / levels
         zero[:, g] = float(2 ** (bits - 1)) if sym else (-low / scale[:, g]).round()
+    if sym:
+        scale *= torch.where(torch.rand(out, groups, generator=generator) < 0.5, -1.0, 1.0)
     scale = scale.to(scale_dtype)
     codes = (weight / scale.float()[:, of] + zero[:, of]).round().clamp(0, levels)
     dense = (codes - zero[:, of]).double() * scale.double()[:, of]
