@@ -205,7 +205,7 @@ def _check_total(index: Path, total: int, found: Findings) -> None:
 def signs(folder: Path) -> bool | None:
     """Tell whether the run that wrote a folder allowed negative scales; None where nearplane did not write it.
 
-    Runs of versions without that setting had none.
+    Runs of versions without that setting had none. A converted checkpoint keeps the report of its run.
     """
     if not (folder / REPORT).exists():
         return None
@@ -213,8 +213,13 @@ def signs(folder: Path) -> bool | None:
         settings = read_json(folder / REPORT).get("settings")
     except NearplaneError:
         return False
-    grid = settings.get("grid") if isinstance(settings, dict) else None
-    return isinstance(grid, dict) and bool(grid.get("negative_scales"))
+    held = settings if isinstance(settings, dict) else {}
+    grid, overrides = held.get("grid"), held.get("override")
+    if not isinstance(grid, dict) or not grid.get("negative_scales"):
+        return False
+    return bool(grid.get("sym")) or any(
+        isinstance(some, dict) and some.get("sym") for some in (overrides if isinstance(overrides, list) else [])
+    )
 
 
 def examine(checkpoint: Checkpoint, name: str, found: Findings, negative: bool | None = None) -> None:
@@ -249,7 +254,7 @@ def _scales(layer: StoredLayer, scale: Tensor, negative: bool | None, found: Fin
     """Look for scales that are 0, subnormal, or negative where ``signs`` does not allow that; all are finite."""
     least = torch.finfo(scale.dtype).smallest_normal
     kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
-    if layer.grid.scales.held_in is not None and layer.grid.scales.either_sign or negative and layer.grid.sym:
+    if negative or (layer.grid.scales.held_in is not None and layer.grid.scales.either_sign):
         del kinds["negative"]
     # AutoRound's symmetric scales have the sign of the group's largest weight.
     wrong = {"0": bool((scale == 0).all()), "negative": negative is not None or not layer.grid.sym}
