@@ -84,7 +84,7 @@ class Grid:
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
     negative_scales: bool = True
     """Let the scale of a symmetric group be negative where that fits better: its codes reach one step further on the
-    other side. --no-negative-scales keeps all above 0. An asymmetric group has no need of it."""
+    other side. Engines were run with them on CPUs only; --no-negative-scales is for a GPU kernel that mistakes them."""
 
     def __post_init__(self) -> None:
         plain_numbers(self)
