@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--test", type=Path, default=TEXTS / "held_out.txt")
     options = parser.parse_args()
     linears = inputs(options.blocks, options.tokens, [options.calibration, options.test])
-    print(f"{len(linears)} linears, {options.tokens} tokens; held-out error, and seconds, over those with scales above 0")
+    print(
+        f"{len(linears)} linears, {options.tokens} tokens; held-out error, and seconds, over those with scales above 0"
+    )
     print("bits group " + " ".join(f"{name:>16}" for name in ("fit alone", *METHODS)))
     for bits, size in GRIDS:
         either = Grid(bits, size, scale_dtype="float16")
