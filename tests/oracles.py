@@ -5,6 +5,7 @@ nearplane except the rounding itself (``fit``, ``encode``, ``decode``), which ``
 Weights are (out, in), matrices and codes are in storage order unless a name says otherwise.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -150,11 +151,8 @@ def published(W, A, grid, *, order=None, scales=None, importance=None, P=None, R
             clipped += int(((free < least) | (free > greatest)).sum())
             E1[:, i] = (v - q) / U[j, j]
             loss += E1[:, i] ** 2
-            X1[:, i] = {
-                "q": q,
-                "v": v,
-                "clamped": torch.minimum(torch.maximum(v, s * (least - z)), s * (greatest - z)),
-            }[across]
+            ends = torch.stack([s * (least - z), s * (greatest - z)])  # the other way round where s is negative
+            X1[:, i] = {"q": q, "v": v, "clamped": v.clamp(ends.amin(0), ends.amax(0))}[across]
             W1[:, i + 1 :] -= torch.outer(E1[:, i], U[j, j + 1 : i2])
             W1[:, i + 1 :] += torch.outer(v, P[j, j + 1 : i2]) + torch.outer(start[:, j] - v, R[j, j + 1 : i2])
         W[:, i2:] -= E1 @ U[i1:i2, i2:]
@@ -254,7 +252,8 @@ def obq(w, A, grid, scale, zero, *, order=None):
 def refined(target, A, solved, grid):
     """A round of refinement by its meaning: group by group the scale, then code by code; all error formed anew each time.
 
-    A scale moves where what the checkpoint can hold lies nearer to the best one (f is a parabola) than the old one does.
+    A scale moves where what the checkpoint can hold lies nearer to the best one (f is a parabola) than the old one does,
+    and keeps its sign.
     """
     n = target.shape[1]
     width = n if grid.group_size == -1 else grid.group_size
@@ -270,9 +269,10 @@ def refined(target, A, solved, grid):
             steps = codes[r] - zero[r, group]
             inside = torch.where(group == g, steps, torch.zeros_like(steps))
             rest = target[r] - (steps - inside) * scale[r, group]
-            if (length := float(inside @ A @ inside)) > 0 and (best := float(rest @ A @ inside) / length) > 0:
-                near = max(float(torch.tensor(best).to(stored)), smallest)
-                if abs(near - best) < abs(float(scale[r, g]) - best):
+            old = float(scale[r, g])
+            if (length := float(inside @ A @ inside)) > 0 and (best := float(rest @ A @ inside) / length) * old > 0:
+                near = math.copysign(max(abs(float(torch.tensor(best).to(stored))), smallest), old)
+                if abs(near - best) < abs(old - best):
                     scale[r, g] = near
         for j in range(a, min(a + width, n)):
             error = target - (codes - zero[:, group]) * scale[:, group]

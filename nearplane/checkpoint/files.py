@@ -202,8 +202,31 @@ def _check_total(index: Path, total: int, found: Findings) -> None:
         found.problem(f"{index} states a total_size of {stated} bytes, and its tensors take {total}.")
 
 
-def examine(checkpoint: Checkpoint, name: str, found: Findings) -> None:
-    """Read a layer and list what is wrong with it, a tensor that cannot be read, a code off the grid, a NaN included."""
+def signs(folder: Path) -> bool | None:
+    """Tell whether the run that wrote a folder allowed negative scales; None where nearplane did not write it.
+
+    Runs of versions without that setting had none. A converted checkpoint keeps the report of its run.
+    """
+    if not (folder / REPORT).exists():
+        return None
+    try:
+        settings = read_json(folder / REPORT).get("settings")
+    except NearplaneError:
+        return False
+    held = settings if isinstance(settings, dict) else {}
+    grid, overrides = held.get("grid"), held.get("override")
+    if not isinstance(grid, dict) or not grid.get("negative_scales"):
+        return False
+    return bool(grid.get("sym")) or any(
+        isinstance(some, dict) and some.get("sym") for some in (overrides if isinstance(overrides, list) else [])
+    )
+
+
+def examine(checkpoint: Checkpoint, name: str, found: Findings, negative: bool | None = None) -> None:
+    """Read a layer and list what is wrong with it, a tensor that cannot be read, a code off the grid, a NaN included.
+
+    ``negative`` is the answer of ``signs``.
+    """
     reader = checkpoint.reader
     if reader is None:
         return
@@ -221,20 +244,20 @@ def examine(checkpoint: Checkpoint, name: str, found: Findings) -> None:
     wrong = int((decoded.zero != half).sum()) if layer.grid.sym else 0
     if wrong:
         found.problem(f"{layer.name} is symmetric, and {wrong} of its zero points are not {half}.")
-    _scales(layer, decoded.scale, (checkpoint.store.folder / REPORT).exists(), found)
+    _scales(layer, decoded.scale, negative, found)
     for remark in reader.remarks(layer):
         found.note(remark)
     _order(checkpoint, layer, decoded.group, reader.order_key, found)
 
 
-def _scales(layer: StoredLayer, scale: Tensor, ours: bool, found: Findings) -> None:
-    """Look for scales that are 0, negative or subnormal; all are finite. ``ours``: whether nearplane wrote them."""
+def _scales(layer: StoredLayer, scale: Tensor, negative: bool | None, found: Findings) -> None:
+    """Look for scales that are 0, subnormal, or negative where ``signs`` does not allow that; all are finite."""
     least = torch.finfo(scale.dtype).smallest_normal
     kinds = {"0": scale == 0, "negative": scale < 0, "subnormal": (scale != 0) & (scale.abs() < least)}
-    if layer.grid.scales.either_sign:
+    if negative or (layer.grid.scales.held_in is not None and layer.grid.scales.either_sign):
         del kinds["negative"]
     # AutoRound's symmetric scales have the sign of the group's largest weight.
-    wrong = {"0": bool((scale == 0).all()), "negative": ours or not layer.grid.sym}
+    wrong = {"0": bool((scale == 0).all()), "negative": negative is not None or not layer.grid.sym}
     for kind, where in kinds.items():
         if bool(where.any()):
             row, group = (int(i) for i in where.nonzero()[0])

@@ -13,7 +13,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.checkpoint.engines import TITLES, check_engine, described, verdict
-from nearplane.checkpoint.files import FileSum, Findings, check_files, check_sums, examine, files, holds_weights, sums
+from nearplane.checkpoint.files import (
+    FileSum,
+    Findings,
+    check_files,
+    check_sums,
+    examine,
+    files,
+    holds_weights,
+    signs,
+    sums,
+)
 from nearplane.checkpoint.packed import misfit
 from nearplane.core.errors import NearplaneError, some_of
 from nearplane.formats.base import conv1d_reason, grid_name
@@ -119,8 +129,9 @@ def verify(
         check_sums(folder, hashed, found)
         if checkpoint is not None:
             task = display.add_task("check", total=layers + dense)
+            negative = signs(folder)
             for name in checkpoint.layers:
-                examine(checkpoint, name, found)
+                examine(checkpoint, name, found, negative)
                 display.advance(task)
             for name in checkpoint.dense:
                 _check_finite(checkpoint, name, found)

@@ -82,6 +82,9 @@ class Grid:
     by what it costs the layer's output; auto, hessian where the method reads data and mse where it does not."""
     scale_dtype: ScaleDtype = "float32"
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
+    negative_scales: bool = True
+    """Let the scale of a symmetric group be negative where that fits better: its codes reach one step further on the
+    other side. Engines were run with them on CPUs only; --no-negative-scales is for a GPU kernel that mistakes them."""
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -95,10 +98,9 @@ class Grid:
             raise SettingError(f"group_size must be positive, or -1 for one scale per row; got {self.group_size}.")
         if self.bits == "ternary" and not self.sym:
             raise SettingError("a ternary grid {-s, 0, s} is symmetric by definition; use --sym.")
-        for field, allowed in (
-            ("fit", get_args(Fit)),
-            ("scale_dtype", get_args(ScaleDtype)),
-        ):
+        if not isinstance(self.negative_scales, bool):
+            raise SettingError(f"negative_scales must be True or False; got {self.negative_scales!r}.")
+        for field, allowed in (("fit", get_args(Fit)), ("scale_dtype", get_args(ScaleDtype))):
             if getattr(self, field) not in allowed:
                 raise SettingError(f"{field} must be one of {', '.join(allowed)}; got {getattr(self, field)!r}.")
 
@@ -134,7 +136,7 @@ class Grid:
     @property
     def scales(self) -> Scales:
         """The values that scales and offsets are rounded to."""
-        return Stored(self.scale_dtype)
+        return Stored(self.scale_dtype, self.negative_scales and self.sym and self.bits != "ternary")
 
     def stored_zero(self, zero: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return zeros as a ``Quantized`` holds them: codes, or real numbers where offsets are free."""
@@ -184,6 +186,9 @@ class CustomGrid(Grid):
         if self.scales.either_sign and not self.sym:
             name = type(self.own_scales).__name__
             raise SettingError(f"{name} scales have a sign, which turns a symmetric grid round; sym must be True.")
+        if self.own_scales is not None and self.scales.either_sign and not self.negative_scales:
+            name = type(self.own_scales).__name__
+            raise SettingError(f"{name} scales have a sign of their own; leave out --no-negative-scales.")
 
     @property
     def levels(self) -> Levels:
@@ -193,6 +198,8 @@ class CustomGrid(Grid):
 
     @property
     def scales(self) -> Scales:
+        if self.own_scales is None and self.own_levels is not None:
+            return Stored(self.scale_dtype)
         return self.own_scales or super().scales
 
 
@@ -287,10 +294,13 @@ def fit(
     if not bool((high - low).isfinite().all()):
         raise NumericalError("the weights to be quantized hold NaN or Inf.")
     scale, zero = _grid_of_range(low, high, grid)
-    if grid.fit != "minmax":
+    if grid.fit != "minmax" or grid.scales.either_sign:
         step = max(1, (CHUNK_WEIGHTS if rows.device.type == "cpu" else CHUNK_WEIGHTS_GPU) // rows.shape[1])
         for a in range(0, len(rows), step):
             part = slice(a, a + step)
+            if grid.fit == "minmax":
+                scale[part] = _longer_side(rows[part], scale[part], zero[part], grid)
+                continue
             weights = None if importance is None else importance[part]
             scale[part], zero[part] = _search(rows[part], low[part], high[part], grid, weights)
     if not bool(scale.isfinite().all()):
@@ -372,6 +382,20 @@ def _grid_of_range(low: Tensor, high: Tensor, grid: Grid, sign: int = 1) -> tupl
     scale = levels.scale(low, high)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return grid.scales.round(scale if sign > 0 else -scale, -low, levels)
+
+
+def _longer_side(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Let the last level of the longer side be each row's larger extreme, where the sum of squared errors is less."""
+    low, high = grid.levels.reach(zero)
+    extreme = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
+    other = extreme / torch.where(-low > high, low, high)
+    other = grid.scales.nearest(torch.where(other == 0, scale, other))
+
+    def error(scale: Tensor) -> Tensor:
+        level = grid.levels.decode(grid.levels.encode_(rows / scale[:, None], zero[:, None]), rows.dtype)
+        return level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows).square_().sum(1)
+
+    return torch.where(error(other) < error(scale), other, scale)
 
 
 def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -150,11 +150,18 @@ def real_zero(offset: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape"]) -
 
 @dataclass(frozen=True)
 class Stored(Scales):
-    """Scales in a floating dtype."""
+    """Scales in a floating dtype, above 0 or of either sign."""
 
     dtype: ScaleDtype = "float32"
+    signed: bool = False
+
+    @property
+    def either_sign(self) -> bool:
+        return self.signed
 
     def nearest(self, scale: Tensor) -> Tensor:
+        if self.signed:
+            return keep_sign(rounded(scale.abs(), self.dtype).clamp_min(least_of(self.dtype)), scale)
         return rounded(scale, self.dtype).clamp_min(least_of(self.dtype))
 
 

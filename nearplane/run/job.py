@@ -83,9 +83,11 @@ class Override:
     def apply(self, grid: Grid) -> Grid:
         """Return the grid with these fields changed. SettingError where they do not go together."""
         changes = {name: value for name, value in self.fields.items() if name != "gguf_type"}
-        if self.gguf_type is not None:
-            grid = replace(grid_of(known_type(self.gguf_type)), fit=grid.fit, scale_dtype=grid.scale_dtype)
         try:
+            if self.gguf_type is not None:
+                kept = {name: getattr(grid, name) for name in ("fit", "scale_dtype", "negative_scales")}
+                changes = kept | changes
+                grid = grid_of(known_type(self.gguf_type))
             return replace(grid, **changes)
         except SettingError as error:
             raise SettingError(f"override {self.pattern!r}: {error}") from error

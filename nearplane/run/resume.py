@@ -20,6 +20,7 @@ from nearplane.checkpoint.export import Rest, Written, export, head_names, rest_
 from nearplane.checkpoint.gguf import Placed, described, file_name, write_gguf
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
+from nearplane.core.scales import Stored
 from nearplane.formats.parts import Part, Writer
 from nearplane.models.discover import Block
 from nearplane.run.events import BlockDone, Event, Solved
@@ -29,6 +30,8 @@ from nearplane.run.stream import OpenBlock
 
 # What may be another for the blocks not yet done; the report says per linear what was used.
 FREE = ("method.damp_percent", "calibration.nsamples")
+# Runs of versions without this setting had scales above 0 only, but for GGUF types, whose scales are their own.
+SIGNS = "grid.negative_scales"
 # What comes after the last block.
 END = "the end"
 
@@ -57,7 +60,7 @@ def restore(plan: Plan, writer: Writer, report: Report, world: int) -> list[Done
     """
     now = _identity(plan)
     for record, block in zip(writer.records, plan.walked, strict=False):
-        changed = _changed(record["run"], now)
+        changed = _changed(_run(record), now)
         bound = [key for key in changed if key not in FREE and not key.startswith("data.")]
         if record["block"] != block.name or bound:
             name = bound[0] if bound else "block"
@@ -96,7 +99,7 @@ def _told(plan: Plan, writer: Writer, report: Report, world: int) -> list[str]:
         events.append(f"resumed after block {len(writer.records)}: of what comes next {writer.lost}")
     if writer.records:
         now = _identity(plan)
-        states = [{**record["run"], **record["versions"]} for record in writer.records] + [{**now, **report.versions}]
+        states = [{**_run(record), **record["versions"]} for record in writer.records] + [{**now, **report.versions}]
         names = [*(record["block"] for record in writer.records), _next(plan, writer)]
         events += [
             f"{key} was {was!r} in the blocks before {name} and is {value!r} from there on"
@@ -240,7 +243,14 @@ def _identity(plan: Plan) -> dict[str, Any]:
     """Return every setting that decides the result, by dotted name."""
     source = {"config": plan.source.raw_config(), "tensors": _tensors(plan)}
     found = _flat({"source": source, **plan.settings, "data": plan.data})
+    plain = [grid.scales for grid in (plan.grid, *plan.grids.values()) if isinstance(grid.scales, Stored)]
+    found[SIGNS] = any(scales.signed for scales in plain)
     return {key: value for key, value in found.items() if key != "grid.scale_dtype"}  # follows from format and dtype
+
+
+def _run(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a sealed block, of an earlier version's run, too."""
+    return {SIGNS: False, **record["run"]}
 
 
 def _tensors(plan: Plan) -> str:

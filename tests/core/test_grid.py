@@ -1,5 +1,7 @@
 """fit, encode and decode against plain loops over Python floats."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ from nearplane.core.grid import (
     fit_groups,
     group_index,
 )
+from nearplane.core.levels import NF4
 
 ALL_BITS = [2, 3, 4, 5, 8, "ternary"]
 GRIDS = [(bits, sym) for bits in ALL_BITS for sym in (True, False) if sym or bits != "ternary"]
@@ -38,7 +41,7 @@ def stored(x, dtype="float32"):
     return torch.tensor(x, dtype=torch.float64).to(getattr(torch, dtype)).double().item()
 
 
-def slow_range(w, grid, p=1.0):
+def slow_range(w, grid, p=1.0, sign=1):
     """Scale and zero of one group whose range is shrunk to p, in Python floats."""
     least, greatest, middle = levels(grid)
     low, high = min(0.0, *w) * p, max(0.0, *w) * p
@@ -47,7 +50,19 @@ def slow_range(w, grid, p=1.0):
     s = (high - low) / (greatest - least)
     s = stored(s, grid.scale_dtype) if s > 0 else 1.0
     z = middle if grid.sym else min(max(round(-low / s), least), greatest)
-    return s, z
+    return sign * s, z
+
+
+def signs(grid):
+    """The signs that a scale may have."""
+    return (1, -1) if grid.sym and grid.negative_scales and grid.bits != "ternary" else (1,)
+
+
+def slow_extreme(w, grid):
+    """Scale and zero with which the larger extreme has the last code of the longer side."""
+    most = max(w, key=abs)
+    s = stored(abs(most) / 2 ** (grid.bits - 1), grid.scale_dtype)
+    return (-s if most > 0 else s), levels(grid)[2]
 
 
 def slow_round(w, s, z, grid):
@@ -56,21 +71,32 @@ def slow_round(w, s, z, grid):
 
 
 def slow_fit(w, grid, importance=None):
-    """One group by the definition of section 4: the published search, penalty by penalty."""
-    if grid.fit == "minmax":
-        return slow_range(w, grid)
+    """One group by the definition of section 4: the published search, penalty by penalty, with both signs."""
 
-    def error(i):
-        s, z = slow_range(w, grid, 1 - i / 100)
-        errors = [s * (slow_round(x, s, z, grid) - z) - x for x in w]
+    def errors(fitted):
+        s, z = fitted
+        return [s * (slow_round(x, s, z, grid) - z) - x for x in w]
+
+    if grid.fit == "minmax":
+        tried = [slow_range(w, grid), *([slow_extreme(w, grid)] if len(signs(grid)) == 2 else [])]
+        return min(tried, key=lambda fitted: sum(e * e for e in errors(fitted)))
+
+    def error(tried):
+        i, sign = tried
+        missed = errors(slow_range(w, grid, 1 - i / 100, sign))
         if grid.fit == "mse":
-            return sum(abs(e) ** 2.4 for e in errors)
-        return sum(h * e * e for h, e in zip(importance, errors, strict=True))
+            return sum(abs(e) ** 2.4 for e in missed)
+        return sum(h * e * e for h, e in zip(importance, missed, strict=True))
+
+    def best(steps):
+        return min(((i, sign) for i in steps for sign in signs(grid)), key=error)
 
     if grid.fit == "mse":
-        return slow_range(w, grid, 1 - min(range(80), key=error) / 100)
-    middle = min((0, *range(2, 80, 5)), key=error)  # ours: the middle of every five, then the rest of the best five
-    return slow_range(w, grid, 1 - min((middle, *(max(0, middle + d) for d in (1, -1, 2, -2))), key=error) / 100)
+        i, sign = best(range(80))
+    else:  # ours: the middle of every five, then the rest of the best five
+        first = best((0, *range(2, 80, 5)))
+        i, sign = min(first, best(max(0, first[0] + d) for d in (1, -1, 2, -2)), key=error)
+    return slow_range(w, grid, 1 - i / 100, sign)
 
 
 @pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
@@ -129,7 +155,7 @@ def test_hessian_fit_of_a_dead_group_keeps_the_full_range():
     grid = Grid(bits=4, fit="hessian")
     w = weights(3, 8)
     scale, _ = fit(w, grid, torch.zeros(8, dtype=torch.float64))
-    assert torch.equal(scale, fit(w, Grid(bits=4, fit="minmax"))[0])
+    assert torch.equal(scale, fit(w, Grid(bits=4, fit="minmax", negative_scales=False))[0])
 
 
 @given(n=st.integers(1, 20), size=st.sampled_from([-1, 1, 3, 8, 32]), how=st.sampled_from(["minmax", "mse", "hessian"]))
@@ -218,7 +244,7 @@ def test_a_scale_too_large_for_its_dtype_is_an_error_that_says_so():
 def test_a_scale_never_rounds_to_zero():
     w = torch.full((1, 4), 1e-12)
     scale, zero = fit(w, Grid(fit="minmax", scale_dtype="float16"))
-    assert scale > 0
+    assert scale.abs() > 0
     assert encode(w, scale[:, None], zero[:, None], Grid()).isfinite().all()
 
 
@@ -303,13 +329,90 @@ def test_the_search_reaches_its_deepest_step():
     # Only the first column counts, and one step of the grid is exactly that weight at p = 0.21, the last of 80 tries.
     w = torch.tensor([[0.14, 1.0]], dtype=torch.float64)
     scale, _ = fit(w, Grid(bits=2, fit="hessian"), torch.tensor([1.0, 0.0], dtype=torch.float64))
-    assert scale.item() == pytest.approx(0.14, rel=1e-6)
+    assert scale.abs().item() == pytest.approx(0.14, rel=1e-6)
 
 
 def test_small_scales_keep_the_precision_of_float16_subnormals():
     w = weights(4, 64, seed=9) * 1e-5
     exact = fit(w, Grid(bits=4, fit="minmax"))[0]
     stored = fit(w, Grid(bits=4, fit="minmax", scale_dtype="float16"))[0]
-    assert float(stored.max()) < torch.finfo(torch.float16).smallest_normal
+    assert float(stored.abs().max()) < torch.finfo(torch.float16).smallest_normal
     torch.testing.assert_close(stored, exact, rtol=0.1, atol=0)
-    assert torch.equal(stored, stored.half().to(stored.dtype)) and bool((stored > 0).all())
+    assert torch.equal(stored, stored.half().to(stored.dtype)) and bool((stored != 0).all())
+
+
+# --- either sign --------------------------------------------------------------------------------------------------
+
+
+def squared(w, scale, zero, grid):
+    s, z = scale[..., None], zero[..., None]
+    return (decode(encode(w, s, z, grid), s, z) - w).square()
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_fit_is_the_better_of_fitting_a_group_and_its_mirror_image(bits, stored):
+    grid = Grid(bits=bits, fit="mse", scale_dtype=stored)
+    plain = Grid(bits=bits, fit="mse", scale_dtype=stored, negative_scales=False)
+    w = weights(200, 32, seed=bits)
+    (straight, zero), (mirrored, _), (scale, got) = fit(w, plain), fit(-w, plain), fit(w, grid)
+
+    def cost(scale):
+        return squared(w, scale, zero, grid).sqrt().pow(2.4).sum(1)
+
+    assert torch.equal(got, zero)
+    assert torch.equal(scale, torch.where(cost(-mirrored) < cost(straight), -mirrored, straight))
+    assert 50 < int((scale < 0).sum()) < 150  # of 8 bits about 60: + is taken where both are as good
+    for row in (0, 199):  # and nothing but the sign of the scale tells -w from w
+        assert fit(-w[row], grid)[0].abs().item() == scale[row].abs().item()
+
+
+# Of normal weights, means over seeds; measured before this test was written.
+@pytest.mark.parametrize(
+    ("bits", "width", "ratio"),
+    [(2, 32, 0.81), (2, 64, 0.86), (3, 32, 0.82), (3, 128, 0.90), (4, 32, 0.86), (4, 128, 0.91)],
+)
+def test_the_error_of_gaussian_weights_falls_and_nothing_more_is_stored(bits, width, ratio):
+    w = weights(1024, width, seed=5)
+    plain = Grid(bits=bits, group_size=width, fit="mse", negative_scales=False)
+    either = Grid(bits=bits, group_size=width, fit="mse")
+    before, after = (float(squared(w, *fit(w, grid), grid).sum()) for grid in (plain, either))
+    assert after / before == pytest.approx(ratio, abs=0.03)
+    assert either.storage_bits == plain.storage_bits and either.code_range == plain.code_range
+    assert either.held_in == plain.held_in
+
+
+@pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(bits="ternary"),
+        Grid(bits=4, sym=False),
+        Grid.of(NF4, group_size=-1),
+        Grid.named("mxfp4"),
+        Grid.named("q4_1"),
+        Grid(bits=4, negative_scales=False),
+    ],
+    ids=["ternary", "asymmetric", "nf4", "mxfp4", "q4_1", "switched off"],
+)
+def test_no_scale_of_any_other_grid_is_negative(grid, how):
+    grid = replace(grid, fit=how)
+    scale, _ = fit(weights(300, 32), grid, weights(32, seed=1).exp())
+    assert not grid.scales.either_sign and bool((scale > 0).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_minmax_never_errs_by_more_than_with_scales_above_0(bits):
+    w = weights(300, 32, seed=7)
+    w[:100] = w[:100].abs()  # of one sign: the longer side holds all of it
+    w[100:200] -= 1
+    plain, either = (Grid(bits=bits, fit="minmax", negative_scales=some) for some in (False, True))
+    before, after = (squared(w, *fit(w, grid), grid).sum(1) for grid in (plain, either))
+    assert bool((after <= before).all()) and float(after.sum()) < 0.95 * float(before.sum())
+    turned = fit(w, either)[0] < 0
+    assert int(turned[:100].sum()) > 50 and not bool((w[turned].amax(1) < -w[turned].amin(1)).any())
+
+
+def test_negative_scales_are_a_bool():
+    with pytest.raises((SettingError, TypeError)):
+        Grid(negative_scales="no")

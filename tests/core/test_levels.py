@@ -190,9 +190,11 @@ def test_a_fit_is_no_worse_than_any_range_it_tries(grid, how):
 # --- grids --------------------------------------------------------------------------------------------------------
 
 
-def test_an_ordinary_grid_has_its_five_fields():
-    assert list(asdict(Grid())) == ["bits", "group_size", "sym", "fit", "scale_dtype"]
-    assert Grid().levels == Uniform(4, 0, 15) and Grid().scales == Stored("float32")
+def test_an_ordinary_grid_has_its_six_fields():
+    assert list(asdict(Grid())) == ["bits", "group_size", "sym", "fit", "scale_dtype", "negative_scales"]
+    assert Grid().levels == Uniform(4, 0, 15) and Grid().scales == Stored("float32", signed=True)
+    for positive in (Grid(negative_scales=False), Grid(sym=False), Grid(bits="ternary")):
+        assert positive.scales == Stored("float32")
     assert Grid(bits="ternary").levels == Uniform(2, 1, 3)
 
 

@@ -72,7 +72,8 @@ def check_rounds(target, A, solved, grid, rounds=2):
         for got, old in zip(new[:3], solved[:3], strict=True):
             assert got.dtype == old.dtype and got.shape == old.shape and got.is_contiguous()
         assert set(new.codes.flatten().tolist()) <= set(levels_of(grid))
-        assert bool((new.scale > 0).all()) and bool(new.scale.isfinite().all())
+        assert torch.equal(new.scale.sign(), solved.scale.sign()) and bool(new.scale.isfinite().all())
+        assert bool((new.scale != 0).all()) and (grid.scales.either_sign or bool((new.scale > 0).all()))
         assert torch.equal(new.scale.to(stored).to(new.scale.dtype), new.scale)
         after = objective(target, A, new, grid)
         assert bool((after <= before * (1 + 1e-11) + 1e-13 * float(target.square().max())).all())
@@ -163,7 +164,7 @@ def test_scales_are_what_the_checkpoint_holds(stored, size):
     assert changed > 20 or (stored, size) == ("float16", 1e-6)
 
 
-def test_a_group_that_asks_for_a_negative_scale_keeps_its_own():
+def test_a_group_that_asks_for_the_other_sign_keeps_its_scale():
     grid = Grid(bits=3, group_size=16)
     target, _, solved = start(grid, 40)
     flipped = target.clone()
@@ -247,7 +248,7 @@ def test_an_identity_metric_rounds_to_the_final_scale():
     steps = noisy.codes.double() - 4
     for g, part in enumerate((slice(0, 16), slice(16, 32), slice(32, 40))):
         best = (steps * target)[:, part].sum(1) / steps[:, part].square().sum(1)
-        expected = torch.where(best > 0, best, noisy.scale[:, g])
+        expected = torch.where(best * noisy.scale[:, g] > 0, best, noisy.scale[:, g])
         torch.testing.assert_close(got.scale[:, g], expected, rtol=1e-7, atol=0)
     assert differing(got.codes, noisy.codes) > 20
 
@@ -277,7 +278,7 @@ def test_the_exhaustive_optimum_stays(n, size, zero):
             zeros = torch.full((1, groups), zero, dtype=torch.uint8)
             return Quantized(every[k][None].to(torch.uint8), (scale[k] * times)[None], zeros)
 
-        losses[~(scale > 0).all(1)] = torch.inf
+        losses[~((scale != 0) if grid.scales.either_sign else (scale > 0)).all(1)] = torch.inf
         k = int(losses.argmin())
         if losses[k] < 0.99 * float(target @ A @ target.T):
             stayed += 1

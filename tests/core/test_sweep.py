@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import column_order, damped, inverse_root, problem, published, static_scales
 
 from nearplane.core.factor import factorize
-from nearplane.core.grid import Grid, fit_groups
+from nearplane.core.grid import Grid, by_column, fit_groups
 from nearplane.core.sweep import Push, sweep
 
 ORDERS = ["natural", "activation", "pivot"]
@@ -343,4 +343,7 @@ def test_float32_agrees_with_float64_in_all_but_a_few_codes():
     p = problem(16, 200, seed=4)
     grid = Grid(bits=4, group_size=64)
     single = p._replace(W=p.W.float(), H=p.H.float())
-    assert differing(run(single, grid).codes, run(p, grid).codes) < 0.01 * p.W.numel()
+    fast, exact = (run(some, grid) for some in (single, p))
+    # A group whose sign turns round has the same values, nearly, and all of its codes are others.
+    steps = [(some.codes.double() - 8) * by_column(some.scale.sign(), grid, 200) for some in (fast, exact)]
+    assert differing(*steps) < 0.01 * p.W.numel()

@@ -38,7 +38,8 @@ def check(solved, p, grid):
     assert solved.codes.shape == (out, n) and solved.codes.dtype == torch.uint8 and solved.codes.is_contiguous()
     assert solved.scale.shape == solved.zero.shape == (out, groups)
     assert solved.zero.dtype == torch.uint8 and solved.scale.dtype == p.W.dtype
-    assert bool((solved.scale > 0).all()) and bool(solved.scale.isfinite().all())
+    assert bool((solved.scale != 0).all()) and bool(solved.scale.isfinite().all())
+    assert grid.scales.either_sign or bool((solved.scale > 0).all())
     least, greatest = grid.code_range
     assert int(solved.codes.min()) >= least and int(solved.codes.max()) <= greatest
     assert bool(oracles.values(solved.codes, (solved.scale, solved.zero.double()), grid).isfinite().all())
@@ -244,7 +245,7 @@ def test_a_group_of_dead_columns_is_solved_as_rtn():
     p = with_dead_columns(problem(4, 20, tokens=60), dead)
     grid = Grid(bits=3, group_size=8, fit="hessian")
     solved = solve(GPTQ(), p, grid)
-    scales = oracles.static_scales(p.W, Grid(bits=3, group_size=8, fit="minmax"))
+    scales = oracles.static_scales(p.W, Grid(bits=3, group_size=8, fit="minmax", negative_scales=False))
     assert torch.equal(solved.scale[:, 1], scales[0][:, 1])
     assert torch.equal(solved.codes[:, dead].double(), oracles.rtn(p.W, grid, scales)[:, dead])
 

@@ -269,6 +269,26 @@ def test_a_run_of_an_earlier_version_is_one_sentence(
     assert capsys.readouterr().err.count(told) == 1 and contents_of_state(out) == before
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_run_from_before_negative_scales_goes_on_without_them(sym: bool, model: Path, tmp_path: Path) -> None:
+    """Its record has no such setting. A symmetric run is told what to give; an asymmetric one has no need of it."""
+    out, positive = tmp_path / "out", {"grid": dataclasses.replace(GRID, sym=sym, negative_scales=False)}
+    either = {"grid": dataclasses.replace(GRID, sym=sym)}
+    run(model, tmp_path / "whole", **positive)
+    interrupted(model, out, 9, **positive)
+    for number in range(2):
+        rewrite(out, number, lambda record: record["run"].pop("grid.negative_scales"))
+    if sym:
+        with pytest.raises(SettingError, match=r"grid\.negative_scales was False when .* was begun and is True now"):
+            run(model, out, resume=True, **either)
+    run(model, out, resume=True, **(positive if sym else either))
+    before, after = contents(tmp_path / "whole"), contents(out)
+    assert {n: b for n, b in before.items() if n != "report.json"} == {
+        n: b for n, b in after.items() if n != "report.json"
+    }
+    assert not any("negative_scales" in event for event in after["report.json"]["events"])
+
+
 def test_killed_at_random_times(model: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     """By the clock, from outside, wherever that falls."""
     dice = random.Random(7)

@@ -25,7 +25,7 @@ def problem(
     out: int = 48, columns: int = 256, bits: int = 4, group: int = 64, sym: bool = False,
     scale_dtype: torch.dtype = torch.float16, shuffled: bool = False, seed: int = 0, free: bool = False,
 ) -> Problem:  # fmt: skip
-    """Normal weights rounded to nearest.
+    """Normal weights rounded to nearest; of symmetric ones about half of the scales are negative.
 
     ``shuffled``: groups of columns that are not neighbours, as desc_act leaves them. ``free``: zeros are real numbers, below
     0 and above the codes, too, as in MLX and GGUF. They are multiples of 1/256, so that code - zero is exact in float32.
@@ -50,6 +50,8 @@ def problem(
         scale[:, g] = (high - low) / levels
         exact = -low / scale[:, g]
         zero[:, g] = (exact * 256).round() / 256 if free else float(2 ** (bits - 1)) if sym else exact.round()
+    if sym:
+        scale *= torch.where(torch.rand(out, groups, generator=generator) < 0.5, -1.0, 1.0)
     scale = scale.to(scale_dtype)
     codes = (weight / scale.float()[:, of] + zero[:, of]).round().clamp(0, levels)
     dense = (codes - zero[:, of]).double() * scale.double()[:, of]

@@ -92,6 +92,9 @@ class GGUF(Format):
             if getattr(grid, name) != getattr(own, name):
                 told = f"{name}={getattr(grid, name)} contradicts gguf_type {type or DEFAULT}, whose {name} is"
                 raise SettingError(f"{told} {getattr(own, name)}; give one of them.")
+        if own.scales.either_sign and not grid.negative_scales:
+            told = f"the scales of gguf_type {type or DEFAULT} have a sign of their own"
+            raise SettingError(f"{told}; leave out --no-negative-scales, or give --bits and --group-size instead.")
         return replace(own, fit=grid.fit, scale_dtype=grid.scale_dtype)
 
     def supports(self, grid: Grid, shape: tuple[int, int]) -> str | None:
