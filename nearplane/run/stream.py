@@ -25,7 +25,7 @@ from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
-from nearplane.data.samples import Batch, as_batch, cut, positions, real
+from nearplane.data.samples import Batch, Samples, as_batch, cut, masks, positions, real
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods.base import Need
 from nearplane.models import discover
@@ -33,7 +33,7 @@ from nearplane.models.discover import Block, Site, Stage
 from nearplane.models.experts import experts_of
 from nearplane.models.source import Source
 from nearplane.run.forward import Forward, OnDisk, Stream, hooked
-from nearplane.run.observe import HELD_OUT, Measuring, residual_drift
+from nearplane.run.observe import HELD_OUT, Measuring, Quarters, residual_drift
 
 # Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
 BATCH_TOKENS = 2048
@@ -122,6 +122,7 @@ class OpenBlock:
         original = self.original.get(site.name)
         weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
         measuring = Measuring(needs, site.shape[1], site.shape[0] if point else None, weight, walk.sequences, seen)
+        measuring.quarters = walk.quarters
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)
             given = current.reach(site.name)
@@ -214,7 +215,7 @@ class Walk:
         self,
         source: Source,
         blocks: list[Block],
-        samples: Tensor | Mapping[str, Tensor] | None,
+        samples: Tensor | Mapping[str, Tensor] | Samples | None,
         place: Place,
         reference: bool,
         activations: TokenGrid | None,
@@ -227,10 +228,14 @@ class Walk:
         self.batches: list[Batch] = []  # this rank's, whole ones of those that one rank would form
         self.firsts: list[int] = []  # number of each one's first sequence among all
         self.sequences, self.positions, self.keep = 0, 0, False
+        self.quarters: Quarters | None = None  # of a mix, what is held out
         whole = None if samples is None else as_batch(samples)
         if whole is not None:
             self.sequences = len(next(iter(whole.values())))
             self.positions = positions([block.shape for block in blocks], whole)
+            if isinstance(samples, Samples) and samples.sources:
+                lengths = next((mask.sum(1).tolist() for mask in masks(whole)), None)
+                self.quarters = Quarters(samples.sources, lengths)
             step = batch_rows(self.positions)
             firsts = range(0, self.sequences, step)
             self.firsts = list(firsts[self.ranks.part(len(firsts))])
@@ -257,7 +262,7 @@ class Walk:
 def stream(
     source: Source,
     blocks: list[Block],
-    samples: Tensor | Mapping[str, Tensor] | None,
+    samples: Tensor | Mapping[str, Tensor] | Samples | None,
     *,
     reference: bool = False,
     activations: TokenGrid | None = None,
@@ -268,8 +273,9 @@ def stream(
     Args:
         source: the model.
         blocks: its blocks, as ``discover`` finds them.
-        samples: arguments of the model's forward, or token ids (samples, seqlen) alone; None when the method reads no
-            data. An argument called attention_mask says which positions are real: padding enters no moment.
+        samples: arguments of the model's forward, or token ids (samples, seqlen) alone, or both with the sources of a mix;
+            None when the method reads no data. An argument called attention_mask says which positions are real: padding
+            enters no moment.
         reference: keep the second stream, through the original weights.
         activations: how inputs of sites are rounded in the quantized stream.
         place: device, dtype, folder for the streams, ranks.
