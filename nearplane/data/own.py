@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.data.samples import longest_input
+from nearplane.data.shares import shares_of
 from nearplane.data.text import Calibration, opening_of, spelled
 from nearplane.data.windows import Text, Tokens, digest
 from nearplane.formats.journal import STATE, sync
@@ -74,12 +75,13 @@ def own_memory(source: Source, calibration: Calibration, itemsize: int) -> tuple
         calibration: number and length of the windows.
         itemsize: bytes of a loaded number.
     """
-    asked, store = wanted(calibration), source.store
-    if asked is None:
+    shares, store = shares_of(calibration.dataset), source.store
+    own = sum(share.weight for share in shares if share.own) / sum(share.weight for share in shares)
+    if not own:
         return 0, 0
     weights = itemsize * sum(prod(store.shape(disk)) for disk in set(source.names.values()))
     cache = _cache(source.model, calibration.seqlen, itemsize)
-    rows = min(asked[0], _rows(cache))
+    rows = min(ceil(own * calibration.nsamples), _rows(cache))
     return weights, rows * (cache + LOGIT_BYTES * (vocabulary(source.model.config) or 0))
 
 
@@ -127,7 +129,9 @@ def own_samples(
         # Opened again: generating may leave a state in a model.
         apart = open_source(source.folder, trust_remote_code=source.trust_remote_code)
         apart.load("", device, dtype)
-        ids = _Writing(apart.model, tokenizer, seed, count).write(prompt, seqlen, counting)
+        ids = (
+            _Writing(apart.model, tokenizer, seed, count).write(prompt, seqlen, counting).clone()
+        )  # no tensor of inference
     origin = f"the model's own samples (seed {seed}, temperature {TEMPERATURE:g})"
     return Tokens(ids, origin, ids.numel(), digest(ids), begun, recipe=recipe)
 

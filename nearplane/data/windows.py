@@ -92,7 +92,7 @@ def joined(shares: Sequence[Share], seeds: Sequence[int], parts: Sequence[Tokens
         " + ".join(f"{len(part.ids)} of {part.origin}" for part in parts),
         sum(part.text_tokens for part in parts),
         digest(ids * mask),
-        next((part.opening for part in parts if part.opening), ""),
+        parts[0].opening if len({part.opening for part in parts}) == 1 else "",
         None if bool(mask.all()) else mask,
         notes=tuple(f"{share.name}: {note}" for share, part in zip(shares, parts, strict=True) for note in part.notes),
         sources=tuple(source for source, _ in order),

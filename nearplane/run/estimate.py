@@ -27,7 +27,7 @@ import torch
 from nearplane.checkpoint.export import copied_bytes
 from nearplane.checkpoint.gguf import dense_bytes
 from nearplane.core.errors import SettingError
-from nearplane.data.own import own_memory, wanted
+from nearplane.data.own import own_memory
 from nearplane.formats.companions import companions
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.journal import STATE
@@ -225,8 +225,8 @@ class _Walk:
         """Yield each stage's name and bytes: on the device that computes, and of pending weights on the CPU."""
         if self.plan.device.type == "cpu":
             yield from self.beside()
-        if self.needs and wanted(self.plan.calibration) is not None:  # the whole model, before the walk
-            weights, beside = own_memory(self.plan.source, self.plan.calibration, self.size)
+        weights, beside = own_memory(self.plan.source, self.plan.calibration, self.size) if self.needs else (0, 0)
+        if weights:  # the whole model, before the walk
             quiet = dict.fromkeys(("block", "paused", "moments", "factor", "solver", "pending"), 0)
             yield OWN, {"outside": weights, "streams": beside, **quiet}
         seen = set()

@@ -76,6 +76,7 @@ def test_equal_seeds_give_equal_samples(model: Path) -> None:
     a, b, c = written(model), written(model), written(model, seed=1)
     assert torch.equal(a.ids, b.ids) and a.recipe == b.recipe and not torch.equal(a.ids, c.ids)
     assert a.recipe is not None and a.recipe["temperature"] == 1.0 and a.recipe["seed"] == 0
+    assert not a.ids.is_inference()
     assert a.origin == "the model's own samples (seed 0, temperature 1)" and a.opening == "<s>"
     bare = written(model, bos=False)
     assert bare.opening == "" and not bool((bare.ids[:, 0] == 1).any())
@@ -195,6 +196,8 @@ def test_plan_tells_of_a_mix_and_of_memory(model: Path, monkeypatch: pytest.Monk
     assert "samples 4 of " in str(found) and "2 of self (weight 1)" in str(found) and found.seconds["samples"] > 0
     with pytest.raises(SettingError, match="self has a weight of 1 of 3, less than one of nsamples=1"):
         nearplane.plan(model, dataset=mix, method="gptq", nsamples=1, seqlen=24, bits=3, group_size=32)
+    few = estimate._with_samples(found.plan, 1)  # as suggestions try, although no source may get less than one
+    assert estimate.estimate(few).windows == (1, 24)
     weights, beside = own_memory(found.plan.source, found.plan.calibration, 4)
     assert weights == 4 * sum(p.numel() for p in found.plan.source.model.parameters()) and beside > 0
     monkeypatch.setattr(estimate, "own_memory", lambda *_: (1 << 50, 0))
