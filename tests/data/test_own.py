@@ -12,6 +12,7 @@ import transformers
 
 import nearplane
 from nearplane import GPTQ, Calibration, NearplaneError, SettingError
+from nearplane.cli.main import main
 from nearplane.data import own
 from nearplane.data.own import keep, kept, opened, own_memory, own_samples
 from nearplane.data.windows import Tokens
@@ -203,4 +204,28 @@ def test_plan_tells_of_a_mix_and_of_memory(model: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(estimate, "own_memory", lambda *_: (1 << 50, 0))
     with pytest.raises(SettingError, match=r"needs .* at writing its own samples .*; --dataset without self; --force"):
         estimate.refuse(found.plan, Path())
+    monkeypatch.undo()
+    assert own_memory(found.plan.source, Calibration(nsamples=6), 4) == (0, 0)
     estimate.refuse(replace(found.plan, job=replace(found.plan.job, calibration=Calibration(nsamples=6))), Path())
+
+
+def test_the_terminal_and_eval_tell_of_a_mix(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model.parent)
+    words = ["quantize", str(model), str(tmp_path / "out"), "--bits", "3", "--group-size", "32", "--method", "gptq"]
+    assert main([*words, "--dataset", "text.txt:2,self:1", "--nsamples", "6", "--seqlen", "24"]) == 0
+    told = capsys.readouterr().err
+    assert "calibration a mix: 6 windows of 24 tokens, each begins with <s>" in told
+    assert "  text.txt, weight 2: 4 windows\n  self, weight 1: 2 windows (the model's own samples (seed " in told
+    for dataset in ("text.txt:2,self:1", "self"):
+        assert main(["eval", str(model), "--dataset", dataset, "--seqlen", "24"]) == 2
+        assert "is to calibrate on" in capsys.readouterr().err
+
+
+def test_a_method_that_reads_no_data_writes_no_samples(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "_Writing", None)
+    report = nearplane.quantize(model, tmp_path / "out", dataset="self", method="rtn", **SMALL)
+    assert report.data == {"origin": "none: this method reads no calibration data"}
