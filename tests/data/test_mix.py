@@ -146,6 +146,11 @@ def test_each_source_is_drawn_by_itself(files: Path) -> None:
         assert tokens.parts[0]["sha256"] == single.sha256 and tokens.parts[0]["seed"] == 5
         assert tokens.sha256 == digest(tokens.ids) and tokens.record()["sources"] == list(tokens.parts)
     assert made[0].parts[1]["seed"] not in (5, made[1].parts[2]["seed"]) and made[0].parts[1] == made[1].parts[1]
+    twice = Calibration([([long], 1), ([long], 1)], nsamples=12, seqlen=20, seed=5).load(Bytes())
+    for source, part in enumerate(twice.parts):
+        own = Calibration([long], nsamples=6, seqlen=20, seed=part["seed"]).load(Bytes())
+        assert torch.equal(twice.ids[torch.tensor(twice.sources) == source], own.ids)
+    assert twice.parts[0]["sha256"] != twice.parts[1]["sha256"]
     assert [part["weight"] for part in made[1].parts] == [1, 1, 1]
     assert [part["windows"] for part in made[1].parts] == [3, 3, 3] and made[1].parts[1]["tokens"] == 60
 
