@@ -1,12 +1,12 @@
 """Let a model write the text that it is calibrated on: ``--dataset self``.
 
-Each window begins as the model's users begin: with the opening of a user's turn of the chat template, where the tokenizer
-has a template, else with what the tokenizer puts before a text. Then comes a first token, another one for each window,
-evenly from the ``FIRST`` most probable ones. Everything behind it is sampled from the model's distribution. A sample
-that ends goes on with what the model writes behind its end token, so that every window is full.
+Each window begins as the model's users begin. Where the tokenizer has a chat template, that is the opening of a user's
+turn, else what the tokenizer puts before a text. Then comes a first token, another one for each window, evenly from the
+``FIRST`` most probable ones. Everything behind it is sampled from the model's distribution. A sample that ends goes on with
+what the model writes behind its end token, so that every window is full.
 
-The numbers that choose tokens are drawn for each window by itself, and batches are as the configuration has them: equal
-seeds and threads give equal samples. A run keeps the samples in OUT until it is finished, and resumes without writing them again.
+The numbers that choose tokens are drawn before, for each window by itself. The configuration decides the batches. So equal
+seeds and threads give equal samples. A run keeps its samples in OUT until it is finished: a resume does not write them again.
 """
 
 import hashlib

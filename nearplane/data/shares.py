@@ -91,7 +91,7 @@ def refuse_names(dataset: Any) -> None:
     if (
         isinstance(dataset, list | tuple)
         and dataset
-        and all(isinstance(row, str) and _is_source(row) for row in dataset)
+        and all(isinstance(row, str) and (row in WORDS or (_is_there(row) and os.path.isfile(row))) for row in dataset)
     ):
         raise SettingError(
             f"dataset is a list that holds the name {dataset[0]!r}, and the words of a list are texts; give the name alone, "

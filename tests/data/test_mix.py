@@ -111,6 +111,8 @@ def test_a_name_that_may_be_a_file_or_a_file_with_a_weight_is_asked_about(files:
 
 def test_texts_that_are_names_of_nothing_are_texts(files: Path) -> None:
     assert Calibration(["a.txt is a name", "b.txt"], nsamples=1, seqlen=20).load(Bytes()).text_tokens == 22
+    (files / "folder").mkdir()
+    assert Calibration(["folder"], nsamples=1, seqlen=3).load(Bytes()).text_tokens == 6
     rows = [(5, 7), (8, 9)]  # two rows of two token ids each
     assert Calibration(rows, nsamples=2, seqlen=4).load(Bytes()).ids.tolist() == [[5, 7], [8, 9]]
 
