@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.cli.terminal import Terminal
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.data.own import keep
 from nearplane.data.rows import Rows
+from nearplane.data.windows import Tokens
 from nearplane.evaluation.generation import Generation, threads_set
 from nearplane.evaluation.generation import generate as generate_text
 from nearplane.evaluation.perplexity import Evaluation, check_windows
@@ -32,7 +35,7 @@ from nearplane.run.events import BlockDone, Show, StageDone
 from nearplane.run.forecast import Forecast, forecast
 from nearplane.run.job import Job
 from nearplane.run.measure import Clock
-from nearplane.run.plan import Plan, complete, draft
+from nearplane.run.plan import Plan, complete, draft, own_text
 from nearplane.run.report import Report, recordable
 from nearplane.run.resume import Saver, restore
 from nearplane.run.walk import walk
@@ -80,21 +83,28 @@ def quantize(
     with together(job.device) as ranks, show or Terminal(silent=not progress) as told:
         told.silent = told.silent or ranks.rank > 0
         writer = ranks.first(lambda: Writer(out, resume=job.resume))
-        with told.waiting(f"opening {model}: its structure, and the tensors that are copied"):
+        with told.waiting(f"opening {model}: its structure"):
             plan = draft(model, replace(job, device=ranks.device), reads=True)  # opened once; no weight is read
             if not job.force:
                 refuse(plan, out, job.offload, ranks)
             _ = plan.settings  # refused here where report.json cannot hold one of them
-            plan = complete(plan)
+        own = ranks.tell(ranks.first(partial(own_text, plan, out, told.counting)))
+        with told.waiting(f"reading {model}: the tensors that are copied, and the calibration data"):
+            plan = complete(plan, own)
         named = recordable(str(model), "MODEL"), recordable(str(out), "OUT")
         report = Report(named[0], plan.settings, named[1], data=plan.data)
         report.revision, report.commit = plan.source.revision, plan.source.commit
         report.events += plan.warnings()
-        return ranks.tell(_run(plan, writer, report, ranks, told))
+        return ranks.tell(_run(plan, writer, report, ranks, told, own))
 
 
-def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show) -> Report:
-    """Walk; the report, the saver and the terminal read the events. Only rank 0 has a writer."""
+def _run(
+    plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, own: Tokens | None = None
+) -> Report:
+    """Walk; the report, the saver and the terminal read the events. Only rank 0 has a writer.
+
+    ``own``: samples that the model has written, which OUT keeps until the run is finished.
+    """
     with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
         if plan.undecided:
             plan = _decide(plan, writer, report, ranks, show, stop)
@@ -103,6 +113,8 @@ def _run(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: 
             if writer:
                 writer.finish()
             return report if writer is None else Report.read(writer.out)
+        if writer and own is not None:
+            keep(own, writer.out)
         saver = Saver(plan, writer, report, ranks.world) if writer else None
         clock = Clock()
         show.begin(report, plan.walked, len(done), resume=plan.job.resume, mixed=plan.mixed)

@@ -49,6 +49,40 @@ def test_rotation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main([*words, "RTN"])
 
 
+def test_what_is_calibrated_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for the original and each dataset, KL on every domain; a second call runs nothing again."""
+    monkeypatch.syspath_prepend(str(RUNS))
+    text, out = str(folder / "text.txt"), folder / "calibration_text"
+    study = script("calibration_text.py")
+    monkeypatch.setitem(study["main"].__globals__, "MODULES", ("sched",))
+    words = [
+        "--model",
+        str(folder / "model"),
+        "--wikitext",
+        text,
+        "--shakespeare",
+        text,
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "24",
+    ]
+    words += ["--eval-seqlen", "32", "--windows", "2", "--seeds", "0", "1", "--group-size", "32", "--out", str(out)]
+    words += ["--threads", "1", "--datasets", "embedded", f"{text}:3,self"]
+    study["main"](words)
+    cells = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert len(cells) == 1 + 2 * 2 and list(cells[1]["domains"]) == ["wikitext", "shakespeare", "python"]
+    assert [row["windows"] for row in cells[2]["data"]["sources"]] == [3, 1]
+    capsys.readouterr()
+    study["main"]([*words, "--table"])
+    rows = capsys.readouterr().out.splitlines()
+    kl = [cell["domains"]["wikitext"]["kl"] for cell in cells if "|embedded|" in cell["cell"]]
+    assert len(kl) == 2 and min(kl) > 0 and rows[2].startswith(f"| embedded | 4 | 96 | 2 | {sum(kl) / 2:.3f} ± ")
+    assert len(study["dialogs"]()) > 5 and all(turns[0]["role"] == "user" for turns in study["dialogs"]())
+
+
 def test_quality_study(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two seeds and two sizes of the rows that the summary compares; a second call runs nothing again."""
     study, text = script("quality.py"), str(folder / "text.txt")

@@ -24,7 +24,7 @@ class Options:
     model: str
     """A transformers folder (original, compressed-tensors or GPTQ), a hub id, or "demo"."""
     dataset: str | None = None
-    """File of texts or dataset name, as quantize takes it; none: the held-out part of the embedded text. A folder of images
+    """File of texts or dataset name, one that quantize takes; none: the held-out part of the embedded text. A folder of images
     or recordings for a model that reads such."""
     dataset_split: str | None = None
     """Split of the dataset; none: test or validation, where a dataset has splits."""

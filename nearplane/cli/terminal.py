@@ -207,7 +207,11 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
     lines += choice_table(settings) if verbose else _choices(settings)
     amount = f": {data['windows']} windows of {data['seqlen']} tokens" if "seqlen" in data else ""
     begun = f", each begins with {data['opening']}" if data.get("opening") else ""
-    lines.append(f"calibration {data['origin']}{amount}{begun}")
+    sources = data.get("sources", ())
+    lines.append(f"calibration {'a mix' if sources else data['origin']}{amount}{begun}")
+    for row in sources:
+        kind = f" ({row['origin']})" if row["origin"] != row["source"] else ""
+        lines.append(f"  {row['source']}, weight {row['weight']:g}: {row['windows']} windows{kind}")
     lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
     if "windows" in data:
         lines.append("a block's line: error, the mean of its linears' ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")

@@ -17,6 +17,7 @@ from typing import Any
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.data.rows import Row, of_object, pick
+from nearplane.data.shares import WORDS
 
 JSON, LINES, PARQUET = (".json",), (".jsonl", ".ndjson", ".jsonlines"), (".parquet", ".pq")
 TABLES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -49,6 +50,23 @@ def is_file_name(name: str) -> bool:
     path = Path(name)
     known = (*JSON, *LINES, *PARQUET, *TABLES, *PACKED, *RAW, ".arrow", ".zip", ".zst", ".yaml", ".yml")
     return path.suffix.lower() in known or path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2
+
+
+def has_columns(dataset: Any) -> bool:
+    """Whether a source may have columns: rows in memory, a name on the hub, or a file whose ending is not that of a raw text."""
+    return not isinstance(dataset, str) or (dataset not in WORDS and _ending(dataset) not in RAW)
+
+
+def has_splits(dataset: Any) -> bool:
+    """Whether a source may have splits: rows in memory, a name on the hub, or a JSON file."""
+    named = isinstance(dataset, str) and dataset not in WORDS and not Path(dataset).expanduser().exists()
+    return not isinstance(dataset, str) or (named and not is_file_name(dataset)) or _ending(dataset) in JSON
+
+
+def _ending(name: str) -> str:
+    """Return the ending of a file's content, in small letters."""
+    path = Path(name)
+    return Path(path.stem if path.suffix.lower() in PACKED else name).suffix.lower()
 
 
 def read_file(path: Path, column: str | None = None, split: str | None = None) -> str | Iterator[Row]:

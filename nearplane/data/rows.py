@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError, some_of
+from nearplane.data.shares import Share, alone, as_word, is_mix, pairs_of, refuse_names, shares_of
 
 # Columns that are looked for where a user names none, in this order.
 COLUMNS = ("input_ids", "text", "messages", "conversations")
@@ -53,9 +54,15 @@ class Documents(NamedTuple):
 def check(dataset: Any) -> Any:
     """Return a dataset as settings hold it; a path becomes a string. SettingError for anything that cannot be read twice."""
     if isinstance(dataset, PathLike):
-        return str(dataset)
+        return as_word(str(dataset))
     if dataset is None or isinstance(dataset, str):
+        shares_of(dataset)
         return dataset
+    dataset = pairs_of(dataset)
+    if is_mix(dataset):
+        pairs = [_checked(share) for share in shares_of(dataset)]
+        return pairs if len(pairs) > 1 else alone(pairs[0][0])
+    refuse_names(dataset)
     kind = type(dataset).__name__
     if hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
         raise SettingError(f"dataset is a {kind}, which can be read only once; give a list, as list(...) makes it.")
@@ -66,6 +73,15 @@ def check(dataset: Any) -> Any:
     if getattr(dataset, "ndim", 1) == 0 or len(dataset) == 0:
         raise SettingError(f"dataset is a {kind} without rows.")
     return dataset
+
+
+def _checked(share: Share) -> tuple[Any, float]:
+    """Return a source of a mix in memory as a pair. SettingError for one that cannot be read twice, or is a mix itself."""
+    named = share.dataset is None or isinstance(share.dataset, str)
+    dataset = share.dataset if named else check(share.dataset)
+    if is_mix(dataset):
+        raise SettingError("dataset: a source of a mix is a mix itself; give all sources in one list.")
+    return dataset, share.weight
 
 
 def documents(rows: Iterable[Row], name: str, column: str | None, tokenizer: Any) -> Documents:

@@ -30,8 +30,10 @@ from nearplane.data.media import (
     waveforms,
     waves,
 )
-from nearplane.data.rows import Rows
+from nearplane.data.rows import Rows, check
+from nearplane.data.shares import shares_of
 from nearplane.data.text import Calibration, consecutive, read_text, spelled
+from nearplane.data.windows import Tokens
 from nearplane.models import inputs
 from nearplane.models.inputs import AUDIO, DECODER, IMAGES, MEDIA, TEXT, WAVES
 from nearplane.models.source import Source, load_tokenizer
@@ -46,6 +48,7 @@ class Samples(NamedTuple):
     arguments: Batch
     data: dict[str, Any]  # for the report
     notes: tuple[str, ...] = ()  # remarks for the user
+    sources: tuple[int, ...] = ()  # of a mix, the number of each sample's source
 
     @property
     def number(self) -> int:
@@ -59,12 +62,13 @@ class Samples(NamedTuple):
         return None if ids is None else ids.shape[1]
 
 
-def gather(source: Source, calibration: Calibration) -> Samples:
+def gather(source: Source, calibration: Calibration, own: Tokens | None = None) -> Samples:
     """Gather the samples that a model is calibrated on.
 
     Args:
         source: the model.
         calibration: dataset, number, length and seed.
+        own: what the model has written, where the dataset asks for that (``data/own.py``).
 
     Returns:
         Arguments of the forward on the CPU, their record for the report, and remarks for the user.
@@ -81,6 +85,7 @@ def gather(source: Source, calibration: Calibration) -> Samples:
     batch: Batch = {}
     data: dict[str, Any] = {}
     notes: list[str] = []
+    sources: tuple[int, ...] = ()
     media = {IMAGES: images, AUDIO: mels, WAVES: waves}
     for name in (name for name in wanted if name in media):
         values, origin, remarks = media[name](source, calibration)
@@ -89,13 +94,15 @@ def gather(source: Source, calibration: Calibration) -> Samples:
         notes += remarks
     if TEXT in wanted or DECODER in wanted:
         count = len(next(iter(batch.values()))) if batch else calibration.nsamples
-        text = _text(source, calibration, count, bool(batch))
+        adapted = replace(calibration, nsamples=count, dataset=None if batch else calibration.dataset)
+        text = _text(source, adapted, own)
+        sources = text.sources
         data = {**data, "text": text.data} if batch else text.data
         notes += text.notes
         batch = text.arguments | batch
         if DECODER in wanted:
             batch = _decoded(model, batch, keep=TEXT in wanted)
-    return Samples(batch, data, tuple(notes))
+    return Samples(batch, data, tuple(notes), sources)
 
 
 def held_out(
@@ -166,6 +173,10 @@ def _media(
 
 def refuse_of_text(dataset: str | Path | Rows | None, split: str | None, column: str | None) -> None:
     """Raise SettingError for settings of a text dataset, given for a model that reads files of a folder."""
+    if len(shares_of(check(dataset))) > 1:
+        raise SettingError(
+            f"this model reads images or recordings from one folder; a mix, such as {dataset!r}, is of texts."
+        )
     if dataset is not None and not isinstance(dataset, str | Path):
         raise SettingError(
             f"this model reads images or recordings from a folder; dataset is a {type(dataset).__name__}."
@@ -197,8 +208,10 @@ def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
         )
 
 
-def as_batch(samples: Tensor | Mapping[str, Tensor]) -> Batch:
+def as_batch(samples: Tensor | Mapping[str, Tensor] | Samples) -> Batch:
     """Name the arguments of a forward: a bare tensor of token ids becomes ``input_ids``."""
+    if isinstance(samples, Samples):
+        return samples.arguments
     return {"input_ids": samples} if isinstance(samples, Tensor) else dict(samples)
 
 
@@ -269,10 +282,9 @@ def positions(shapes: list[tuple[int, ...]], samples: Mapping[str, Tensor]) -> i
     return max([*texts, *others], default=1)
 
 
-def _text(source: Source, calibration: Calibration, count: int, embedded: bool) -> Samples:
-    """Gather ``count`` windows of text, or sentences. ``embedded``: read the embedded text, not the dataset."""
-    adapted = replace(calibration, nsamples=count, dataset=None if embedded else calibration.dataset)
-    tokens = adapted.load(source.tokenizer, longest_input(source.model))
+def _text(source: Source, calibration: Calibration, own: Tokens | None) -> Samples:
+    """Gather windows of text, or sentences."""
+    tokens = calibration.load(source.tokenizer, longest_input(source.model), own)
     check_vocabulary(tokens.ids, source.model)
     batch = {TEXT: tokens.ids}
     if tokens.mask is not None:
@@ -282,7 +294,7 @@ def _text(source: Source, calibration: Calibration, count: int, embedded: bool) 
                 f"rows of token ids of different lengths are for models that read text only; this one reads {', '.join(wanted)}."
             )
         batch["attention_mask"] = tokens.mask
-    return Samples(batch, tokens.record(), tokens.notes)
+    return Samples(batch, tokens.record(), tokens.notes, tokens.sources)
 
 
 def _decoded(model: nn.Module, batch: Batch, *, keep: bool) -> Batch:

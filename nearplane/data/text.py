@@ -8,17 +8,20 @@ ship with the package (``data/embedded``): one for calibration, one held out.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError, plain, plain_numbers
-from nearplane.data.files import is_file_name, read_file
+from nearplane.data.files import has_columns, has_splits, is_file_name, read_file
 from nearplane.data.rows import MOST_ROWS, Documents, Row, Rows, check, documents, in_memory
+from nearplane.data.shares import EMBEDDED as EMBEDDED_WORD
+from nearplane.data.shares import Share, counts, seeds, shares_of
+from nearplane.data.windows import Text, Tokens, digest, few, joined, overlapping, padded
 
 # Names of datasets in other toolkits -> hub id, configuration, text column.
 NAMED = {
@@ -34,52 +37,18 @@ EMBEDDED = {"calibration": ("calibration.txt", "calibration"), "evaluation": ("h
 PROBED, MOST_PROBED = 8, 2000
 
 
-class Text(NamedTuple):
-    """A text and its origin."""
-
-    content: str
-    origin: str
-    rows: tuple[str, ...] = ()
-    """The rows that were joined to ``content``; none of a raw text."""
-    ids: tuple[Tensor, ...] = ()
-    """Rows that are token ids already; then there is no ``content``."""
-    held: dict[str, Any] | None = None
-    """Kind, number of rows and hash of a dataset in memory."""
-
-
-class Tokens(NamedTuple):
-    """Windows of token ids, and the record that identifies them."""
-
-    ids: Tensor  # (windows, seqlen), int64
-    origin: str
-    text_tokens: int  # tokens in the whole text
-    sha256: str  # of the windows
-    opening: str = ""
-    """The tokens that each window begins with, in words."""
-    mask: Tensor | None = None
-    """(windows, seqlen), 1 for real tokens and 0 for padding; None where nothing is padded."""
-    held: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-
-    def record(self) -> dict[str, Any]:
-        """Return what the report says of the windows."""
-        real = self.ids.numel() if self.mask is None else int(self.mask.sum())
-        found = {"windows": len(self.ids), "seqlen": self.ids.shape[1], "tokens": real, "origin": self.origin}
-        found |= {"text_tokens": self.text_tokens, "sha256": self.sha256, "opening": self.opening}
-        return found | ({} if self.held is None else {"dataset": self.held})
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Calibration data: dataset, number and length of samples, seed.
 
     In Python ``dataset`` may also be held in memory: a list of texts, of dicts with a column as files have it, or of token
-    ids; a ``datasets.Dataset``; a tensor of token ids (docs/data.md).
+    ids; a ``datasets.Dataset``; a tensor of token ids; or a mix, a list of pairs of a source and its weight (docs/data.md).
     """
 
     dataset: str | Path | Rows | None = None
     """File (plain text; .jsonl, .json, .csv, .tsv or .parquet with a column of texts, conversations or token ids) or dataset
-    name (wikitext2, c4, ptb, or a hub id); none: embedded text. For a model of images or audio: a folder of files."""
+    name (wikitext2, c4, ptb, or a hub id); embedded: the embedded text, as without a dataset; self: samples that the model
+    writes. A mix with weights, such as a.txt:2,self:1. For a model of images or audio: a folder of files."""
     nsamples: int = 128
     """Number of samples: windows of text, images or recordings."""
     seqlen: int = 512
@@ -117,21 +86,71 @@ class Calibration:
             )
         if not 0 <= self.seed < 2**63:
             raise SettingError(f"seed must be 0 to 2**63 - 1; got {self.seed}.")
+        shares_of(self.dataset)
 
-    def load(self, tokenizer: Any, longest: int | None = None) -> Tokens:
+    @property
+    def shares(self) -> tuple[tuple[Share, int, int], ...]:
+        """The sources of the dataset, each with its number of samples and its seed; one, unless the dataset is a mix.
+
+        Raises:
+            SettingError: a source would get no sample.
+        """
+        found = shares_of(self.dataset)
+        return tuple(zip(found, counts(found, self.nsamples), seeds(found, self.seed), strict=True))
+
+    def load(self, tokenizer: Any, longest: int | None = None, own: Tokens | None = None) -> Tokens:
         """Tokenize the dataset and draw ``nsamples`` seeded windows, or with ``sentences`` paragraphs.
 
         Several rows of token ids are the samples themselves: nothing is put before them, and they are padded where their
-        lengths differ. One row of token ids that is longer than ``seqlen`` is a text.
+        lengths differ. One row of token ids that is longer than ``seqlen`` is a text. Each source of a mix gives its share
+        of the windows, drawn with a seed of its own.
 
         Args:
             tokenizer: the model's tokenizer.
             longest: the model's number of positions, the most tokens of a window.
+            own: what the model has written, where the dataset asks for that.
 
         Raises:
-            NearplaneError: the dataset cannot be read, or is shorter than one window.
+            NearplaneError: the dataset cannot be read, or is shorter than one window; of a mix, a source has fewer samples than
+                its share.
         """
-        text = self.read(tokenizer)
+        shares, made = self.shares, []
+        for share, count, seed in shares:
+            if share.own and own is None:
+                raise SettingError(
+                    "dataset self is written by the model, which is not at hand here; quantize writes it."
+                )
+            part = own
+            if not share.own:
+                alone = replace(self, dataset=None, nsamples=count, seed=seed)
+                part = alone._drawn(self._text(share, tokenizer), tokenizer, longest)
+            assert part is not None
+            if len(shares) > 1 and len(part.ids) != count:
+                raise SettingError(
+                    f"dataset {share.name} has {len(part.ids)} samples, fewer than its share of {count} of "
+                    f"nsamples={self.nsamples}; lower its weight or --nsamples, or give more of it."
+                )
+            made.append(part if len(shares) == 1 else part._replace(notes=(*part.notes, *overlapping(part))))
+        if len(made) == 1:
+            return made[0]
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        return joined([share for share, _, _ in shares], [seed for _, _, seed in shares], made, pad)
+
+    def texts(self, tokenizer: Any) -> list[Text]:
+        """Read the calibration part of each source that is not the model's own, as ``read_text`` does."""
+        return [self._text(share, tokenizer) for share, _, _ in self.shares if not share.own]
+
+    def _text(self, share: Share, tokenizer: Any) -> Text:
+        """Read a source; of a mix, columns and splits are for the sources that have such."""
+        given = [other.dataset for other in shares_of(self.dataset)]
+        column, split = (
+            value if fits(share.dataset) or not any(map(fits, given)) else None
+            for value, fits in ((self.dataset_column, has_columns), (self.dataset_split, has_splits))
+        )
+        return _read(share.dataset, "calibration", tokenizer, split=split, column=column)
+
+    def _drawn(self, text: Text, tokenizer: Any, longest: int | None) -> Tokens:
+        """Draw samples of one text."""
         seqlen = min(self.seqlen, longest or self.seqlen)
         if len(text.ids) > 1 or (text.ids and len(text.ids[0]) <= seqlen):
             return self._rows(text, list(text.ids), seqlen, tokenizer)
@@ -149,18 +168,12 @@ class Calibration:
         windows = _opened(ids[start[:, None] + torch.arange(width)], opening)
         return Tokens(windows, text.origin, len(ids), digest(windows), spelled(tokenizer, opening), held=text.held)
 
-    def read(self, tokenizer: Any) -> Text:
-        """Read the dataset's calibration part, as ``read_text`` does."""
-        return read_text(self.dataset, "calibration", tokenizer, split=self.dataset_split, column=self.dataset_column)
-
     def _rows(self, text: Text, rows: list[Tensor], seqlen: int, tokenizer: Any) -> Tokens:
         """Take ``nsamples`` seeded rows of token ids as samples; all, in their order, if there are not more."""
-        notes, total = [], sum(map(len, rows))
+        total, notes = sum(map(len, rows)), few(len(rows), self.nsamples)
         if len(rows) > self.nsamples:
             generator = torch.Generator().manual_seed(self.seed)
             rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)[: self.nsamples].tolist()]
-        elif len(rows) < self.nsamples:
-            notes.append(f"the dataset has {len(rows)} samples, fewer than nsamples={self.nsamples}; all are used")
         cut = sum(len(row) > seqlen for row in rows)
         if cut:
             notes.append(f"{cut} of {len(rows)} rows of token ids are cut to {seqlen} tokens; --seqlen is the limit")
@@ -193,17 +206,8 @@ def sentences(calibration: Calibration, text: Text, tokenizer: Any, seqlen: int)
         rows.append(torch.tensor(ids if calibration.bos else _without(ids, opening), dtype=torch.long))
     if not any(map(len, rows)):
         raise NearplaneError(f"the tokenizer makes no token of {text.origin}.")
-    return padded(text, rows, tokenizer, spelled(tokenizer, opening) if calibration.bos else "")
-
-
-def padded(text: Text, rows: list[Tensor], tokenizer: Any, opening: str = "") -> Tokens:
-    """Pad rows of token ids to the longest; there is a mask where their lengths differ."""
-    ids = torch.full((len(rows), max(map(len, rows))), getattr(tokenizer, "pad_token_id", None) or 0)
-    mask = torch.zeros_like(ids)
-    for row, values in enumerate(rows):
-        ids[row, : len(values)], mask[row, : len(values)] = values, 1
-    total = int(mask.sum())
-    return Tokens(ids, text.origin, total, digest(ids * mask), opening, None if bool(mask.all()) else mask, text.held)
+    made = padded(text, rows, tokenizer, spelled(tokenizer, opening) if calibration.bos else "")
+    return made._replace(notes=tuple(few(len(parts), calibration.nsamples)))
 
 
 def consecutive(
@@ -251,8 +255,16 @@ def read_text(
     Raises:
         NearplaneError: the text cannot be read.
     """
-    dataset = check(dataset)
-    if dataset is None or (isinstance(dataset, str) and dataset == "embedded"):
+    shares = shares_of(check(dataset))
+    if len(shares) > 1 or shares[0].own:
+        what = "a mix" if len(shares) > 1 else "self, the model's own samples,"
+        raise SettingError(f"{what} is to calibrate on, and dataset is {dataset!r}; give one text.")
+    return _read(shares[0].dataset, part, tokenizer, split=split, column=column)
+
+
+def _read(dataset: Any, part: Part, tokenizer: Any, *, split: str | None, column: str | None) -> Text:
+    """Read one source, as ``read_text`` says."""
+    if dataset is None or (isinstance(dataset, str) and dataset == EMBEDDED_WORD):
         for what, name in (("split", split), ("column", column)):
             if name is not None:
                 raise SettingError(f"the embedded text has no {what}s, so there is no {what} {name!r}; give --dataset.")
@@ -322,11 +334,6 @@ def tokenize(tokenizer: Any, text: Text, opening: Sequence[int] = (), *, marked:
     if end is not None and ids[-1:] == [end] == _ids(tokenizer, _sample(text), add_special_tokens=False)[-1:]:
         ids = ids[:-1]  # of a tokenizer that marks a text whether asked to or not
     return torch.tensor(ids, dtype=torch.long)
-
-
-def digest(ids: Tensor) -> str:
-    """Return SHA-256 of token windows, equal for equal runs."""
-    return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _embedded(part: Part) -> Text:

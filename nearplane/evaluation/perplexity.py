@@ -20,7 +20,8 @@ from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError, plain
 from nearplane.data.rows import Rows
 from nearplane.data.samples import check_vocabulary, longest_input
-from nearplane.data.text import consecutive, digest, read_text, spelled
+from nearplane.data.text import consecutive, read_text, spelled
+from nearplane.data.windows import digest
 from nearplane.evaluation.cache import RoundedCache
 from nearplane.machine.progress import track
 from nearplane.models.inputs import refuse_unless_causal

@@ -27,6 +27,7 @@ import torch
 from nearplane.checkpoint.export import copied_bytes
 from nearplane.checkpoint.gguf import dense_bytes
 from nearplane.core.errors import SettingError
+from nearplane.data.own import own_memory
 from nearplane.formats.companions import companions
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.journal import STATE
@@ -48,6 +49,8 @@ from nearplane.run.stream import batch_rows, kept
 LATER = 80 << 20
 # The method that is suggested where two streams do not fit.
 ONE_STREAM = "gptq"
+# The step in which a model writes samples itself.
+OWN = "writing its own samples (dataset self), for which the whole model is loaded"
 # Bytes of a CUDA context.
 CUDA_CONTEXT = 500 << 20
 # Numbers that the report holds for each number of a weight that it measures: with moments, and without. The error of the
@@ -221,6 +224,10 @@ class _Walk:
         """Yield each stage's name and bytes: on the device that computes, and of pending weights on the CPU."""
         if self.plan.device.type == "cpu":
             yield from self.beside()
+        weights, beside = own_memory(self.plan.source, self.plan.calibration, self.size) if self.needs else (0, 0)
+        if weights:  # the whole model, before the walk
+            quiet = dict.fromkeys(("block", "paused", "moments", "factor", "solver", "pending"), 0)
+            yield OWN, {"outside": weights, "streams": beside, **quiet}
         seen = set()
         for block in self.plan.walked:
             kind = (self.blocks[block.name + "."], tuple(tuple(s.shape for s in stage) for stage in block.stages))
@@ -353,7 +360,8 @@ def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[
     """
     tips = []
     if _short(found):
-        tips.append(_smallest_change(plan, found, world))
+        own = any(some.where == OWN for some in found.memory)
+        tips.append("--dataset without self" if own else _smallest_change(plan, found, world))
         if plan.device.type == "cuda":
             tips.append("--device cpu uses the machine's memory")
     free = free_disk(out)

@@ -22,6 +22,8 @@ import torch
 from nearplane.checkpoint.engines import Verdict, verdicts
 from nearplane.core.errors import SettingError
 from nearplane.core.moments import all_finite
+from nearplane.data.own import own_memory, wanted
+from nearplane.data.shares import WORDS
 from nearplane.data.text import tokenize
 from nearplane.machine.memory import free_disk
 from nearplane.methods.base import Need, rows_independent
@@ -50,6 +52,8 @@ PHASES = ("start", "forward", "observe", "prepare", "solve", "measure", "write")
 PROBLEM, TOKENS = (512, 1024), 1024
 DISK_BYTES = 32 << 20
 SAMPLE = 100_000
+# Products of a few dozen tokens take so many times as long a FLOP as those of many.
+THIN = 3
 # Seconds after which nothing is timed again.
 LONG = 0.3
 
@@ -78,12 +82,19 @@ class Forecast:
             "model": plan.source.name,
             **{key: value for key, value in plan.settings.items() if key != "calibration"},
             **found.as_dict(),
+            "sources": self.sources,
             "free_disk": free_disk(Path.cwd()),
             "seconds": self.seconds | {"total": sum(self.seconds.values())},
             "lacking": self.lacking(),
             "suggestions": suggestions(plan, found, Path.cwd(), self.ranks),
             "engines": {engine: judged.as_dict() for engine, judged in self.engines().items()},
         }
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The sources of the calibration data, with weight, windows and seed; none where the method reads no data."""
+        shares = self.plan.calibration.shares if self.plan.method.needs else ()
+        return [{"source": s.name, "weight": s.weight, "windows": count, "seed": seed} for s, count, seed in shares]
 
     def __str__(self) -> str:
         plan, found = self.plan, self.estimate
@@ -96,6 +107,9 @@ class Forecast:
             f"{plan.source.name}: {sites} linears in {len(plan.blocks)} blocks; {type(plan.method).__name__}, {grid}{data}",
             f"largest stage {found.largest}, {found.largest_shape[0]} x {found.largest_shape[1]}",
         ]
+        if len(self.sources) > 1:
+            mix = (f"{row['windows']} of {row['source']} (weight {row['weight']:g})" for row in self.sources)
+            lines.append(f"samples {', '.join(mix)}")
         if found.ranks > 1:
             lines.append(f"{found.ranks} ranks share the samples; of each, if every one has cores or a GPU of its own:")
         for memory in found.memory:
@@ -153,8 +167,11 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
     opening = time.perf_counter() - start
     scratch = plan.job.offload
     found = shared(plan, scratch, ranks, ranks)
-    spent = seconds(plan, found, rates(plan, found))
+    measured = rates(plan, found)
+    spent = seconds(plan, found, measured)
     spent["start"] += opening + (reading(plan) if plan.method.needs else 0.0)
+    if plan.method.needs and wanted(plan.calibration) is not None:
+        spent["samples"] = writing(plan, measured)
     if rows_independent(plan.method):
         spent |= {phase: spent[phase] / ranks for phase in ("solve", "measure")}
     if plan.undecided:
@@ -217,6 +234,13 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
     return phases
 
 
+def writing(plan: Plan, rates: Rates) -> float:
+    """Return the seconds in which the model writes its own samples, a token of each window at a time."""
+    asked = wanted(plan.calibration)
+    weights, _ = own_memory(plan.source, plan.calibration, 1)
+    return 0.0 if asked is None else rates.load * weights + THIN * rates.flop * 2 * weights * asked[0] * plan.windows[1]
+
+
 def observing(needs: frozenset[Need], size: Size) -> float:
     """Return the FLOPs of the moments, per token."""
     m, n, adds = size
@@ -273,17 +297,19 @@ def reading(plan: Plan) -> float:
 
     0 where there is no tokenizer yet, or the text would have to be downloaded.
     """
-    dataset, start = plan.calibration.dataset, time.perf_counter()
-    there = not isinstance(dataset, str) or Path(dataset).expanduser().is_file()
+    start, shares = time.perf_counter(), [share for share, _, _ in plan.calibration.shares]
+    there = all(not isinstance(name, str) or name in WORDS or Path(name).expanduser().is_file() for name, _ in shares)
     if not there or not (plan.source.folder / "tokenizer_config.json").exists():
         return 0.0
     tokenizer = plan.source.tokenizer
-    text = plan.calibration.read(tokenizer)
-    loaded = time.perf_counter()
-    if not text.ids:
-        tokenize(tokenizer, text._replace(content=text.content[:SAMPLE]))
-    share = max(1.0, len(text.content) / SAMPLE)
-    return loaded - start + share * (time.perf_counter() - loaded)
+    texts = plan.calibration.texts(tokenizer)
+    loaded = spent = time.perf_counter()
+    for text in texts:
+        if not text.ids:
+            began = time.perf_counter()
+            tokenize(tokenizer, text._replace(content=text.content[:SAMPLE]))
+            spent += max(1.0, len(text.content) / SAMPLE) * (time.perf_counter() - began)
+    return loaded - start + spent - loaded
 
 
 def _disk() -> float:

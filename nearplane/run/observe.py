@@ -1,5 +1,7 @@
 """The moments of one stage's input. Rows are tokens, in the order in which the model shows them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,7 @@ class Measuring:
         self.fit, self.held = empty(), empty() if "held_out" in needs else None
         self.sequences = sequences
         self.before = self.seen = seen  # rows cut into runs so far
+        self.quarters: Quarters | None = None  # of a mix: a quarter of each source is held out
         self.period: int | None = None  # of the pattern in which runs are held out; None where sequences are
 
     def add(
@@ -103,6 +106,8 @@ class Measuring:
 
     def _apart(self, batch: torch.Size, first: int, rows: int, real: Tensor | None = None) -> Tensor:
         """Mask the held-out rows: every fourth sequence, or every fourth run of tokens where sequences are few."""
+        if rows == batch.numel() and self.quarters is not None:
+            return self.quarters.of(batch, first)
         if rows == batch.numel() and self.sequences >= HELD_OUT:
             token, run = first * batch[1] + torch.arange(rows), batch[1]
         else:
@@ -112,6 +117,48 @@ class Measuring:
             self.seen += rows if real is None else int(real.sum())
             self.period = HELD_OUT * run
         return token // run % HELD_OUT == HELD_OUT - 1
+
+
+class Quarters:
+    """The held-out tokens of a mix: a quarter of each source, whatever its share.
+
+    Of every four sequences of a source the last is held out. Of the one to three that are left over, every fourth run of
+    tokens is, as where all sequences are few. So the sources weigh among held-out tokens as they do among all.
+    """
+
+    def __init__(self, sources: Sequence[int], lengths: Sequence[int] | None = None) -> None:
+        """Number the sequences of each source.
+
+        Args:
+            sources: the number of each sequence's source.
+            lengths: real tokens of each sequence; None: no padding.
+        """
+        self.lengths = lengths
+        self.whole = [False] * len(sources)  # sequences that are held out
+        self.left: dict[int, list[int]] = {}  # by sequence that is left over, all of its source that are
+        for source in set(sources):
+            numbers = [number for number, other in enumerate(sources) if other == source]
+            fours = len(numbers) - len(numbers) % HELD_OUT
+            for number in numbers[HELD_OUT - 1 : fours : HELD_OUT]:
+                self.whole[number] = True
+            self.left |= dict.fromkeys(numbers[fours:], numbers[fours:])
+
+    def of(self, batch: torch.Size, first: int) -> Tensor:
+        """Mask the held-out tokens (tokens,) of a batch (sequences, positions) that begins with sequence ``first``."""
+        masks = []
+        for number in range(first, first + batch[0]):
+            mask = torch.full((batch[1],), self.whole[number])
+            if number in self.left:
+                left = self.left[number]
+                run = max(1, min(RUN, self._tokens(left, batch[1]) // HELD_OUT))
+                token = self._tokens([other for other in left if other < number], batch[1]) + torch.arange(batch[1])
+                mask = token // run % HELD_OUT == HELD_OUT - 1
+            masks.append(mask)
+        return torch.cat(masks)
+
+    def _tokens(self, numbers: Sequence[int], positions: int) -> int:
+        """Count the real tokens of some sequences."""
+        return len(numbers) * positions if self.lengths is None else sum(self.lengths[number] for number in numbers)
 
 
 def residual_drift(r: Tensor, rhat: Tensor, real: Tensor | None = None) -> Tensor:

@@ -20,8 +20,11 @@ from nearplane.checkpoint.load import generation_settings
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.data.own import Counting, own_samples, refuse_own
 from nearplane.data.samples import Samples, gather, longest_input, positions
+from nearplane.data.shares import is_mix
 from nearplane.data.text import Calibration
+from nearplane.data.windows import Tokens
 from nearplane.formats import Format
 from nearplane.formats.base import conv1d_reason
 from nearplane.formats.gguf.file import GGUFFile
@@ -171,7 +174,7 @@ class Plan:
         return stream(
             self.source,
             self.blocks,
-            None if self.samples is None else self.samples.arguments,
+            self.samples,
             reference=bool(self.method.needs & {"D", "R"}),
             activations=self.activations,
             place=Place(self.device, self.compute, self.job.offload, ranks),
@@ -241,6 +244,10 @@ class Plan:
         if self.samples is None:
             return None
         dataset = self.calibration.dataset
+        if is_mix(dataset):
+            rows = self.samples.data["sources"]
+            pairs = [{"source": row.get("dataset", row["source"]), "weight": row["weight"]} for row in rows]
+            return {**asdict(replace(self.calibration, dataset=None)), "dataset": pairs}
         held = self.samples.data.get("dataset", self.samples.data["origin"])
         named = dataset if dataset is None or isinstance(dataset, str) else held
         return {**asdict(replace(self.calibration, dataset=None)), "dataset": named}
@@ -315,6 +322,8 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     )  # which go along: a broken file would end in a folder that nobody loads
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
+    if job.method.needs:
+        refuse_own(source.model, job.calibration)
     try:
         blocks = discover(source)
     except Unsketchable:
@@ -338,10 +347,23 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     return _settle(source, blocks, job, format, device)
 
 
-def complete(plan: Plan) -> Plan:
-    """Read weights and data: prove the transforms, gather the samples, check the tensors that are copied."""
+def own_text(plan: Plan, out: Path | None = None, counting: Counting | None = None) -> Tokens | None:
+    """Let the model write the windows that its calibration asks of it, as ``own_samples`` does; None where it asks for none."""
+    source = plan.source.promise_of or plan.source
+    return (
+        own_samples(source, plan.calibration, plan.device, plan.compute, out, counting) if plan.method.needs else None
+    )
+
+
+def complete(plan: Plan, own: Tokens | None = None) -> Plan:
+    """Read weights and data: prove the transforms, gather the samples, check the tensors that are copied.
+
+    Args:
+        own: what ``own_text`` has returned, if that was called before.
+    """
     source, job = plan.source.promise_of or plan.source, plan.job
     source.read_weights()
+    own = own_text(plan) if own is None else own
     for transform in job.equivalences:
         source = transform.apply(source, plan.device)
         if job.calibration.all_experts:
@@ -351,7 +373,7 @@ def complete(plan: Plan) -> Plan:
         sites = [(site, plan.grid_of(site)) for site in plan.sites]
         plan = replace(plan, placed=place_source(source, sites, plan.format, plan.template))
     if plan.method.needs:
-        plan = replace(plan, samples=gather(source, job.calibration))
+        plan = replace(plan, samples=gather(source, job.calibration, own))
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
 
 

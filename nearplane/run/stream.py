@@ -26,7 +26,7 @@ from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
-from nearplane.data.samples import Batch, as_batch, cut, positions, real
+from nearplane.data.samples import Batch, Samples, as_batch, cut, masks, positions, real
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods.base import Need
 from nearplane.models import discover
@@ -35,7 +35,7 @@ from nearplane.models.experts import experts_of
 from nearplane.models.record import gain_of, scales_of
 from nearplane.models.source import Source
 from nearplane.run.forward import Forward, OnDisk, Stream, hooked
-from nearplane.run.observe import HELD_OUT, Measuring, before_norm, residual_drift
+from nearplane.run.observe import HELD_OUT, Measuring, Quarters, before_norm, residual_drift
 
 # Sequences are batched up to about this many tokens per forward: enough for the GEMMs, little to keep alive.
 BATCH_TOKENS = 2048
@@ -133,6 +133,7 @@ class OpenBlock:
         out = site.shape[0] if point else None
         gain = None if norm is None else norm.gain
         measuring = Measuring(needs, site.shape[1], out, weight, walk.sequences, seen, gain)
+        measuring.quarters = walk.quarters
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)
             given = current.reach(site.name)
@@ -250,7 +251,7 @@ class Walk:
         self,
         source: Source,
         blocks: list[Block],
-        samples: Tensor | Mapping[str, Tensor] | None,
+        samples: Tensor | Mapping[str, Tensor] | Samples | None,
         place: Place,
         reference: bool,
         activations: TokenGrid | None,
@@ -263,10 +264,14 @@ class Walk:
         self.batches: list[Batch] = []  # this rank's, whole ones of those that one rank would form
         self.firsts: list[int] = []  # number of each one's first sequence among all
         self.sequences, self.positions, self.keep = 0, 0, False
+        self.quarters: Quarters | None = None  # of a mix, what is held out
         whole = None if samples is None else as_batch(samples)
         if whole is not None:
             self.sequences = len(next(iter(whole.values())))
             self.positions = positions([block.shape for block in blocks], whole)
+            if isinstance(samples, Samples) and samples.sources:
+                lengths = next((mask.sum(1).tolist() for mask in masks(whole)), None)
+                self.quarters = Quarters(samples.sources, lengths)
             step = batch_rows(self.positions)
             firsts = range(0, self.sequences, step)
             self.firsts = list(firsts[self.ranks.part(len(firsts))])
@@ -293,7 +298,7 @@ class Walk:
 def stream(
     source: Source,
     blocks: list[Block],
-    samples: Tensor | Mapping[str, Tensor] | None,
+    samples: Tensor | Mapping[str, Tensor] | Samples | None,
     *,
     reference: bool = False,
     activations: TokenGrid | None = None,
@@ -304,8 +309,9 @@ def stream(
     Args:
         source: the model.
         blocks: its blocks, as ``discover`` finds them.
-        samples: arguments of the model's forward, or token ids (samples, seqlen) alone; None when the method reads no
-            data. An argument called attention_mask says which positions are real: padding enters no moment.
+        samples: arguments of the model's forward, or token ids (samples, seqlen) alone, or both with the sources of a mix;
+            None when the method reads no data. An argument called attention_mask says which positions are real: padding
+            enters no moment.
         reference: keep the second stream, through the original weights.
         activations: how inputs of sites are rounded in the quantized stream.
         place: device, dtype, folder for the streams, ranks.

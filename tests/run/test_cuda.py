@@ -57,7 +57,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in float64, so that devices differ in the last digits only."""
     plan_of = nearplane.api.complete
-    made = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)  # noqa: E731
+    made = lambda *given: dataclasses.replace(plan_of(*given), compute=torch.float64)  # noqa: E731
     monkeypatch.setattr(nearplane.api, "complete", made)
 
 

@@ -51,7 +51,7 @@ def run(model: Path, out: Path, samples: int = 7, seqlen: int = 24, **options: A
 def exact(tokens: int = 48) -> None:
     """Compute in float64, in batches of so many tokens; for good, only in a child."""
     plan_of = nearplane.api.complete
-    nearplane.api.complete = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)
+    nearplane.api.complete = lambda *given: dataclasses.replace(plan_of(*given), compute=torch.float64)
     nearplane.run.stream.BATCH_TOKENS = tokens
 
 
@@ -339,7 +339,7 @@ import dataclasses, os, signal, sys
 import torch, nearplane.api
 from nearplane.cli.main import main
 plan_of, observed, stages = nearplane.api.complete, nearplane.run.stage.observed, []
-nearplane.api.complete = lambda plan: dataclasses.replace(plan_of(plan), compute=torch.float64)
+nearplane.api.complete = lambda *given: dataclasses.replace(plan_of(*given), compute=torch.float64)
 def count(*args):
     stages.append(1)
     if os.environ["RANK"] == "1" and len(stages) == 6:

@@ -87,8 +87,8 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs compute in float64, so that no code hangs on a GEMM's rounding."""
     plan_of = nearplane.api.complete
 
-    def complete(plan: Any) -> Any:
-        return dataclasses.replace(plan_of(plan), compute=torch.float64)
+    def complete(*given: Any) -> Any:
+        return dataclasses.replace(plan_of(*given), compute=torch.float64)
 
     monkeypatch.setattr(nearplane.api, "complete", complete)
 
