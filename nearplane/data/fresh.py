@@ -47,7 +47,9 @@ class Fresh(NamedTuple):
         return sum(map(_number, self.held.values())), 0 if self.more is None else _number(self.more)
 
 
-def set_aside(source: Source, calibration: Calibration, used: Samples | None, more: int) -> tuple[Samples | None, Fresh]:
+def set_aside(
+    source: Source, calibration: Calibration, used: Samples | None, more: int
+) -> tuple[Samples | None, Fresh]:
     """Draw fresh windows.
 
     Args:
@@ -80,7 +82,9 @@ def set_aside(source: Source, calibration: Calibration, used: Samples | None, mo
         )
     rest = pool.pick(taken, more)
     origin = "the dataset" if used is None else str(used.data["origin"])
-    return used, Fresh({origin: join([batch for batch, _ in held])}, join([batch for batch, _ in rest]) if rest else None, notes)
+    return used, Fresh(
+        {origin: join([batch for batch, _ in held])}, join([batch for batch, _ in rest]) if rest else None, notes
+    )
 
 
 def judged_windows(width: int) -> int:

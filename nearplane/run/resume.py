@@ -183,7 +183,9 @@ class Saver:
         self.writer.repack()
         for record in self.writer.records:
             part = self.writer.part(record).open()
-            for name, layer in part.layers.items() if part is not None else ():
+            if part is None:
+                continue
+            for name, layer in part.layers.items():
                 yield Weight(name, tuned.apply(name, part.quantized(name)), layer.grid)
 
     def _in_file(self, rest: Rest, placed: Placed, file: str, tuned: Tuned | None) -> Rest:

@@ -11,6 +11,7 @@ what the checkpoint stores.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,13 +28,17 @@ from nearplane.data.samples import Batch, masks
 from nearplane.formats.parts import Part
 from nearplane.models import absent
 from nearplane.models.experts import experts_of, set_visit
-from nearplane.models.inputs import DECODER, TEXT, options, output_head, reads
+from nearplane.models.inputs import DECODER, TEXT, options, output_head, reads, vocabulary
 
 if TYPE_CHECKING:
     from nearplane.run.plan import Plan
 
-# Tokens of a step, in whole windows.
-STEP_TOKENS = 1024
+# Tokens of a step, in whole windows; of one forward, where windows are shorter.
+STEP_TOKENS, AT_ONCE = 1024, 512
+# Bytes of a number that moves: itself four times, its gradient twice, Adam's moments, the best so far. Of a weight while a
+# linear is at work: codes, scales and zeros as floats, the weight and its gradient. Of a logit: both models', their
+# logarithms, the products and gradients of the loss.
+NUMBER, LINEAR, LOGIT = 36, 28, 32
 # Adam's steps, as shares: of a group's scale; of a group's scale, for its offset, and of a norm's mean magnitude.
 SCALES, OTHERS = 5e-4, 2e-3
 # The most that a scale may move, as a share; the magnitude by which parameters move that are all zero.
@@ -94,6 +99,31 @@ def movable(plan: "Plan") -> dict[str, str]:
             if moves and value.dim() == 1 and source.names.get(name) in stored:
                 found[name] = source.names[name]
     return {name: disk for name, disk in found.items() if name not in {*shared, *shared.values()}}
+
+
+def moving(plan: "Plan") -> int:
+    """Count the numbers that a tuning moves."""
+    dense = sum(prod(plan.source.store.shape(disk)) for disk in movable(plan).values())
+    grids = [(site.shape, plan.grid_of(site)) for site in plan.sites]
+    scales = sum(m * grid.group_count(n) * (1 + grid.scales.free) for (m, n), grid in grids)
+    return dense + scales
+
+
+def needed(plan: "Plan") -> dict[str, int]:
+    """Return the bytes of each part of a tuning: model, codes, what moves, one linear at work, hidden states and logits."""
+    source, size, seqlen = plan.source, plan.compute.itemsize, plan.windows[1] or plan.calibration.seqlen
+    tokens = max(AT_ONCE // seqlen, 1) * seqlen
+    numbers = [prod(site.shape) for site in plan.sites]
+    inside = max(sum(sum(site.shape) for site in block.sites) + 4 * plan.hidden for block in plan.blocks)
+    return {
+        "model": size * sum(prod(source.store.shape(name)) for name in set(source.names.values())),
+        "codes": sum(numbers),
+        "scales": NUMBER * moving(plan),
+        "solver": LINEAR * max(numbers, default=0),
+        "hidden": tokens * size * (plan.hidden * len(plan.blocks) + 2 * inside),
+        "logits": tokens * LOGIT * (vocabulary(source.model.config) or 1),
+        "pending": 0,
+    }
 
 
 class Move:

@@ -24,16 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.data.fresh import Fresh, join
+from nearplane.data.fresh import Fresh, join, judged_windows
 from nearplane.data.samples import Batch, cut
 from nearplane.formats.journal import STATE, sync
 from nearplane.formats.parts import Writer
 from nearplane.models.locate import first_line
 from nearplane.run.plan import Plan
-from nearplane.run.student import Move, Student, Tuned, counted, step_windows
+from nearplane.run.student import AT_ONCE, Move, Student, Tuned, counted, step_windows
 
-# Tokens of one forward, where windows are shorter.
-AT_ONCE = 512
 # A run is judged about so many times, and not before so many steps; it ends early after so many that were no better.
 JUDGED, APART, PATIENCE = 16, 4, 2
 FILE = "tuning.safetensors"
@@ -42,6 +40,13 @@ FILE = "tuning.safetensors"
 def apart(steps: int) -> int:
     """Return after how many steps a tuning is judged again."""
     return max(APART, -(-steps // JUDGED))
+
+
+def forwards(plan: Plan) -> int:
+    """Count the tokens that a tuning runs through the model: a step is about six forwards, a judgement two."""
+    steps, seqlen = plan.job.tune, plan.windows[1] or plan.calibration.seqlen
+    judged = 1 + -(-steps // apart(steps))
+    return seqlen * (6 * steps * step_windows(seqlen) + 2 * judged * judged_windows(seqlen))
 
 
 @dataclass
@@ -74,7 +79,13 @@ class Course:
     def record(self) -> dict[str, Any]:
         """Return the KL before and after, and the way there, for the report."""
         after = next(row["kl"] for row in self.judged if row["step"] == self.kept)
-        return {"done": self.step, "kept": self.kept, "before": self.judged[0]["kl"], "after": after, "judged": self.judged}
+        return {
+            "done": self.step,
+            "kept": self.kept,
+            "before": self.judged[0]["kl"],
+            "after": after,
+            "judged": self.judged,
+        }
 
 
 def _score(found: dict[str, float]) -> float:
@@ -107,7 +118,11 @@ def tune(
     except RuntimeError as error:
         return None, {"steps": steps, "kept": 0, "failed": first_line(error)}
     held, more = fresh.counts
-    found = {"steps": steps, **course.record(), "windows": {"held_out": held, "fresh": more, "calibration": work.calibrated}}
+    found = {
+        "steps": steps,
+        **course.record(),
+        "windows": {"held_out": held, "fresh": more, "calibration": work.calibrated},
+    }
     return tuned, found | {"moved": counted(student.moves)}
 
 
