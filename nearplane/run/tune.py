@@ -164,6 +164,7 @@ class _Work:
         course = self.kept.read(self.moves, self.optimizer, self.best) or Course()
         if not course.judged:
             course.take(0, self._judge())
+        self.student.settle()
         for _ in range(course.step):
             self._batch()
             advance()
