@@ -2,7 +2,7 @@
 
 Calibration windows lie at random places of a text. Fresh windows are drawn in the same way with other seeds, and kept where
 they share almost no run of tokens with the calibration windows or with each other. So any dataset will do. Where a text is
-too short to leave enough windows to judge by, calibration windows that overlap with these are drawn anew.
+too short to leave a few windows to judge by, calibration windows that overlap with these are drawn anew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,15 +70,16 @@ def set_aside(
         taken.add(row)
     wanted = judged_windows(calibration.seqlen)
     held, notes = pool.pick(taken, wanted), tuple[str, ...]()
-    if len(held) < wanted and used is not None:
-        used, held, notes = _make_room(used, pool.seen, wanted, run)
+    if len(held) < FEWEST and used is not None:
+        used, held, notes = _make_room(used, pool.seen, run)
+        pool.again()
         taken = _Taken(run)
         for row in [*rows_of(used.arguments), *(row for _, row in held)]:
             taken.add(row)
-    if len(held) < wanted:
+    if len(held) < FEWEST:
         raise SettingError(
-            f"tune needs {wanted} windows that are neither calibrated nor tuned on, and the dataset leaves {len(held)}; give a "
-            "longer --dataset, or a smaller --seqlen."
+            f"tune is judged by {FEWEST} windows or more that are neither calibrated nor tuned on, and the dataset leaves "
+            f"{len(held)}; give a longer --dataset, or fewer --nsamples."
         )
     rest = pool.pick(taken, more)
     origin = "the dataset" if used is None else str(used.data["origin"])
@@ -126,7 +127,9 @@ class _Pool:
 
     def __init__(self, source: Source, calibration: Calibration, more: int) -> None:
         self.seen: list[Window] = []
-        self.next = self._draw(source, calibration, TRIED * (more + judged_windows(calibration.seqlen)))
+        self.next: Iterator[Window] = self._draw(
+            source, calibration, TRIED * (more + judged_windows(calibration.seqlen))
+        )
 
     def _draw(self, source: Source, calibration: Calibration, count: int) -> Iterator[Window]:
         for draw in range(1, DRAWS + 1):
@@ -135,8 +138,12 @@ class _Pool:
             for number, row in enumerate(rows_of(batch)):
                 yield {name: value[number : number + 1] for name, value in batch.items()}, row
 
+    def again(self) -> None:
+        """Ask every window again."""
+        self.next = iter(list(self.seen))
+
     def pick(self, taken: _Taken, most: int) -> list[Window]:
-        """Choose windows that overlap with nothing that is taken, and take them: those seen before are not asked again."""
+        """Choose windows that overlap with nothing that is taken, and take them; none is asked twice."""
         chosen: list[Window] = []
         while len(chosen) < most and (window := next(self.next, None)) is not None:
             self.seen.append(window)
@@ -146,16 +153,16 @@ class _Pool:
         return chosen
 
 
-def _make_room(
-    used: Samples, pool: list[Window], wanted: int, run: int
-) -> tuple[Samples, list[Window], tuple[str, ...]]:
-    """Choose windows to judge by, and draw the calibration windows anew that overlap with them."""
+def _make_room(used: Samples, pool: list[Window], run: int) -> tuple[Samples, list[Window], tuple[str, ...]]:
+    """Choose windows to judge by, and draw the calibration windows anew that overlap with them; none is drawn twice."""
     judged, held = _Taken(run), list[Window]()
     for window in pool:
-        if len(held) < wanted and not judged.holds(window[1]):
+        if len(held) < FEWEST and not judged.holds(window[1]):
             judged.add(window[1])
             held.append(window)
-    spare = iter([batch for batch, row in pool if not judged.holds(row)])
+    known = {tuple(row.tolist()) for row in rows_of(used.arguments)}
+    others = {tuple(row.tolist()): batch for batch, row in pool if not judged.holds(row)}
+    spare = iter([batch for row, batch in others.items() if row not in known])
     arguments = {name: value.clone() for name, value in used.arguments.items()}
     changed = 0
     for number, row in enumerate(rows_of(used.arguments)):

@@ -17,7 +17,7 @@ from torch import Tensor
 import nearplane
 from nearplane import Calibration, Grid, Job
 from nearplane.cli.terminal import summary
-from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.errors import SettingError
 from nearplane.core.grid import by_column, fit_groups, round_to_nearest
 from nearplane.core.scales import Affine
 from nearplane.data.fresh import rows_of
@@ -402,12 +402,32 @@ def test_a_short_text_makes_room_or_is_refused(tmp_path: Path) -> None:
     runs = {tuple(row[i : i + 6].tolist()) for row in held["input_ids"] for i in range(19)}
     for row in plan.samples.arguments["input_ids"]:
         assert sum(tuple(row[i : i + 6].tolist()) in runs for i in range(19)) <= 1
-    assert len(plan.samples.arguments["input_ids"]) == 64 and len(held["input_ids"]) == 16
     windows = plan.samples.arguments["input_ids"]
+    usual = complete(draft(model, job(model, calibration=calibration, tune=0)))
+    assert usual.samples is not None
+    kinds = [len({tuple(row) for row in some.tolist()}) for some in (windows, usual.samples.arguments["input_ids"])]
+    assert kinds[0] >= kinds[1] and len(windows) == 64 and len(held["input_ids"]) == 4
     assert plan.samples.data["sha256"] == hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
-    (tmp_path / "text.txt").write_text(tiny.text(100))
-    with pytest.raises(NearplaneError, match="the dataset leaves"):
-        plan_of(model, calibration=calibration, tune=4)
+
+
+@pytest.mark.parametrize(("rows", "held"), [(16, None), (21, 4), (60, 16)])
+def test_rows_are_not_drawn_twice(rows: int, held: int | None, tmp_path: Path) -> None:
+    """Of rows that calibration uses up, none is left to judge by: refused, rather than calibrated on a few."""
+    model = made(tiny.build("llama", num_hidden_layers=1), tmp_path)
+    calibration = Calibration(dataset=tiny.tokens(rows, 24).tolist(), nsamples=16, seqlen=24)
+    if held is None:
+        with pytest.raises(SettingError, match=r"the dataset leaves 0; .* fewer --nsamples"):
+            plan_of(model, calibration=calibration, tune=4)
+        return
+    plan = plan_of(model, calibration=calibration, tune=4)
+    assert plan.fresh is not None and plan.samples is not None
+    batches = [
+        *plan.fresh.held.values(),
+        *([] if plan.fresh.more is None else [plan.fresh.more]),
+        plan.samples.arguments,
+    ]
+    seen = [tuple(row) for batch in batches for row in batch["input_ids"].tolist()]
+    assert len(set(seen)) == len(seen) <= rows and plan.fresh.counts[0] >= held
 
 
 def test_plan_counts_the_tuning(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
