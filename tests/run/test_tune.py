@@ -1,5 +1,6 @@
 """``--tune``: scales, norms and biases move after the codes stand, and never for the worse."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -264,6 +265,43 @@ def test_what_moves_is_rounded_to_what_is_stored() -> None:
     torch.testing.assert_close(linear.zero * linear.scale, offset)
     made = solved.codes * by_column(linear.scale, grid, 32) - by_column(offset, grid, 32)
     torch.testing.assert_close(linear.weight(torch.float32), made)
+
+
+class Solved:
+    """A part that holds weights rounded to nearest."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.layers = {plan.disk_name(site.name): site for site in plan.sites}
+        self.plan = plan
+
+    def open(self) -> "Solved":
+        return self
+
+    def quantized(self, name: str) -> Any:
+        site = self.layers[name]
+        weight, grid = self.plan.source.tensor(f"{site.name}.weight").float(), self.plan.grid_of(site)
+        return round_to_nearest(weight, *fit_groups(weight, grid), grid)
+
+
+def test_a_16_bit_compute_dtype(tmp_path: Path) -> None:
+    """As on a GPU: gradients in the model's dtype, numbers that move in float32."""
+    plan = plan_of(made(tiny.build("llama", num_hidden_layers=1).bfloat16(), tmp_path))
+    made_for: Any = [Solved(plan)]
+    work = student.Student(dataclasses.replace(plan, compute=torch.bfloat16), made_for)
+    before = {name: value.clone() for name, value in work.tuned().dense.items()}
+    with work.at_work():
+        assert plan.samples is not None
+        work.divergence(plan.samples.arguments).backward()  # type: ignore[no-untyped-call]
+        work.collect()
+        for move in work.moves:
+            assert move.delta.grad is not None and move.delta.grad.dtype == torch.float32
+            assert bool(move.delta.grad.isfinite().all()) and bool(move.delta.grad.any())
+            move.delta.data.sub_(0.05 * move.delta.grad.sign())
+        work.settle()
+        after = work.tuned().dense
+    assert all(after[name].dtype == torch.bfloat16 and not torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.is_meta for parameter in plan.source.model.parameters())  # the skeleton is as it was
+    assert not any("forward" in vars(module) for module in plan.source.model.modules())
 
 
 KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
