@@ -38,6 +38,8 @@ from nearplane.run.measure import Clock
 from nearplane.run.plan import Plan, complete, draft, own_text
 from nearplane.run.report import Report, recordable
 from nearplane.run.resume import Saver, restore
+from nearplane.run.student import Tuned
+from nearplane.run.tune import refuse_ranks, refused, tune
 from nearplane.run.walk import walk
 
 __all__ = ["bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"]
@@ -85,6 +87,7 @@ def quantize(
         writer = ranks.first(lambda: Writer(out, resume=job.resume))
         with told.waiting(f"opening {model}: its structure"):
             plan = draft(model, replace(job, device=ranks.device), reads=True)  # opened once; no weight is read
+            refuse_ranks(job.tune, ranks.world)
             if not job.force:
                 refuse(plan, out, job.offload, ranks)
             _ = plan.settings  # refused here where report.json cannot hold one of them
@@ -128,12 +131,26 @@ def _run(
             if isinstance(event, BlockDone) or (isinstance(event, StageDone) and not event.last):
                 stop.check()
         report.conclude()
+        tuned = None if writer is None else _tune(plan, writer, report, show, stop)
         if saver:
             with clock("write"):
-                saver.finish()
+                saver.finish(tuned)
             report.spend(clock.take())
         show.end()
         return report
+
+
+def _tune(plan: Plan, writer: Writer, report: Report, show: Show, stop: Stop) -> Tuned | None:
+    """Tune where that was asked for; what is to be stored then, None for what was solved."""
+    if plan.fresh is None:
+        return None
+    clock = Clock()
+    show.end()  # the bar of the blocks
+    with clock("tune"), show.counting("tune", plan.job.tune) as advance:
+        tuned, report.tuning = tune(plan, plan.fresh, writer, advance, stop.check)
+    report.spend(clock.take())
+    report.events += refused(report.tuning)
+    return tuned
 
 
 def _decide(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, stop: Stop) -> Plan:

@@ -34,7 +34,7 @@ REPEATED = ("override", "ignore")
 HIDDEN = ("scale_dtype", "given")
 METAVARS = {
     "override": "REGEX=FIELD=VALUE,...", "ignore": "REGEX", "towers": "NAME,...", "rotate": "r1,r2[,r4]",
-    "budget": "BITS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
+    "budget": "BITS", "tune": "STEPS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
     "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",

@@ -15,6 +15,7 @@ GROUPS = {
     "which linears": ("override", "ignore", "towers"),
     "mixed bits": ("budget", "widths"),
     "rotation": ("rotate", "rotate_seed"),
+    "tuning": ("tune",),
     "GGUF files": ("gguf_type", "template", "gguf_dense"),
 }
 EPILOG = "The method's own options are listed with --method NAME --help. docs/cli.md has all of them."

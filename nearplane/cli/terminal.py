@@ -6,7 +6,7 @@ Numbers are those of the report's rows. Lines of blocks have at most 78 columns;
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import product
 from types import TracebackType
@@ -428,8 +428,19 @@ def summary(report: "Report", *, verbose: bool = False) -> str:
     if totals["rounds"] or totals["rejected_rounds"]:
         rounds = f"refinement rounds: {totals['rounds']} kept, {totals['rejected_rounds']} rejected on held-out tokens"
         lines.append(rounds)
+    if report.tuning is not None and report.tuning["kept"]:
+        lines.append(tuning_line(report.tuning))
     phases = ", ".join(f"{phase} {spent:.1f}s" for phase, spent in report.seconds.items() if verbose or spent >= 0.05)
     lines.append(f"time {clock(totals['seconds'])}{f': {phases}' if phases else ''}")
     lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
     lines.append(f"next: nearplane eval {report.out} --reference {report.model}")
     return "\n".join(lines)
+
+
+def tuning_line(record: Mapping[str, Any]) -> str:
+    """One line on a tuning that helped."""
+    before, after = record["before"], record["after"]
+    change = "; ".join(
+        f"{before[name]:.4g} -> {after[name]:.4g}" + (f" ({name})" if len(before) > 1 else "") for name in before
+    )
+    return f"tuned: held-out KL {change}, by step {record['kept']} of {record['steps']}; codes and sizes are the same"

@@ -12,6 +12,8 @@ The peak of memory is the largest sum of these parts over the steps of all stage
     solver   the stage's weight as one matrix m n, and the arrays of ``prepare``, ``solve`` and the report
     pending  packed weights of the open block; at the end dense tensors, at most a shard of 4 GiB
 
+A tuning holds the whole model at once (``student.needed``).
+
 ``docs/large_models.md`` has the formulas and a table.
 """
 
@@ -43,6 +45,7 @@ from nearplane.run.mix import JUDGED
 from nearplane.run.plan import Plan
 from nearplane.run.probe import Ample, Probe, Size
 from nearplane.run.stream import batch_rows, kept
+from nearplane.run.student import moving, needed
 
 # Tokenizer and text, buffers of kernels, and memory that the allocator keeps, measured on the demo model
 # (benchmarks/plan.py).
@@ -218,7 +221,8 @@ class _Walk:
         plan = self.plan
         found = {"quantized": self.quantized, "dense": self.dense, "other files": self.files + self.header}
         parts = copied_bytes((site.shape, plan.grid_of(site)) for site in plan.sites)
-        return found | ({"parts until the export": parts} if parts else {})
+        tuning = {"state of the tuning": 16 * moving(plan)} if plan.job.tune else {}
+        return found | ({"parts until the export": parts} if parts else {}) | tuning
 
     def moments(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield each stage's name and bytes: on the device that computes, and of pending weights on the CPU."""
@@ -228,6 +232,8 @@ class _Walk:
         if weights:  # the whole model, before the walk
             quiet = dict.fromkeys(("block", "paused", "moments", "factor", "solver", "pending"), 0)
             yield OWN, {"outside": weights, "streams": beside, **quiet}
+        if self.plan.job.tune:
+            yield "the tuning", needed(self.plan)
         seen = set()
         for block in self.plan.walked:
             kind = (self.blocks[block.name + "."], tuple(tuple(s.shape for s in stage) for stage in block.stages))
@@ -359,6 +365,11 @@ def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[
     ``found`` is of one rank of ``world``.
     """
     tips = []
+    if _short(found) and plan.job.tune:
+        plan = plan.changed(tune=0)
+        found = shared(plan, found.offload, world, found.ranks, found.probe)
+        least = max(memory.need for memory in found.memory)
+        tips.append(f"without --tune it {'needs' if _short(found) else 'fits, needing'} {gb(least)}")
     if _short(found):
         own = any(some.where == OWN for some in found.memory)
         tips.append("--dataset without self" if own else _smallest_change(plan, found, world))

@@ -45,6 +45,7 @@ from nearplane.run.mix import JUDGED
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, draft
 from nearplane.run.probe import Size, made_up
+from nearplane.run.tune import forwards, refuse_ranks
 
 MOST_RANKS = 4096
 PHASES = ("start", "forward", "observe", "prepare", "solve", "measure", "write")
@@ -164,6 +165,7 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
         raise SettingError(f"ranks must be from 1 to {MOST_RANKS}; got {ranks}.")
     start = time.perf_counter()
     plan = draft(model, Job.of(job, settings))
+    refuse_ranks(plan.job.tune, ranks)
     opening = time.perf_counter() - start
     scratch = plan.job.offload
     found = shared(plan, scratch, ranks, ranks)
@@ -231,7 +233,7 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
             phases["measure"] += rates.solver_flop * products * 2 * judged * size.n**2
             phases["write"] += rates.pack * size.m * size.n
     phases["write"] += rates.disk * sum(found.disk.values())
-    return phases
+    return phases | ({"tune": rates.flop * forwards(plan) * 2 * stored} if plan.job.tune else {})
 
 
 def writing(plan: Plan, rates: Rates) -> float:

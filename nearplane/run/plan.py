@@ -20,6 +20,7 @@ from nearplane.checkpoint.load import generation_settings
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
+from nearplane.data.fresh import Fresh, set_aside
 from nearplane.data.own import Counting, own_samples, refuse_own
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.shares import is_mix
@@ -55,6 +56,7 @@ from nearplane.run.mix import (
 from nearplane.run.remarks import check_scales, remarks
 from nearplane.run.report import recordable
 from nearplane.run.stream import OpenBlock, Place, stream, up_to_last
+from nearplane.run.student import fresh_windows, refuse_tuning
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Plan:
     choices: list[dict[str, Any]] | None = None
     """The bits that a budget has chosen."""
     samples: Samples | None = None
+    fresh: Fresh | None = None
+    """With a tuning, windows that calibration does not use."""
     notes: Sequence[str] = ()
     """Remarks on weights, for the user."""
     template: GGUFFile | None = None
@@ -235,6 +239,7 @@ class Plan:
             **self.source.settings,
             **self._made_of,
             **({} if self.choices is None else {"choices": self.choices}),
+            **({"tune": self.job.tune} if self.job.tune else {}),
         }
         return {name: recordable(value, name) for name, value in found.items()}
 
@@ -374,6 +379,10 @@ def complete(plan: Plan, own: Tokens | None = None) -> Plan:
         plan = replace(plan, placed=place_source(source, sites, plan.format, plan.template))
     if plan.method.needs:
         plan = replace(plan, samples=gather(source, job.calibration, own))
+    if job.tune:
+        more = fresh_windows(job.tune, plan.windows[1] or job.calibration.seqlen)
+        samples, fresh = set_aside(source, job.calibration, plan.samples, more)
+        plan = replace(plan, samples=samples, fresh=fresh)
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
 
 
@@ -398,6 +407,8 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
     plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored, template=template)
+    if job.tune:
+        refuse_tuning(plan)
     return plan if job.budget is None else _open_bits(plan, frozenset(s.name for s in sites if disk[s.name] in fixed))
 
 

@@ -49,6 +49,7 @@ class Report:
     revision: str | None = None  # of a model from the hub, as it was asked for
     commit: str | None = None  # of a model from the hub, whose files were read
     resumed: int = 0  # times the run went on after it was ended
+    tuning: dict[str, Any] | None = None  # what a tuning did (run/tune.py); None: there was none
 
     def __str__(self) -> str:
         totals, size = self.totals, self.bytes
@@ -64,7 +65,7 @@ class Report:
     def read(cls, out: str | Path) -> "Report":
         """Read the report beside a finished checkpoint. NearplaneError where there is none."""
         stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
-        later = ("revision", "commit")  # reports of earlier versions lack them
+        later = ("revision", "commit", "tuning")  # reports of earlier versions lack them
         known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored or f.name not in later}
         return cls(**{**known, "linears": [_row(row) for row in known["linears"]]})
 

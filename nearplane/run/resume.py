@@ -6,6 +6,7 @@ sees the same numbers as an uninterrupted run, bit for bit.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nearplane.checkpoint.engines import verdicts
 from nearplane.checkpoint.export import Rest, Written, export, head_names, rest_of, routing
+from nearplane.checkpoint.export import Solved as Weight
 from nearplane.checkpoint.gguf import Placed, described, file_name, write_gguf
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
@@ -27,6 +29,7 @@ from nearplane.run.events import BlockDone, Event, Solved
 from nearplane.run.plan import Plan
 from nearplane.run.report import Report
 from nearplane.run.stream import OpenBlock
+from nearplane.run.student import Tuned
 
 # What may be another for the blocks not yet done; the report says per linear what was used.
 FREE = ("method.damp_percent", "calibration.nsamples")
@@ -133,8 +136,11 @@ class Saver:
             self.writer.seal(self._record(event.block))
             self.mark = self.report.mark()
 
-    def finish(self) -> None:
-        """Write everything that was not quantized, the configuration, the tokenizer and the report; the index comes last."""
+    def finish(self, tuned: Tuned | None = None) -> None:
+        """Write everything that was not quantized, the configuration, the tokenizer and the report; the index comes last.
+
+        ``tuned``: what stands in place of the solved scales and of the source's norms.
+        """
         plan, report, source = self.plan, self.report, self.plan.source
         settings = {
             "static_groups": getattr(plan.method, "static_groups", True),
@@ -166,11 +172,26 @@ class Saver:
                 report.dense.append({"name": name, "bytes": size, "reason": reason})
         report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
         if plan.placed is not None and file is not None:
-            rest = self._in_file(rest, plan.placed, file)
+            rest = self._in_file(rest, plan.placed, file, tuned)
         engines = {engine: judged.as_dict() for engine, judged in verdicts(plan.described()).items()}
-        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines})
+        weights = None
+        if tuned is not None:
+            dense, get = tuned.dense, rest.get
+            rest = replace(rest, get=lambda name: dense[name] if name in dense else get(name))
+            weights = self._tuned(tuned)
+        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines}, weights)
 
-    def _in_file(self, rest: Rest, placed: Placed, file: str) -> Rest:
+    def _tuned(self, tuned: Tuned) -> Iterator[Weight]:
+        """Read the solved weights back, with the scales that were tuned; shards are written beside their parts."""
+        self.writer.repack()
+        for record in self.writer.records:
+            part = self.writer.part(record).open()
+            if part is None:
+                continue
+            for name, layer in part.layers.items():
+                yield Weight(name, tuned.apply(name, part.quantized(name)), layer.grid)
+
+    def _in_file(self, rest: Rest, placed: Placed, file: str, tuned: Tuned | None) -> Rest:
         """Let one file hold the quantized weights, and the dense matrices that it holds anyway; note what was written."""
         self.report.events.append(f"{file}: {placed.describe()}")
         opened = [self.writer.part(record).open() for record in self.writer.records]
@@ -178,7 +199,9 @@ class Saver:
 
         def rows(name: str) -> Tensor:
             name = name.removesuffix(".weight")
-            packed = self.plan.format.pack(name, weights[name].quantized(name), weights[name].layers[name].grid)
+            solved = weights[name].quantized(name)
+            solved = solved if tuned is None else tuned.apply(name, solved)
+            packed = self.plan.format.pack(name, solved, weights[name].layers[name].grid)
             return packed[f"{name}.weight"]
 
         inside = {name for names in placed.stored.values() for name in names}
@@ -245,7 +268,8 @@ def _identity(plan: Plan) -> dict[str, Any]:
     found = _flat({"source": source, **plan.settings, "data": plan.data})
     plain = [grid.scales for grid in (plan.grid, *plan.grids.values()) if isinstance(grid.scales, Stored)]
     found[SIGNS] = any(scales.signed for scales in plain)
-    return {key: value for key, value in found.items() if key != "grid.scale_dtype"}  # follows from format and dtype
+    # The dtype of scales follows from format and dtype; the tuning begins when all blocks are done.
+    return {key: value for key, value in found.items() if key not in ("grid.scale_dtype", "tune")}
 
 
 def _run(record: dict[str, Any]) -> dict[str, Any]:

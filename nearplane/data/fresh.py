@@ -1,0 +1,198 @@
+"""Windows of a text that calibration has not used: some to tune on, and some by which the tuning is judged.
+
+Calibration windows lie at random places of a text. Fresh windows are drawn in the same way with other seeds, and kept where
+they share almost no run of tokens with the calibration windows or with each other. So any dataset will do. Where a text is
+too short to leave a few windows to judge by, calibration windows that overlap with these are drawn anew.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearplane.core.errors import SettingError
+from nearplane.data.samples import Batch, Samples, gather, masks
+from nearplane.data.text import Calibration
+from nearplane.data.windows import digest
+from nearplane.models.inputs import DECODER, TEXT
+from nearplane.models.source import Source
+
+# Two windows overlap where more than ``SHARED`` of one's runs of ``RUN`` tokens are in the other; runs are a quarter of a
+# short window.
+RUN, SHARED = 16, 0.1
+# Tokens to judge by, and the fewest and most windows that are taken for them.
+JUDGED_TOKENS, FEWEST, MOST = 4096, 4, 16
+# Times that windows are drawn, each with a seed of its own; windows drawn at a time, for each that is wanted.
+DRAWS, TRIED, STRIDE = 6, 4, 1_000_003
+
+
+Window = tuple[Batch, Tensor]
+"""A batch of one, and its tokens without padding."""
+
+
+class Fresh(NamedTuple):
+    """Windows that calibration has not used, by the source of their text."""
+
+    held: dict[str, Batch]
+    """To judge by: neither calibrated nor tuned on."""
+    more: Batch | None
+    """To tune on; None: the text has no more."""
+    notes: tuple[str, ...] = ()
+    """Remarks for the user."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Windows to judge by, and to tune on."""
+        return sum(map(_number, self.held.values())), 0 if self.more is None else _number(self.more)
+
+
+def set_aside(
+    source: Source, calibration: Calibration, used: Samples | None, more: int
+) -> tuple[Samples | None, Fresh]:
+    """Draw fresh windows.
+
+    Args:
+        source: the model.
+        calibration: how the calibration windows were drawn.
+        used: the calibration windows; None: the method reads none.
+        more: the most windows to tune on.
+
+    Returns:
+        The calibration windows, and the fresh ones.
+
+    Raises:
+        SettingError: the dataset leaves no window to judge by, whatever is drawn.
+    """
+    run = min(RUN, max(1, calibration.seqlen // 4))
+    taken, pool = _Taken(run), _Pool(source, calibration, more)
+    for row in [] if used is None else rows_of(used.arguments):
+        taken.add(row)
+    wanted = judged_windows(calibration.seqlen)
+    held, notes = pool.pick(taken, wanted), tuple[str, ...]()
+    if len(held) < FEWEST and used is not None:
+        used, held, notes = _make_room(used, pool.seen, run)
+        pool.again()
+        taken = _Taken(run)
+        for row in [*rows_of(used.arguments), *(row for _, row in held)]:
+            taken.add(row)
+    if len(held) < FEWEST:
+        raise SettingError(
+            f"tune is judged by {FEWEST} windows or more that are neither calibrated nor tuned on, and the dataset leaves "
+            f"{len(held)}; give a longer --dataset, or fewer --nsamples."
+        )
+    rest = pool.pick(taken, more)
+    origin = "the dataset" if used is None else str(used.data["origin"])
+    return used, Fresh(
+        {origin: join([batch for batch, _ in held])}, join([batch for batch, _ in rest]) if rest else None, notes
+    )
+
+
+def judged_windows(width: int) -> int:
+    """Return how many windows of ``width`` tokens a tuning is judged by."""
+    return min(MOST, max(FEWEST, -(-JUDGED_TOKENS // width)))
+
+
+def rows_of(batch: Batch) -> Iterator[Tensor]:
+    """Yield the tokens of every sample, without padding."""
+    ids = batch[TEXT] if TEXT in batch else batch[DECODER]
+    found = [mask for mask in masks(batch) if mask.shape == ids.shape]
+    for number, row in enumerate(ids):
+        yield row[found[0][number].bool()] if found else row
+
+
+class _Taken:
+    """The runs of tokens in some windows, as hashes."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.runs = length, set[int]()
+
+    def add(self, row: Tensor) -> None:
+        """Take a window."""
+        self.runs |= self._of(row)
+
+    def holds(self, row: Tensor) -> bool:
+        """Tell whether a window overlaps with those that are taken."""
+        runs = self._of(row)
+        return len(runs & self.runs) > SHARED * len(runs)
+
+    def _of(self, row: Tensor) -> set[int]:
+        """Return a hash of every run of a window; of a window shorter than a run, of all its tokens."""
+        data, size = row.to(torch.int64).contiguous().numpy().tobytes(), 8
+        return {hash(data[size * i : size * (i + self.length)]) for i in range(max(1, len(row) - self.length + 1))}
+
+
+class _Pool:
+    """Candidates, each a batch of one with its tokens, drawn when they are asked for."""
+
+    def __init__(self, source: Source, calibration: Calibration, more: int) -> None:
+        self.seen: list[Window] = []
+        self.next: Iterator[Window] = self._draw(
+            source, calibration, TRIED * (more + judged_windows(calibration.seqlen))
+        )
+
+    def _draw(self, source: Source, calibration: Calibration, count: int) -> Iterator[Window]:
+        for draw in range(1, DRAWS + 1):
+            seed = (calibration.seed + STRIDE * draw) % 2**63
+            batch = gather(source, replace(calibration, seed=seed, nsamples=count)).arguments
+            for number, row in enumerate(rows_of(batch)):
+                yield {name: value[number : number + 1] for name, value in batch.items()}, row
+
+    def again(self) -> None:
+        """Ask every window again."""
+        self.next = iter(list(self.seen))
+
+    def pick(self, taken: _Taken, most: int) -> list[Window]:
+        """Choose windows that overlap with nothing that is taken, and take them; none is asked twice."""
+        chosen: list[Window] = []
+        while len(chosen) < most and (window := next(self.next, None)) is not None:
+            self.seen.append(window)
+            if not taken.holds(window[1]):
+                taken.add(window[1])
+                chosen.append(window)
+        return chosen
+
+
+def _make_room(used: Samples, pool: list[Window], run: int) -> tuple[Samples, list[Window], tuple[str, ...]]:
+    """Choose windows to judge by, and draw the calibration windows anew that overlap with them; none is drawn twice."""
+    judged, held = _Taken(run), list[Window]()
+    for window in pool:
+        if len(held) < FEWEST and not judged.holds(window[1]):
+            judged.add(window[1])
+            held.append(window)
+    known = {tuple(row.tolist()) for row in rows_of(used.arguments)}
+    others = {tuple(row.tolist()): batch for batch, row in pool if not judged.holds(row)}
+    spare = iter([batch for row, batch in others.items() if row not in known])
+    arguments = {name: value.clone() for name, value in used.arguments.items()}
+    changed = 0
+    for number, row in enumerate(rows_of(used.arguments)):
+        if not judged.holds(row):
+            continue
+        other = next(spare, None)
+        if other is None or any(other[name].shape[1:] != value.shape[1:] for name, value in arguments.items()):
+            return used, [], ()  # too few, or of other lengths: no room can be made
+        for name, value in arguments.items():
+            value[number] = other[name][0]
+        changed += 1
+    data = {**used.data, "sha256": digest(arguments[TEXT] if TEXT in arguments else arguments[DECODER])}
+    told = (
+        f"{changed} of {used.number} calibration windows were drawn anew, so that tune has {len(held)} windows of this text "
+        "to judge by that nothing else has seen"
+    )
+    return Samples(arguments, data, used.notes), held, (told,)
+
+
+def join(windows: Sequence[Batch]) -> Batch:
+    """Join batches to one, padded to the longest."""
+    found: Batch = {}
+    for name in {name: None for batch in windows for name in batch}:
+        # Rows of one length have no mask: all their tokens are real.
+        values = [batch[name] if name in batch else torch.ones_like(batch[TEXT]) for batch in windows]
+        longest = max(value.shape[1] for value in values)
+        found[name] = torch.cat([torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values])
+    return found
+
+
+def _number(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
