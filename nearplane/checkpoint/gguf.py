@@ -20,7 +20,7 @@ from nearplane.core.grid import Grid, fit_groups, round_to_nearest
 from nearplane.formats.base import Format
 from nearplane.formats.gguf.blocks import BLOCKS
 from nearplane.formats.gguf.file import FILE_TYPES, STRING, TYPES, UINT32, GGUFFile, scalar, write
-from nearplane.formats.gguf.format import GGUF, SUFFIX, record
+from nearplane.formats.gguf.format import GGUF, NOT_ROTATED, SUFFIX, record
 from nearplane.formats.gguf.grids import dividing, grid_of, pack
 from nearplane.formats.gguf.template import Mapping as Found
 from nearplane.formats.gguf.template import Matrix, Tick, find, silent
@@ -101,6 +101,26 @@ def open_template(template: Path | None, model: str | Path) -> GGUFFile:
     if parts and parts > 1:
         raise NearplaneError(f"{template} is one of {parts} parts; join them first (llama-gguf-split --merge).")
     return file
+
+
+def template_for(
+    format: Format, source: Source, shapes: Mapping[str, tuple[int, int]], *, rotated: bool
+) -> GGUFFile | None:
+    """Open the file of which a GGUF checkpoint is made, and check it by sizes; None for other formats.
+
+    Args:
+        format: of the checkpoint.
+        source: the model.
+        shapes: shapes of the linears to be quantized, by name on disk.
+        rotated: whether the model is rotated, which no template is.
+    """
+    if not takes_template(format):
+        return None
+    if rotated:
+        raise SettingError(NOT_ROTATED)
+    template = open_template(getattr(format, "template", None), source.name)
+    check_template(template, source.model, shapes)
+    return template
 
 
 def check_template(template: GGUFFile, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:

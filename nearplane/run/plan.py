@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nearplane.checkpoint.engines import Described, Weight, model_facts
-from nearplane.checkpoint.gguf import Placed, check_template, open_template, place_source, takes_template
+from nearplane.checkpoint.gguf import Placed, place_source, takes_template, template_for
 from nearplane.checkpoint.load import generation_settings
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
@@ -29,7 +29,7 @@ from nearplane.data.windows import Tokens
 from nearplane.formats import Format
 from nearplane.formats.base import conv1d_reason
 from nearplane.formats.gguf.file import GGUFFile
-from nearplane.formats.gguf.format import GGUF, NOT_ROTATED
+from nearplane.formats.gguf.format import GGUF
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
@@ -403,7 +403,8 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     together = format.together(grids, str(getattr(source.config, "model_type", "")))
     if together is not None:
         raise SettingError(f"{together}.")
-    template = _template(source, job, format, {disk[site.name]: site.shape for site in sites})
+    shapes = {disk[site.name]: site.shape for site in sites}
+    template = template_for(format, source, shapes, rotated=bool(job.equivalences))
     compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
     plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored, template=template)
@@ -433,17 +434,6 @@ def _refuse(job: Job, format: Format, sites: Mapping[str, tuple[Site, Grid]], le
         first = first or (f"{site.name}: {reason}" if reason is not None else "")
     if first:
         raise SettingError(f"{first}{format.help(refused) if refused else ''}.")
-
-
-def _template(source: Source, job: Job, format: Format, shapes: Mapping[str, tuple[int, int]]) -> GGUFFile | None:
-    """Open the file of which a GGUF checkpoint is made, and check it by sizes; None for other formats."""
-    if not takes_template(format):
-        return None
-    if job.equivalences:
-        raise SettingError(NOT_ROTATED)
-    template = open_template(getattr(format, "template", None), source.name)
-    check_template(template, source.model, shapes)
-    return template
 
 
 def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
