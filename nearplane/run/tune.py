@@ -153,10 +153,10 @@ class _Work:
         seqlen, steps = plan.windows[1] or plan.calibration.seqlen, plan.job.tune
         self.size, self.at_once = step_windows(seqlen), max(1, AT_ONCE // seqlen)
         # Calibration windows teach less: codes and scales fit them already (docs/tuning.md).
-        more = plan.samples is not None and fresh.counts[1] < fresh_windows(steps, seqlen)
-        pools = [*([] if fresh.more is None else [fresh.more]), *([plan.samples.arguments] if more else [])]
+        samples = plan.samples if fresh.counts[1] < fresh_windows(steps, seqlen) else None
+        pools = [*([] if fresh.more is None else [fresh.more]), *([] if samples is None else [samples.arguments])]
         self.windows = _by_turns([list(_windows(pool)) for pool in pools], plan.calibration.seed)
-        self.calibrated = plan.samples.number if more else 0
+        self.calibrated = 0 if samples is None else samples.number
         deltas = [{"params": [move.delta], "lr": move.rate} for move in self.moves]
         self.optimizer = torch.optim.Adam(deltas)
         self.best = [torch.zeros_like(move.delta.data) for move in self.moves]

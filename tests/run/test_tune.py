@@ -401,7 +401,7 @@ def test_a_model_without_words_is_refused(tmp_path: Path) -> None:
 
 
 def test_calibration_windows_fill_up(tmp_path: Path) -> None:
-    """Where the text has too few fresh windows, and only there; without any to tune on, a method that reads no data is refused."""
+    """Where the text has too few fresh windows, and only there. A method without calibration windows needs fresh ones."""
     model = made(tiny.build("llama", num_hidden_layers=1), tmp_path)
     few = dataclasses.replace(job(model).calibration, dataset=tiny.tokens(21, 24).tolist(), nsamples=16)
     for settings, calibrated in (({}, 0), ({"calibration": few}, 16)):
