@@ -83,6 +83,10 @@ def set_aside(
             f"{len(held)}; give a longer --dataset, or fewer --nsamples."
         )
     rest = pool.pick(taken, more)
+    if not rest and used is None:
+        raise SettingError(
+            "tune needs windows to tune on beside those that judge, and the dataset leaves none; give a longer one."
+        )
     origin = "the dataset" if used is None else str(used.data["origin"])
     return used, Fresh(
         {origin: join([batch for batch, _ in held])}, join([batch for batch, _ in rest]) if rest else None, notes

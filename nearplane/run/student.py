@@ -51,7 +51,7 @@ def step_windows(seqlen: int) -> int:
 
 
 def fresh_windows(steps: int, seqlen: int) -> int:
-    """Return the most fresh windows that a tuning reads: of every two windows, one is fresh."""
+    """Return the most fresh windows that a tuning reads: each is read about twice."""
     return -(-steps * step_windows(seqlen) // 2)
 
 

@@ -1,6 +1,7 @@
 """``--tune``: after the codes stand, move scales and norms for a few steps, so that the model's words are its original's again.
 
-The loss is KL(original ‖ quantized) per token, end to end, on windows that calibration has used and on fresh ones by turns.
+The loss is KL(original ‖ quantized) per token, end to end, on fresh windows, each read about twice. Where the text has too few
+of them, windows that calibration has used come by turns with them.
 Held-out windows, which neither calibration nor the tuning has seen, judge what is to be stored, rounded as it is stored.
 The best of what they judged is kept, and what was solved where nothing is better. The order of windows follows from the
 calibration's seed. A tuning that was ended goes on where it was judged last.
@@ -30,7 +31,7 @@ from nearplane.formats.journal import STATE, sync
 from nearplane.formats.parts import Writer
 from nearplane.models.locate import first_line
 from nearplane.run.plan import Plan
-from nearplane.run.student import AT_ONCE, Move, Student, Tuned, counted, step_windows
+from nearplane.run.student import AT_ONCE, Move, Student, Tuned, counted, fresh_windows, step_windows
 
 # A run is judged about so many times, and not before so many steps; it ends early after so many that were no better.
 JUDGED, APART, PATIENCE = 16, 4, 2
@@ -149,12 +150,13 @@ class _Work:
     def __init__(self, student: Student, fresh: Fresh, kept: "_Kept") -> None:
         plan = student.plan
         self.student, self.fresh, self.kept, self.moves = student, fresh, kept, student.moves
-        samples = None if plan.samples is None else plan.samples.arguments
-        pools = [pool for pool in (fresh.more, samples) if pool is not None]
-        self.windows = _by_turns([list(_windows(pool)) for pool in pools], plan.calibration.seed)
-        self.calibrated = 0 if plan.samples is None else plan.samples.number
-        seqlen = plan.windows[1] or plan.calibration.seqlen
+        seqlen, steps = plan.windows[1] or plan.calibration.seqlen, plan.job.tune
         self.size, self.at_once = step_windows(seqlen), max(1, AT_ONCE // seqlen)
+        # Calibration windows teach less: codes and scales fit them already (docs/tuning.md).
+        samples = plan.samples if fresh.counts[1] < fresh_windows(steps, seqlen) else None
+        pools = [*([] if fresh.more is None else [fresh.more]), *([] if samples is None else [samples.arguments])]
+        self.windows = _by_turns([list(_windows(pool)) for pool in pools], plan.calibration.seed)
+        self.calibrated = 0 if samples is None else samples.number
         deltas = [{"params": [move.delta], "lr": move.rate} for move in self.moves]
         self.optimizer = torch.optim.Adam(deltas)
         self.best = [torch.zeros_like(move.delta.data) for move in self.moves]

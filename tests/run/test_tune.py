@@ -394,6 +394,24 @@ def test_what_is_no_text_is_refused(kind: str, words: str, tmp_path: Path) -> No
         run(made(tiny.build(kind), tmp_path), tmp_path / "out")
 
 
+def test_a_model_without_words_is_refused(tmp_path: Path) -> None:
+    kind = tiny.build("bert")
+    with pytest.raises(SettingError, match="logits of models that predict tokens, and BertModel has none"):
+        run(made(type(kind.bert)(kind.config).eval(), tmp_path), tmp_path / "out")
+
+
+def test_calibration_windows_fill_up(tmp_path: Path) -> None:
+    """Where the text has too few fresh windows, and only there. A method without calibration windows needs fresh ones."""
+    model = made(tiny.build("llama", num_hidden_layers=1), tmp_path)
+    few = dataclasses.replace(job(model).calibration, dataset=tiny.tokens(21, 24).tolist(), nsamples=16)
+    for settings, calibrated in (({}, 0), ({"calibration": few}, 16)):
+        record = run(model, tmp_path / f"out{calibrated}", tune=4, **settings).tuning
+        assert record is not None and record["windows"]["calibration"] == calibrated
+    few = dataclasses.replace(few, dataset=tiny.tokens(4, 24).tolist(), nsamples=4)
+    with pytest.raises(SettingError, match="windows to tune on beside those that judge"):
+        run(model, tmp_path / "out", method="rtn", calibration=few)
+
+
 def test_several_processes_are_refused(model: Path) -> None:
     with pytest.raises(SettingError, match="tune runs in one process"):
         nearplane.plan(model, job(model), ranks=2)
