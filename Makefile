@@ -31,7 +31,8 @@ test: install $(ENGINES)/llama/installed
 	PYTHONPATH=$(VENV)/timm $(BIN)/python -m pytest tests/models/test_timm.py
 
 # Each engine in an environment of its own under .engines (NEARPLANE_ENGINES names another folder). Versions are pinned by
-# the lists in runs/engines/; a stamp keeps an environment until its list changes. Together about five gigabytes.
+# the lists in runs/engines/; a stamp keeps an environment until its list changes. Six to sixteen
+# gigabytes together: with torch's builds for a CPU or for CUDA, whichever the index gives.
 ENGINE_NAMES := vllm llama mlx onnxruntime openvino transformers
 engines: $(ENGINE_NAMES:%=$(ENGINES)/%/installed)
 
