@@ -64,16 +64,16 @@ def by_llama(library: ctypes.CDLL, kind: str, weight: torch.Tensor, importance: 
     return torch.from_numpy(result)
 
 
-def inputs(layers: list[int], tokens: int, texts: list[Path]) -> dict[int, tuple[torch.Tensor, Moments, torch.Tensor]]:
-    """Return weight, moments (of the first text) and the held-out H (of the second) of each layer's down_proj."""
+def inputs(names: list[str], tokens: int, texts: list[Path]) -> dict[str, tuple[torch.Tensor, Moments, torch.Tensor]]:
+    """Return weight, moments (of the first text) and the held-out H (of the second) of each linear, by name in the model."""
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    linears = {k: model.model.layers[k].mlp.down_proj for k in layers}
-    found = {k: [Moments.zeros(linear.in_features) for _ in range(3)] for k, linear in linears.items()}
+    linears = {name: model.get_submodule(name) for name in names}
+    found = {name: [Moments.zeros(linear.in_features) for _ in range(3)] for name, linear in linears.items()}
     place = 0
     hooks = [
-        linear.register_forward_pre_hook(lambda _, args, k=k: found[k][place].add(args[0][0]))
-        for k, linear in linears.items()
+        linear.register_forward_pre_hook(lambda _, args, name=name: found[name][place].add(args[0][0]))
+        for name, linear in linears.items()
     ]
     fitted, tested = (tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in texts)
     start = tokens if texts[0] == texts[1] else 0
@@ -84,7 +84,7 @@ def inputs(layers: list[int], tokens: int, texts: list[Path]) -> dict[int, tuple
                 model(part[None])
     for hook in hooks:
         hook.remove()
-    return {k: (linears[k].weight.detach(), fit.join(held), test.H) for k, (fit, held, test) in found.items()}
+    return {name: (linears[name].weight.detach(), fit.join(held), test.H) for name, (fit, held, test) in found.items()}
 
 
 def main() -> None:
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--engine")
     options = parser.parse_args()
     library = engine(options.engine)
-    layers = inputs(options.layers, options.tokens, [options.calibration, options.test])
+    names = {f"model.layers.{k}.mlp.down_proj": k for k in options.layers}
+    found = inputs(list(names), options.tokens, [options.calibration, options.test])
+    layers = {names[name]: linear for name, linear in found.items()}
     methods = {"rtn": RTN(), "gptq": GPTQ(), "nearplane": NearPlane(target=False)}
     print(f"{len(layers)} linears, {options.tokens} tokens; held-out error over llama.cpp's with an importance matrix")
     print("type   layer  llama " + " ".join(f"{name:>10}" for name in methods) + "   seconds (nearplane)")

@@ -15,43 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from kquants import TEXTS, inputs
 
-import nearplane
 from nearplane.core.grid import Grid, dequantize, fit_groups
-from nearplane.core.moments import Moments
 from nearplane.methods import GPTQ, RTN, NearPlane
 
-FOLDER = Path.home() / ".cache/nearplane/SmolLM2-135M-Instruct"
-TEXTS = Path(nearplane.__file__).parent / "data/embedded"
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 GRIDS = ((4, 32), (4, 128), (4, -1), (3, 64), (2, 64), (8, -1))
 METHODS = {"rtn": RTN(), "gptq": GPTQ(), "nearplane": NearPlane(target=False)}
-SEQUENCE = 512
-
-
-def inputs(blocks: list[int], tokens: int, texts: list[Path]) -> list[tuple[torch.Tensor, Moments, torch.Tensor]]:
-    """Return weight, moments (of the first text) and held-out H (of the second) of each linear."""
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    linears = [model.model.layers[k].get_submodule(kind) for k in blocks for kind in KINDS]
-    found = [[Moments.zeros(linear.in_features) for _ in range(3)] for linear in linears]
-    place = 0
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, args, some=some: some[place].add(args[0][0]))
-        for linear, some in zip(linears, found, strict=True)
-    ]
-    fitted, tested = (tokenizer(path.read_text(), return_tensors="pt").input_ids[0] for path in texts)
-    start = tokens if texts[0] == texts[1] else 0
-    for which, ids in enumerate((fitted[:tokens], tested[start : start + tokens // 2])):
-        for i, part in enumerate(ids.split(SEQUENCE)):
-            place = 2 if which else int(i % 4 == 3)  # every fourth sequence judges, as in a run
-            with torch.no_grad():
-                model(part[None])
-    for hook in hooks:
-        hook.remove()
-    weights = [linear.weight.detach() for linear in linears]
-    return [(weight, fit.join(held), test.H) for weight, (fit, held, test) in zip(weights, found, strict=True)]
 
 
 def main() -> None:
@@ -62,7 +33,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=TEXTS / "calibration.txt")
     parser.add_argument("--test", type=Path, default=TEXTS / "held_out.txt")
     options = parser.parse_args()
-    linears = inputs(options.blocks, options.tokens, [options.calibration, options.test])
+    names = [f"model.layers.{k}.{kind}" for k in options.blocks for kind in KINDS]
+    linears = list(inputs(names, options.tokens, [options.calibration, options.test]).values())
     print(
         f"{len(linears)} linears, {options.tokens} tokens; held-out error, and seconds, over those with scales above 0"
     )

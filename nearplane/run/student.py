@@ -294,13 +294,13 @@ class Student:
     def divergence(self, batch: Batch) -> Tensor:
         """Return the mean over a batch's tokens of KL(original ‖ student), in nats."""
         with torch.no_grad(), self._original():
-            target = self._words(batch)
-        found = self._words(batch)
+            target = self._log_probabilities(batch)
+        found = self._log_probabilities(batch)
         loss = (target.exp() * (target - found)).sum(-1)
         real = next((mask for mask in masks(batch) if mask.shape == loss.shape), None)
         return loss.mean() if real is None else loss[real.bool()].mean()
 
-    def _words(self, batch: Batch) -> Tensor:
+    def _log_probabilities(self, batch: Batch) -> Tensor:
         """Return log-probabilities (samples, positions, vocabulary)."""
         logits = getattr(self.model(**batch, **self.options), "logits", None)
         if logits is None:

@@ -1,4 +1,4 @@
-"""``--tune``: after the codes stand, move scales and norms for a few steps, so that the model's words are its original's again.
+"""``--tune``: after the codes stand, move scales and norms for a few steps, so that logits come nearer to the original's.
 
 The loss is KL(original ‖ quantized) per token, end to end, on fresh windows, each read about twice. Where the text has too few
 of them, windows that calibration has used come by turns with them.
@@ -51,7 +51,7 @@ def forwards(plan: Plan) -> int:
 
 
 @dataclass
-class Course:
+class Progress:
     """What a tuning has done so far."""
 
     step: int = 0
@@ -116,7 +116,9 @@ def tune(
             work = _Work(student, fresh, _Kept(writer, plan, fresh))
             course = work.run(steps, advance, check)
             tuned = student.tuned() if course.kept else None
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the model's own code has no gradient; the report says so
         return None, {"steps": steps, "kept": 0, "failed": first_line(error)}
     held, more = fresh.counts
     found = {
@@ -161,9 +163,9 @@ class _Work:
         self.optimizer = torch.optim.Adam(deltas)
         self.best = [torch.zeros_like(move.delta.data) for move in self.moves]
 
-    def run(self, steps: int, advance: Callable[[], None], check: Callable[[], None]) -> Course:
+    def run(self, steps: int, advance: Callable[[], None], check: Callable[[], None]) -> Progress:
         """Take the steps, and leave the student with the best numbers."""
-        course = self.kept.read(self.moves, self.optimizer, self.best) or Course()
+        course = self.kept.read(self.moves, self.optimizer, self.best) or Progress()
         if not course.judged:
             course.take(0, self._judge())
         self.student.settle()
@@ -222,7 +224,7 @@ class _Kept:
         known = json.dumps([plan.settings, plan.job.tune, solved]).encode()
         self.of = hashlib.sha256(b"".join([known, *read])).hexdigest()
 
-    def read(self, moves: list[Move], optimizer: torch.optim.Adam, best: list[Tensor]) -> Course | None:
+    def read(self, moves: list[Move], optimizer: torch.optim.Adam, best: list[Tensor]) -> Progress | None:
         """Take over what an ended tuning has left; None where there is nothing, or it was another tuning's."""
         with suppress(OSError, SafetensorError, KeyError, ValueError):
             with safe_open(self.path, "pt") as file:
@@ -238,10 +240,10 @@ class _Kept:
                     "step": found["step"].clone(),
                     **{key: value.to(move.delta.device) for key, value in state.items()},
                 }
-            return Course(**json.loads(stated["course"]))
+            return Progress(**json.loads(stated["course"]))
         return None
 
-    def write(self, course: Course, moves: list[Move], optimizer: torch.optim.Adam, best: list[Tensor]) -> None:
+    def write(self, course: Progress, moves: list[Move], optimizer: torch.optim.Adam, best: list[Tensor]) -> None:
         """Write the state, all of it or nothing. Raises NearplaneError where the disk refuses."""
         tensors = {"step": optimizer.state[moves[0].delta]["step"].detach().cpu()}
         for number, (move, kept) in enumerate(zip(moves, best, strict=True)):

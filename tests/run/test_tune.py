@@ -149,7 +149,7 @@ def test_what_does_not_help_is_undone(
 
 
 def test_no_source_may_be_worse() -> None:
-    course = tune.Course()
+    course = tune.Progress()
     assert not course.take(0, {"a": 1.0, "b": 2.0})
     assert course.take(4, {"a": 0.9, "b": 2.0})
     assert not course.take(8, {"a": 0.1, "b": 2.01}) and not course.take(12, {"a": float("nan"), "b": 1.0})
@@ -421,8 +421,8 @@ def test_several_processes_are_refused(model: Path) -> None:
 def test_a_forward_without_gradients_keeps_what_was_solved(
     both: tuple[Path, Path, nearplane.Report], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = student.Student._words
-    monkeypatch.setattr(student.Student, "_words", lambda self, batch: words(self, batch).detach())
+    words = student.Student._log_probabilities
+    monkeypatch.setattr(student.Student, "_log_probabilities", lambda self, batch: words(self, batch).detach())
     report = run(model, tmp_path / "out")
     assert report.tuning is not None and "does not require grad" in report.tuning["failed"]
     assert any("the model cannot be tuned" in event for event in report.events)
