@@ -1,13 +1,15 @@
 """What a model is calibrated on: KL to the original on four domains, for the embedded text, the model's own samples, and mixes.
 
     python runs/calibration_text.py --wikitext wikitext2-test.raw.txt --shakespeare tinyshakespeare.txt
-        [--model demo] [--datasets embedded self embedded:1,self:1] [--nsamples 32] [--seeds 0 1 2] [--ignore REGEX] [--table]
+        [--model demo] [--datasets embedded self embedded:1,self:1] [--nsamples 32] [--seeds 0 1 2] [--bits 3 2]
+        [--rows NearPlane GPTAQ ...] [--ignore REGEX] [--table]
 
 Domains: both texts; sources of the standard library of the Python that runs (``MODULES``); and the dialogs of the embedded
 text's held-out part, written by the model's chat template. Each text is cut into windows of EVAL_SEQLEN tokens, of which
-the first WINDOWS are read. The dialogs have the author of the embedded text that is calibrated on, and are few. 3 bits in
-groups of 64, asymmetric, NearPlane as it comes. ``--ignore`` leaves blocks dense, where time is short. One line of OUT.jsonl
-per finished cell; an interrupted study goes on where it was. ``--table`` prints the table of what is there, and runs nothing.
+the first WINDOWS are read. The dialogs have the author of the embedded text that is calibrated on, and are few. A row is a
+method with its grid (``ROWS``), in groups of 64; without ``--rows``, NearPlane on an asymmetric one. ``--ignore`` leaves blocks
+dense, where time is short. One line of OUT.jsonl per finished cell; an interrupted study goes on where it was. ``--table``
+prints the table of what is there, and runs nothing.
 """
 
 import argparse
@@ -24,12 +26,20 @@ import torch
 from cells import Found, Kept, spread
 from quality import Remembered, commit
 
-from nearplane import Calibration, load, quantize
+from nearplane import GPTAQ, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
 from nearplane.data.text import read_text
 from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer
 
+# A method, and what is said of its grid beside bits and group size.
+ROWS: dict[str, tuple[Method, Found]] = {
+    "NearPlane": (NearPlane(), {"sym": False}),
+    "NearPlane, symmetric": (NearPlane(), {"sym": True}),
+    "NearPlane, symmetric, scales above 0": (NearPlane(), {"sym": True, "negative_scales": False}),
+    "GPTAQ": (GPTAQ(), {"sym": False, "fit": "mse"}),
+    "ResComp": (ResComp(), {"sym": False, "fit": "mse"}),
+}
 DATASETS = ("embedded", "self", "embedded:1,self:1")
 MODULES = ("argparse", "heapq", "textwrap", "statistics", "tarfile", "sched")
 ROLES = {"User": "user", "Assistant": "assistant"}
@@ -77,10 +87,11 @@ def measured(
     return found
 
 
-def cell(dataset: str, nsamples: int, seed: int, original: Remembered, args: argparse.Namespace) -> Found:
-    """Quantize on one dataset and measure all domains."""
-    draw = Calibration(dataset, nsamples=nsamples, seqlen=args.seqlen, seed=seed)
-    settings: dict[str, Any] = {"bits": args.bits, "group_size": args.group_size, "sym": False, "ignore": args.ignore}
+def cell(row: str, bits: int, draw: Calibration, original: Remembered, args: argparse.Namespace) -> Found:
+    """Quantize with one draw of one dataset and measure all domains."""
+    method, more = ROWS[row]
+    grid = Grid(bits=bits, group_size=args.group_size, **more)
+    settings: dict[str, Any] = {"method": method, "grid": grid, "ignore": args.ignore}
     with tempfile.TemporaryDirectory(prefix="nearplane-") as folder:
         start = time.perf_counter()
         report = quantize(args.model, Path(folder) / "out", calibration=draw, progress=False, **settings)
@@ -88,7 +99,7 @@ def cell(dataset: str, nsamples: int, seed: int, original: Remembered, args: arg
         tokenizer = load_tokenizer(Path(folder) / "out")
         found = measured(load(Path(folder) / "out", packed=False), tokenizer, domains(args, tokenizer), args, original)
     data = {name: report.data[name] for name in ("tokens", "sha256", "sources", "recipe") if name in report.data}
-    return {"domains": found, "data": data, "seconds": round(seconds, 1), **common(args)}
+    return {"domains": found, "data": data, "seconds": round(seconds, 1), "spent": report.seconds, **common(args)}
 
 
 def common(args: argparse.Namespace) -> Found:
@@ -97,18 +108,19 @@ def common(args: argparse.Namespace) -> Found:
 
 
 def table(kept: Kept, model: str) -> str:
-    """Markdown: a row for each dataset and number of windows; KL by domain, mean over draws ± half their range."""
+    """Markdown: a row for each method, width, dataset and number of windows; KL by domain, mean over draws ± half their range."""
     cells = {tuple(key.split("|")): cell for key, cell in kept.cells.items() if key.startswith(f"{model}|")}
+    cells = {key: cell for key, cell in cells.items() if len(key) == 6}
     names = list(dict.fromkeys(name for cell in cells.values() for name in cell["domains"]))
-    lines = ["| calibrated on | windows | tokens | draws | " + " | ".join(names) + " | mean KL |"]
-    lines.append("|" + "---|" * (5 + len(names)))
-    rows = dict.fromkeys((key[1], key[2]) for key in cells if len(key) == 4)
-    for dataset, windows in rows:
-        draws = [cell for key, cell in cells.items() if key[1:3] == (dataset, windows)]
+    lines = ["| row | bits | calibrated on | windows | tokens | draws | " + " | ".join(names) + " | mean KL |"]
+    lines.append("|" + "---|" * (7 + len(names)))
+    for row, bits, dataset, windows in dict.fromkeys(key[1:5] for key in cells):
+        draws = [cell for key, cell in cells.items() if key[1:5] == (row, bits, dataset, windows)]
         kls = [[draw["domains"][name]["kl"] for draw in draws] for name in names]
         means = [sum(each) / len(each) for each in zip(*kls, strict=True)]
         figures = " | ".join(spread(found, 3) for found in [*kls, means])
-        lines.append(f"| {dataset} | {windows} | {draws[0]['data']['tokens']} | {len(draws)} | {figures} |")
+        about = f"{row} | {bits} | {dataset} | {windows} | {draws[0]['data']['tokens']}"
+        lines.append(f"| {about} | {len(draws)} | {figures} |")
     return "\n".join(lines) + "\n"
 
 
@@ -121,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--nsamples", type=int, nargs="+", default=[32])
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--bits", type=int, nargs="+", default=[3])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["NearPlane"])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--ignore", nargs="*", default=[], help="leave dense the linears in whose names REGEX is found")
     parser.add_argument("--eval-seqlen", type=int, default=512)
@@ -144,10 +157,11 @@ def main(argv: list[str] | None = None) -> None:
         kept.keep(
             f"{name}|original", {"domains": measured(original.model, tokenizer, texts, args, None), **common(args)}
         )
-    for windows, seed, dataset in product(args.nsamples, args.seeds, args.datasets):
-        key = f"{name}|{dataset}|{windows}|{seed}"
+    for windows, seed, dataset, bits, row in product(args.nsamples, args.seeds, args.datasets, args.bits, args.rows):
+        key = f"{name}|{row}|{bits}|{dataset}|{windows}|{seed}"
         if key not in kept.cells:
-            kept.keep(key, cell(dataset, windows, seed, original, args))
+            draw = Calibration(dataset, nsamples=windows, seqlen=args.seqlen, seed=seed)
+            kept.keep(key, cell(row, bits, draw, original, args))
     print(table(kept, name))
 
 

@@ -79,7 +79,11 @@ def test_what_is_calibrated_on(
     study["main"]([*words, "--table"])
     rows = capsys.readouterr().out.splitlines()
     kl = [cell["domains"]["wikitext"]["kl"] for cell in cells if "|embedded|" in cell["cell"]]
-    assert len(kl) == 2 and min(kl) > 0 and rows[2].startswith(f"| embedded | 4 | 96 | 2 | {sum(kl) / 2:.3f} ± ")
+    assert (
+        len(kl) == 2
+        and min(kl) > 0
+        and rows[2].startswith(f"| NearPlane | 3 | embedded | 4 | 96 | 2 | {sum(kl) / 2:.3f} ± ")
+    )
     assert len(study["dialogs"]()) > 5 and all(turns[0]["role"] == "user" for turns in study["dialogs"]())
 
 
