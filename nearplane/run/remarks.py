@@ -36,7 +36,7 @@ def remarks(plan: "Plan") -> list[str]:
     unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached] + _strange(plan)
     notes += [*plan.source.notes, *plan.notes, *_about_loading(plan), *_about_files(plan.source)]
     notes += [_shortened(plan), _not_run(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
-    notes += [] if plan.fresh is None else plan.fresh.notes
+    notes += [plan.unchecked, *([] if plan.fresh is None else plan.fresh.notes)]
     notes += [] if plan.ignored else [_mostly_dense(plan)]
     return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 

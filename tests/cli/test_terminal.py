@@ -11,7 +11,8 @@ import tiny
 import nearplane
 from nearplane import RTN, Report
 from nearplane.cli.main import main
-from nearplane.cli.terminal import COLUMNS, Terminal, block_line, clock, grouped, head, number_of, rough, summary
+from nearplane.cli.summary import clock, grouped, number_of, rough, summary
+from nearplane.cli.terminal import COLUMNS, Terminal, block_line, head
 from nearplane.machine import progress
 from nearplane.run.report import LinearRow
 
