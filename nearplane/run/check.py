@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nearplane.run.plan import Plan
     from nearplane.run.stream import OpenBlock
 
-# Logits that are compared at a time, in tokens; numbers of a weight that are rounded at a time.
-CHUNK, ROUNDED_AT_ONCE = 256, 1 << 22
+# Logits that are compared at a time, in tokens; numbers of a weight that are rounded at a time: a core caches so many.
+CHUNK, ROUNDED_AT_ONCE = 256, 1 << 17
 # Streams of the check; numbers for each logit while some are compared: both as floats, their logarithms, one product.
 STREAMS, COMPARED = 3, 5
 # A mean loss from which perplexity is no number.
@@ -247,7 +247,7 @@ class Check:
 
 def _round(weight: Tensor, site: Site, grid: Grid, dtype: torch.dtype) -> None:
     """Round a live weight (out, in) to nearest, in place."""
-    step = max(1, ROUNDED_AT_ONCE // site.shape[1])
+    step = max(1, ROUNDED_AT_ONCE * (1 if weight.device.type == "cpu" else 64) // site.shape[1])
     fixed = nearest(grid)
     for rows in torch.split(weight, step):
         given = rows.to(dtype).contiguous()
