@@ -142,7 +142,7 @@ def to_check(
     if fresh is not None:
         batch = join(list(fresh.held.values()))
         return Checked(batch, ", ".join(fresh.held), unscored=_unscored(source, calibration, batch)), None
-    calibration = replace(_of_text(calibration, used), seqlen=min(calibration.seqlen, CHECK_WINDOW))
+    calibration = replace(texts_of(calibration, used), seqlen=min(calibration.seqlen, CHECK_WINDOW))
     width = min(calibration.seqlen, longest_input(source.model) or calibration.seqlen)
     shown = 0 if used is None else used.number * (used.length or width)
     if MEDIA & set(reads(source.model)):
@@ -160,7 +160,7 @@ def to_check(
         return Checked(batch, origin, unscored=_unscored(source, calibration, batch)), None
     if used is None:
         return None, f"the run is not checked on held-out windows: {why}"
-    some = checked_windows(shown, used.length or width)
+    some = max(FEWEST, checked_windows(shown, used.length or width))
     batch = {name: value[:some] for name, value in used.arguments.items()}
     told = f"the run is checked on windows of the calibration, where errors are less than elsewhere: {why}"
     unscored = _unscored(source, calibration, batch)
@@ -177,7 +177,7 @@ def at_once(checked: Checked) -> int:
     return max(1, CHECK_WINDOW // checked.width)
 
 
-def _of_text(calibration: Calibration, used: Samples | None) -> Calibration:
+def texts_of(calibration: Calibration, used: Samples | None) -> Calibration:
     """Return the calibration without what the model writes itself: its samples are all used.
 
     A run that reads no data is not to fetch any: of names on a hub, none is left.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nearplane.run.stream import OpenBlock
 
 # Logits that are compared at a time, in tokens; numbers of a weight that are rounded at a time: a core caches so many.
-CHUNK, ROUNDED_AT_ONCE = 256, 1 << 17
+CHUNK, ROUNDED_AT_ONCE = 64, 1 << 17
 # Streams of the check; numbers for each logit while some are compared: both as floats, their logarithms, one product.
 STREAMS, COMPARED = 3, 5
 # A mean loss from which perplexity is no number.

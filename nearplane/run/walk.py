@@ -37,8 +37,8 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
             block = next(blocks, None)
         if block is None:
             return
-        with clock("check"):
-            if plan.checked is not None:
+        if plan.checked is not None:
+            with clock("check"):
                 check = check or Check(plan, plan.checked)
                 check.open(block)
         rows: list[LinearRow] = []

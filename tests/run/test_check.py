@@ -15,7 +15,8 @@ import nearplane
 from nearplane import Calibration, Grid
 from nearplane.cli.summary import summary
 from nearplane.core.grid import dequantize, fit_groups, round_to_nearest
-from nearplane.data.fresh import Checked, rows_of, to_check
+from nearplane.data.fresh import Checked, rows_of, texts_of, to_check
+from nearplane.data.samples import gather
 from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.source import load_tokenizer, open_source
 from nearplane.run import check
@@ -176,29 +177,36 @@ def test_a_run_that_reads_no_data_is_not_stopped_by_a_dataset(llama: Path, tmp_p
     assert report.check is None and report.blocks == []
     (told,) = (event for event in report.events if "checked" in event)
     assert told.startswith("the run is not checked on held-out windows: dataset file") and "does not exist" in told
-    named = windows_of(llama, method="rtn", dataset="wikitext2")  # nothing is fetched for it
-    assert named.origin.startswith("embedded text")
+    for name in ("wikitext2", "allenai/c4"):  # nothing is fetched for it
+        found = texts_of(Calibration(dataset=name, dataset_split="train"), None)
+        assert found.dataset is None and found.dataset_split is None
 
 
 def test_samples_of_the_models_own_are_left_out_of_a_mix(llama: Path) -> None:
     text = str(llama.parent / "text.txt")
-    plan = make_plan(llama, sketch=True, method="gptq")
-    mix = Calibration(dataset=f"{text}:3,self:1", nsamples=8, seqlen=24)
-    checked, why = to_check(read(llama), mix, None, None)
-    assert checked is not None and why is None and checked.origin == text
-    alone, why = to_check(read(llama), Calibration(dataset="self", nsamples=8, seqlen=24), None, None)
-    assert alone is not None and why is None and alone.origin.startswith("embedded text") and plan.checked is None
-
-
-def read(folder: Path) -> Any:
-    source = open_source(folder)
+    source = open_source(llama)
     source.read_weights()
-    return source
+    mix = Calibration(dataset=f"{text}:3,self:1", nsamples=8, seqlen=24)
+    used = gather(source, dataclasses.replace(mix, dataset=text))
+    checked, why = to_check(source, mix, used, None)
+    assert checked is not None and why is None and checked.origin == text and checked.fresh
+    assert texts_of(dataclasses.replace(mix, dataset="self"), used).dataset is None
+    both = texts_of(dataclasses.replace(mix, dataset=f"{text}:3,self:1,embedded:2"), used).dataset
+    assert both == [(text, 3.0), ("embedded", 2.0)]
 
 
-@pytest.mark.parametrize("settings", [{"head_bits": 4}, {"ignore": (r"layers\.1\.",)}, {"act_bits": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head_bits": 4},
+        {"ignore": (r"layers\.1\.",)},
+        {"act_bits": 8},
+        {"rotate": ("r1", "r2", "r4")},
+        {"format": "mlx"},
+    ],
+)
 def test_what_the_logits_pass_besides(llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    """A quantized head, blocks behind the last one that holds anything to quantize, rounded activations."""
+    """A quantized head, blocks behind the last one with anything to quantize, rounded activations, rotations, formats."""
     report = nearplane.quantize(llama, tmp_path / "out", **given(llama, method="gptq", **settings))
     ids = windows_of(llama).batch["input_ids"]
     original, made = nearplane.load(llama), nearplane.load(tmp_path / "out", packed=False)
@@ -213,7 +221,7 @@ def test_what_the_logits_pass_besides(llama: Path, tmp_path: Path, settings: dic
     assert report.check["block"] == f"model.layers.{0 if ignored else 1}"
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5", "gemma2", "gemma3n_text", "mixtral"])
+@pytest.mark.parametrize("kind", ["bert", "t5", "gemma2", "mixtral"])
 def test_other_models(kind: str, tmp_path: Path) -> None:
     """Masked ones and encoders with decoders have no perplexity; all have errors behind blocks."""
     build = tiny.build_mixture if kind in tiny.MIXTURES else tiny.build
