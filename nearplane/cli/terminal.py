@@ -189,8 +189,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
     read, checked = "windows" in data, report.check
     if checked is not None:
         kind = "held-out" if checked["held_out"] else "calibration"
-        lines.append("a block's line: error, ‖x̂-x‖²/‖x‖² of the hidden state behind it, the mean over")
-        lines.append(f"tokens of {kind} windows; (rtn), that of rounding to nearest, on min-max ranges;")
+        lines.append("a block's line: error, ‖x̂-x‖²/‖x‖² of the hidden state behind it, by tokens")
+        lines.append(f"of {kind} windows; (rtn), that of rounding to nearest on min-max ranges;")
         lines.append(f"its worst linear, by {'‖(Q-W)X̂‖²/‖WX̂‖²' if read else '‖Q-W‖²/‖W‖²'}; time taken; eta, time left")
     elif read:
         lines.append("a block's line: linears, the mean of their errors ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")

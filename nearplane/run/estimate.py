@@ -394,6 +394,9 @@ def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[
     ``found`` is of one rank of ``world``.
     """
     tips = []
+    if short(found) and plan.job.check:  # which a run leaves out by itself
+        plan = plan.changed(check=False)
+        found = shared(plan, found.offload, world, found.ranks, found.probe)
     if short(found) and plan.job.tune:
         plan = plan.changed(tune=0)
         found = shared(plan, found.offload, world, found.ranks, found.probe)
