@@ -193,8 +193,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
         lines.append(f"of {kind} windows; (rtn), that of rounding to nearest on min-max ranges;")
         lines.append(f"its worst linear, by {'‖(Q-W)X̂‖²/‖WX̂‖²' if read else '‖Q-W‖²/‖W‖²'}; time taken; eta, time left")
     elif read:
-        lines.append("a block's line: linears, the mean of their errors ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")
-        lines.append("of rounding to nearest; the worst linear; time taken; eta, time left")
+        lines.append("a block's line: linears, the mean of their ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that of")
+        lines.append("rounding to nearest; the worst linear; time taken; eta, time left")
     else:
         lines.append("a block's line: weight error, the mean of its linears' ‖Q-W‖²/‖W‖²;")
         lines.append("its worst linear; time taken; eta, time left")
