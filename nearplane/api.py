@@ -32,7 +32,7 @@ from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
 from nearplane.run.estimate import refuse
 from nearplane.run.events import BlockDone, Show, StageDone
-from nearplane.run.forecast import Forecast, forecast
+from nearplane.run.forecast import Forecast, forecast, without_check
 from nearplane.run.job import Job
 from nearplane.run.measure import Clock
 from nearplane.run.plan import Plan, complete, draft, own_text
@@ -89,6 +89,7 @@ def quantize(
             plan = draft(model, replace(job, device=ranks.device), reads=True)  # opened once; no weight is read
             refuse_ranks(job.tune, ranks.world)
             if not job.force:
+                plan = without_check(plan, job.offload, ranks.world, ranks.machine)
                 refuse(plan, out, job.offload, ranks)
             _ = plan.settings  # refused here where report.json cannot hold one of them
         own = ranks.tell(ranks.first(partial(own_text, plan, out, told.counting)))
@@ -97,6 +98,7 @@ def quantize(
         named = recordable(str(model), "MODEL"), recordable(str(out), "OUT")
         report = Report(named[0], plan.settings, named[1], data=plan.data)
         report.revision, report.commit = plan.source.revision, plan.source.commit
+        report.check = None if plan.checked is None else plan.checked.record()
         report.events += plan.warnings()
         return ranks.tell(_run(plan, writer, report, ranks, told, own))
 
@@ -150,6 +152,8 @@ def _tune(plan: Plan, writer: Writer, report: Report, show: Show, stop: Stop) ->
         tuned, report.tuning = tune(plan, plan.fresh, writer, advance, stop.check)
     report.spend(clock.take())
     report.events += refused(report.tuning)
+    tuned_check = report.tuning.pop("check", None)
+    report.check = report.check if report.check is None or tuned_check is None else report.check | tuned_check
     return tuned
 
 

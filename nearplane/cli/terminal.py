@@ -3,54 +3,27 @@
 Numbers are those of the report's rows. Lines of blocks have at most 78 columns; with ``verbose`` every stage has a line, too.
 """
 
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import product
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from nearplane.cli.fields import NO_DEFAULT, fields_of, methods
+from nearplane.cli.summary import clock, grouped, number_of, rough, summary, usual_of
 from nearplane.machine import progress
 
 if TYPE_CHECKING:  # a terminal is made before torch is imported
     from nearplane.models.discover import Block, Stage
-    from nearplane.run.events import Event
+    from nearplane.run.events import BlockDone, Event
     from nearplane.run.measure import LinearRow
     from nearplane.run.report import Report
 
 COLUMNS = 78
 # Characters of a linear's name that still tell it from others.
 ENOUGH = 8
-# The middle 80% of linears of SmolLM2-135M under GPTQ, group 64, min-max, embedded text v1 (runs/usual_error.py): "usual".
-USUAL: dict[int | str, tuple[float, float]] = {
-    2: (0.015, 0.11),
-    3: (0.0023, 0.017),
-    4: (0.00049, 0.0037),
-    8: (1.7e-6, 1.3e-5),
-}
-# What a note about one linear says, what many of them say together, and what to do.
-NOTHING = "nothing to do"
-MORE = "give more --nsamples"
-NOTES = (
-    ("serves its objective worse", "serve their objective worse than rounding to nearest",
-     f"{MORE}, or a larger --damp-percent"),
-    ("loss .* Babai's bound", "lose more than Babai's bound, because codes were clipped", NOTHING),
-    ("damping raised", "needed more damping than was set", f"{NOTHING}; more --nsamples make it rarer"),
-    ("extreme activations", "have extreme activations; moments, losses and bounds are scaled", NOTHING),
-    (r"\d+ calibration tokens left out", "left out calibration tokens, NaN or Inf",
-     "look for broken text, or for overflow in the model's dtype"),
-    ("too few tokens to hold any out", "had too few tokens to hold any out, so none could judge", MORE),
-    (r"\d+ of \d+ experts were reached by no token", "have experts that no token reached, which are rounded to nearest",
-     f"{MORE}, or --all-experts"),
-    ("was reached by no token", "were reached by no token, or by zeros only, and are rounded to nearest",
-     f"{MORE}, or look whether the model uses them at all"),
-    (r"\d+ of \d+ experts were shown fewer", "have experts that few tokens reached, damped by count",
-     f"{MORE}, or --all-experts"),
-    ("the probe forward did not reach it", "were not reached by the probe forward and stay dense", NOTHING),
-)  # fmt: skip
 
 
 class Terminal:
@@ -156,7 +129,7 @@ class Terminal:
         elif isinstance(event, BlockDone):
             self._block_done(event)
 
-    def _block_done(self, event: Any) -> None:
+    def _block_done(self, event: "BlockDone") -> None:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rows, self._rows = self._rows, []
@@ -169,7 +142,7 @@ class Terminal:
         left = self._spent / self._worked * sum(self._full[event.number + 1 :]) if self._worked else None
         for line in expert_lines(rows) if self.verbose else ():
             self.say(line)
-        self.say(block_line(event.block.name, event.number + 1, len(self._full), rows, seconds, left, self._mixed))
+        self.say(block_line(event, len(self._full), rows, seconds, left, self._mixed))
 
     def end(self) -> None:
         """Take the bar away, however the run ends. ``summary(report)`` is the text to print then."""
@@ -213,24 +186,23 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
         kind = f" ({row['origin']})" if row["origin"] != row["source"] else ""
         lines.append(f"  {row['source']}, weight {row['weight']:g}: {row['windows']} windows{kind}")
     lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
-    if "windows" in data:
-        lines.append("a block's line: error, the mean of its linears' ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that")
-        lines.append("of rounding to nearest; its worst linear; time taken; eta, time left")
-        if {"target", "shrink"} <= method.keys() and method["target"]:
-            lines.append("α, the share of the drift that is repaired: such linears leave their weights")
-            lines.append("on purpose, so an error near or above rtn is no fault where α > 0")
+    read, checked = "windows" in data, report.check
+    if checked is not None:
+        kind = "held-out" if checked["held_out"] else "calibration"
+        lines.append("a block's line: error, ‖x̂-x‖²/‖x‖² of the hidden state behind it, by tokens")
+        lines.append(f"of {kind} windows; (rtn), that of rounding to nearest on min-max ranges;")
+        lines.append(f"its worst linear, by {'‖(Q-W)X̂‖²/‖WX̂‖²' if read else '‖Q-W‖²/‖W‖²'}; time taken; eta, time left")
+    elif read:
+        lines.append("a block's line: linears, the mean of their ‖(Q-W)X̂‖²/‖WX̂‖²; (rtn), that of")
+        lines.append("rounding to nearest; the worst linear; time taken; eta, time left")
     else:
         lines.append("a block's line: weight error, the mean of its linears' ‖Q-W‖²/‖W‖²;")
         lines.append("its worst linear; time taken; eta, time left")
-    usual = _usual(report)
+    if read and {"target", "shrink"} <= method.keys() and method["target"]:
+        lines.append("α, the share of the drift that is repaired: such linears leave their weights")
+        lines.append("on purpose, so a linear's error near or above rtn is no fault where α > 0")
+    usual = usual_of(report)
     return [*lines, f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g} for a linear"] if usual else lines
-
-
-def _usual(report: "Report") -> tuple[float, float] | None:
-    """The usual errors at a run's bits, where all linears have them and data is read."""
-    settings = report.settings
-    one = "choices" not in settings and not settings.get("override") and "windows" in report.data
-    return USUAL.get(settings["grid"]["bits"]) if one else None
 
 
 def _changed(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -265,41 +237,41 @@ def choice_table(settings: dict[str, Any]) -> list[str]:
 
 
 def block_line(
-    block: str,
-    number: int,
-    total: int,
-    rows: "list[LinearRow]",
-    seconds: float,
-    left: float | None,
-    mixed: bool = False,
+    done: "BlockDone", total: int, rows: "list[LinearRow]", seconds: float, left: float | None, mixed: bool = False
 ) -> str:
     """One line for a finished block, of at most 78 columns.
 
     Args:
-        block: its name, which the names of its linears begin with.
-        number: counted from 1.
+        done: the event, with the block and the errors behind it.
         total: blocks of the run.
         rows: its linears, as the report has them.
         seconds: spent on the block.
         left: seconds that the run will take yet; None: not known.
         mixed: whether linears differ in their grids, so that the line says how many bits its codes have on average.
     """
+    block, number = done.block.name, done.number + 1
     start = f"block {number:>{len(str(total))}}/{total}  "
     end = f"  {seconds:.1f}s" if seconds < 100 else f"  {clock(seconds)}"
     end += f"  eta {clock(left)}" if number < total and left is not None else ""
     if not rows:
         return f"{start}no linear{end}"[:COLUMNS]
     read = [row for row in rows if row.error is not None]
+    behind = None if done.behind is None else done.behind.error
+    if behind is not None and done.behind is not None:
+        rtn = done.behind.rtn_error
+        start += f"error {number_of(behind)}" + (f" (rtn {rough(rtn)})" if rtn is not None else "")
     if read:
         worst = max(read, key=lambda row: row.error or 0.0)
-        mean, rtn = (sum(error or 0.0 for error in errors) / len(read) for errors in _errors(read))
-        start += f"error {number_of(mean)} (rtn {rough(rtn)})"
+        if behind is None:
+            mean, rtn = (sum(error or 0.0 for error in errors) / len(read) for errors in _errors(read))
+            start += f"linears {number_of(mean)} (rtn {rough(rtn)})"
         aimed = [row.alpha for row in read if row.alpha is not None]
         start += f"  α {sum(aimed) / len(aimed):.2f}".replace("0.", ".") if any(aimed) else ""
         most = rough(worst.error or 0.0)
     else:
         worst = max(rows, key=lambda row: row.weight_error)
-        start += f"weight error {number_of(sum(row.weight_error for row in rows) / len(rows))}"
+        if behind is None:
+            start += f"weight error {number_of(sum(row.weight_error for row in rows) / len(rows))}"
         most = rough(worst.weight_error)
     weights = sum(row.shape[0] * row.shape[1] for row in rows)
     bits = sum(_width(row.bits) * row.shape[0] * row.shape[1] for row in rows) / weights
@@ -326,25 +298,6 @@ def _short(name: str) -> str:
     if len(parts) > 2 and parts[-2].isdigit():
         return ".".join(parts[-2:])
     return ".".join(parts[-2:] if parts[-1] == "dense" else parts[-1:])
-
-
-def number_of(value: float) -> str:
-    """An error in few characters: 0.0119, 0.00036, 2.3e-06."""
-    if value >= 100:
-        return f"{value:.3g}"
-    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.5f}" if value >= 0.0001 else f"{value:.1e}"
-
-
-def rough(value: float) -> str:
-    """An error in two figures: 0.012."""
-    return f"{value:.3g}" if value >= 10 else f"{value:#.2g}"
-
-
-def clock(seconds: float) -> str:
-    """A duration as 0:07, 2:04 or 1:02:04."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def stage_line(block: "Block", stage: "Stage", rows: "list[LinearRow]", mixed: bool = False) -> str:
@@ -387,60 +340,3 @@ def expert_lines(rows: "list[LinearRow]") -> list[str]:
             line += f"weight error {max(row.weight_error for row in of):.4f}"
         found.append(f"{line}  {sum(row.seconds for row in of):.1f}s")
     return found
-
-
-def grouped(events: list[str]) -> list[str]:
-    """Notes with what to do about them; equal ones about several linears become one."""
-    together: dict[tuple[str, str], list[str]] = {}
-    said: list[str] = []
-    for event in events:
-        name, _, text = event.partition(": ")
-        known = next(((many, advice) for start, many, advice in NOTES if re.match(start, text)), None)
-        if known is None or not re.fullmatch(r"[\w.]+", name):
-            said.append(event)
-        else:
-            together.setdefault(known, []).append(event)
-    for (many, advice), same in together.items():
-        names = [event.partition(": ")[0] for event in same]
-        what = "layers" if "experts" in many else "linears"
-        first = f"{len(names)} {what} {many} ({names[0]}, ...)"
-        said.append(f"{first if len(names) > 1 else same[0]}: {advice}")
-    return said
-
-
-def summary(report: "Report", *, verbose: bool = False) -> str:
-    """What came of a run, and what to do next.
-
-    Args:
-        report: of a finished run.
-        verbose: every note by itself.
-    """
-    totals, size = report.totals, report.bytes
-    lines = [
-        f"{report.out}: {totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight",
-        f"size {size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB ({size['dense'] / 1e6:.1f} MB of it dense)",
-    ]
-    if totals["mean_error"] is not None:
-        usual = _usual(report)
-        range_ = f"; usual at {report.settings['grid']['bits']} bits {usual[0]:g} to {usual[1]:g}" if usual else ""
-        errors = f"mean error {totals['mean_error']:.4f} (rtn {totals['mean_rtn_error']:.4f}), over all linears"
-        lines.append(errors + range_)
-    if totals["rounds"] or totals["rejected_rounds"]:
-        rounds = f"refinement rounds: {totals['rounds']} kept, {totals['rejected_rounds']} rejected on held-out tokens"
-        lines.append(rounds)
-    if report.tuning is not None and report.tuning["kept"]:
-        lines.append(tuning_line(report.tuning))
-    phases = ", ".join(f"{phase} {spent:.1f}s" for phase, spent in report.seconds.items() if verbose or spent >= 0.05)
-    lines.append(f"time {clock(totals['seconds'])}{f': {phases}' if phases else ''}")
-    lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
-    lines.append(f"next: nearplane eval {report.out} --reference {report.model}")
-    return "\n".join(lines)
-
-
-def tuning_line(record: Mapping[str, Any]) -> str:
-    """One line on a tuning that helped."""
-    before, after = record["before"], record["after"]
-    change = "; ".join(
-        f"{before[name]:.4g} -> {after[name]:.4g}" + (f" ({name})" if len(before) > 1 else "") for name in before
-    )
-    return f"tuned: held-out KL {change}, by step {record['kept']} of {record['steps']}; codes and sizes are the same"

@@ -1,4 +1,4 @@
-"""Windows of a text that calibration has not used: some to tune on, and some by which the tuning is judged.
+"""Windows of a text that calibration has not used: to check a run by; to tune on, and to judge a tuning by.
 
 Calibration windows lie at random places of a text. Fresh windows are drawn in the same way with other seeds, and kept where
 they share almost no run of tokens with the calibration windows or with each other. So any dataset will do. Where a text is
@@ -7,16 +7,19 @@ too short to leave a few windows to judge by, calibration windows that overlap w
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nearplane.core.errors import SettingError
-from nearplane.data.samples import Batch, Samples, gather, masks
-from nearplane.data.text import Calibration
-from nearplane.data.windows import digest
-from nearplane.models.inputs import DECODER, TEXT
+from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.data.files import is_file_name
+from nearplane.data.samples import Batch, Samples, gather, longest_input, masks
+from nearplane.data.shares import EMBEDDED, shares_of
+from nearplane.data.text import Calibration, opening_of
+from nearplane.data.windows import Text, digest
+from nearplane.models.inputs import DECODER, MEDIA, TEXT, reads
 from nearplane.models.source import Source
 
 # Two windows overlap where more than ``SHARED`` of one's runs of ``RUN`` tokens are in the other; runs are a quarter of a
@@ -26,6 +29,8 @@ RUN, SHARED = 16, 0.1
 JUDGED_TOKENS, FEWEST, MOST = 4096, 4, 16
 # Times that windows are drawn, each with a seed of its own; windows drawn at a time, for each that is wanted.
 DRAWS, TRIED, STRIDE = 6, 4, 1_000_003
+# A run is checked on one token for so many that it is calibrated on, within these limits, in windows of at most so many.
+SHARE, LEAST_TOKENS, MOST_TOKENS, CHECK_WINDOW = 16, 512, 2048, 512
 
 
 Window = tuple[Batch, Tensor]
@@ -93,9 +98,133 @@ def set_aside(
     )
 
 
+class Checked(NamedTuple):
+    """The windows that a run is checked on."""
+
+    batch: Batch
+    origin: str
+    fresh: bool = True
+    """Whether calibration has not used them."""
+    unscored: int = 1
+    """Tokens at the beginning of each window that no loss counts: BOS, or the first."""
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return _number(self.batch)
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window; of images and recordings, as many as a window of text has at most."""
+        found = (value.shape[1] for name, value in self.batch.items() if name in (TEXT, DECODER))
+        return max(found, default=CHECK_WINDOW)
+
+    def record(self) -> dict[str, Any]:
+        """Return what the report says of the windows."""
+        return {"windows": self.windows, "origin": self.origin, "held_out": self.fresh}
+
+
+def to_check(
+    source: Source, calibration: Calibration, used: Samples | None, fresh: Fresh | None
+) -> tuple[Checked | None, str | None]:
+    """Choose the windows that a run is checked on.
+
+    Args:
+        source: the model.
+        calibration: how the calibration windows were drawn.
+        used: the calibration windows; None: the method reads none.
+        fresh: windows that were set aside for a tuning, which will do.
+
+    Returns:
+        The windows: fresh ones, or where the dataset leaves none, those of the calibration. None where there is no data. And
+        a sentence where they are not fresh.
+    """
+    if fresh is not None:
+        batch = join(list(fresh.held.values()))
+        return Checked(batch, ", ".join(fresh.held), unscored=_unscored(source, calibration, batch)), None
+    calibration = replace(texts_of(calibration, used), seqlen=min(calibration.seqlen, CHECK_WINDOW))
+    width = min(calibration.seqlen, longest_input(source.model) or calibration.seqlen)
+    shown = 0 if used is None else used.number * (used.length or width)
+    if MEDIA & set(reads(source.model)):
+        found, why = None, "images and recordings are not drawn anew"
+    else:
+        try:
+            found, why = (
+                _spare(source, calibration, used, checked_windows(shown, width)),
+                "the dataset leaves no others",
+            )
+        except NearplaneError as error:
+            found, why = None, str(error).rstrip(".")
+    if found is not None:
+        batch, origin = found
+        return Checked(batch, origin, unscored=_unscored(source, calibration, batch)), None
+    if used is None:
+        return None, f"the run is not checked on held-out windows: {why}"
+    some = max(FEWEST, checked_windows(shown, used.length or width))
+    batch = {name: value[:some] for name, value in used.arguments.items()}
+    told = f"the run is checked on windows of the calibration, where errors are less than elsewhere: {why}"
+    unscored = _unscored(source, calibration, batch)
+    return Checked(batch, str(used.data["origin"]), fresh=False, unscored=unscored), told
+
+
+def checked_windows(shown: int, width: int) -> int:
+    """Return how many windows of ``width`` tokens a run is checked on that was shown so many tokens."""
+    return max(1, min(MOST_TOKENS, max(LEAST_TOKENS, shown // SHARE)) // width)
+
+
+def at_once(checked: Checked) -> int:
+    """Return how many of the checked windows run in one forward."""
+    return max(1, CHECK_WINDOW // checked.width)
+
+
+def texts_of(calibration: Calibration, used: Samples | None) -> Calibration:
+    """Return the calibration without what the model writes itself: its samples are all used.
+
+    A run that reads no data is not to fetch any: of names on a hub, none is left.
+    """
+    shares = [share for share in shares_of(calibration.dataset) if not share.own]
+    if used is None:
+        shares = [share for share in shares if not isinstance(share.dataset, str) or at_hand(share.dataset)]
+    left = [(share.dataset, share.weight) for share in shares]
+    if left:
+        return replace(calibration, dataset=left if len(left) > 1 else left[0][0])
+    return replace(calibration, dataset=None, dataset_split=None, dataset_column=None)
+
+
+def _spare(source: Source, calibration: Calibration, used: Samples | None, count: int) -> tuple[Batch, str] | None:
+    """Draw windows once, and keep those that overlap with no calibration window; None: there is none, and their origin."""
+    taken = _Taken(min(RUN, max(1, calibration.seqlen // 4)))
+    # Methods that read no data are checked on the windows that others are.
+    for row in rows_of((used or gather(source, calibration)).arguments):
+        taken.add(row)
+    seed = (calibration.seed + STRIDE) % 2**63
+    drawn = gather(source, replace(calibration, seed=seed, nsamples=TRIED * count))
+    chosen: list[Batch] = []
+    for number, row in enumerate(rows_of(drawn.arguments)):
+        if len(chosen) < count and not taken.holds(row):
+            taken.add(row)
+            chosen.append({name: value[number : number + 1] for name, value in drawn.arguments.items()})
+    origins = [str(row["origin"]) for row in drawn.data.get("sources", ())] or [str(drawn.data["origin"])]
+    return (join(chosen), " + ".join(origins)) if chosen else None
+
+
+def _unscored(source: Source, calibration: Calibration, batch: Batch) -> int:
+    """Return how many tokens at the beginning of each window are not scored: those that the tokenizer puts there, or one."""
+    if TEXT not in batch or not calibration.bos:
+        return 1
+    opening = opening_of(source.tokenizer, Text("", ""))
+    begun = batch[TEXT][:, : len(opening)]
+    return max(1, len(opening) if opening and bool((begun == torch.tensor(opening)).all()) else 0)
+
+
 def judged_windows(width: int) -> int:
     """Return how many windows of ``width`` tokens a tuning is judged by."""
     return min(MOST, max(FEWEST, -(-JUDGED_TOKENS // width)))
+
+
+def at_hand(name: str) -> bool:
+    """Tell whether a dataset's name means the embedded text or a file, not one of a hub."""
+    return name == EMBEDDED or is_file_name(name) or Path(name).expanduser().exists()
 
 
 def rows_of(batch: Batch) -> Iterator[Tensor]:

@@ -162,7 +162,7 @@ def _refuse_attributes(block: str, before: dict[str, list[Tensor]], after: dict[
 
 
 def load_outside(
-    source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype, sample: Mapping[str, Tensor] | None
+    source: Source, blocks: list[str], device: torch.device, dtype: torch.dtype, samples: Sequence[Mapping[str, Tensor]]
 ) -> None:
     """Load everything that runs before or between blocks: all parameters outside of the blocks and the output head.
 
@@ -171,12 +171,13 @@ def load_outside(
         blocks: names of the blocks.
         device: device of the loaded tensors.
         dtype: dtype of the loaded floats.
-        sample: arguments of the forward. Only the rows of its tokens are read from a decoder's input embedding; None: no row.
+        samples: arguments of forwards. Only the rows of their tokens are read from a decoder's input embedding.
     """
     head, embedding = head_name(source), embedding_name(source)
     inside = [*blocks] if head is None else [*blocks, head]
-    ids = torch.empty(0, dtype=torch.long) if sample is None else sample.get("input_ids")
-    rows = {} if embedding is None or ids is None else {embedding: torch.unique(ids)}
+    ids = [sample["input_ids"].flatten() for sample in samples if "input_ids" in sample]
+    known = embedding is not None and len(ids) == len(samples)
+    rows = {embedding: torch.unique(torch.cat([torch.empty(0, dtype=torch.long), *ids]))} if known and embedding else {}
     source.load("", device, dtype, skip=inside, rows=rows)
 
 
@@ -260,7 +261,7 @@ def _run(source: Source, names: list[str], probe: Callable[..., Any]) -> None:
     """Run the model on a small sample, ``probe`` in place of each of its blocks, up to the output head."""
     with inputs.blamed(source.model, source.folder):
         sample = inputs.probe(source.model, source.folder)
-    load_outside(source, names, torch.device("cpu"), torch.float32, sample)
+    load_outside(source, names, torch.device("cpu"), torch.float32, [sample])
     with (
         patched(source.model, names, probe),
         _stopping(output_head(source.model)),

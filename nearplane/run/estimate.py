@@ -12,7 +12,8 @@ The peak of memory is the largest sum of these parts over the steps of all stage
     solver   the stage's weight as one matrix m n, and the arrays of ``prepare``, ``solve`` and the report
     pending  packed weights of the open block; at the end dense tensors, at most a shard of 4 GiB
 
-A tuning holds the whole model at once (``student.needed``).
+A tuning holds the whole model at once (``student.needed``). A check adds three streams of a few windows to ``streams``, and
+at the end holds the whole of what is outside the blocks, and logits (``check.needed``).
 
 ``docs/large_models.md`` has the formulas and a table.
 """
@@ -40,6 +41,7 @@ from nearplane.methods import METHODS
 from nearplane.methods.base import Need
 from nearplane.models.discover import Block, Stage, embedding_name, head_name, point_of
 from nearplane.models.inputs import PROBE_TOKENS
+from nearplane.run import check
 from nearplane.run.measure import MEASURED_AT_ONCE
 from nearplane.run.mix import JUDGED
 from nearplane.run.plan import Plan
@@ -193,6 +195,7 @@ class _Walk:
         judging = plan.undecided and self.batch > 0
         self.judged = min(self.tokens, -(-self.tokens // (JUDGED * self.batch)) * self.batch) if judging else 0
         self.hidden, self.handed = plan.hidden, plan.handed
+        self.checked = check.needed(plan) if plan.job.check else {"streams": 0, "logits": 0}
         numbers = {name: prod(store.shape(disk)) for name, disk in source.names.items()}
         names = [block.name + "." for block in plan.blocks]
         head = head_name(source)
@@ -200,6 +203,7 @@ class _Walk:
         self.blocks = dict.fromkeys(names, 0)
         for name, prefix in inside.items():
             self.blocks[prefix] += numbers[name]
+        self.whole = sum(count for name, count in numbers.items() if name not in inside)
         apart = [name for name in numbers if name not in inside and not (head and name.startswith(head + "."))]
         self.largest_linear = max((store.reading(source.names[s.name + ".weight"]) for s in plan.sites), default=0)
         table = embedding_name(source)
@@ -207,8 +211,9 @@ class _Walk:
         beside = sum(numbers[name] for name in apart if name != table)
         self.probed = beside + min(rows, PROBE_TOKENS) * width
         # On a CPU, of the input embedding the rows of the tokens that run are there.
-        rows = min(rows, self.tokens) if plan.device.type == "cpu" else rows
-        self.outside = beside + rows * width if self.needs else self.probed
+        tokens = self.tokens + (check.checked_tokens(plan) if plan.job.check else 0)
+        rows = min(rows, tokens) if plan.device.type == "cpu" else rows
+        self.outside = beside + rows * width if self.needs or plan.job.check else self.probed
         sites = {source.names[s.name + ".weight"]: s for b in plan.blocks for s in b.sites}
         self.quantized = plan.nbytes(list(sites.values()))
         rest = [name for name in store.names if name not in sites]
@@ -234,12 +239,32 @@ class _Walk:
             yield OWN, {"outside": weights, "streams": beside, **quiet}
         if self.plan.job.tune:
             yield "the tuning", needed(self.plan)
+        if self.plan.job.check:
+            yield from self._check()
         seen = set()
         for block in self.plan.walked:
             kind = (self.blocks[block.name + "."], tuple(tuple(s.shape for s in stage) for stage in block.stages))
             if kind not in seen:
                 seen.add(kind)
                 yield from self._block(block)
+
+    def _check(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Yield the check where a block was opened, and where logits are compared: then the embedding and the head are whole."""
+        blocks = self.plan.walked or self.plan.blocks
+        wide = max(blocks, key=lambda block: self.blocks[block.name + "."])
+        linears = sum(prod(site.shape) for site in wide.sites)
+        parts = {"outside": self.size * self.outside, "block": self.size * (self.blocks[wide.name + "."] + linears)}
+        parts |= {"streams": self._streams(), "paused": 0, "moments": 0, "factor": 0, "pending": 0}
+        rounded = min(max((prod(s.shape) for s in wide.sites), default=0), check.ROUNDED_AT_ONCE)
+        yield "the check", parts | {"solver": int(solver_dtype(self.plan).itemsize * MEASURING_ROUNDED * rounded)}
+        logits = self.checked["logits"]
+        whole = self.size * (self.whole if logits else self.outside)
+        yield "the check", parts | {"outside": whole, "solver": logits}
+
+    def _streams(self) -> int:
+        """Return the bytes of all hidden states that wait in memory."""
+        streams = self.size * (self.hidden + self.handed) * self.waiting * self.streams
+        return streams + self.size * self.hidden * self.judged + self.checked["streams"]
 
     def beside(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield the start, where the probe runs one block in float32, and the end, where dense tensors are copied."""
@@ -259,8 +284,7 @@ class _Walk:
         always = {
             "outside": self.size * self.outside,
             "block": self.size * (self.blocks[block.name + "."] + linears * (self.streams == 2)),
-            "streams": self.size * (self.hidden + self.handed) * self.waiting * self.streams
-            + self.size * self.hidden * self.judged,
+            "streams": self._streams(),
         }
         pending = min(self.plan.nbytes(block.sites), SHARD_BYTES)
         sizes = [size_of(stage, self.needs) for stage in block.stages]
@@ -345,12 +369,17 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     a generous guess (``Ample``) does not fit.
     """
     world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
-    if shared(plan, offload, world, machine, Ample(plan.method, plan.grid, solver_dtype(plan))).lacking(out):
+    if shared(plan, offload, world, machine, ample(plan)).lacking(out):
         found = shared(plan, offload, world, machine)
         lacks = found.lacking(out)
         if lacks:
             advice = "; ".join(suggestions(plan, found, out, world))
             raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
+
+
+def ample(plan: Plan) -> Probe:
+    """Return a generous guess of what the method takes, which costs nothing."""
+    return Ample(plan.method, plan.grid, solver_dtype(plan))
 
 
 def shared(plan: Plan, offload: Path | None, world: int, machine: int, probe: Probe | None = None) -> Estimate:
@@ -365,12 +394,15 @@ def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[
     ``found`` is of one rank of ``world``.
     """
     tips = []
-    if _short(found) and plan.job.tune:
+    if short(found) and plan.job.check:  # which a run leaves out by itself
+        plan = plan.changed(check=False)
+        found = shared(plan, found.offload, world, found.ranks, found.probe)
+    if short(found) and plan.job.tune:
         plan = plan.changed(tune=0)
         found = shared(plan, found.offload, world, found.ranks, found.probe)
         least = max(memory.need for memory in found.memory)
-        tips.append(f"without --tune it {'needs' if _short(found) else 'fits, needing'} {gb(least)}")
-    if _short(found):
+        tips.append(f"without --tune it {'needs' if short(found) else 'fits, needing'} {gb(least)}")
+    if short(found):
         own = any(some.where == OWN for some in found.memory)
         tips.append("--dataset without self" if own else _smallest_change(plan, found, world))
         if plan.device.type == "cuda":
@@ -381,7 +413,7 @@ def suggestions(plan: Plan, found: Estimate, out: Path, world: int = 1) -> list[
     return tips
 
 
-def _short(found: Estimate) -> bool:
+def short(found: Estimate) -> bool:
     """Return whether memory does not suffice somewhere."""
     return any((have := found.available(m)) is not None and m.need > have for m in found.memory)
 
@@ -414,4 +446,4 @@ def _changes(plan: Plan, found: Estimate, world: int) -> Iterator[tuple[str, int
         flags = " ".join(filter(None, [word, f"--nsamples {count}" * (count != data.nsamples), place]))
         if flags and found.streams:
             then = shared(_with_samples(changed, count), offload, world, found.ranks, probe)
-            yield flags, max(memory.need for memory in then.memory), _short(then)
+            yield flags, max(memory.need for memory in then.memory), short(then)

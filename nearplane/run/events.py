@@ -1,7 +1,8 @@
 """What a run says while it works: the events that ``walk`` yields, read by the report, the saver and the terminal.
 
 A walk yields, in order: ``Noted`` and ``Solved`` for every linear of a stage, ``StageDone``, and after a block's last
-stage ``BlockDone``. Of a resumed run, finished blocks come first, as ``BlockDone`` with ``replayed``.
+stage ``BlockDone``; before the last of these, ``Compared``. Of a resumed run, finished blocks come first, as ``BlockDone``
+with ``replayed``.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 from nearplane.core.grid import Course, Grid, Quantized
 from nearplane.models.discover import Block, Site, Stage
-from nearplane.run.measure import LinearRow
+from nearplane.run.measure import BlockRow, LinearRow
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,18 @@ class BlockDone:
     """Spent since the block before, by phase: forward, observe, prepare, solve, measure."""
     replayed: bool = False
     """Finished by an earlier session; its codes were put back."""
+    behind: BlockRow | None = None
+    """Errors of the hidden state behind it; None: the run is not checked, or the block is the output head."""
 
 
-Event = Noted | Solved | StageDone | BlockDone
+@dataclass(frozen=True)
+class Compared:
+    """The whole quantized model is compared with its original; comes before the last block is done."""
+
+    record: dict[str, Any]
+
+
+Event = Noted | Solved | StageDone | BlockDone | Compared
 
 
 class Show(Protocol):

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,14 +27,18 @@ from nearplane.data.shares import WORDS
 from nearplane.data.text import tokenize
 from nearplane.machine.memory import free_disk
 from nearplane.methods.base import Need, rows_independent
+from nearplane.models.inputs import vocabulary
 from nearplane.run.budget import measuring
+from nearplane.run.check import STREAMS, checked_tokens, predicts
 from nearplane.run.estimate import (
     Estimate,
     Memory,
+    ample,
     estimate,
     gb,
     probe_of,
     shared,
+    short,
     size_of,
     solver_dtype,
     suggestions,
@@ -168,6 +172,7 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
     refuse_ranks(plan.job.tune, ranks)
     opening = time.perf_counter() - start
     scratch = plan.job.offload
+    plan = without_check(plan, scratch, ranks, ranks)
     found = shared(plan, scratch, ranks, ranks)
     measured = rates(plan, found)
     spent = seconds(plan, found, measured)
@@ -185,6 +190,20 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
         if walk.method.needs:  # each width of each unit of a block is judged by forwards
             spent["budget"] += first["forward"] * widths * len(plan.units) / (len(plan.blocks) * JUDGED)
     return Forecast(plan, found, spent, ranks)
+
+
+def without_check(plan: Plan, offload: Path | None, world: int = 1, machine: int = 1) -> Plan:
+    """Return the plan without its check where memory does not suffice for that, else as it is."""
+    if not plan.job.check or not short(shared(plan, offload, world, machine, ample(plan))):
+        return plan
+    found = shared(plan, offload, world, machine)
+    if not short(found):
+        return plan
+    need = max(memory.need for memory in found.memory)
+    why = (
+        f"the run is not checked on held-out windows: memory does not suffice for a run that needs {gb(need)} with that"
+    )
+    return replace(plan.changed(check=False), unchecked=why)
 
 
 @dataclass(frozen=True)
@@ -233,6 +252,10 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
             phases["measure"] += rates.solver_flop * products * 2 * judged * size.n**2
             phases["write"] += rates.pack * size.m * size.n
     phases["write"] += rates.disk * sum(found.disk.values())
+    if plan.job.check:
+        passed = STREAMS * sum(2 * s.shape[0] * s.shape[1] for b in plan.walked for s in b.sites)
+        head = 2 * 2 * hidden * (vocabulary(plan.source.model.config) or 0) if predicts(plan.source.model) else 0
+        phases["check"] = rates.flop * checked_tokens(plan) * (passed + head) + rates.measure * inside
     return phases | ({"tune": rates.flop * forwards(plan) * 2 * stored} if plan.job.tune else {})
 
 

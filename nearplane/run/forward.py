@@ -144,6 +144,7 @@ class Forward(greenlet):
         self.points: dict[str, Tensor] = {}  # (tokens, width), inputs of the modules that are watched
         self.held: dict[tuple[int, Argument], Any] = {}  # containers that the blocks are given, by block and argument
         self.output: Tensor | None = None  # of the block, once it is through
+        self.answer: Any = None  # of the whole model, where the forward passed its last block
         self.calls = 0  # of the block, as far as they are through
         self.caller = getcurrent()
 
@@ -174,7 +175,7 @@ class Forward(greenlet):
 
     def _forward(self) -> None:
         try:
-            self.stream.model(**self.stream.batches[self.batch], **self.stream.options)
+            self.answer = self.stream.model(**self.stream.batches[self.batch], **self.stream.options)
         except Stop:
             pass
 

@@ -160,6 +160,9 @@ class Job:
     """Steps of a short tuning after the codes stand (0: none): group scales, norms and biases move until the model's words are
     its original's again; codes and storage stay. Held-out windows judge; what does not help is undone. The whole model is in
     memory then."""
+    check: bool = True
+    """End with what the quantization changes on a few windows that calibration has not used: KL to the original, and the error
+    of the hidden state behind each block. No step of the run depends on it; --no-check skips it."""
     format: str | Format = "compressed-tensors"
     """Checkpoint format: compressed-tensors, gptq, gptq_v2, awq (4 bits), mlx (offsets of their own, whatever --sym
     says), or gguf for llama.cpp, Ollama and LM Studio."""
@@ -200,6 +203,8 @@ class Job:
             raise SettingError(f"budget must be a positive number of bits per weight; got {self.budget}.")
         if not self.widths or any(type(width) is not int or not 2 <= width <= 8 for width in self.widths):
             raise SettingError(f"widths must be some of the bits from 2 to 8; got {list(self.widths)}.")
+        if not isinstance(self.check, bool):
+            raise SettingError(f"check must be True or False; got {self.check!r}.")
         if type(self.tune) is not int or self.tune < 0:
             raise SettingError(f"tune must be a whole number of steps, 0 for none; got {self.tune!r}.")
         pick_dtype(self.dtype)

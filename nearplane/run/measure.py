@@ -51,6 +51,17 @@ class LinearRow:
     rounded: bool = False  # to nearest in place of the method: no token reached it, or only zeros
 
 
+@dataclass(frozen=True)
+class BlockRow:
+    """The hidden state behind one block, as the report lists it."""
+
+    name: str
+    error: float | None
+    """‖x̂-x‖²/‖x‖² of a token of the checked windows, the mean over tokens; None: no token's is finite."""
+    rtn_error: float | None
+    """The same where every weight up to here is rounded to nearest, on min-max ranges; None: it cannot be."""
+
+
 class Clock:
     """Seconds spent, by phase."""
 

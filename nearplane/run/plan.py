@@ -20,7 +20,7 @@ from nearplane.checkpoint.load import generation_settings
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid
-from nearplane.data.fresh import Fresh, set_aside
+from nearplane.data.fresh import Checked, Fresh, set_aside, to_check
 from nearplane.data.own import Counting, own_samples, refuse_own
 from nearplane.data.samples import Samples, gather, longest_input, positions
 from nearplane.data.shares import is_mix
@@ -84,6 +84,10 @@ class Plan:
     samples: Samples | None = None
     fresh: Fresh | None = None
     """With a tuning, windows that calibration does not use."""
+    checked: Checked | None = None
+    """Windows that the run is checked on; None: it is not."""
+    unchecked: str | None = None
+    """Why the run is not checked, or not on held-out windows."""
     notes: Sequence[str] = ()
     """Remarks on weights, for the user."""
     template: GGUFFile | None = None
@@ -181,6 +185,7 @@ class Plan:
             self.samples,
             reference=bool(self.method.needs & {"D", "R"}),
             activations=self.activations,
+            also=None if self.checked is None else self.checked.batch,
             place=Place(self.device, self.compute, self.job.offload, ranks),
         )
 
@@ -299,9 +304,6 @@ def make_plan(model: str | Path, job: Job | None = None, *, sketch: bool = False
         sketch: read no weight; such a plan can be estimated, not walked.
         settings: as ``Job.of`` takes them.
 
-    Returns:
-        The plan, ready for ``walk``.
-
     Raises:
         NearplaneError: whatever cannot work; SettingError where a setting is the reason.
     """
@@ -383,6 +385,9 @@ def complete(plan: Plan, own: Tokens | None = None) -> Plan:
         more = fresh_windows(job.tune, plan.windows[1] or job.calibration.seqlen)
         samples, fresh = set_aside(source, job.calibration, plan.samples, more)
         plan = replace(plan, samples=samples, fresh=fresh)
+    if job.check:
+        checked, why = to_check(source, job.calibration, plan.samples, plan.fresh)
+        plan = replace(plan, checked=checked, unchecked=why)
     return replace(plan, copied=source.check({site.name for site in plan.sites}, plan.dense))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from nearplane.checkpoint.gguf import takes_template
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import spoiled_groups
 from nearplane.data.samples import longest_input
@@ -36,7 +37,7 @@ def remarks(plan: "Plan") -> list[str]:
     unreached = [f"{name}: {missed}" for block in plan.blocks for name in block.unreached] + _strange(plan)
     notes += [*plan.source.notes, *plan.notes, *_about_loading(plan), *_about_files(plan.source)]
     notes += [_shortened(plan), _not_run(plan), _no_stream(plan), *(plan.samples.notes if plan.samples else [])]
-    notes += [] if plan.fresh is None else plan.fresh.notes
+    notes += [_about_check(plan), *([] if plan.fresh is None else plan.fresh.notes)]
     notes += [] if plan.ignored else [_mostly_dense(plan)]
     return list(dict.fromkeys([note for note in notes if note is not None])) + unreached
 
@@ -109,6 +110,13 @@ def _not_run(plan: "Plan") -> str | None:
     if not left or not walked:
         return None
     return f"{left} blocks after {walked[-1].name} hold nothing to quantize and are not run"
+
+
+def _about_check(plan: "Plan") -> str | None:
+    """Return why a run is not checked, or not on held-out windows, or what its check does not see; else None."""
+    if plan.unchecked is not None or plan.checked is None or not takes_template(plan.format):
+        return plan.unchecked
+    return "the check reads embedding and output head as in MODEL, and not as this file rounds them"
 
 
 def _about_loading(plan: "Plan") -> list[str]:

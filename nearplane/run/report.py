@@ -12,8 +12,8 @@ import torch
 from nearplane.core.errors import SettingError, plain
 from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
-from nearplane.run.events import BlockDone, Event, Noted, Solved, StageDone
-from nearplane.run.measure import LinearRow
+from nearplane.run.events import BlockDone, Compared, Event, Noted, Solved, StageDone
+from nearplane.run.measure import BlockRow, LinearRow
 
 # Share of a weight's squares below which a change of it is float32's rounding: 8 bits change 1e-5 of them.
 EXACT = 1e-11
@@ -27,6 +27,7 @@ class Mark(NamedTuple):
     rounds: dict[str, int]
     bytes: int
     seconds: dict[str, float]
+    blocks: int
 
 
 @dataclass(repr=False)
@@ -50,11 +51,14 @@ class Report:
     commit: str | None = None  # of a model from the hub, whose files were read
     resumed: int = 0  # times the run went on after it was ended
     tuning: dict[str, Any] | None = None  # what a tuning did (run/tune.py); None: there was none
+    blocks: list[BlockRow] = field(default_factory=list)  # errors behind each block, on the checked windows
+    check: dict[str, Any] | None = None  # the whole model against its original (run/check.py); None: it was not checked
 
     def __str__(self) -> str:
-        totals, size = self.totals, self.bytes
-        mean, rtn = totals["mean_error"], totals["mean_rtn_error"]
-        error = "" if mean is None else f", mean error {mean:.4f} (rtn {rtn:.4f})"
+        totals, size, check = self.totals, self.bytes, self.check or {}
+        error = "" if totals["mean_error"] is None else f", mean error of linears {totals['mean_error']:.4f}"
+        error = f", error {check['error']:.4f} behind the last block" if check.get("error") is not None else error
+        error += f", KL {check['kl']:.4f}" if "kl" in check else ""
         kept = f"{totals['linears']} linears at {totals['bits_per_weight']:.2f} bits per weight{error}"
         spent = f"{size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB in {totals['seconds']:.0f} s"
         return f"{self.model} -> {self.out}: {kept}; {spent}; {len(self.events)} notes in events"
@@ -65,13 +69,15 @@ class Report:
     def read(cls, out: str | Path) -> "Report":
         """Read the report beside a finished checkpoint. NearplaneError where there is none."""
         stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
-        later = ("revision", "commit", "tuning")  # reports of earlier versions lack them
+        later = ("revision", "commit", "tuning", "blocks", "check")  # reports of earlier versions lack them
         known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored or f.name not in later}
-        return cls(**{**known, "linears": [_row(row) for row in known["linears"]]})
+        blocks = [BlockRow(**row) for row in known.get("blocks", ())]
+        return cls(**{**known, "linears": [_row(row) for row in known["linears"]], "blocks": blocks})
 
     def mark(self) -> "Mark":
         """Return where the record stands."""
-        return Mark(len(self.linears), len(self.events), dict(self.rounds), self.bytes["quantized"], dict(self.seconds))
+        counts = len(self.linears), len(self.events), dict(self.rounds), self.bytes["quantized"]
+        return Mark(*counts, dict(self.seconds), len(self.blocks))
 
     def since(self, mark: "Mark") -> dict[str, Any]:
         """Return the entries added after a mark, for JSON."""
@@ -82,6 +88,8 @@ class Report:
             "bytes": self.bytes["quantized"] - mark.bytes,
             "seconds": {key: value - mark.seconds.get(key, 0.0) for key, value in self.seconds.items()},
             "resumed": self.resumed,
+            "blocks": [asdict(row) for row in self.blocks[mark.blocks :]],
+            **({"check": self.check} if self.checked else {}),
         }
 
     def extend(self, part: dict[str, Any]) -> None:
@@ -93,6 +101,8 @@ class Report:
         self.bytes["quantized"] += part["bytes"]
         self.spend(part["seconds"])
         self.resumed = part["resumed"]
+        self.blocks += [BlockRow(**row) for row in part.get("blocks", ())]
+        self.check = part.get("check", self.check)
 
     def take(self, event: Event) -> None:
         """Add an event of the walk."""
@@ -105,8 +115,11 @@ class Report:
             case StageDone():
                 self.rounds["kept"] += sum(course.rounds for course in event.courses)
                 self.rounds["rejected"] += sum(course.rejected for course in event.courses)
+            case Compared():
+                self.check = event.record
             case BlockDone():
                 self.spend(event.seconds)
+                self.blocks += [event.behind] if event.behind is not None and not event.replayed else []
 
     def spend(self, seconds: dict[str, float]) -> None:
         """Add seconds to their phases."""
@@ -114,7 +127,12 @@ class Report:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + more
 
     def conclude(self) -> None:
-        """Add what only all linears tell: that their weights lay on the grid already."""
+        """Add what only all linears tell: that their weights lay on the grid already; drop a check that was not made."""
+        if self.check is not None and not self.checked:
+            self.events.append(
+                "the run is not checked: an earlier session, which did not check, had finished all blocks"
+            )
+            self.check = None
         exact, count = [row.name for row in self.linears if row.weight_error <= EXACT], len(self.linears)
         if exact:
             told = (
@@ -126,6 +144,11 @@ class Report:
                 f"{told} have weights that lie on this grid already, as those of a model that was quantized to it: they are "
                 "kept as they are, and their errors of 0 measure no grid and no method"
             )
+
+    @property
+    def checked(self) -> bool:
+        """Whether the whole model was compared with its original; before that, ``check`` names the windows."""
+        return self.check is not None and "tokens" in self.check
 
     @property
     def totals(self) -> dict[str, Any]:

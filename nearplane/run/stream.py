@@ -255,6 +255,7 @@ class Walk:
         place: Place,
         reference: bool,
         activations: TokenGrid | None,
+        also: Batch | None = None,
     ) -> None:
         device, dtype, offload = place.device, place.dtype, place.offload
         self.ranks, self.activations = place.ranks, activations
@@ -281,7 +282,8 @@ class Walk:
                 self.streams.append(Stream(source.model, blocks, self.batches, self._keeper(offload, name), rounded))
             tokens = sum(len(next(iter(batch.values()))) for batch in self.batches) * self.positions
             self.keep = kept(blocks, tokens, dtype, len(self.streams))
-        discover.load_outside(source, [block.name for block in blocks], device, dtype, whole)
+        read = [some for some in (whole, also) if some is not None]
+        discover.load_outside(source, [block.name for block in blocks], device, dtype, read)
 
     def layout(self, batch: int, forward: Forward) -> torch.Size:
         """Return (sequences, positions) of the input where a forward is paused, as a module that sees all tokens has it."""
@@ -302,6 +304,7 @@ def stream(
     *,
     reference: bool = False,
     activations: TokenGrid | None = None,
+    also: Batch | None = None,
     place: Place = Place(),
 ) -> Iterator[OpenBlock]:
     """Open each block in turn, hand it out, advance both streams through it, free it.
@@ -314,6 +317,7 @@ def stream(
             enters no moment.
         reference: keep the second stream, through the original weights.
         activations: how inputs of sites are rounded in the quantized stream.
+        also: arguments of other forwards that pass the open blocks (``run/check.py``).
         place: device, dtype, folder for the streams, ranks.
 
     Yields:
@@ -324,7 +328,7 @@ def stream(
         NumericalError: a weight holds NaN or Inf.
     """
     with torch.no_grad(), _scratch(place.offload) as folder:
-        walk = Walk(source, blocks, samples, replace(place, offload=folder), reference, activations)
+        walk = Walk(source, blocks, samples, replace(place, offload=folder), reference, activations, also)
         last = len(up_to_last(blocks)) - 1
         for k, block in enumerate(blocks[: last + 1]):
             opened = OpenBlock(walk, k)

@@ -28,6 +28,7 @@ from nearplane.data.samples import Batch, masks
 from nearplane.formats.parts import Part
 from nearplane.models import absent
 from nearplane.models.experts import experts_of, set_visit
+from nearplane.models.handed import output_hidden
 from nearplane.models.inputs import DECODER, TEXT, options, output_head, reads, vocabulary
 
 if TYPE_CHECKING:
@@ -299,6 +300,26 @@ class Student:
         loss = (target.exp() * (target - found)).sum(-1)
         real = next((mask for mask in masks(batch) if mask.shape == loss.shape), None)
         return loss.mean() if real is None else loss[real.bool()].mean()
+
+    def both(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return log-probabilities, and the hidden state behind the last block, of the original and of the student."""
+        last = next(block.name for block in reversed(self.plan.blocks) if block.name not in self.linears)
+        states: list[Tensor] = []
+
+        def kept(_module: nn.Module, _given: Any, output: Any) -> None:
+            state = output_hidden(output)
+            assert state is not None
+            states.append(state)
+
+        keep = self.model.get_submodule(last).register_forward_hook(kept)
+        try:
+            with torch.no_grad():
+                with self._original():
+                    target = self._log_probabilities(batch)
+                found = self._log_probabilities(batch)
+        finally:
+            keep.remove()
+        return (target, states[0]), (found, states[-1])
 
     def _log_probabilities(self, batch: Batch) -> Tensor:
         """Return log-probabilities (samples, positions, vocabulary)."""

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.data.fresh import Fresh, join, judged_windows
-from nearplane.data.samples import Batch, cut
+from nearplane.data.samples import Batch, cut, masks
 from nearplane.formats.journal import STATE, sync
 from nearplane.formats.parts import Writer
+from nearplane.models.inputs import is_causal
 from nearplane.models.locate import first_line
+from nearplane.run.check import Answers, Shift
 from nearplane.run.plan import Plan
 from nearplane.run.student import AT_ONCE, Move, Student, Tuned, counted, fresh_windows, step_windows
 
@@ -116,6 +118,7 @@ def tune(
             work = _Work(student, fresh, _Kept(writer, plan, fresh))
             course = work.run(steps, advance, check)
             tuned = student.tuned() if course.kept else None
+            checked = _check(student, work.at_once) if course.kept and plan.checked is not None else None
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the model's own code has no gradient; the report says so
@@ -126,7 +129,21 @@ def tune(
         **course.record(),
         "windows": {"held_out": held, "fresh": more, "calibration": work.calibrated},
     }
-    return tuned, found | {"moved": counted(student.moves)}
+    found |= {"moved": counted(student.moves)}
+    return tuned, found if checked is None else found | {"check": checked}
+
+
+def _check(student: Student, at_once: int) -> dict[str, Any]:
+    """Check the tuned model on the windows that a run is checked on, as ``run/check.py`` does; nothing where it is not."""
+    plan = student.plan
+    assert plan.checked is not None
+    answers, shift = Answers(plan.checked, is_causal(plan.source.model)), Shift()
+    for windows in _grouped(list(_windows(plan.checked.batch)), at_once):
+        batch = _placed(windows, plan.device)
+        (target, x), (found, other) = student.both(batch)
+        answers.add(batch, target, found)
+        shift.add(x, other, next((mask for mask in masks(batch) if mask.shape == x.shape[:-1]), None))
+    return {"error": shift.mean, **answers.record()}
 
 
 def refuse_ranks(steps: int, world: int) -> None:

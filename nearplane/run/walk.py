@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 
 from nearplane.machine.ranks import ALONE, Ranks
-from nearplane.run.events import BlockDone, Event, Noted, Solved
+from nearplane.run.check import Check
+from nearplane.run.events import BlockDone, Compared, Event, Noted, Solved
 from nearplane.run.measure import Clock, LinearRow
 from nearplane.run.plan import Plan
 from nearplane.run.resume import Done, replay
@@ -20,8 +21,8 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
         ranks: the processes that share the run; all of them walk alike.
 
     Yields:
-        Noted, Solved, StageDone and BlockDone (``run/events.py``), in the order of the work. What is yielded is in place
-        already: later stages are observed behind it.
+        Noted, Solved, StageDone, Compared and BlockDone (``run/events.py``), in the order of the work. What is yielded is in
+        place already: later stages are observed behind it.
 
     Raises:
         NumericalError: numbers that cannot be solved, with the name of the linear.
@@ -30,20 +31,30 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
     if len(done) == len(plan.walked):  # nothing is left to solve: no block is opened
         yield from (BlockDone(block, number, replayed=True) for number, block in enumerate(plan.walked))
         return
-    clock, blocks = Clock(), plan.stream(ranks)
+    clock, blocks, check = Clock(), plan.stream(ranks), None
     for number in count():
         with clock("forward"):  # opening a block, and running the one before it over every sample
             block = next(blocks, None)
         if block is None:
             return
+        if plan.checked is not None:
+            with clock("check"):
+                check = check or Check(plan, plan.checked)
+                check.open(block)
+        rows: list[LinearRow] = []
         if number < len(done):
             replay(plan, done[number], block)
-            yield BlockDone(block.block, number, clock.take(), replayed=True)
-            continue
-        rows: list[LinearRow] = []
-        for stage in block.stages:
-            for event in solve_stage(plan, block, stage, ranks, clock):
-                rows += [event.row] if isinstance(event, Solved) else []
-                yield event
-        yield from map(Noted, told(rows))
-        yield BlockDone(block.block, number, clock.take())
+        else:
+            for stage in block.stages:
+                for event in solve_stage(plan, block, stage, ranks, clock):
+                    rows += [event.row] if isinstance(event, Solved) else []
+                    yield event
+            yield from map(Noted, told(rows))
+        behind = None
+        if check is not None:
+            with clock("check"):
+                behind = check.close(block)
+                record = check.finish(block) if number == len(plan.walked) - 1 else None
+            if record is not None:
+                yield Compared(record)
+        yield BlockDone(block.block, number, clock.take(), number < len(done), behind)

@@ -104,7 +104,7 @@ def logits(source: Source, device: torch.device, watch: "_Watch | None" = None) 
     if head is not None and is_tied(source):  # the head needs all rows of the embedding
         source.load("", device, dtype, skip=[*names, head])
     else:
-        load_outside(source, names, device, dtype, {"input_ids": tokens})
+        load_outside(source, names, device, dtype, [{"input_ids": tokens}])
     if head is not None:
         source.load(head, device, dtype)
         if is_tied(source):

@@ -11,8 +11,12 @@ import tiny
 import nearplane
 from nearplane import RTN, Report
 from nearplane.cli.main import main
-from nearplane.cli.terminal import COLUMNS, Terminal, block_line, clock, grouped, head, number_of, rough, summary
+from nearplane.cli.summary import clock, grouped, number_of, rough, summary
+from nearplane.cli.terminal import COLUMNS, Terminal, block_line, head
 from nearplane.machine import progress
+from nearplane.models.discover import Block
+from nearplane.run.events import BlockDone
+from nearplane.run.measure import BlockRow
 from nearplane.run.report import LinearRow
 
 LONG = (
@@ -30,25 +34,41 @@ def row(name: str, error: float | None = 0.0041, **values: Any) -> LinearRow:
     return LinearRow(**given)
 
 
+def line_of(
+    name: str, number: int, total: int, rows: list[LinearRow], seconds: float, left: float, mixed: bool = False,
+    behind: BlockRow | None = None,
+) -> str:  # fmt: skip
+    """The line of a block, counted from 1."""
+    done = BlockDone(Block(name, []), number - 1, behind=behind)
+    return block_line(done, total, rows, seconds, left, mixed)
+
+
 def test_a_block_line_has_its_mean_and_its_worst_linear() -> None:
     rows = [row("model.layers.3.self_attn.q_proj", 0.002), row("model.layers.3.mlp.down_proj", 0.006)]
-    line = block_line("model.layers.3", 4, 30, rows, 6.1, 124.0)
-    assert line == "block  4/30  error 0.0040 (rtn 0.0080)  worst down_proj 0.0060  6.1s  eta 2:04"
+    line = line_of("model.layers.3", 4, 30, rows, 6.1, 124.0)
+    assert line == "block  4/30  linears 0.0040 (rtn 0.0080)  down_proj 0.0060  6.1s  eta 2:04"
     assert len(line) <= COLUMNS
-    last = block_line("model.layers.3", 30, 30, rows, 6.1, 0.0)
+    behind = BlockRow("model.layers.3", 0.0123, 0.045)
+    line = line_of("model.layers.3", 4, 30, rows, 6.1, 124.0, behind=behind)
+    assert line == "block  4/30  error 0.0123 (rtn 0.045)  worst down_proj 0.0060  6.1s  eta 2:04"
+    alone = line_of("model.layers.3", 4, 30, rows, 6.1, 124.0, behind=BlockRow("model.layers.3", 0.0123, None))
+    assert alone == "block  4/30  error 0.0123  worst down_proj 0.0060  6.1s  eta 2:04"
+    last = line_of("model.layers.3", 30, 30, rows, 6.1, 0.0)
     assert "eta" not in last
     unread = [row("model.layers.3.mlp.up_proj", None), row("model.layers.3.mlp.down_proj", None, weight_error=0.03)]
-    assert "weight error 0.0250  worst down_proj 0.030" in block_line("model.layers.3", 1, 2, unread, 0.1, 1.0)
-    assert block_line("b", 1, 2, [], 0.1, 1.0) == "block 1/2  no linear  0.1s  eta 0:01"
+    assert "weight error 0.0250  worst down_proj 0.030" in line_of("model.layers.3", 1, 2, unread, 0.1, 1.0)
+    line = line_of("model.layers.3", 1, 2, unread, 0.1, 1.0, behind=behind)
+    assert line == "block 1/2  error 0.0123 (rtn 0.045)  worst down_proj 0.030  0.1s  eta 0:01"
+    assert line_of("b", 1, 2, [], 0.1, 1.0) == "block 1/2  no linear  0.1s  eta 0:01"
     mixed = [row("b.x", bits=4), row("b.y", bits=8), row("b.z", bits="ternary")]
-    assert "  4.7 bits  " in block_line("b", 1, 2, mixed, 0.1, 1.0, mixed=True)
+    assert "  4.7 bits  " in line_of("b", 1, 2, mixed, 0.1, 1.0, mixed=True)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("error", [None, 0.5, 12345.678, 3e-7])
 @pytest.mark.parametrize("name", [LONG, "a", "b." + "x" * 300, "b.attention.output.dense"])
 def test_no_block_line_is_wider(name: str, error: float | None, mixed: bool) -> None:
-    line = block_line("b", 1999, 2000, [row(name, error)], 98765.4, 1e6, mixed)
+    line = line_of("b", 1999, 2000, [row(name, error)], 98765.4, 1e6, mixed)
     assert len(line) <= COLUMNS and line.endswith("27:26:05  eta 277:46:40") and "\n" not in line
 
 
@@ -57,7 +77,7 @@ def test_a_linear_is_told_from_others_of_its_block() -> None:
         ("attention.output.dense", "output.dense"),
         ("mlp.experts.12.down_proj", "12.down_proj"),
     ):
-        assert f"worst {shown} " in block_line("b", 2, 2, [row(f"b.{name}")], 0.0, 0.0)
+        assert f"worst {shown} " in line_of("b", 2, 2, [row(f"b.{name}")], 0.0, 0.0)
 
 
 def test_numbers() -> None:
@@ -85,7 +105,11 @@ def test_the_head_names_the_fields_and_what_is_usual() -> None:
     assert "method GPTQ order=natural damp_percent=0.01 static_groups=True" in head(report(), [], verbose=True)
     assert "usual at 3 bits: 0.0023 to 0.017 for a linear" in lines
     assert "calibration a text: 16 windows of 512 tokens" in lines
-    assert any("error, the mean" in line and "(rtn)" in line for line in lines)
+    assert any("linears, the mean" in line and "(rtn)" in line for line in lines)
+    for held_out, kind in ((True, "held-out"), (False, "calibration")):
+        checked = head(report(check={"held_out": held_out}), [])
+        assert f"of {kind} windows; (rtn), that of rounding to nearest on min-max ranges;" in checked
+        lines += checked
     assert all(len(line) <= COLUMNS for line in lines)
 
 
@@ -164,7 +188,12 @@ def test_the_numbers_are_those_of_the_report(model: Path, tmp_path: Path) -> Non
     block = [row for row in report.linears if row.name.startswith("model.layers.1.")]
     errors = [row.error or 0.0 for row in block]
     line = stream.getvalue().splitlines()[-1]
-    assert f"error {number_of(sum(errors) / len(errors))} " in line and f" {rough(max(errors))}  " in line
+    behind = report.blocks[-1]
+    assert behind.error is not None and behind.rtn_error is not None
+    assert (
+        f"error {number_of(behind.error)} (rtn {rough(behind.rtn_error)})" in line
+        and f" {rough(max(errors))}  " in line
+    )
     assert report.settings["grid"]["bits"] == 3 and report.settings["calibration"]["nsamples"] == 4
 
 

@@ -55,6 +55,8 @@ def test_calibrated_on_images(vit: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "images", 24)
     report = run(vit, tmp_path / "out", folder)
     assert report.data["windows"] == 20 and report.data["pixel_values"] == [20, 3, 32, 32]
+    assert report.check is not None and not report.check["held_out"] and report.check["error"] > 0
+    assert report.check["unanswered"] == "ViTForImageClassification predicts no tokens"
     assert len(report.linears) == 12 and {row.tokens for row in report.linears} == {20 * 17}
     assert all(
         row.error < row.rtn_error for row in report.linears if row.error is not None and row.rtn_error is not None

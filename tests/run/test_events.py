@@ -9,7 +9,7 @@ import torch
 
 import nearplane
 import nearplane.core.grid
-from nearplane.run.events import BlockDone, Noted, Solved, StageDone
+from nearplane.run.events import BlockDone, Compared, Noted, Solved, StageDone
 from nearplane.run.plan import make_plan
 from nearplane.run.walk import walk
 
@@ -32,18 +32,22 @@ def test_events_come_in_the_order_of_the_work(model: Path, tmp_path: Path, metho
     for block in plan.blocks:
         for stage in block.stages:
             expected += [(Solved, site.name) for site in stage] + [(StageDone, stage[0].name)]
+        if block is plan.blocks[-1]:
+            expected.append((Compared, block.name))
         expected.append((BlockDone, block.name))
 
     def name(event: Any) -> str:
         if isinstance(event, Solved):
             return event.site.name
+        if isinstance(event, Compared):
+            return str(event.record["block"])
         return event.stage[0].name if isinstance(event, StageDone) else event.block.name
 
     assert [(type(event), name(event)) for event in events] == expected
     assert [e.last for e in events if isinstance(e, StageDone)] == [
         s is b.stages[-1] for b in plan.blocks for s in b.stages
     ]
-    phases = {"forward", "solve", "measure"} | ({"observe", "prepare"} if method != "rtn" else set())
+    phases = {"forward", "solve", "measure", "check"} | ({"observe", "prepare"} if method != "rtn" else set())
     assert all(event.seconds.keys() == phases for event in events if isinstance(event, BlockDone))
     report = nearplane.quantize(model, tmp_path / "out", progress=False, **settings(model, method=method))
     rows = [event.row for event in events if isinstance(event, Solved)]

@@ -406,7 +406,17 @@ def test_the_command(model: Path, config: Path, capsys: pytest.CaptureFixture[st
             "seconds", "lacking", "suggestions"} <= set(found)  # fmt: skip
     memory = found["memory"][0]
     assert memory["peak"] == sum(memory["parts"].values()) and memory["need"] == memory["peak"] - memory["base"]
-    assert set(found["seconds"]) == {"start", "forward", "observe", "prepare", "solve", "measure", "write", "total"}
+    assert set(found["seconds"]) == {
+        "start",
+        "forward",
+        "observe",
+        "prepare",
+        "solve",
+        "measure",
+        "write",
+        "check",
+        "total",
+    }
     assert found["method"]["name"] == "GPTQ" and found["streams"] == 1
 
 

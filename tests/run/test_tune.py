@@ -18,7 +18,7 @@ from torch import Tensor
 
 import nearplane
 from nearplane import Calibration, Grid, Job
-from nearplane.cli.terminal import summary
+from nearplane.cli.summary import summary
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import by_column, fit_groups, round_to_nearest
 from nearplane.core.scales import Affine
