@@ -96,7 +96,21 @@ def slow_fit(w, grid, importance=None):
     else:  # ours: the middle of every five, then the rest of the best five
         first = best((0, *range(2, 80, 5)))
         i, sign = min(first, best(max(0, first[0] + d) for d in (1, -1, 2, -2)), key=error)
-    return slow_range(w, grid, 1 - i / 100, sign)
+    s, z = slow_range(w, grid, 1 - i / 100, sign)
+    return (s, z) if grid.fit == "mse" or grid.sym else slow_other_zero(w, s, z, grid, importance)
+
+
+def slow_cost(w, s, z, grid, importance):
+    return sum(h * (s * (slow_round(x, s, z, grid) - z) - x) ** 2 for h, x in zip(importance, w, strict=True))
+
+
+def slow_other_zero(w, s, z, grid, importance):
+    """The better of a scale and zero, and of twelve scales with the integer on the other side of the exact zero."""
+    least, greatest, _ = levels(grid)
+    exact = -min(0.0, *w) * (greatest - least) / (max(0.0, *w) - min(0.0, *w))
+    other = min(max(z + (1 if exact > z else -1), least), greatest)
+    tried = [(s, z), *((stored(s * i / 20, grid.scale_dtype), other) for i in range(16, 28))]
+    return min(tried, key=lambda fitted: slow_cost(w, *fitted, grid, importance))
 
 
 @pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
@@ -339,6 +353,45 @@ def test_small_scales_keep_the_precision_of_float16_subnormals():
     assert float(stored.abs().max()) < torch.finfo(torch.float16).smallest_normal
     torch.testing.assert_close(stored, exact, rtol=0.1, atol=0)
     assert torch.equal(stored, stored.half().to(stored.dtype)) and bool((stored != 0).all())
+
+
+# --- the other zero -----------------------------------------------------------------------------------------------
+
+
+def test_a_zero_that_one_cheap_weight_rounded_the_wrong_way():
+    # All but the first weight lie on the grid of scale 1 and zero 1; the first, which costs nothing, asks for zero 2.
+    w = torch.tensor([[-1.8, -1.0, 0.0, 1.0, 2.0, 1.0]], dtype=torch.float64)
+    importance = torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    grid = Grid(bits=2, sym=False, fit="minmax")
+    assert fit(w, grid)[1].item() == 1  # 1.42 of [0, 3]
+    w[0, 0] = -2.5
+    assert fit(w, grid)[1].item() == 2
+    scale, zero = fit(w, replace(grid, fit="hessian"), importance)
+    assert zero.item() == 1 and scale.item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("bits", "shrunk", "found"), [(2, 1.08, 1.03), (3, 1.05, 1.01)])
+def test_the_fit_comes_near_the_best_of_all_zeros_and_a_fine_grid_of_scales(bits, shrunk, found):
+    grid = Grid(bits=bits, sym=False, fit="hessian", scale_dtype="float16")
+    w, importance = weights(200, 32, seed=11), weights(200, 32, seed=12).exp()
+
+    def cost(scale, zero):
+        return (squared(w, scale, zero, grid) * importance).sum(1)
+
+    least = torch.full((200,), torch.inf, dtype=torch.float64)
+    for zero in range(2**bits):
+        for k in range(1, 301):
+            scale = (k / 300 * 4 / (2**bits - 1) * w.abs().amax(1)).half().double()
+            least = torch.minimum(least, cost(scale, torch.full_like(scale, float(zero))))
+    ranges = torch.full_like(least, torch.inf)
+    for i in range(80):  # what shrinking the range alone can find at most
+        pairs = [slow_range(row, grid, 1 - i / 100) for row in w.tolist()]
+        ranges = torch.minimum(
+            ranges, cost(*(torch.tensor(part, dtype=torch.float64) for part in zip(*pairs, strict=True)))
+        )
+    ours = cost(*fit(w, grid, importance))
+    assert float(ranges.sum() / least.sum()) > shrunk and float(ours.sum() / least.sum()) < found
+    assert float((ours <= ranges * 1.001).double().mean()) > 0.9
 
 
 # --- either sign --------------------------------------------------------------------------------------------------
