@@ -16,7 +16,7 @@ from nearplane.core.levels import FP4, NF4, Levels, Shifted, Uniform
 from nearplane.core.nested import Nested
 from nearplane.core.scales import Affine, PowerOfTwo, Scales, Signed, Stored
 from nearplane.core.scales import ScaleDtype as ScaleDtype  # noqa: PLC0414 - others import it from here
-from nearplane.core.search import longer_side, of_range, search
+from nearplane.core.search import longer_side, of_range, refit, search
 
 Fit = Literal["auto", "minmax", "mse", "hessian"]
 
@@ -71,7 +71,7 @@ class Grid:
     """Symmetric grid around zero; --no-sym stores a zero point per group."""
     fit: Fit = "auto"
     """How a group's range is chosen: minmax, its extremes; mse, least weight error; hessian, least error weighted
-    by what it costs the layer's output; auto, hessian where the method reads data and mse where it does not."""
+    by what it costs the layer's output; auto, hessian where the method reads data, else minmax with least-squares scales."""
     scale_dtype: ScaleDtype = "float32"
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
     negative_scales: bool = True
@@ -292,6 +292,9 @@ def fit(
             part = slice(a, a + step)
             if grid.fit == "minmax":
                 scale[part] = longer_side(rows[part], scale[part], zero[part], grid.levels, grid.scales)
+                continue
+            if grid.fit == "auto" and importance is None:
+                scale[part], zero[part] = refit(rows[part], low[part], high[part], grid.levels, grid.scales)
                 continue
             weights = None if importance is None else importance[part]
             scale[part], zero[part] = search(rows[part], low[part], high[part], grid.levels, grid.scales, weights)

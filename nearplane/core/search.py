@@ -21,9 +21,9 @@ PerRow = Float[Tensor, "rows"]
 SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
 # The weighted search tries the middle of every five of these steps first, then the others of the best five.
 COARSE = 5
-# Scales tried beside a zero that was rounded the other way, in twentieths of the best scale.
-BESIDE, BESIDE_GRAIN = range(16, 28), 20
-# Times that a free offset and its scale are solved for the codes found.
+# Scales tried beside a zero that was rounded the other way: 0.80, 0.88, ... 1.36 of the best scale.
+BESIDE, BESIDE_GRAIN = range(20, 35, 2), 25
+# Times that a scale, and a free offset beside it, is solved for the codes found.
 POLISH = 3
 
 
@@ -97,6 +97,34 @@ class _Best:
             scale = self.scales.nearest(torch.where(scale > 0, scale, self.scale))
             offset = self.scale * self.zero + line.offset(scale - self.scale)
             self.consider(self.p, *self.scales.round(scale, offset, self.levels))
+
+    def refit(self) -> None:
+        """Solve for the scale by turns with the codes."""
+        for _ in range(POLISH):
+            level = self.levels.encode_(self.rows / self.scale[:, None], self.zero[:, None])
+            steps = self.levels.decode(level, self.rows.dtype).sub_(self.zero[:, None])
+            wanted = (steps * self.rows).sum(1) / steps.square().sum(1)
+            wanted = torch.where(wanted * self.scale > 0, wanted, self.scale)
+            self.consider(self.p, self.scales.nearest(wanted), self.zero.clone())
+
+
+def refit(
+    rows: Float[Tensor, "rows n"], low: PerRow, high: PerRow, levels: Levels, scales: Scales
+) -> tuple[PerRow, PerRow]:
+    """Cover each row's range, and then move the scale, and a free offset, to least squares for the codes found.
+
+    Where no data says which errors cost, a shrunk range loses more by its clipped weights than it gains: docs/method.md.
+    """
+    scale, zero = of_range(low, high, levels, scales)
+    if scales.either_sign:
+        scale = longer_side(rows, scale, zero, levels, scales)
+    best = _Best(rows, levels, scales, torch.ones_like(rows), (scale, zero))
+    best.consider(best.p, scale.clone(), zero.clone())
+    if scales.free:
+        best.polish(low, high)
+    else:
+        best.refit()
+    return best.scale, best.zero
 
 
 def search(

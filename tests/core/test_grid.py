@@ -1,5 +1,6 @@
 """fit, encode and decode against plain loops over Python floats."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from nearplane.core.grid import (
     fit,
     fit_groups,
     group_index,
+    round_to_nearest,
 )
 from nearplane.core.levels import NF4
 
@@ -105,11 +107,11 @@ def slow_cost(w, s, z, grid, importance):
 
 
 def slow_other_zero(w, s, z, grid, importance):
-    """The better of a scale and zero, and of twelve scales with the integer on the other side of the exact zero."""
+    """The better of a scale and zero, and of eight scales with the integer on the other side of the exact zero."""
     least, greatest, _ = levels(grid)
     exact = -min(0.0, *w) * (greatest - least) / (max(0.0, *w) - min(0.0, *w))
     other = min(max(z + (1 if exact > z else -1), least), greatest)
-    tried = [(s, z), *((stored(s * i / 20, grid.scale_dtype), other) for i in range(16, 28))]
+    tried = [(s, z), *((stored(s * i / 25, grid.scale_dtype), other) for i in range(20, 35, 2))]
     return min(tried, key=lambda fitted: slow_cost(w, *fitted, grid, importance))
 
 
@@ -353,6 +355,41 @@ def test_small_scales_keep_the_precision_of_float16_subnormals():
     assert float(stored.abs().max()) < torch.finfo(torch.float16).smallest_normal
     torch.testing.assert_close(stored, exact, rtol=0.1, atol=0)
     assert torch.equal(stored, stored.half().to(stored.dtype)) and bool((stored != 0).all())
+
+
+# --- without data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "sym"), GRIDS)
+def test_auto_without_data_is_minmax_and_then_least_squares_by_turns_with_the_codes(bits, sym):
+    grid = Grid(bits=bits, sym=sym)
+    w = weights(6, 13, seed=3) + torch.tensor([0, 0, 2.0, -2.0, 9.0, -9.0])[:, None]
+    scale, zero = fit(w, grid)
+    for row, got in zip(w.tolist(), zip(scale.tolist(), zero.tolist(), strict=True), strict=True):
+        s, z = slow_fit(row, replace(grid, fit="minmax"))
+        cost = slow_cost(row, s, z, grid, [1] * 13)
+        for _ in range(3):
+            steps = [slow_round(x, s, z, grid) - z for x in row]
+            wanted = sum(a * x for a, x in zip(steps, row, strict=True)) / sum(a * a for a in steps)
+            new = math.copysign(stored(abs(wanted)), s) if wanted * s > 0 else s
+            if slow_cost(row, new, z, grid, [1] * 13) < cost:
+                s, cost = new, slow_cost(row, new, z, grid, [1] * 13)
+        assert got == pytest.approx((s, z), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["integers", "asymmetric", "nf4", "mxfp4", "q4_1", "q2_k", "ternary"])
+def test_auto_without_data_never_loses_more_squared_error_than_minmax(name):
+    own = {"integers": {"bits": 2}, "asymmetric": {"bits": 2, "sym": False}, "ternary": {"bits": "ternary"}}
+    grid = Grid(**own[name], group_size=32) if name in own else Grid.named(name)
+    w = weights(20, 256, seed=5)
+    w[3] = 0
+    missed = []
+    for how in ("auto", "minmax"):
+        chosen = replace(grid, fit=how)
+        solved = round_to_nearest(w, *fit_groups(w, chosen), chosen)
+        missed.append((dequantize(solved, chosen) - w).square().sum(1))
+    assert bool((missed[0] <= missed[1] * (1 + 1e-9)).all()) and not missed[0][3]
+    assert name == "mxfp4" or float(missed[0].sum()) < 0.95 * float(missed[1].sum())
 
 
 # --- the other zero -----------------------------------------------------------------------------------------------
