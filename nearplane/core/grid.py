@@ -4,7 +4,6 @@
 the integer grids the level is the code. Here are a grid's settings, the fitting of scales, and rounding to nearest.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,20 +13,13 @@ from torch import Tensor
 
 from nearplane.core.errors import NumericalError, SettingError, plain_numbers
 from nearplane.core.levels import FP4, NF4, Levels, Shifted, Uniform
-from nearplane.core.line import Line
 from nearplane.core.nested import Nested
 from nearplane.core.scales import Affine, PowerOfTwo, Scales, Signed, Stored
 from nearplane.core.scales import ScaleDtype as ScaleDtype  # noqa: PLC0414 - others import it from here
+from nearplane.core.search import longer_side, of_range, refit, search
 
 Fit = Literal["auto", "minmax", "mse", "hessian"]
 
-# The search of the published GPTQ code (arXiv 2210.17323, "--mse"): shrink the range to 1 - i/100, i = 0..79,
-# keep the least sum of |error|**2.4.
-SHRINK_STEPS, SHRINK_GRAIN, MSE_NORM = 80, 100, 2.4
-# The weighted search tries the middle of every five of these steps first, then the others of the best five.
-COARSE = 5
-# Times that a free offset and its scale are solved for the codes found.
-POLISH = 3
 # Weights per chunk of rows in the search: few enough for a core's caches, enough to outweigh the cost of a call.
 # A GPU needs more to be busy.
 CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 17, 1 << 23
@@ -79,7 +71,7 @@ class Grid:
     """Symmetric grid around zero; --no-sym stores a zero point per group."""
     fit: Fit = "auto"
     """How a group's range is chosen: minmax, its extremes; mse, least weight error; hessian, least error weighted
-    by what it costs the layer's output; auto, hessian where the method reads data and mse where it does not."""
+    by what it costs the layer's output; auto, hessian where the method reads data, else minmax with least-squares scales."""
     scale_dtype: ScaleDtype = "float32"
     """Set by the run: the dtype scales are stored in. They are rounded to it before a code is chosen."""
     negative_scales: bool = True
@@ -293,16 +285,19 @@ def fit(
     low, high = grid.scales.span(rows.amin(1), rows.amax(1))
     if not bool((high - low).isfinite().all()):
         raise NumericalError("the weights to be quantized hold NaN or Inf.")
-    scale, zero = _grid_of_range(low, high, grid)
+    scale, zero = of_range(low, high, grid.levels, grid.scales)
     if grid.fit != "minmax" or grid.scales.either_sign:
         step = max(1, (CHUNK_WEIGHTS if rows.device.type == "cpu" else CHUNK_WEIGHTS_GPU) // rows.shape[1])
         for a in range(0, len(rows), step):
             part = slice(a, a + step)
             if grid.fit == "minmax":
-                scale[part] = _longer_side(rows[part], scale[part], zero[part], grid)
+                scale[part] = longer_side(rows[part], scale[part], zero[part], grid.levels, grid.scales)
+                continue
+            if grid.fit == "auto" and importance is None:
+                scale[part], zero[part] = refit(rows[part], low[part], high[part], grid.levels, grid.scales)
                 continue
             weights = None if importance is None else importance[part]
-            scale[part], zero[part] = _search(rows[part], low[part], high[part], grid, weights)
+            scale[part], zero[part] = search(rows[part], low[part], high[part], grid.levels, grid.scales, weights)
     if not bool(scale.isfinite().all()):
         raise NumericalError(_too_large(grid))
     return scale.reshape(weight.shape[:-1]), zero.reshape(weight.shape[:-1])
@@ -374,77 +369,3 @@ def _too_large(grid: Grid) -> str:
     if isinstance(grid.scales, Stored):
         return f"a scale leaves the range of {grid.scale_dtype}; use --format compressed-tensors with --dtype bfloat16."
     return f"a scale leaves the range of {type(grid.scales).__name__} scales in {getattr(grid.scales, 'dtype', 'float32')}."
-
-
-def _grid_of_range(low: Tensor, high: Tensor, grid: Grid, sign: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the scale and zero that cover [low, high]; an empty range gets scale 1."""
-    levels = grid.levels
-    scale = levels.scale(low, high)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return grid.scales.round(scale if sign > 0 else -scale, -low, levels)
-
-
-def _longer_side(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Let the last level of the longer side be each row's larger extreme, where the sum of squared errors is less."""
-    low, high = grid.levels.reach(zero)
-    extreme = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
-    other = extreme / torch.where(-low > high, low, high)
-    other = grid.scales.nearest(torch.where(other == 0, scale, other))
-
-    def error(scale: Tensor) -> Tensor:
-        level = grid.levels.decode(grid.levels.encode_(rows / scale[:, None], zero[:, None]), rows.dtype)
-        return level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows).square_().sum(1)
-
-    return torch.where(error(other) < error(scale), other, scale)
-
-
-def _search(rows: Tensor, low: Tensor, high: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shrink each row's range while its error falls."""
-    levels = grid.levels
-    penalty: Callable[[Tensor], Tensor]
-    if importance is None:
-        # |error|**2.4, in a third of the time that pow takes
-        penalty = lambda error: error.abs_().log2_().mul_(MSE_NORM).exp2_().sum(1)  # noqa: E731
-    else:
-        penalty = lambda error: error.square_().mul_(importance).sum(1)  # noqa: E731
-    best_scale, best_zero = _grid_of_range(low, high, grid)
-    best, best_p = torch.full_like(low, torch.inf), torch.ones_like(low)
-    near = low.clamp(min=0) + high.clamp(max=0) if grid.scales.free else None  # of the range, what is nearest to 0
-
-    def consider(p: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        level = levels.decode(levels.encode_(rows / scale[:, None], zero[:, None]), rows.dtype)
-        code = level.clone() if near is not None else level
-        missed = level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(rows)
-        wrong = missed.clone() if near is not None else missed
-        error = penalty(missed)
-        better = error < best
-        for kept, new in ((best, error), (best_p, p), (best_scale, scale), (best_zero, zero)):
-            torch.where(better, new, kept, out=kept)
-        return code, wrong
-
-    def attempt(p: Tensor) -> None:
-        ends = (p * low, p * high) if near is None else (near + p * (low - near), near + p * (high - near))
-        for sign in (1, -1) if grid.scales.either_sign else (1,):
-            consider(p, *_grid_of_range(*ends, grid, sign))
-
-    if importance is None:
-        tried: Iterable[int] = range(SHRINK_STEPS)
-    else:
-        tried = (0, *range(COARSE // 2, SHRINK_STEPS, COARSE))
-    for i in tried:
-        attempt(torch.full_like(low, 1 - i / SHRINK_GRAIN))
-    middle = best_p.clone()
-    for i in range(1, COARSE // 2 + 1) if importance is not None else ():
-        attempt(middle - i / SHRINK_GRAIN)
-        attempt((middle + i / SHRINK_GRAIN).clamp_(max=1))
-    if near is not None:
-        consider(best_p, *_grid_of_range(low.clamp(max=0), high.clamp(min=0), grid))
-        weight = torch.ones_like(rows) if importance is None else importance
-        for _ in range(POLISH):
-            code, wrong = consider(best_p, best_scale.clone(), best_zero.clone())
-            line = Line.of(wrong.neg_(), code, weight)
-            scale = best_scale + line.scale()
-            scale = grid.scales.nearest(torch.where(scale > 0, scale, best_scale))
-            offset = best_scale * best_zero + line.offset(scale - best_scale)
-            consider(best_p, *grid.scales.round(scale, offset, levels))
-    return best_scale, best_zero

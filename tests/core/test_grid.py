@@ -1,5 +1,6 @@
 """fit, encode and decode against plain loops over Python floats."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from nearplane.core.grid import (
     fit,
     fit_groups,
     group_index,
+    round_to_nearest,
 )
 from nearplane.core.levels import NF4
 
@@ -96,7 +98,21 @@ def slow_fit(w, grid, importance=None):
     else:  # ours: the middle of every five, then the rest of the best five
         first = best((0, *range(2, 80, 5)))
         i, sign = min(first, best(max(0, first[0] + d) for d in (1, -1, 2, -2)), key=error)
-    return slow_range(w, grid, 1 - i / 100, sign)
+    s, z = slow_range(w, grid, 1 - i / 100, sign)
+    return (s, z) if grid.fit == "mse" or grid.sym else slow_other_zero(w, s, z, grid, importance)
+
+
+def slow_cost(w, s, z, grid, importance):
+    return sum(h * (s * (slow_round(x, s, z, grid) - z) - x) ** 2 for h, x in zip(importance, w, strict=True))
+
+
+def slow_other_zero(w, s, z, grid, importance):
+    """The better of a scale and zero, and of eight scales with the integer on the other side of the exact zero."""
+    least, greatest, _ = levels(grid)
+    exact = -min(0.0, *w) * (greatest - least) / (max(0.0, *w) - min(0.0, *w))
+    other = min(max(z + (1 if exact > z else -1), least), greatest)
+    tried = [(s, z), *((stored(s * i / 25, grid.scale_dtype), other) for i in range(20, 35, 2))]
+    return min(tried, key=lambda fitted: slow_cost(w, *fitted, grid, importance))
 
 
 @pytest.mark.parametrize("how", ["minmax", "mse", "hessian"])
@@ -339,6 +355,80 @@ def test_small_scales_keep_the_precision_of_float16_subnormals():
     assert float(stored.abs().max()) < torch.finfo(torch.float16).smallest_normal
     torch.testing.assert_close(stored, exact, rtol=0.1, atol=0)
     assert torch.equal(stored, stored.half().to(stored.dtype)) and bool((stored != 0).all())
+
+
+# --- without data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "sym"), GRIDS)
+def test_auto_without_data_is_minmax_and_then_least_squares_by_turns_with_the_codes(bits, sym):
+    grid = Grid(bits=bits, sym=sym)
+    w = weights(6, 13, seed=3) + torch.tensor([0, 0, 2.0, -2.0, 9.0, -9.0])[:, None]
+    scale, zero = fit(w, grid)
+    for row, got in zip(w.tolist(), zip(scale.tolist(), zero.tolist(), strict=True), strict=True):
+        s, z = slow_fit(row, replace(grid, fit="minmax"))
+        cost = slow_cost(row, s, z, grid, [1] * 13)
+        for _ in range(3):
+            steps = [slow_round(x, s, z, grid) - z for x in row]
+            wanted = sum(a * x for a, x in zip(steps, row, strict=True)) / sum(a * a for a in steps)
+            new = math.copysign(stored(abs(wanted)), s) if wanted * s > 0 else s
+            if slow_cost(row, new, z, grid, [1] * 13) < cost:
+                s, cost = new, slow_cost(row, new, z, grid, [1] * 13)
+        assert got == pytest.approx((s, z), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["integers", "asymmetric", "nf4", "mxfp4", "q4_1", "q2_k", "ternary"])
+def test_auto_without_data_never_loses_more_squared_error_than_minmax(name):
+    own = {"integers": {"bits": 2}, "asymmetric": {"bits": 2, "sym": False}, "ternary": {"bits": "ternary"}}
+    grid = Grid(**own[name], group_size=32) if name in own else Grid.named(name)
+    w = weights(20, 256, seed=5)
+    w[3] = 0
+    missed = []
+    for how in ("auto", "minmax"):
+        chosen = replace(grid, fit=how)
+        solved = round_to_nearest(w, *fit_groups(w, chosen), chosen)
+        missed.append((dequantize(solved, chosen) - w).square().sum(1))
+    assert bool((missed[0] <= missed[1] * (1 + 1e-9)).all()) and not missed[0][3]
+    assert name == "mxfp4" or float(missed[0].sum()) < 0.95 * float(missed[1].sum())
+
+
+# --- the other zero -----------------------------------------------------------------------------------------------
+
+
+def test_a_zero_that_one_cheap_weight_rounded_the_wrong_way():
+    # All but the first weight lie on the grid of scale 1 and zero 1; the first, which costs nothing, asks for zero 2.
+    w = torch.tensor([[-1.8, -1.0, 0.0, 1.0, 2.0, 1.0]], dtype=torch.float64)
+    importance = torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    grid = Grid(bits=2, sym=False, fit="minmax")
+    assert fit(w, grid)[1].item() == 1  # 1.42 of [0, 3]
+    w[0, 0] = -2.5
+    assert fit(w, grid)[1].item() == 2
+    scale, zero = fit(w, replace(grid, fit="hessian"), importance)
+    assert zero.item() == 1 and scale.item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("bits", "shrunk", "found"), [(2, 1.08, 1.03), (3, 1.05, 1.01)])
+def test_the_fit_comes_near_the_best_of_all_zeros_and_a_fine_grid_of_scales(bits, shrunk, found):
+    grid = Grid(bits=bits, sym=False, fit="hessian", scale_dtype="float16")
+    w, importance = weights(200, 32, seed=11), weights(200, 32, seed=12).exp()
+
+    def cost(scale, zero):
+        return (squared(w, scale, zero, grid) * importance).sum(1)
+
+    least = torch.full((200,), torch.inf, dtype=torch.float64)
+    for zero in range(2**bits):
+        for k in range(1, 301):
+            scale = (k / 300 * 4 / (2**bits - 1) * w.abs().amax(1)).half().double()
+            least = torch.minimum(least, cost(scale, torch.full_like(scale, float(zero))))
+    ranges = torch.full_like(least, torch.inf)
+    for i in range(80):  # what shrinking the range alone can find at most
+        pairs = [slow_range(row, grid, 1 - i / 100) for row in w.tolist()]
+        ranges = torch.minimum(
+            ranges, cost(*(torch.tensor(part, dtype=torch.float64) for part in zip(*pairs, strict=True)))
+        )
+    ours = cost(*fit(w, grid, importance))
+    assert float(ranges.sum() / least.sum()) > shrunk and float(ours.sum() / least.sum()) < found
+    assert float((ours <= ranges * 1.001).double().mean()) > 0.9
 
 
 # --- either sign --------------------------------------------------------------------------------------------------
