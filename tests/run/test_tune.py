@@ -333,7 +333,7 @@ def test_kinds_of_models_and_formats(kind: str, tmp_path: Path) -> None:
     assert record["moved"] == student.moving(plan)
     (held,) = plan.fresh.held.values()
     assert only(record["after"]) == pytest.approx(divergence(model, tmp_path / "out", held), rel=1e-3)
-    if kind not in ("biases of experts",):
+    if kind not in ("biases of experts", "encoder and decoder"):  # in these random ones no step helps
         assert record["kept"] > 0
 
 
