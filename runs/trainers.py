@@ -10,7 +10,8 @@ windows beside the others. Its loss is that of the whole model, but only numbers
 
 auto-round runs in an environment of its own, with its defaults. Its codes, scales and zero points are put into the original
 model as float32 weights. KL to the original and perplexity: the first WINDOWS windows of three texts, as in
-calibration_text.py. CPU seconds: from opening the model to what is stored, without the import of libraries.
+calibration_text.py; ``--texts embedded`` is the held-out part of the embedded text. CPU seconds: from opening the model to what
+is stored, without the import of libraries.
 One line of OUT.jsonl per finished cell; an interrupted study goes on where it was. ``--table`` prints what is there.
 """
 
@@ -45,6 +46,7 @@ from nearplane.run import student
 PEERS = Path(__file__).parent.parent / "benchmarks" / "peers"
 sys.path.append(str(PEERS))
 ROWS = ("auto-round", "NearPlane", "NearPlane, tuned", "NearPlane, more windows")
+TEXTS = ("wikitext", "shakespeare", "python")
 MORE = ("NearPlane, tuned, every norm", "auto-round, symmetric", "NearPlane, symmetric")
 
 
@@ -191,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tune", type=int, default=16, help="steps of the tuned rows")
     parser.add_argument("--iters", type=int, default=200, help="of auto-round")
+    parser.add_argument("--texts", nargs="+", choices=[*TEXTS, "embedded"], default=list(TEXTS), help="to judge by")
     parser.add_argument("--eval-seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="of each domain")
     parser.add_argument("--envs", type=Path, default=Path.home() / ".cache" / "nearplane-peers")
@@ -205,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         print(table(kept, name))
         return
     tokenizer, original = load_tokenizer(locate(args.model)), Remembered(load(args.model))
-    texts = {domain: text for domain, text in domains(args, tokenizer).items() if domain != "chat"}
+    known = {**domains(args, tokenizer), "embedded": None}
+    texts = {domain: text for domain, text in known.items() if domain in args.texts}
     if f"{name}|original" not in kept.cells:
         kept.keep(f"{name}|original", {"domains": measured(original, tokenizer, texts, args, None), **common(args)})
     for seed, bits, row in product(args.seeds, args.bits, args.rows):
