@@ -79,7 +79,7 @@ def auto_round(draw: Calibration, bits: int, sym: bool, args: argparse.Namespace
         model, solved = load(args.model), load_file(out / "linears.safetensors")
     for name, weight in solved.items():
         model.get_parameter(name).data = weight
-    told = re.findall(r"loss iter.*", done.stdout + done.stderr)
+    told = re.findall(r"loss iter[^\x1b\r\n]*", done.stdout + done.stderr)
     versions = subprocess.run([str(python), "-c", VERSIONS], check=True, capture_output=True, text=True).stdout.split()
     spent = {"cpu_seconds": round(sum(cpu for _, cpu in laps.values()), 1), "whole_process": round(whole, 1)}
     return model, {**spent, "linears": len(solved), "loss": told, "versions": versions, "sha256": tokens.sha256}
