@@ -87,6 +87,44 @@ def test_what_is_calibrated_on(
     assert len(study["dialogs"]()) > 5 and all(turns[0]["role"] == "user" for turns in study["dialogs"]())
 
 
+def test_trainers(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of the quantized block alone move; the control reads the tuning's windows; a second call runs nothing again."""
+    monkeypatch.syspath_prepend(str(RUNS))
+    text, out = str(folder / "text.txt"), folder / "trainers"
+    study = script("trainers.py")
+    monkeypatch.setitem(sys.modules["calibration_text"].__dict__, "MODULES", ("sched",))
+    words = [
+        "--calibration",
+        text,
+        "--wikitext",
+        text,
+        "--shakespeare",
+        text,
+        "--model",
+        str(folder / "model"),
+        "--out",
+        str(out),
+    ]
+    words += ["--blocks", "1", "--bits", "3", "--group-size", "32", "--nsamples", "4", "--seqlen", "24", "--tune", "1"]
+    words += ["--eval-seqlen", "32", "--windows", "2", "--seeds", "0", "--threads", "1", "--rows", "NearPlane"]
+    words += ["NearPlane, tuned", "NearPlane, more windows", "NearPlane, tuned, every norm"]
+    study["main"](words)
+    before = out.with_suffix(".jsonl").read_bytes()
+    cells = {line["cell"].split("|")[-2]: line for line in map(json.loads, before.splitlines())}
+    plain, tuned, control, every = (cells[row] for row in words[-4:])
+    hidden = transformers.AutoConfig.from_pretrained(folder / "model").hidden_size
+    moved = every["tuning"]["moved"] - tuned["tuning"]["moved"]
+    assert moved == 3 * hidden  # two norms of the dense block, and the last
+    assert tuned["sha256"] == plain["sha256"] != control["sha256"] and plain["linears"] == 7
+    assert control["windows"] == 4 + tuned["tuning"]["windows"]["fresh"] > 4 and str(folder) not in before.decode()
+    assert all(cell["cpu_seconds"] > 0 and cell["domains"]["wikitext"]["kl"] > 0 for cell in (plain, tuned, control))
+    capsys.readouterr()
+    study["main"](words)
+    assert out.with_suffix(".jsonl").read_bytes() == before
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].count("|") == rows[2].count("|") and rows[2].startswith("| 1 | 3 | 4 | NearPlane | 1 | ")
+
+
 def test_quality_study(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two seeds and two sizes of the rows that the summary compares; a second call runs nothing again."""
     study, text = script("quality.py"), str(folder / "text.txt")
