@@ -109,7 +109,8 @@ def _not_run(plan: "Plan") -> str | None:
     walked, left = plan.walked, len(plan.blocks) - len(plan.walked)
     if not left or not walked:
         return None
-    return f"{left} blocks after {walked[-1].name} hold nothing to quantize and are not run"
+    checked = "" if plan.checked is None else ", but for the windows of the check at the end"
+    return f"{left} blocks after {walked[-1].name} hold nothing to quantize and are not run{checked}"
 
 
 def _about_check(plan: "Plan") -> str | None:

@@ -185,12 +185,17 @@ class OpenBlock:
         return output
 
     def advance(self) -> None:
-        """Run the finished block over every batch, so that the streams stand before the next one."""
-        for i, stream in enumerate(self.walk.streams):
-            with self._reference_weights() if i == 1 else nullcontext():
-                for batch in range(len(stream.batches)):
+        """Run the finished block over every batch, so that the streams stand before the next one.
+
+        Batch by batch: experts of the reference stream follow the routing of the quantized stream's forward.
+        """
+        streams = self.walk.streams
+        for batch in range(len(streams[0].batches) if streams else 0):
+            for i, stream in enumerate(streams):
+                with self._reference_weights() if i == 1 else nullcontext():
                     stream.hidden[self.block.tower][batch] = self._forward(i, batch).until(None)
-                    self.paused.pop((i, batch))
+            for i in range(len(streams)):
+                self.paused.pop((i, batch))
 
     def close(self) -> None:
         """Free the block."""

@@ -26,7 +26,7 @@ from nearplane.formats.journal import STATE, Journal
 from nearplane.formats.parts import Writer
 from nearplane.formats.store import INDEX
 from nearplane.models.values import fingerprint
-from nearplane.run.forward import OnDisk
+from nearplane.run.forward import Forward, OnDisk
 
 TIMES = ("seconds", "resumed")
 GRID = Grid(bits=3, group_size=16, sym=False)
@@ -118,6 +118,38 @@ def test_killed_anywhere_ends_in_the_same_bytes(seed: int, model: Path, whole: d
         deaths += 1
     assert deaths >= 5
     assert contents(out) == whole
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_a_mixture_that_is_ended_routes_the_reference_as_before(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of the reference stream follow the quantized stream's routing where finished blocks run again, too."""
+    (tmp_path / "text.txt").write_text(tiny.text(3000))
+    model = tiny.save(tiny.build_mixture(kind, num_hidden_layers=3), tmp_path / "model")
+    grid = Grid(bits=2, group_size=16, sym=False)  # few bits: streams apart enough for other routes
+    run(model, tmp_path / "whole", grid=grid, check=False)
+    out = tmp_path / "out"
+    journal, solve = out / STATE, NearPlane.solve
+
+    def dies(self: NearPlane, *args: Any) -> Any:
+        if "layers.1" in "".join(path.read_text(errors="ignore") for path in journal.glob("*.json*")):
+            kill()  # the first two blocks are stored
+        return solve(self, *args)
+
+    monkeypatch.setattr(NearPlane, "solve", dies)
+    assert in_a_child(lambda: run(model, out, grid=grid, check=False)) != 0
+    monkeypatch.undo()
+    led, route = [], Forward.route
+
+    def noted(self: Forward, *args: Any) -> Any:
+        led.append(self.leader is None or self.leader() is not None)
+        return route(self, *args)
+
+    monkeypatch.setattr(Forward, "route", noted)
+    run(model, out, grid=grid, resume=True, check=False)
+    assert len(led) >= 6 and all(led)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
