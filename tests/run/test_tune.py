@@ -500,20 +500,3 @@ def test_plan_counts_the_tuning(model: Path, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(estimate, "available_memory", lambda: 1 << 31)
     with pytest.raises(SettingError, match=r"at the tuning, .* without --tune it fits, needing"):
         run(model, tmp_path / "out")
-
-
-@pytest.mark.parametrize("dataset", ["self", "embedded,self:2"])
-def test_a_mix_is_refused(model: Path, tmp_path: Path, dataset: str) -> None:
-    with pytest.raises(SettingError, match="fresh windows of one text"):
-        nearplane.quantize(
-            model,
-            tmp_path / "out",
-            method="rtn",
-            bits=4,
-            group_size=32,
-            dataset=dataset,
-            tune=4,
-            seqlen=16,
-            nsamples=8,
-            progress=False,
-        )
