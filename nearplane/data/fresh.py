@@ -77,13 +77,13 @@ def set_aside(
     Raises:
         SettingError: a source leaves no window to judge by, whatever is drawn.
     """
-    held, rest, notes = dict[str, Batch](), list[Window](), tuple[str, ...]()
+    held, rest, notes, pools = dict[str, Batch](), list[Window](), tuple[str, ...](), list[tuple[_Pool, int]]()
     taken, shares = _taken(calibration, used), [share for share, _, _ in calibration.shares]
     for number, (wanted, most) in enumerate(fresh_shares(calibration, more)):
         alone = calibration.of_source(number)
         if shares[number].own:
             origin, found = _written(write(_again(alone, 1, wanted + most)), used)
-            judged, others = found[:wanted], found[wanted:]
+            judged, rest = found[:wanted], rest + found[wanted:]
         else:
             origin = "the dataset" if used is None else str(used.data["origin"])
             pool = _Pool(source, alone, most)
@@ -92,7 +92,7 @@ def set_aside(
                 used, judged, notes = _make_room(used, pool.seen, taken.length)
                 pool.again()
                 taken = _taken(calibration, used, judged)
-            others = pool.pick(taken, most) if len(judged) >= FEWEST else []
+            pools.append((pool, most))
         name = origin if len(shares) == 1 else named(shares, number)
         if len(judged) < FEWEST:
             where = "the dataset" if len(shares) == 1 else f"dataset {name}"
@@ -102,7 +102,8 @@ def set_aside(
                 f"{len(judged)}; give {longer}, or fewer --nsamples."
             )
         held[name] = join([batch for batch, _ in judged])
-        rest += others
+    for pool, most in pools:  # only now: every source has what judges it
+        rest += pool.pick(taken, most)
     if not rest and used is None:
         raise SettingError(
             "tune needs windows to tune on beside those that judge, and the dataset leaves none; give a longer one."
