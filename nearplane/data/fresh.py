@@ -2,11 +2,13 @@
 
 Calibration windows lie at random places of a text. Fresh windows are drawn in the same way with other seeds, and kept where
 they share almost no run of tokens with the calibration windows or with each other. So any dataset will do. Where a text is
-too short to leave a few windows to judge by, calibration windows that overlap with these are drawn anew.
+too short to leave a few windows to judge by, calibration windows that overlap with these are drawn anew. For a tuning each
+source of a mix gives its share. Where the dataset is ``self``, the model writes the fresh windows, with another seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +18,9 @@ from torch import Tensor
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.data.files import is_file_name
 from nearplane.data.samples import Batch, Samples, gather, longest_input, masks
-from nearplane.data.shares import EMBEDDED, shares_of
+from nearplane.data.shares import EMBEDDED, SELF, Share, shares_of
 from nearplane.data.text import Calibration, opening_of
-from nearplane.data.windows import Text, digest
+from nearplane.data.windows import Text, Tokens, digest
 from nearplane.models.inputs import DECODER, MEDIA, TEXT, reads
 from nearplane.models.source import Source
 
@@ -54,48 +56,102 @@ class Fresh(NamedTuple):
 
 
 def set_aside(
-    source: Source, calibration: Calibration, used: Samples | None, more: int
+    source: Source,
+    calibration: Calibration,
+    used: Samples | None,
+    more: int,
+    write: Callable[[Calibration], Tokens | None] = lambda _: None,
 ) -> tuple[Samples | None, Fresh]:
-    """Draw fresh windows.
+    """Draw fresh windows of every source of the dataset.
 
     Args:
         source: the model.
         calibration: how the calibration windows were drawn.
         used: the calibration windows; None: the method reads none.
-        more: the most windows to tune on.
+        more: the most windows to tune on; each source gives its share.
+        write: lets the model write windows, where a source is ``self``.
 
     Returns:
         The calibration windows, and the fresh ones.
 
     Raises:
-        SettingError: the dataset leaves no window to judge by, whatever is drawn.
+        SettingError: a source leaves no window to judge by, whatever is drawn.
     """
-    run = min(RUN, max(1, calibration.seqlen // 4))
-    taken, pool = _Taken(run), _Pool(source, calibration, more)
-    for row in [] if used is None else rows_of(used.arguments):
-        taken.add(row)
-    wanted = judged_windows(calibration.seqlen)
-    held, notes = pool.pick(taken, wanted), tuple[str, ...]()
-    if len(held) < FEWEST and used is not None:
-        used, held, notes = _make_room(used, pool.seen, run)
-        pool.again()
-        taken = _Taken(run)
-        for row in [*rows_of(used.arguments), *(row for _, row in held)]:
-            taken.add(row)
-    if len(held) < FEWEST:
-        raise SettingError(
-            f"tune is judged by {FEWEST} windows or more that are neither calibrated nor tuned on, and the dataset leaves "
-            f"{len(held)}; give a longer --dataset, or fewer --nsamples."
-        )
-    rest = pool.pick(taken, more)
+    held, rest, notes, pools = dict[str, Batch](), list[Window](), tuple[str, ...](), list[tuple[_Pool, int]]()
+    taken, shares = _taken(calibration, used), [share for share, _, _ in calibration.shares]
+    for number, (wanted, most) in enumerate(fresh_shares(calibration, more)):
+        alone = calibration.of_source(number)
+        if shares[number].own:
+            origin, found = _written(write(_again(alone, 1, wanted + most)), used)
+            judged, rest = found[:wanted], rest + found[wanted:]
+        else:
+            origin = "the dataset" if used is None else str(used.data["origin"])
+            pool = _Pool(source, alone, most)
+            judged = pool.pick(taken, wanted)
+            if len(judged) < FEWEST and used is not None and len(shares) == 1:
+                used, judged, notes = _make_room(used, pool.seen, taken.length)
+                pool.again()
+                taken = _taken(calibration, used, judged)
+            pools.append((pool, most))
+        name = origin if len(shares) == 1 else named(shares, number)
+        if len(judged) < FEWEST:
+            where = "the dataset" if len(shares) == 1 else f"dataset {name}"
+            longer = "a longer --dataset" if len(shares) == 1 else "a longer one, a lower weight"
+            raise SettingError(
+                f"tune is judged by {FEWEST} windows or more that are neither calibrated nor tuned on, and {where} leaves "
+                f"{len(judged)}; give {longer}, or fewer --nsamples."
+            )
+        held[name] = join([batch for batch, _ in judged])
+    for pool, most in pools:  # only now: every source has what judges it
+        rest += pool.pick(taken, most)
     if not rest and used is None:
         raise SettingError(
             "tune needs windows to tune on beside those that judge, and the dataset leaves none; give a longer one."
         )
-    origin = "the dataset" if used is None else str(used.data["origin"])
-    return used, Fresh(
-        {origin: join([batch for batch, _ in held])}, join([batch for batch, _ in rest]) if rest else None, notes
-    )
+    return used, Fresh(held, join([batch for batch, _ in rest]) if rest else None, notes)
+
+
+def fresh_shares(calibration: Calibration, more: int) -> list[tuple[int, int]]:
+    """Return how many windows of each source judge a tuning, and on how many at most is tuned, by the sources' weights."""
+    shares = [share for share, _, _ in calibration.shares]
+    whole, judged = sum(share.weight for share in shares), judged_windows(calibration.seqlen)
+    parts = [share.weight / whole for share in shares]
+    return [(max(FEWEST, ceil(judged * part - 1e-9)), ceil(more * part - 1e-9)) for part in parts]
+
+
+def written_windows(calibration: Calibration, more: int) -> int:
+    """Return how many fresh windows the model writes itself for a tuning on ``more`` windows."""
+    pairs = zip(calibration.shares, fresh_shares(calibration, more), strict=True)
+    return sum(sum(counts) for (share, _, _), counts in pairs if share.own)
+
+
+def named(shares: Sequence[Share], number: int) -> str:
+    """Return the name of a mix's source, with its place where others have the name, as rows in memory may."""
+    name = shares[number].name
+    alone = [share.name for share in shares].count(name) == 1
+    return name if alone else f"{name}, source {number + 1}"
+
+
+def _written(own: Tokens | None, used: Samples | None) -> tuple[str, list[Window]]:
+    """Return the origin of what the model has written, and of it the windows that differ from all others."""
+    known = {tuple(row.tolist()) for row in ([] if used is None else rows_of(used.arguments))}
+    if own is None:
+        return SELF, []
+    found = {tuple(row.tolist()): row for row in own.ids}
+    return own.origin, [({TEXT: row[None]}, row) for key, row in found.items() if key not in known]
+
+
+def _again(calibration: Calibration, draw: int, count: int) -> Calibration:
+    """Return the settings of another draw, of ``count`` windows."""
+    return replace(calibration, seed=(calibration.seed + STRIDE * draw) % 2**63, nsamples=count)
+
+
+def _taken(calibration: Calibration, used: Samples | None, held: Sequence[Window] = ()) -> "_Taken":
+    """Take the calibration windows, and others."""
+    taken = _Taken(min(RUN, max(1, calibration.seqlen // 4)))
+    for row in [*([] if used is None else rows_of(used.arguments)), *(row for _, row in held)]:
+        taken.add(row)
+    return taken
 
 
 class Checked(NamedTuple):
@@ -193,12 +249,9 @@ def texts_of(calibration: Calibration, used: Samples | None) -> Calibration:
 
 def _spare(source: Source, calibration: Calibration, used: Samples | None, count: int) -> tuple[Batch, str] | None:
     """Draw windows once, and keep those that overlap with no calibration window; None: there is none, and their origin."""
-    taken = _Taken(min(RUN, max(1, calibration.seqlen // 4)))
     # Methods that read no data are checked on the windows that others are.
-    for row in rows_of((used or gather(source, calibration)).arguments):
-        taken.add(row)
-    seed = (calibration.seed + STRIDE) % 2**63
-    drawn = gather(source, replace(calibration, seed=seed, nsamples=TRIED * count))
+    taken = _taken(calibration, used or gather(source, calibration))
+    drawn = gather(source, _again(calibration, 1, TRIED * count))
     chosen: list[Batch] = []
     for number, row in enumerate(rows_of(drawn.arguments)):
         if len(chosen) < count and not taken.holds(row):
@@ -267,8 +320,7 @@ class _Pool:
 
     def _draw(self, source: Source, calibration: Calibration, count: int) -> Iterator[Window]:
         for draw in range(1, DRAWS + 1):
-            seed = (calibration.seed + STRIDE * draw) % 2**63
-            batch = gather(source, replace(calibration, seed=seed, nsamples=count)).arguments
+            batch = gather(source, _again(calibration, draw, count)).arguments
             for number, row in enumerate(rows_of(batch)):
                 yield {name: value[number : number + 1] for name, value in batch.items()}, row
 
@@ -317,11 +369,14 @@ def _make_room(used: Samples, pool: list[Window], run: int) -> tuple[Samples, li
 
 
 def join(windows: Sequence[Batch]) -> Batch:
-    """Join batches to one, padded to the longest."""
+    """Join batches to one, padded to the longest; there is a mask where lengths differ, as those of a mix's sources may."""
     found: Batch = {}
-    for name in {name: None for batch in windows for name in batch}:
+    names = {name: None for batch in windows for name in batch}
+    ragged = [name for name in (TEXT, DECODER) if len({batch[name].shape[1] for batch in windows if name in batch}) > 1]
+    for name in names | {_mask_of(name): None for name in ragged}:
         # Rows of one length have no mask: all their tokens are real.
-        values = [batch[name] if name in batch else torch.ones_like(batch[TEXT]) for batch in windows]
+        ids = next((text for text in (TEXT, DECODER) if _mask_of(text) == name), TEXT)
+        values = [batch[name] if name in batch else torch.ones_like(batch[ids]) for batch in windows]
         longest = max(value.shape[1] for value in values)
         found[name] = torch.cat([torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values])
     return found
@@ -329,3 +384,8 @@ def join(windows: Sequence[Batch]) -> Batch:
 
 def _number(batch: Batch) -> int:
     return len(next(iter(batch.values())))
+
+
+def _mask_of(name: str) -> str:
+    """Return the name of the mask that goes with token ids."""
+    return name.replace("input_ids", "attention_mask")

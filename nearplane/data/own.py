@@ -67,13 +67,14 @@ def refuse_own(model: nn.Module, calibration: Calibration) -> None:
         raise SettingError(f"dataset self: transformers cannot generate with {type(model).__name__}; give a text.")
 
 
-def own_memory(source: Source, calibration: Calibration, itemsize: int) -> tuple[int, int]:
+def own_memory(source: Source, calibration: Calibration, itemsize: int, fresh: int = 0) -> tuple[int, int]:
     """Return the bytes that writing takes: of all weights, loaded at once, and of what is kept for each window meanwhile.
 
     Args:
         source: the model; no weight is read.
         calibration: number and length of the windows.
         itemsize: bytes of a loaded number.
+        fresh: windows that are written apart, for a tuning.
     """
     shares, store = shares_of(calibration.dataset), source.store
     own = sum(share.weight for share in shares if share.own) / sum(share.weight for share in shares)
@@ -81,7 +82,7 @@ def own_memory(source: Source, calibration: Calibration, itemsize: int) -> tuple
         return 0, 0
     weights = itemsize * sum(prod(store.shape(disk)) for disk in set(source.names.values()))
     cache = _cache(source.model, calibration.seqlen, itemsize)
-    rows = min(ceil(own * calibration.nsamples), _rows(cache))
+    rows = min(max(fresh, ceil(own * calibration.nsamples)), _rows(cache))
     return weights, rows * (cache + LOGIT_BYTES * (vocabulary(source.model.config) or 0))
 
 

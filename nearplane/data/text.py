@@ -20,7 +20,7 @@ from nearplane.core.errors import NearplaneError, SettingError, plain, plain_num
 from nearplane.data.files import has_columns, has_splits, is_file_name, read_file
 from nearplane.data.rows import MOST_ROWS, Documents, Row, Rows, check, documents, in_memory
 from nearplane.data.shares import EMBEDDED as EMBEDDED_WORD
-from nearplane.data.shares import Share, counts, seeds, shares_of
+from nearplane.data.shares import Share, alone, counts, seeds, shares_of
 from nearplane.data.windows import Text, Tokens, digest, few, joined, overlapping, padded
 
 # Names of datasets in other toolkits -> hub id, configuration, text column.
@@ -122,8 +122,8 @@ class Calibration:
                 )
             part = own
             if not share.own:
-                alone = replace(self, dataset=None, nsamples=count, seed=seed)
-                part = alone._drawn(self._text(share, tokenizer), tokenizer, longest)
+                one = replace(self, dataset=None, nsamples=count, seed=seed)
+                part = one._drawn(self._text(share, tokenizer), tokenizer, longest)
             assert part is not None
             if len(shares) > 1 and len(part.ids) != count:
                 raise SettingError(
@@ -140,14 +140,26 @@ class Calibration:
         """Read the calibration part of each source that is not the model's own, as ``read_text`` does."""
         return [self._text(share, tokenizer) for share, _, _ in self.shares if not share.own]
 
+    def of_source(self, number: int) -> "Calibration":
+        """Return the settings that draw the samples of one source, by its place, as the whole dataset's do."""
+        share, count, seed = self.shares[number]
+        column, split = self._asked(share)
+        given = {"dataset": alone(share.dataset), "nsamples": count, "seed": seed}
+        return replace(self, dataset_column=column, dataset_split=split, **given)
+
     def _text(self, share: Share, tokenizer: Any) -> Text:
-        """Read a source; of a mix, columns and splits are for the sources that have such."""
+        """Read a source."""
+        column, split = self._asked(share)
+        return _read(share.dataset, "calibration", tokenizer, split=split, column=column)
+
+    def _asked(self, share: Share) -> tuple[str | None, str | None]:
+        """Return column and split for a source; of a mix, these are for the sources that have such."""
         given = [other.dataset for other in shares_of(self.dataset)]
         column, split = (
             value if fits(share.dataset) or not any(map(fits, given)) else None
             for value, fits in ((self.dataset_column, has_columns), (self.dataset_split, has_splits))
         )
-        return _read(share.dataset, "calibration", tokenizer, split=split, column=column)
+        return column, split
 
     def _drawn(self, text: Text, tokenizer: Any, longest: int | None) -> Tokens:
         """Draw samples of one text."""

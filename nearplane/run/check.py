@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, dequantize, fit_groups, round_to_nearest
-from nearplane.data.fresh import CHECK_WINDOW, Checked, at_once, checked_windows
+from nearplane.data.fresh import CHECK_WINDOW, Checked, at_once, checked_windows, fresh_shares
 from nearplane.data.samples import Batch, cut, masks
 from nearplane.models.discover import Block, Site, head_name
 from nearplane.models.inputs import DECODER, TEXT, is_causal, output_head, reads, vocabulary
@@ -48,6 +48,9 @@ def checked_tokens(plan: "Plan") -> int:
     if plan.checked is not None:
         return plan.checked.windows * plan.checked.width
     samples, positions = plan.windows
+    if plan.job.tune:  # the windows that judge the tuning
+        held = sum(count for count, _ in fresh_shares(plan.calibration, 0))
+        return held * (positions or plan.calibration.seqlen)
     width = min(positions or plan.calibration.seqlen, CHECK_WINDOW)
     return checked_windows(samples * (positions or width), width) * width
 

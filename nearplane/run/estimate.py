@@ -47,7 +47,7 @@ from nearplane.run.mix import JUDGED
 from nearplane.run.plan import Plan
 from nearplane.run.probe import Ample, Probe, Size
 from nearplane.run.stream import batch_rows, kept
-from nearplane.run.student import moving, needed
+from nearplane.run.student import moving, needed, written_fresh
 
 # Tokenizer and text, buffers of kernels, and memory that the allocator keeps, measured on the demo model
 # (benchmarks/plan.py).
@@ -233,8 +233,8 @@ class _Walk:
         """Yield each stage's name and bytes: on the device that computes, and of pending weights on the CPU."""
         if self.plan.device.type == "cpu":
             yield from self.beside()
-        weights, beside = own_memory(self.plan.source, self.plan.calibration, self.size) if self.needs else (0, 0)
-        if weights:  # the whole model, before the walk
+        weights, beside = own_memory(self.plan.source, self.plan.calibration, self.size, written_fresh(self.plan))
+        if weights and (self.needs or self.plan.job.tune):  # the whole model, before the walk
             quiet = dict.fromkeys(("block", "paused", "moments", "factor", "solver", "pending"), 0)
             yield OWN, {"outside": weights, "streams": beside, **quiet}
         if self.plan.job.tune:

@@ -49,6 +49,7 @@ from nearplane.run.mix import JUDGED
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, draft
 from nearplane.run.probe import Size, made_up
+from nearplane.run.student import written_fresh
 from nearplane.run.tune import forwards, refuse_ranks
 
 MOST_RANKS = 4096
@@ -177,7 +178,7 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
     measured = rates(plan, found)
     spent = seconds(plan, found, measured)
     spent["start"] += opening + (reading(plan) if plan.method.needs else 0.0)
-    if plan.method.needs and wanted(plan.calibration) is not None:
+    if (plan.method.needs or plan.job.tune) and wanted(plan.calibration) is not None:
         spent["samples"] = writing(plan, measured)
     if rows_independent(plan.method):
         spent |= {phase: spent[phase] / ranks for phase in ("solve", "measure")}
@@ -261,9 +262,13 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
 
 def writing(plan: Plan, rates: Rates) -> float:
     """Return the seconds in which the model writes its own samples, a token of each window at a time."""
-    asked = wanted(plan.calibration)
+    asked, fresh = wanted(plan.calibration), written_fresh(plan)
+    if asked is None:
+        return 0.0
     weights, _ = own_memory(plan.source, plan.calibration, 1)
-    return 0.0 if asked is None else rates.load * weights + THIN * rates.flop * 2 * weights * asked[0] * plan.windows[1]
+    drafts = [asked[0]] * bool(plan.method.needs) + [fresh] * bool(fresh)  # the model is loaded for each
+    tokens = sum(drafts) * (plan.windows[1] or plan.calibration.seqlen)
+    return rates.load * weights * len(drafts) + THIN * rates.flop * 2 * weights * tokens
 
 
 def observing(needs: frozenset[Need], size: Size) -> float:

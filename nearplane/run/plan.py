@@ -8,6 +8,7 @@ tensors that are copied.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -324,12 +325,10 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     device = pick_device(job.device)
     format = job.checkpoint_format.running(job.activations, "r4" in job.rotation.kinds)
     source = open_source(model, sketch=True, trust_remote_code=job.trust_remote_code, revision=job.revision)
-    generation_settings(
-        source.model, source.folder
-    )  # which go along: a broken file would end in a folder that nobody loads
+    generation_settings(source.model, source.folder)  # a broken file would end in a folder that nobody loads
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
-    if job.method.needs:
+    if job.method.needs or job.tune:
         refuse_own(source.model, job.calibration)
     try:
         blocks = discover(source)
@@ -369,6 +368,7 @@ def complete(plan: Plan, own: Tokens | None = None) -> Plan:
         own: what ``own_text`` has returned, if that was called before.
     """
     source, job = plan.source.promise_of or plan.source, plan.job
+    write = partial(own_samples, source, device=plan.device, dtype=plan.compute)
     source.read_weights()
     own = own_text(plan) if own is None else own
     for transform in job.equivalences:
@@ -383,7 +383,7 @@ def complete(plan: Plan, own: Tokens | None = None) -> Plan:
         plan = replace(plan, samples=gather(source, job.calibration, own))
     if job.tune:
         more = fresh_windows(job.tune, plan.windows[1] or job.calibration.seqlen)
-        samples, fresh = set_aside(source, job.calibration, plan.samples, more)
+        samples, fresh = set_aside(source, job.calibration, plan.samples, more, write)
         plan = replace(plan, samples=samples, fresh=fresh)
     if job.check:
         checked, why = to_check(source, job.calibration, plan.samples, plan.fresh)

@@ -24,6 +24,7 @@ from nearplane.checkpoint.gguf import takes_template
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import Grid, Quantized, by_column, dequantize
 from nearplane.core.scales import Affine, Signed, Stored
+from nearplane.data.fresh import written_windows
 from nearplane.data.samples import Batch, masks
 from nearplane.formats.parts import Part
 from nearplane.models import absent
@@ -56,6 +57,12 @@ def fresh_windows(steps: int, seqlen: int) -> int:
     return -(-steps * step_windows(seqlen) // 2)
 
 
+def written_fresh(plan: "Plan") -> int:
+    """Return how many fresh windows the model writes itself: those of the source ``self``."""
+    seqlen = plan.windows[1] or plan.calibration.seqlen
+    return written_windows(plan.calibration, fresh_windows(plan.job.tune, seqlen)) if plan.job.tune else 0
+
+
 def refuse_tuning(plan: "Plan") -> None:
     """Raise SettingError where a plan cannot be tuned, with the reason."""
     job, model, reason = plan.job, plan.source.model, None
@@ -67,10 +74,6 @@ def refuse_tuning(plan: "Plan") -> None:
         reason = f"tune compares the logits of models that predict tokens, and {type(model).__name__} has none"
     elif job.activations is not None:
         reason = "tune follows gradients, and rounded activations (--act-bits) have none"
-    elif len(job.calibration.shares) > 1 or job.calibration.shares[0][0].own:
-        reason = (
-            "tune draws fresh windows of one text, and this dataset is a mix, or self; give one text with --dataset"
-        )
     elif job.offload is not None:
         reason = "tune holds the whole model in memory, and --offload is for runs that cannot; give one of them"
     elif strange:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.data.fresh import Fresh, join, judged_windows
+from nearplane.data.fresh import Fresh, fresh_shares, join
 from nearplane.data.samples import Batch, cut, masks
 from nearplane.formats.journal import STATE, sync
 from nearplane.formats.parts import Writer
@@ -49,7 +49,8 @@ def forwards(plan: Plan) -> int:
     """Count the tokens that a tuning runs through the model: a step is about six forwards, a judgement two."""
     steps, seqlen = plan.job.tune, plan.windows[1] or plan.calibration.seqlen
     judged = 1 + -(-steps // apart(steps))
-    return seqlen * (6 * steps * step_windows(seqlen) + 2 * judged * judged_windows(seqlen))
+    held = sum(count for count, _ in fresh_shares(plan.calibration, 0))
+    return seqlen * (6 * steps * step_windows(seqlen) + 2 * judged * held)
 
 
 @dataclass

@@ -22,9 +22,10 @@ from nearplane.cli.summary import summary
 from nearplane.core.errors import SettingError
 from nearplane.core.grid import by_column, fit_groups, round_to_nearest
 from nearplane.core.scales import Affine
-from nearplane.data.fresh import rows_of
+from nearplane.data.fresh import STRIDE, join, rows_of
 from nearplane.formats.journal import STATE
 from nearplane.run import estimate, student, tune
+from nearplane.run.check import checked_tokens
 from nearplane.run.plan import Plan, complete, draft
 
 GRID = Grid(bits=3, group_size=16, sym=False)
@@ -502,18 +503,162 @@ def test_plan_counts_the_tuning(model: Path, monkeypatch: pytest.MonkeyPatch, tm
         run(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("dataset", ["self", "embedded,self:2"])
-def test_a_mix_is_refused(model: Path, tmp_path: Path, dataset: str) -> None:
-    with pytest.raises(SettingError, match="fresh windows of one text"):
-        nearplane.quantize(
-            model,
-            tmp_path / "out",
-            method="rtn",
-            bits=4,
-            group_size=32,
-            dataset=dataset,
-            tune=4,
-            seqlen=16,
-            nsamples=8,
-            progress=False,
+def mixed(folder: Path, *more: str) -> Calibration:
+    (folder / "other.txt").write_text(tiny.text(3000, seed=5))
+    words = ",".join([f"{folder / 'text.txt'}:3", f"{folder / 'other.txt'}:1", *more])
+    return Calibration(dataset=words, nsamples=8, seqlen=24)
+
+
+def test_every_source_of_a_mix_judges(model: Path, tmp_path: Path) -> None:
+    """Fresh windows of each source by its weight, of that source's text alone, and none that calibration has."""
+    calibration = mixed(model.parent)
+    record = run(model, tmp_path / "out", calibration=calibration).tuning
+    run(model, tmp_path / "solved", calibration=calibration, tune=0)
+    plan = plan_of(model, calibration=calibration)
+    names = [str(model.parent / name) for name in ("text.txt", "other.txt")]
+    assert record is not None and list(record["before"]) == names and record["kept"] > 0
+    assert record["windows"] == {"held_out": 16, "fresh": 48, "calibration": 0}
+    assert plan.fresh is not None and plan.fresh.more is not None and plan.samples is not None
+    for name in names:
+        held = plan.fresh.held[name]
+        assert record["before"][name] == pytest.approx(divergence(model, tmp_path / "solved", held), rel=1e-4)
+        assert record["after"][name] == pytest.approx(divergence(model, tmp_path / "out", held), rel=1e-4)
+        assert record["after"][name] <= record["before"][name]
+    texts = [" ".join(Path(name).read_text().split()) + " " for name in names]
+
+    def source(row: Tensor) -> int:
+        (found,) = [i for i, text in enumerate(texts) if " ".join(f"w{t}" for t in row.tolist()) + " " in text]
+        return found
+
+    assert [[source(row) for row in plan.fresh.held[name]["input_ids"]] for name in names] == [[0] * 12, [1] * 4]
+    assert [source(row) for row in plan.fresh.more["input_ids"]].count(1) == 12
+    batches = [*plan.fresh.held.values(), plan.fresh.more, plan.samples.arguments]
+    rows = [tuple(row) for batch in batches for row in batch["input_ids"].tolist()]
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_mix_is_checked_on_the_windows_that_judge(model: Path, tmp_path: Path) -> None:
+    calibration = mixed(model.parent, "self:2")
+    report = run(model, tmp_path / "out", calibration=calibration)
+    plan = plan_of(model, calibration=calibration)
+    assert (
+        report.tuning is not None and report.tuning["kept"] > 0 and plan.fresh is not None and plan.checked is not None
+    )
+    names = [str(model.parent / "text.txt"), str(model.parent / "other.txt"), "self"]
+    assert [len(plan.fresh.held[name]["input_ids"]) for name in names] == [8, 4, 6]
+    check = report.check
+    assert check is not None and check["held_out"] and check["windows"] == 18 and check["origin"] == ", ".join(names)
+    # All tokens that predict one that is scored: each behind the first of a window.
+    ids = torch.cat([plan.fresh.held[name]["input_ids"] for name in names])
+    with torch.no_grad():
+        p, q = (
+            nearplane.load(some, packed=False)(input_ids=ids).logits.double().log_softmax(-1)[:, :-1]
+            for some in (model, tmp_path / "out")
         )
+    assert check["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert checked_tokens(draft(model, job(model, calibration=calibration))) == ids.numel()  # as memory is counted
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "left"), [("nearplane", 7, 3), ("nearplane", 8, 4), ("rtn", 3, 3), ("rtn", 4, 4)]
+)
+def test_a_source_that_is_too_short_is_named(method: str, rows: int, left: int, model: Path) -> None:
+    """Of a mix no calibration window is drawn anew: four of the rows are calibrated on, where the method reads any."""
+    pairs = [(str(model.parent / "text.txt"), 1), (tiny.tokens(rows, 24, seed=9).tolist(), 1)]
+    settings = {"calibration": Calibration(dataset=pairs, nsamples=8, seqlen=24), "method": method, "check": False}
+    if left < 4:
+        words = (
+            rf"dataset rows in memory \(list\) leaves {left}; give a longer one, a lower weight, or fewer --nsamples"
+        )
+        with pytest.raises(SettingError, match=words):
+            plan_of(model, **settings)
+        return
+    fresh = plan_of(model, **settings).fresh
+    assert fresh is not None and len(fresh.held["rows in memory (list)"]["input_ids"]) == left
+
+
+def test_sources_with_one_name_or_one_text(model: Path, tmp_path: Path) -> None:
+    """Rows in memory have one name, and judge apart. What two files share is neither judged by and tuned on, nor judged twice."""
+    parts = tiny.tokens(80, 24)
+    pairs = [(parts[:40].tolist(), 1), (parts[40:].tolist(), 1)]
+    fresh = plan_of(model, calibration=Calibration(dataset=pairs, nsamples=8, seqlen=24)).fresh
+    names = ["rows in memory (list), source 1", "rows in memory (list), source 2"]
+    assert fresh is not None and list(fresh.held) == names
+    known = {tuple(row) for row in parts[40:].tolist()}
+    assert {tuple(row) for row in fresh.held[names[1]]["input_ids"].tolist()} <= known
+    (tmp_path / "again.txt").write_text((model.parent / "text.txt").read_text())
+    words = f"{model.parent / 'text.txt'},{tmp_path / 'again.txt'}"
+    fresh = plan_of(model, calibration=Calibration(dataset=words, nsamples=8, seqlen=24)).fresh
+    assert fresh is not None and fresh.more is not None
+    rows = [row for batch in (*fresh.held.values(), fresh.more) for row in rows_of(batch)]
+    runs = [{tuple(row[i : i + 6].tolist()) for i in range(19)} for row in rows]
+    assert all(len(a & b) <= 1 for number, a in enumerate(runs) for b in runs[:number])
+
+
+@pytest.mark.parametrize("method", ["nearplane", "rtn"])
+@pytest.mark.parametrize("build", [lambda: tiny.build("llama", num_hidden_layers=1), lambda: tiny.build("t5")])
+def test_sources_of_different_lengths(build: Callable[[], Any], method: str, tmp_path: Path) -> None:
+    """Padding is neither judged nor tuned on: figures are those of windows without padding."""
+    model = made(build(), tmp_path)
+    pairs = [(str(tmp_path / "text.txt"), 1), (tiny.tokens(40, 10, seed=9).tolist(), 1)]
+    settings = {"calibration": Calibration(dataset=pairs, nsamples=8, seqlen=24), "method": method, "tune": 4}
+    if method == "nearplane" and "T5" in type(build()).__name__:
+        with pytest.raises(SettingError, match="different lengths are for models that read text only"):
+            plan_of(model, **settings)
+        return
+    report, plan = run(model, tmp_path / "out", **settings), plan_of(model, **settings)
+    assert report.tuning is not None and plan.fresh is not None and "failed" not in report.tuning
+    short = plan.fresh.held["rows in memory (list)"]
+    assert not any(name.endswith("attention_mask") for name in short)
+    for name, held in plan.fresh.held.items():
+        assert report.tuning["after"][name] == pytest.approx(divergence(model, tmp_path / "out", held), rel=1e-3)
+    mask = join([plan.fresh.held[str(tmp_path / "text.txt")], short])["attention_mask"]
+    assert sorted(mask.sum(1).tolist()) == [10] * len(short["input_ids"]) + [24] * (len(mask) - len(short["input_ids"]))
+
+
+@pytest.mark.parametrize("method", ["nearplane", "rtn"])
+@pytest.mark.parametrize("dataset", ["self", "mix"])
+def test_the_model_writes_fresh_windows(dataset: str, method: str, model: Path, tmp_path: Path) -> None:
+    """With another seed than it writes those of the calibration, and as many as are judged by and tuned on."""
+    name = f"{model.parent / 'text.txt'}:1,self:1" if dataset == "mix" else dataset
+    settings = {"calibration": Calibration(dataset=name, nsamples=8, seqlen=24), "tune": 4, "method": method}
+    report, plan = run(model, tmp_path / "out", **settings), plan_of(model, **settings)
+    record, fresh, key = report.tuning, plan.fresh, "self"
+    assert record is not None and fresh is not None and fresh.more is not None
+    if dataset == "self":
+        key = f"the model's own samples (seed {STRIDE}, temperature 1)"
+    assert list(record["before"]) == ([key] if dataset == "self" else [str(model.parent / "text.txt"), key])
+    assert record["after"][key] <= record["before"][key]
+    assert record["after"][key] == pytest.approx(divergence(model, tmp_path / "out", fresh.held[key]), rel=1e-3)
+    batches = [*fresh.held.values(), fresh.more, *([] if plan.samples is None else [plan.samples.arguments])]
+    rows = [tuple(row) for batch in batches for row in batch["input_ids"].tolist()]
+    assert len(set(rows)) == len(rows) and all(len(row) == 24 for row in rows)
+    assert fresh.counts == (16, 16) and len(fresh.held[key]["input_ids"]) == (16 if dataset == "self" else 8)
+    forecast = nearplane.plan(model, job(model, **settings))
+    assert student.written_fresh(forecast.plan) == (32 if dataset == "self" else 16)
+    assert forecast.seconds["samples"] > 0 and forecast.estimate.memory[0].peak > 0
+
+
+def test_what_cannot_write_is_refused(tmp_path: Path) -> None:
+    """Before anything is read, also where the method reads no data."""
+    model = made(tiny.build("bert"), tmp_path)
+    with pytest.raises(SettingError, match="dataset self"):
+        draft(model, job(model, calibration=Calibration(dataset="self", nsamples=8, seqlen=24), method="rtn"))
+
+
+def test_a_killed_tuning_of_a_mix_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    out, calibration = tmp_path / "out", mixed(model.parent, "self:2")
+    pid = os.fork()
+    if pid == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupting(patch, 10, lambda: os._exit(9))
+            run(model, out, calibration=calibration)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert (out / STATE / tune.FILE).is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        taken = interrupting(patch, 0, interrupt)
+        report = run(model, out, resume=True, calibration=calibration)
+    whole = run(model, tmp_path / "whole", calibration=calibration)
+    assert taken[0] == STEPS - 8 and report.tuning == whole.tuning and report.check == whole.check
+    assert hashes(out) == hashes(tmp_path / "whole")
