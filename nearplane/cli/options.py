@@ -255,8 +255,12 @@ def _refuse_unknown(verb: ModuleType, words: Sequence[str], options: list[Option
                 raise SettingError(
                     f"{flag} is an option of --method {other}, not of {method or 'nearplane'}; {advice(verb)}"
                 )
-        names = {f"--{name.replace('_', '-')}": name for name in ALIASES}
         shown = {flag for option in options for flag in option.flags if not option.by_place}
+        names = {
+            f"--{name.replace('_', '-')}": name
+            for name, real in ALIASES.items()
+            if f"--{real.replace('_', '-')}" in shown  # of another verb's options none is advised
+        }
         near = get_close_matches(flag, [*sorted(shown), *names, *SWITCHES], n=1)
         real = [f"--{ALIASES[names[n]].replace('_', '-')}" if n in names else n for n in near]
         raise SettingError(f"unknown option {flag}{f'; did you mean {real[0]}?' if real else ';'} {advice(verb)}")

@@ -105,7 +105,8 @@ class Terminal:
         for line in head(report, blocks, verbose=self.verbose):
             self.say(line)
         if done:
-            self.say(f"{done} of {len(blocks)} blocks are done; the hidden states run through them again")
+            again = "; the hidden states run through them again" if done < len(blocks) else ""
+            self.say(f"{done} of {len(blocks)} blocks are done{again}")
         elif resume:
             self.say(f"{report.out} holds no finished block to go on after: a new run begins")
         if self._live:

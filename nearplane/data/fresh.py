@@ -198,9 +198,12 @@ def to_check(
     if fresh is not None:
         batch = join(list(fresh.held.values()))
         return Checked(batch, ", ".join(fresh.held), unscored=_unscored(source, calibration, batch)), None
-    calibration = replace(texts_of(calibration, used), seqlen=min(calibration.seqlen, CHECK_WINDOW))
+    left, asked = texts_of(calibration, used), calibration.dataset is not None
+    calibration = replace(left, seqlen=min(calibration.seqlen, CHECK_WINDOW))
     width = min(calibration.seqlen, longest_input(source.model) or calibration.seqlen)
-    shown = 0 if used is None else used.number * (used.length or width)
+    shown = calibration.nsamples * width if used is None else used.number * (used.length or width)
+    if used is None and calibration.dataset is not None and not MEDIA & set(reads(source.model)):
+        gather(source, calibration)  # a text that was named and cannot be read is an error of any method
     if MEDIA & set(reads(source.model)):
         found, why = None, "images and recordings are not drawn anew"
     else:
@@ -213,7 +216,9 @@ def to_check(
             found, why = None, str(error).rstrip(".")
     if found is not None:
         batch, origin = found
-        return Checked(batch, origin, unscored=_unscored(source, calibration, batch)), None
+        instead = asked and used is None and calibration.dataset is None
+        told = f"the run is checked on {origin}: a method that reads no data fetches none" if instead else None
+        return Checked(batch, origin, unscored=_unscored(source, calibration, batch)), told
     if used is None:
         return None, f"the run is not checked on held-out windows: {why}"
     some = max(FEWEST, checked_windows(shown, used.length or width))

@@ -43,6 +43,11 @@ def predicts(model: nn.Module) -> bool:
     return output_head(model) is not None and not {TEXT, DECODER}.isdisjoint(reads(model))
 
 
+def goes_on(plan: "Plan") -> bool:
+    """Tell whether a check runs the blocks behind the last one that holds anything to quantize: not where they are the most."""
+    return len(plan.blocks) - len(plan.walked) <= len(plan.walked)
+
+
 def checked_tokens(plan: "Plan") -> int:
     """Return how many tokens a run is checked on, known before data is read."""
     if plan.checked is not None:
@@ -52,6 +57,7 @@ def checked_tokens(plan: "Plan") -> int:
         held = sum(count for count, _ in fresh_shares(plan.calibration, 0))
         return held * (positions or plan.calibration.seqlen)
     width = min(positions or plan.calibration.seqlen, CHECK_WINDOW)
+    samples = samples or plan.calibration.nsamples  # without data, the windows that other methods are checked on
     return checked_windows(samples * (positions or width), width) * width
 
 
@@ -187,6 +193,8 @@ class Check:
             found |= {"block": self.last.name, "error": self.last.error, "rtn_error": self.last.rtn_error}
         if not predicts(source.model):
             return found | {"unanswered": f"{type(source.model).__name__} predicts no tokens"}
+        if not goes_on(plan):
+            return found | {"unanswered": f"most blocks come behind {block.block.name} and are not run"}
         for k in range(block.k + 1, len(self.blocks)):
             source.load(self.blocks[k].name, plan.device, plan.compute)
             for stream in (self.original, self.quantized):

@@ -21,6 +21,7 @@ from nearplane.models.inputs import MEDIA, reads
 from nearplane.models.locate import code_left_out
 from nearplane.models.source import Source
 from nearplane.models.values import AT_ONCE
+from nearplane.run.check import goes_on
 
 if TYPE_CHECKING:
     from nearplane.run.plan import Plan
@@ -109,7 +110,7 @@ def _not_run(plan: "Plan") -> str | None:
     walked, left = plan.walked, len(plan.blocks) - len(plan.walked)
     if not left or not walked:
         return None
-    checked = "" if plan.checked is None else ", but for the windows of the check at the end"
+    checked = ", but for the windows of the check at the end" if plan.job.check and goes_on(plan) else ""
     return f"{left} blocks after {walked[-1].name} hold nothing to quantize and are not run{checked}"
 
 

@@ -306,7 +306,7 @@ class Student:
 
     def both(self, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return log-probabilities, and the hidden state behind the last block, of the original and of the student."""
-        last = next(block.name for block in reversed(self.plan.blocks) if block.name not in self.linears)
+        last = next(block.name for block in reversed(self.plan.walked) if block.name not in self.linears)
         states: list[Tensor] = []
 
         def kept(_module: nn.Module, _given: Any, output: Any) -> None:

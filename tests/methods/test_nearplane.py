@@ -17,6 +17,11 @@ BARE = {"target": False, "sandwich": False, "rounds": 0, "damping": "fixed"}
 GRID = Grid(bits=3, group_size=16, sym=False)
 
 
+def method_of(**settings):
+    """The method with GPTQ's damping, which some tests compare with."""
+    return NearPlane(**{"damp_percent": GPTQ().damp_percent, **settings})
+
+
 def solve(method, weight, moments, grid):
     return method.solve(weight, method.prepare(moments), grid)
 
@@ -32,7 +37,7 @@ def same(a, b):
 @pytest.mark.parametrize("beam", [1, 3])
 def test_with_every_part_off_it_is_gptq(order, beam):
     m = layer()
-    bare = NearPlane(**BARE, order=order, beam=beam)
+    bare = method_of(**BARE, order=order, beam=beam)
     assert bare.needs == {"H"}
     moments = Moments(m.moments.H, None, 200)  # nothing else is read
     found, gptq = (solve(method, m.W, moments, GRID) for method in (bare, GPTQ(order=order)))
@@ -47,9 +52,9 @@ def test_with_every_part_off_it_is_gptq(order, beam):
 def test_without_drift_the_target_is_the_weight(shrink):
     m = layer()
     m.x = m.xhat
-    found = solve(NearPlane(shrink=shrink), m.W, m.moments, GRID)
-    assert same(found, solve(NearPlane(target=False), m.W, m.moments, GRID))
-    assert not same(found, solve(NearPlane(shrink=shrink), m.W, layer().moments, GRID))
+    found = solve(method_of(shrink=shrink), m.W, m.moments, GRID)
+    assert same(found, solve(method_of(target=False), m.W, m.moments, GRID))
+    assert not same(found, solve(method_of(shrink=shrink), m.W, layer().moments, GRID))
 
 
 SWITCHES = product(
@@ -59,7 +64,7 @@ SWITCHES = product(
 
 @pytest.mark.parametrize(("target", "residual", "shrink", "damping", "rounds", "gate"), list(SWITCHES))
 def test_needs_is_what_is_read(target, residual, shrink, damping, rounds, gate):
-    method = NearPlane(target=target, residual=residual, shrink=shrink, damping=damping, rounds=rounds, gate=gate)
+    method = method_of(target=target, residual=residual, shrink=shrink, damping=damping, rounds=rounds, gate=gate)
     judged = [target and shrink != "none", damping == "held_out", gate and rounds > 0]
     expected = {"H", "norm"} | ({"D"} if target else set()) | ({"R"} if target and residual else set())
     assert method.needs == expected | ({"held_out"} if any(judged) else set())
@@ -92,13 +97,13 @@ def test_the_full_target_is_the_dense_formula_and_the_published_sweep(order, gri
     steps = oracles.column_order(A, order)
     scales = oracles.static_scales(aim, grid, oracles.column_cost(H, A, order))
     expected = oracles.published(aim, A, grid, order=steps, scales=scales)
-    method = NearPlane(shrink="none", damping="fixed", rounds=0, order=order, damp_percent=percent)
+    method = method_of(shrink="none", damping="fixed", rounds=0, order=order, damp_percent=percent)
     found = solve(method, m.W, moments, grid)
     assert int((found.codes.double() != expected.codes).sum()) == 0
     torch.testing.assert_close(found.scale, scales[0])
     assert found.course == Course(1, percent, 0, 0, 0)
     # The part that changes the aim changes the codes: neither is W rounded, nor the aim without R.
-    assert not same(found, solve(NearPlane(**BARE, order=order, damp_percent=percent), m.W, moments, grid))
+    assert not same(found, solve(method_of(**BARE, order=order, damp_percent=percent), m.W, moments, grid))
     if residual:
         without = solve(method, m.W, layer().moments, grid)
         assert not same(found, without)
@@ -108,11 +113,11 @@ def test_a_target_of_a_stream_reads_no_drift_moment():
     """Where a linear adds to a stream, R alone is the pull, and a D beside it changes nothing."""
     m = layer(residual=True)
     R, H = m.moments.R, m.moments.H
-    method = NearPlane(shrink="none", damping="fixed", rounds=0)
+    method = method_of(shrink="none", damping="fixed", rounds=0)
     aim = m.W + R @ torch.linalg.inv(oracles.damped(H))
     for D in (None, layer().moments.D):
         given = Moments(H, D, 200, 0, R)
-        assert same(solve(method, m.W, given, GRID), solve(NearPlane(**BARE), aim, given, GRID))
+        assert same(solve(method, m.W, given, GRID), solve(method_of(**BARE), aim, given, GRID))
 
 
 # --- the judge ----------------------------------------------------------------------------------------------------
@@ -134,7 +139,7 @@ def harmful():
         m = misjudged(seed)
         losses = []
         for rounds in (0, 1, 2):
-            method = NearPlane(**{**BARE, "rounds": rounds}, gate=False)
+            method = method_of(**{**BARE, "rounds": rounds}, gate=False)
             losses.append(
                 m.loss(solve(method, m.W, m.moments, Grid(bits=2, group_size=8)), Grid(bits=2, group_size=8), m.held)
             )
@@ -147,9 +152,9 @@ def test_a_round_that_harms_held_out_tokens_is_undone():
     cases = list(harmful())
     assert len(cases) >= 3
     for m in cases:
-        start = solve(NearPlane(**BARE), m.W, m.moments, grid)
-        gated = solve(NearPlane(**{**BARE, "rounds": 2}), m.W, m.moments, grid)
-        free = solve(NearPlane(**{**BARE, "rounds": 2}, gate=False), m.W, m.moments, grid)
+        start = solve(method_of(**BARE), m.W, m.moments, grid)
+        gated = solve(method_of(**{**BARE, "rounds": 2}), m.W, m.moments, grid)
+        free = solve(method_of(**{**BARE, "rounds": 2}, gate=False), m.W, m.moments, grid)
         assert gated.course == Course(0, 0.01, 0, 0, 1) and same(gated, start)
         assert free.course == Course(0, 0.01, 0, 2, 0) and not same(free, start)
         assert m.loss(free, grid, m.held) > m.loss(gated, grid, m.held)
@@ -165,11 +170,11 @@ def test_the_judge_is_the_loss_over_held_out_tokens(seed, residual, size):
     fixed = {"shrink": "none", "damping": "fixed"}
     losses = []
     for rounds in range(6):
-        method = NearPlane(**fixed, rounds=rounds, gate=False)
+        method = method_of(**fixed, rounds=rounds, gate=False)
         losses.append(m.loss(solve(method, m.W, m.moments, grid), grid, m.held))
     kept = next((k for k in range(5) if losses[k + 1] >= losses[k] * (1 - 1e-12)), 5)
-    gated = solve(NearPlane(**fixed, rounds=5), m.W, m.moments, grid)
-    assert same(gated, solve(NearPlane(**fixed, rounds=kept, gate=False), m.W, m.moments, grid))
+    gated = solve(method_of(**fixed, rounds=5), m.W, m.moments, grid)
+    assert same(gated, solve(method_of(**fixed, rounds=kept, gate=False), m.W, m.moments, grid))
     assert gated.course == Course(1, 0.01, 0, kept, int(kept < 5))
     assert m.loss(gated, grid, m.held) == pytest.approx(min(losses[: kept + 1]))
 
@@ -182,7 +187,7 @@ def test_in_the_ordinary_case_both_rounds_are_kept_and_the_objective_falls():
         A = oracles.damped(moments.H)
         aim = m.W + m.W @ moments.D @ torch.linalg.inv(A)
         found = [
-            solve(NearPlane(shrink="none", damping="fixed", rounds=rounds), m.W, moments, grid) for rounds in (0, 1, 2)
+            solve(method_of(shrink="none", damping="fixed", rounds=rounds), m.W, moments, grid) for rounds in (0, 1, 2)
         ]
         objective = [float(oracles.loss(aim, dequantize(f, grid), A).sum()) for f in found]
         assert objective[0] >= objective[1] >= objective[2]
@@ -199,7 +204,7 @@ def test_refinement_descends_in_the_damped_metric():
         moments = m.moments
         A = oracles.damped(moments.H, 0.3)
         start, found = (
-            solve(NearPlane(**{**BARE, "rounds": rounds}, gate=False, damp_percent=0.3), m.W, moments, grid)
+            solve(method_of(**{**BARE, "rounds": rounds}, gate=False, damp_percent=0.3), m.W, moments, grid)
             for rounds in (0, 1)
         )
         expected = oracles.refined(m.W, A, start, grid)
@@ -215,7 +220,7 @@ def test_the_share_is_that_of_held_out_tokens_for_a_step_they_had_no_part_in(res
         (H, pull), (held_H, held_pull) = m.dense(~m.held), m.dense(m.held)
         step = pull @ torch.linalg.inv(oracles.damped(H))
         share = float((step * held_pull).sum() / (step * (step @ held_H)).sum())
-        found = solve(NearPlane(shrink="linear"), m.W, m.moments, GRID)
+        found = solve(method_of(shrink="linear"), m.W, m.moments, GRID)
         assert 0 < share < 1
         assert found.course.alpha == pytest.approx(share)
 
@@ -235,7 +240,7 @@ def spread(m, rounding, percent, order="activation"):
 def test_held_out_tokens_choose_the_damping(percent, order):
     """The chosen one spreads the errors of rounding to nearest so that held-out tokens, unseen by it, suffer least."""
     grid, chosen = Grid(bits=3, group_size=16), set()
-    bare = NearPlane(**BARE, order=order)
+    bare = method_of(**BARE, order=order)
     for seed in range(8):
         m = layer(5, 32, 60, seed=seed)
         scales = oracles.static_scales(m.W, replace(grid, fit="minmax"))
@@ -243,7 +248,7 @@ def test_held_out_tokens_choose_the_damping(percent, order):
         tried = [percent, 10 * max(percent, 1e-3), 100 * max(percent, 1e-3)]
         best = min(tried, key=lambda one, m=m, rounding=rounding: spread(m, rounding, one, order))
         for target in (False, True):
-            method = NearPlane(target=target, rounds=0, order=order, damp_percent=percent)
+            method = method_of(target=target, rounds=0, order=order, damp_percent=percent)
             assert solve(method, m.W, m.moments, grid).course.damp_percent == pytest.approx(best)
         found = solve(replace(bare, damping="held_out", damp_percent=percent), m.W, m.moments, grid)
         assert same(found, solve(replace(bare, damp_percent=best), m.W, m.moments, grid))
@@ -261,7 +266,7 @@ def stacked(method, weights, moments, grid):
 @pytest.mark.parametrize("order", ["natural", "activation", "pivot"])
 @pytest.mark.parametrize(("target", "rounds", "beam"), [(False, 0, 1), (True, 0, 1), (True, 2, 1), (True, 2, 3)])
 def test_with_nothing_to_judge_rows_do_not_mind_each_other(order, target, rounds, beam):
-    method = NearPlane(target=target, shrink="none", damping="fixed", rounds=rounds, gate=False, order=order, beam=beam)
+    method = method_of(target=target, shrink="none", damping="fixed", rounds=rounds, gate=False, order=order, beam=beam)
     m = layer(5, 32, 80)
     weights = [m.W, draw(50, 1, 32), draw(51, 40, 32)]  # together more rows than inputs
     for weight, part in zip(weights, stacked(method, weights, m.moments, GRID), strict=True):
@@ -277,16 +282,16 @@ def test_linears_solved_together_are_judged_together():
     for seed in range(8):
         m = layer(5, 32, 48, seed=seed)
         weights = [m.W, draw(seed + 50, 9, 32)]
-        method = NearPlane(target=False, rounds=0)
+        method = method_of(target=False, rounds=0)
         for weight, part in zip(weights, stacked(method, weights, m.moments, GRID), strict=True):
             pinned = replace(method, damping="fixed", damp_percent=part.course.damp_percent)
             assert same(part, solve(pinned, weight, m.moments, GRID))
             unlike["damping"] += not same(part, solve(method, weight, m.moments, GRID))
-        state = NearPlane().prepare(m.moments)
-        first, second = (NearPlane().solve(weight, state, GRID) for weight in weights)
+        state = method_of().prepare(m.moments)
+        first, second = (method_of().solve(weight, state, GRID) for weight in weights)
         for weight, found in zip(weights, (first, second), strict=True):
-            assert same(found, solve(NearPlane(), weight, m.moments, GRID))
-        together = next(stacked(NearPlane(), weights, m.moments, GRID)).course
+            assert same(found, solve(method_of(), weight, m.moments, GRID))
+        together = next(stacked(method_of(), weights, m.moments, GRID)).course
         assert first.course.alpha != second.course.alpha
         unlike["alpha"] += first.course.alpha != together.alpha != second.course.alpha
     assert 0 < unlike["damping"] < 16 and unlike["alpha"] == 8
@@ -305,12 +310,12 @@ def test_shares_are_those_of_the_rows_that_were_judged(monkeypatch, shrink):
     if shrink == "linear":
         inner, length = inner[::4].sum(), length[::4].sum()
     share = (inner / length).clamp(0, 1).reshape(-1, 1)
-    method = NearPlane(shrink=shrink, damping="fixed", rounds=0)
+    method = method_of(shrink=shrink, damping="fixed", rounds=0)
     found = solve(method, m.W, m.moments, GRID)
     assert 0 < found.course.alpha < 1 and found.course.alpha == pytest.approx(float(share.mean()))
     H, pull = m.dense(torch.ones(60, dtype=torch.bool))
     aim = m.W + share * (pull @ torch.linalg.inv(oracles.damped(H)))
-    assert same(found, solve(NearPlane(**BARE), aim, m.moments, GRID))
+    assert same(found, solve(method_of(**BARE), aim, m.moments, GRID))
 
 
 @pytest.mark.parametrize("shrink", ["spectral", "linear", "row", "none"])
@@ -324,7 +329,7 @@ def test_many_rows_are_judged_by_a_sample(monkeypatch, shrink):
         m = layer(10, 24, 60, seed=seed, residual=True)
         some = slice(None, None, 3)
         part = Layer(m.W[some], m.xhat, m.x, m.drift[:, some])
-        found, expected = (solve(NearPlane(shrink=shrink), w.W, w.moments, GRID) for w in (m, part))
+        found, expected = (solve(method_of(shrink=shrink), w.W, w.moments, GRID) for w in (m, part))
         assert found.codes.shape == (10, 24)
         if shrink != "row":
             assert torch.equal(found.codes[some], expected.codes)
@@ -332,7 +337,7 @@ def test_many_rows_are_judged_by_a_sample(monkeypatch, shrink):
             assert found.course.alpha == pytest.approx(expected.course.alpha)
         with monkeypatch.context() as patch:
             patch.setattr(nearplane, "TRIAL_ROWS", 256)
-            unlike += not same(found, solve(NearPlane(shrink=shrink), m.W, m.moments, GRID))
+            unlike += not same(found, solve(method_of(shrink=shrink), m.W, m.moments, GRID))
     assert (unlike > 0) == (shrink != "row")
 
 
@@ -341,7 +346,7 @@ def test_many_rows_are_judged_by_a_sample(monkeypatch, shrink):
 def test_course(percent, shrink):
     for seed in range(3):
         m = layer(seed=seed)
-        course = solve(NearPlane(damp_percent=percent, shrink=shrink), m.W, m.moments, GRID).course
+        course = solve(method_of(damp_percent=percent, shrink=shrink), m.W, m.moments, GRID).course
         allowed = [percent, *(times * max(percent, 1e-3) for times in (10, 100))]
         assert any(course.damp_percent == pytest.approx(one) for one in allowed)
         assert 0 <= course.rounds <= 2 and course.rejected == int(course.rounds < 2) and course.damp_raised == 0
@@ -355,7 +360,7 @@ def test_course(percent, shrink):
 def test_a_damping_that_had_to_be_raised_is_told(damping):
     """Fewer tokens than inputs, undamped."""
     m = layer(4, 16, 8)
-    method = NearPlane(target=False, rounds=0, damping=damping, damp_percent=0.0)
+    method = method_of(target=False, rounds=0, damping=damping, damp_percent=0.0)
     course = solve(method, m.W, m.moments, GRID).course
     assert course.damp_percent > 0
     assert (course.damp_raised > 0) == (course.damp_percent not in (0.01, 0.1))
@@ -383,9 +388,9 @@ def test_with_few_tokens_and_noisy_drift_fresh_tokens_gain(bits, tokens):
     grid = Grid(bits=bits, group_size=16)
     methods = {
         "gptq": GPTQ(),
-        "nearplane": NearPlane(),
-        "all of it": NearPlane(shrink="none"),
-        "fixed": NearPlane(damping="fixed"),
+        "nearplane": method_of(),
+        "all of it": method_of(shrink="none"),
+        "fixed": method_of(damping="fixed"),
     }
     mean = dict.fromkeys(methods, 0.0)
     for seed in range(0, 1200, 100):
@@ -402,17 +407,17 @@ def test_with_nothing_held_out_it_is_gptq(tokens):
     """Nothing can be judged, so nothing is risked: no step, no round, the least damping."""
     m = layer(4, 16, tokens)
     m.held = torch.zeros(tokens, dtype=torch.bool)
-    found = solve(NearPlane(), m.W, m.moments, GRID)
+    found = solve(method_of(), m.W, m.moments, GRID)
     assert found.course == Course(0, 0.01, 0, 0, 0)
     assert same(found, solve(GPTQ(), m.W, m.moments, GRID))
-    fixed = NearPlane(damping="fixed", beam=2)
-    assert same(solve(fixed, m.W, m.moments, GRID), solve(NearPlane(**BARE, beam=2), m.W, m.moments, GRID))
+    fixed = method_of(damping="fixed", beam=2)
+    assert same(solve(fixed, m.W, m.moments, GRID), solve(method_of(**BARE, beam=2), m.W, m.moments, GRID))
 
 
 def test_with_everything_held_out_it_still_solves():
     m = layer(4, 16, 40)
     m.held = torch.ones(40, dtype=torch.bool)
-    found = solve(NearPlane(), m.W, m.moments, GRID)
+    found = solve(method_of(), m.W, m.moments, GRID)
     assert m.loss(found, GRID) < m.loss(solve(GPTQ(), m.W, m.moments, GRID), GRID)
 
 
@@ -420,7 +425,7 @@ def test_no_tokens_at_all_are_refused():
     m = layer(4, 16, 8)
     m.xhat, m.x, m.held = m.xhat[:0], m.x[:0], m.held[:0]
     with pytest.raises(NumericalError, match="no calibration token"):
-        NearPlane().prepare(m.moments)
+        method_of().prepare(m.moments)
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -439,7 +444,7 @@ def test_no_tokens_at_all_are_refused():
 )
 def test_meaningless_options_are_refused_in_one_sentence(bad):
     with pytest.raises(SettingError) as refusal:
-        NearPlane(**bad)
+        method_of(**bad)
     assert next(iter(bad)) in str(refusal.value) and str(refusal.value).endswith(".")
     assert str(refusal.value).count(". ") == 0 and str(next(iter(bad.values()))) in str(refusal.value)
 
@@ -448,23 +453,23 @@ def test_meaningless_options_are_refused_in_one_sentence(bad):
 def test_unknown_choices_are_refused(bad):
     # Beartype may refuse them first, by the annotation; without it the method itself does.
     with pytest.raises((SettingError, TypeError)):
-        NearPlane(**bad)
+        method_of(**bad)
     method = object.__new__(NearPlane)
-    for name, value in {**vars(NearPlane()), **bad}.items():
+    for name, value in {**vars(method_of()), **bad}.items():
         object.__setattr__(method, name, value)
     with pytest.raises(SettingError, match=next(iter(bad))):
         method.__post_init__()
 
 
 def test_it_is_a_value():
-    assert NearPlane() == NearPlane() and hash(NearPlane()) == hash(NearPlane())
-    assert NearPlane(beam=2) == replace(NearPlane(), beam=2) != NearPlane()
+    assert method_of() == method_of() and hash(method_of()) == hash(method_of())
+    assert method_of(beam=2) == replace(method_of(), beam=2) != method_of()
 
 
 # --- robustness ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [NearPlane(), NearPlane(shrink="row", beam=3, order="pivot")], ids=str)
+@pytest.mark.parametrize("method", [method_of(), method_of(shrink="row", beam=3, order="pivot")], ids=str)
 def test_deterministic_on_any_number_of_threads(method):
     m, before = layer(16, 150, 200, residual=True), torch.get_num_threads()
     try:
@@ -479,7 +484,7 @@ def test_deterministic_on_any_number_of_threads(method):
     assert results[0].course[1:] == results[2].course[1:]
 
 
-@pytest.mark.parametrize("method", [NearPlane(), NearPlane(shrink="row", beam=2)], ids=str)
+@pytest.mark.parametrize("method", [method_of(), method_of(shrink="row", beam=2)], ids=str)
 def test_solving_leaves_weight_and_moments_alone_and_serves_many(method):
     m, other = layer(residual=True), draw(77, 6, 40)
     moments = m.moments
@@ -508,7 +513,7 @@ def test_answers_are_well_formed(grid, out, n, tokens, dtype):
     dead = torch.arange(n) % 5 == 2
     m.xhat[:, dead] = m.x[:, dead] = 0
     m = m.to(dtype)
-    for method in (NearPlane(), NearPlane(shrink="row", beam=2, gate=False)):
+    for method in (method_of(), method_of(shrink="row", beam=2, gate=False)):
         found = solve(method, m.W, m.moments, grid)
         assert found.codes.shape == (out, n) and found.codes.dtype == torch.uint8 and found.codes.is_contiguous()
         assert found.scale.shape == found.zero.shape == (out, grid.group_count(n))
@@ -534,14 +539,14 @@ def test_one_input_and_one_held_out_token_far_larger(dtype):
     m.xhat[3] *= 100
     m.x[3] *= 100
     low = m.to(dtype)
-    found = solve(NearPlane(), low.W, low.moments, GRID)
+    found = solve(method_of(), low.W, low.moments, GRID)
     assert low.loss(found, GRID) < low.loss(solve(GPTQ(), low.W, low.moments, GRID), GRID)
 
 
 def test_the_grid_is_fitted_to_the_target():
     m = layer()
     m.x = m.xhat * 3  # W* is near 3 W
-    found = solve(NearPlane(rounds=0), m.W, m.moments, GRID)
+    found = solve(method_of(rounds=0), m.W, m.moments, GRID)
     plain, _ = fit_groups(m.W, GRID)
     assert 2 < float((found.scale / plain).mean()) < 4
 
@@ -559,4 +564,4 @@ def test_a_certificate_violation_is_not_passed_on(monkeypatch):
     monkeypatch.setattr(nearplane, "sweep", broken)
     m = layer()
     with pytest.raises(NumericalError, match="bug in the solver"):
-        solve(NearPlane(), m.W, m.moments, GRID)
+        solve(method_of(), m.W, m.moments, GRID)

@@ -14,6 +14,7 @@ from pytest import approx
 import nearplane
 from nearplane import Calibration, Grid
 from nearplane.cli.summary import summary
+from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import dequantize, fit_groups, round_to_nearest
 from nearplane.data.fresh import Checked, rows_of, texts_of, to_check
 from nearplane.data.samples import gather
@@ -171,12 +172,7 @@ def test_of_a_dataset_that_is_used_up_calibration_windows_are_read_and_named(lla
     assert report.check is not None and report.check["held_out"] and report.check["windows"] == 3
 
 
-def test_a_run_that_reads_no_data_is_not_stopped_by_a_dataset(llama: Path, tmp_path: Path) -> None:
-    settings = given(llama, method="rtn", dataset=str(tmp_path / "missing.txt"))
-    report = nearplane.quantize(llama, tmp_path / "out", **settings)
-    assert report.check is None and report.blocks == []
-    (told,) = (event for event in report.events if "checked" in event)
-    assert told.startswith("the run is not checked on held-out windows: dataset file") and "does not exist" in told
+def test_a_run_that_reads_no_data_fetches_none() -> None:
     for name in ("wikitext2", "allenai/c4"):  # nothing is fetched for it
         found = texts_of(Calibration(dataset=name, dataset_split="train"), None)
         assert found.dataset is None and found.dataset_split is None
@@ -287,3 +283,20 @@ def test_a_finished_walk_keeps_what_was_checked(llama: Path, tmp_path: Path, mon
         assert [event for event in report.events if "checked" in event] == ([] if first else said)
     stored = json.loads((tmp_path / "checked" / "report.json").read_text())
     assert stored["check"] == whole.check and math.isfinite(stored["check"]["kl"])
+
+
+def test_a_text_that_was_named_and_is_not_there_is_refused_without_data_too(llama: Path, tmp_path: Path) -> None:
+    settings = given(llama, method="rtn", dataset=str(tmp_path / "nofile.txt"))
+    with pytest.raises(NearplaneError, match=r"nofile\.txt"):
+        nearplane.quantize(llama, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tuned_check_is_that_of_the_block_it_names(llama: Path, tmp_path: Path) -> None:
+    """Where later blocks are left dense, the error is that behind the last one that is quantized."""
+    settings = given(llama, method="gptq", tune=4, ignore=(r"layers\.1\.",))
+    report, checked = nearplane.quantize(llama, tmp_path / "out", **settings), windows_of(llama, **settings)
+    models = (nearplane.load(llama), nearplane.load(tmp_path / "out", packed=False))
+    (x, _), (other, _) = (states(model, checked.batch["input_ids"]) for model in models)
+    assert report.check is not None and report.check["block"] == "model.layers.0"
+    assert report.check["error"] == approx(shift(x[0], other[0]), rel=1e-3)
