@@ -153,7 +153,8 @@ def _tune(plan: Plan, writer: Writer, report: Report, show: Show, stop: Stop) ->
     report.spend(clock.take())
     report.events += refused(report.tuning)
     tuned_check = report.tuning.pop("check", None)
-    report.check = report.check if report.check is None or tuned_check is None else report.check | tuned_check
+    if report.check is not None and tuned_check is not None:
+        report.check |= {**tuned_check, "judged_tuning": True}  # its windows chose the step that was kept
     return tuned
 
 

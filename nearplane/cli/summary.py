@@ -98,7 +98,8 @@ def check_lines(check: Mapping[str, Any]) -> list[str]:
     said = f"KL to the original {check['kl']:.4g} nats a token, top-1 {100 * check['top1']:.1f}%"
     if "perplexity" in check and "reference_perplexity" in check:
         said += f", perplexity {check['reference_perplexity']:.4g} -> {check['perplexity']:.4g}"
-    return [*lines, f"{said}, on {check['tokens']} {where} tokens of {check['origin']}"]
+    chose = ", which judged the tuning" if check.get("judged_tuning") else ""
+    return [*lines, f"{said}, on {check['tokens']} {where} tokens of {check['origin']}{chose}"]
 
 
 def tuning_line(record: Mapping[str, Any]) -> str:

@@ -300,3 +300,4 @@ def test_a_tuned_check_is_that_of_the_block_it_names(llama: Path, tmp_path: Path
     (x, _), (other, _) = (states(model, checked.batch["input_ids"]) for model in models)
     assert report.check is not None and report.check["block"] == "model.layers.0"
     assert report.check["error"] == approx(shift(x[0], other[0]), rel=1e-3)
+    assert report.check["judged_tuning"] and ", which judged the tuning" in summary(report)

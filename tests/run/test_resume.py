@@ -451,7 +451,7 @@ def test_damping_and_samples_may_change_for_the_blocks_to_come(model: Path, tmp_
     )
     first, last = report.linears[0], report.linears[-1]
     assert first.tokens == 8 * 24 and last.tokens == 12 * 24
-    assert any("method.damp_percent was 0.01 in the blocks before model.layers.1" in event for event in report.events)
+    assert any("method.damp_percent was 0.1 in the blocks before model.layers.1" in event for event in report.events)
     assert any("calibration.nsamples was 8" in event for event in report.events)
     nearplane.load(out)
 
