@@ -154,6 +154,7 @@ def _tune(plan: Plan, writer: Writer, report: Report, show: Show, stop: Stop) ->
     report.events += refused(report.tuning)
     tuned_check = report.tuning.pop("check", None)
     if report.check is not None and tuned_check is not None:
+        report.check.pop("unanswered", None)  # of the walk, which stops behind the last block that it solves
         report.check |= {**tuned_check, "judged_tuning": True}  # its windows chose the step that was kept
     return tuned
 

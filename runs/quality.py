@@ -7,7 +7,8 @@ Calibrates on 32 x 512 tokens (fewer where the model reads fewer); perplexity on
 second domain, if there is one, KL to the original on the first 8 windows of the test text. Evaluation computes in
 float32 (cells of SmolLM2 without "dtype" in bfloat16: the original has 24.014 there and 24.011 here). One line of OUT.jsonl
 per finished cell, with its commit: an interrupted study goes on where it was, and several processes may share it if they
-are given different cells. A finished cell is not run again, whatever has changed since: delete its line for that. OUT.md
+are given different cells. Cells of before 2026-11-29 have NearPlane's former least damping, 0.01.
+A finished cell is not run again, whatever has changed since: delete its line for that. OUT.md
 is written from whatever is there; see runs/second_model.py for the second model.
 """
 

@@ -199,25 +199,29 @@ def to_check(
         batch = join(list(fresh.held.values()))
         return Checked(batch, ", ".join(fresh.held), unscored=_unscored(source, calibration, batch)), None
     left, asked = texts_of(calibration, used), calibration.dataset is not None
+    fewer = len(shares_of(left.dataset)) < len(shares_of(calibration.dataset)) or (asked and left.dataset is None)
     calibration = replace(left, seqlen=min(calibration.seqlen, CHECK_WINDOW))
     width = min(calibration.seqlen, longest_input(source.model) or calibration.seqlen)
     shown = calibration.nsamples * width if used is None else used.number * (used.length or width)
+    known = used
     if used is None and calibration.dataset is not None and not MEDIA & set(reads(source.model)):
-        gather(source, calibration)  # a text that was named and cannot be read is an error of any method
+        known = gather(source, calibration)  # a text that was named and cannot be read is an error of any method
     if MEDIA & set(reads(source.model)):
         found, why = None, "images and recordings are not drawn anew"
     else:
         try:
             found, why = (
-                _spare(source, calibration, used, checked_windows(shown, width)),
+                _spare(source, calibration, known, checked_windows(shown, width)),
                 "the dataset leaves no others",
             )
         except NearplaneError as error:
             found, why = None, str(error).rstrip(".")
     if found is not None:
         batch, origin = found
-        instead = asked and used is None and calibration.dataset is None
-        told = f"the run is checked on {origin}: a method that reads no data fetches none" if instead else None
+        instead = used is None and fewer
+        told = (
+            f"the run is checked on {origin}: a method that reads no data fetches and writes none" if instead else None
+        )
         return Checked(batch, origin, unscored=_unscored(source, calibration, batch)), told
     if used is None:
         return None, f"the run is not checked on held-out windows: {why}"

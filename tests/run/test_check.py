@@ -172,7 +172,12 @@ def test_of_a_dataset_that_is_used_up_calibration_windows_are_read_and_named(lla
     assert report.check is not None and report.check["held_out"] and report.check["windows"] == 3
 
 
-def test_a_run_that_reads_no_data_fetches_none() -> None:
+def test_a_run_that_reads_no_data_fetches_none(llama: Path) -> None:
+    text = str(llama.parent / "text.txt")
+    mix = Calibration(dataset=[(text, 3), ("wikitext2", 1)], nsamples=8, seqlen=24)
+    checked, told = to_check(open_source(llama), mix, None, None)
+    assert checked is not None and checked.fresh and text in checked.origin
+    assert told is not None and "a method that reads no data fetches and writes none" in told
     for name in ("wikitext2", "allenai/c4"):  # nothing is fetched for it
         found = texts_of(Calibration(dataset=name, dataset_split="train"), None)
         assert found.dataset is None and found.dataset_split is None
