@@ -79,7 +79,9 @@ def test_quantize_eval_inspect(
     printed = capsys.readouterr()
     assert "stage 4, 96 inputs" in printed.out and "mlp.down_proj" in printed.out and "14 linears" in printed.out
     assert main(["inspect", str(out)]) == 0
-    assert "3 bits, group 32, asymmetric" in capsys.readouterr().out
+    check, told = json.loads((out / "report.json").read_text())["check"], capsys.readouterr().out
+    assert "3 bits, group 32, asymmetric" in told
+    assert f"error {check['error']:.4f} (rtn " in told and f"KL to the original {check['kl']:.4g} nats" in told
 
 
 def test_inspect_predicts_the_size(
