@@ -13,7 +13,7 @@ from torch import Tensor
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Grid, Quantized, dequantize, fit_groups, round_to_nearest
 from nearplane.core.moments import Moments
-from nearplane.core.target import pull
+from nearplane.core.target import pull, row_shares, share_of
 
 
 class Trial:
@@ -34,12 +34,21 @@ class Trial:
         self.weight = weight[self.rows]
         self.H = held.H
         self.gain = None if moments.gain is None else moments.gain[self.rows, None].to(weight.dtype)
-        self.pull = self._gained(pull(self.weight, held.D, None if held.R is None else held.R[self.rows]))
+        self.pull = self._pull(held)
+        judges = [part for part in moments.sources if part.tokens]
+        self.sources = [(part.H, self._pull(part)) for part in judges] if len(judges) > 1 else []
+        """H and pull of each text's held-out tokens, where there are several texts."""
 
     def fit_pull(self) -> Float[Tensor, "rows in"]:
         """Return the pull of the tokens that are not held out."""
-        R = self.moments.fit("R")
-        return self._gained(pull(self.weight, self.moments.fit("D"), None if R is None else R[self.rows]))
+        return self._pull(Moments(self.moments.fit("H"), self.moments.fit("D"), R=self.moments.fit("R")))
+
+    def confirmed(self, step: Float[Tensor, "rows in"], *, by_row: bool = False) -> Float[Tensor, "#rows 1"]:
+        """Return the share of a step, at most 1, behind which some text's held-out loss rises again; 1 where texts are one."""
+        share = step.new_ones(len(step) if by_row else 1, 1)
+        for H, wanted in self.sources:
+            share = torch.minimum(share, row_shares(step, wanted, H) if by_row else share_of(step, wanted, H))
+        return share
 
     def rounding(self, grid: Grid) -> Float[Tensor, "some in"]:
         """Return the errors of rounding every fourth of these rows to nearest: errors before a sweep spreads them.
@@ -62,8 +71,8 @@ class Trial:
         )
         return float((error @ self.H).mul_(error).sum(dtype=torch.float64))
 
-    def loss(self, solved: Quantized, grid: Grid) -> float:
-        """Return ``‖Q X̂ - W X - R‖²`` of these rows over the held-out tokens, up to a constant; lower is better.
+    def losses(self, solved: Quantized, grid: Grid) -> list[float]:
+        """Return ``‖Q X̂ - W X - R‖²`` of these rows over each text's held-out tokens, up to constants; lower is better.
 
         Args:
             solved: The whole linear, or these rows of it.
@@ -72,8 +81,14 @@ class Trial:
         if len(solved.codes) != len(self.weight):
             solved = solved.rows(self.rows)
         delta = self._gained(dequantize(solved, grid).to(self.weight.dtype).sub_(self.weight))
-        gradient = (delta @ self.H).sub_(self.pull, alpha=2)
-        return float(gradient.mul_(delta).sum(dtype=torch.float64))
+        judges = self.sources or [(self.H, self.pull)]
+        gradients = ((delta @ H).sub_(wanted, alpha=2) for H, wanted in judges)
+        return [float(gradient.mul_(delta).sum(dtype=torch.float64)) for gradient in gradients]
+
+    def _pull(self, moments: Moments) -> Float[Tensor, "rows in"]:
+        """Return the pull of some tokens on these rows, gained."""
+        R = None if moments.R is None else moments.R[self.rows]
+        return self._gained(pull(self.weight, moments.D, R))
 
     def _gained(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
         """Multiply each row by the gain of its output."""

@@ -11,6 +11,7 @@ Where a norm follows the linear, an error of a token counts by the token's weigh
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, overload
 
 import torch
@@ -37,6 +38,7 @@ class Moments:
     dropped: int = 0
     R: Float[Tensor, "out in"] | None = None
     held: "Moments | None" = None  # moments of the held-out tokens, which are among these
+    sources: "tuple[Moments, ...]" = ()  # of several texts, the moments of each one's held-out tokens
     mass: float | None = None  # sum of the tokens' weights; None: each weighs 1
     gain: Float[Tensor, "out"] | None = None  # what an error of each output is multiplied by; None: 1
 
@@ -123,17 +125,25 @@ class Moments:
         if kinds[0] != kinds[1]:
             raise ValueError("moments that keep different things cannot be merged.")
         held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
+        sources = tuple(mine.merge(its) for mine, its in zip(self.sources, other.sources, strict=True))
         D, R = (None if moment is None else moment.clone() for moment in (self.D, self.R))
         whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain)
         whole._absorb(other)
-        whole.held = held
+        whole.held, whole.sources = held, sources
         return whole
 
-    def join(self, held: "Moments") -> "Moments":
-        """Add the moments of held-out tokens, in place, and keep those moments as ``held``."""
-        self._absorb(held)
-        self.held = held
+    def join(self, *held: "Moments") -> "Moments":
+        """Add the moments of held-out tokens, in place, and keep those moments as ``held``; of several texts, also apart."""
+        for part in held:
+            self._absorb(part)
+        self.held = reduce(Moments.merge, held)
+        self.sources = held if len(held) > 1 else ()
         return self
+
+    @property
+    def parts(self) -> "list[Moments]":
+        """These moments, and those of the held-out tokens that they keep."""
+        return [self, *([] if self.held is None else [self.held]), *self.sources]
 
     @overload
     def fit(self, moment: Literal["H"]) -> Tensor: ...
@@ -181,8 +191,7 @@ class Moments:
         if not least <= mean < math.inf or 2.0**-WIDEST <= mean <= 2.0**WIDEST:
             return 0
         power = -2 * (math.frexp(mean)[1] // 2)  # even, so that square roots are scaled exactly, too
-        parts = [self] if self.held is None else [self, self.held]
-        for moment in (moment for part in parts for moment in (part.H, part.D, part.R)):
+        for moment in (moment for part in self.parts for moment in (part.H, part.D, part.R)):
             if moment is not None:
                 moment.mul_(2.0 ** (power // 2)).mul_(2.0 ** (power // 2))  # 2 ** power may leave the dtype's range
         return power

@@ -81,6 +81,14 @@ def row_shares(
     return share.clamp_(0, 1)[:, None]
 
 
+def share_of(
+    step: Float[Tensor, "out in"], pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
+) -> Float[Tensor, "1 1"]:
+    """Return the share of ``step`` that the held-out moments (``pull``, ``H``) confirm for all rows together, within [0, 1]."""
+    curvature = _dot(step, step @ H)
+    return step.new_full((1, 1), min(max(_dot(step, pull) / curvature, 0.0), 1.0) if curvature > 0 else 0.0)
+
+
 def shares(
     steps: list[Float[Tensor, "out in"]], pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
 ) -> list[float]:

@@ -117,7 +117,7 @@ class Ranks:
         """Average moments over the tokens of all ranks, in place, by their weights where they have weights."""
         if self.world == 1:
             return moments
-        parts = [m for m in (moments, moments.held) if m is not None]
+        parts = moments.parts
         totals = torch.tensor([[m.tokens, m.dropped] for m in parts])
         weights = torch.tensor([m.weight for m in parts], dtype=torch.float64)
         with self._speaking():

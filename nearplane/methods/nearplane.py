@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -165,10 +166,15 @@ class NearPlane:
         if not steps:
             return {}
         if self.shrink == "row":
-            return {k: row_shares(step, trial.pull, trial.H) for k, step in steps.items()}
+            rows = {k: row_shares(step, trial.pull, trial.H) for k, step in steps.items()}
+            return {k: share * trial.confirmed(share * steps[k], by_row=True) for k, share in rows.items()}
         found = shares(list(steps.values()), trial.pull, trial.H)
         most = 1.0 if self.shrink == "linear" else math.inf
-        return {k: trial.H.new_tensor([[min(c, most)]]) for k, c in zip(steps, found, strict=True) if c > 0}
+        taken = {k: trial.H.new_tensor([[min(c, most)]]) for k, c in zip(steps, found, strict=True) if c > 0}
+        if not taken:
+            return {}
+        share = trial.confirmed(sum(((share * steps[k]) for k, share in taken.items()), torch.zeros_like(trial.pull)))
+        return {k: c * share for k, c in taken.items()}
 
     def _refine(
         self, solved: Quantized, target: Tensor, H: Tensor, factor: Factor, grid: Grid, trial: Trial | None
@@ -179,13 +185,13 @@ class NearPlane:
             return solved, 0, 0
         metric = H.clone()
         metric.diagonal().add_(factor.damp)
-        best = gate.loss(solved, grid) if gate else 0.0
+        best = gate.losses(solved, grid) if gate else []
         for kept in range(self.rounds):
             candidate = refine(target, metric, solved, grid)
             if gate:
-                loss = gate.loss(candidate, grid)
-                if not loss < best:
+                losses = gate.losses(candidate, grid)
+                if not all(loss < least for loss, least in zip(losses, best, strict=True)):
                     return solved, kept, 1  # the next round would begin where this one did
-                best = loss
+                best = losses
             solved = candidate
         return solved, self.rounds, 0

@@ -308,7 +308,8 @@ class _Walk:
         number, (m, n, adds), needs = solver_dtype(self.plan).itemsize, size, self.needs
         held = self.probe.memory(size)
         drift = m * n if adds else n**2 if "D" in needs else 0
-        moments = number * (n**2 + drift) * (2 if "held_out" in needs else 1) if needs else 0
+        parts = 1 + ("held_out" in needs) * (1 + (texts if (texts := len(self.plan.calibration.shares)) > 1 else 0))
+        moments = number * (n**2 + drift) * parts if needs else 0
         weight, state = number * m * n, int(held.state)
         if needs:
             # The rows of a batch, split for the held-out tokens; the difference of streams; the drift behind the linear.

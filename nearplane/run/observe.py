@@ -56,11 +56,18 @@ class Measuring:
             found.gain = gain
             return found
 
-        self.fit, self.held = empty(), empty() if "held_out" in needs else None
+        self._empty = empty
+        self.fit, self.held = empty(), [empty()] if "held_out" in needs else []
         self.sequences = sequences
         self.before = self.seen = seen  # rows cut into runs so far
         self.quarters: Quarters | None = None  # of a mix: a quarter of each source is held out
         self.period: int | None = None  # of the pattern in which runs are held out; None where sequences are
+
+    def split(self, quarters: "Quarters") -> None:
+        """Hold out a quarter of each source of a mix, and keep the moments of each one's held-out tokens apart."""
+        self.quarters = quarters
+        if self.held:
+            self.held = [self._empty() for _ in range(1 + max(quarters.sources))]
 
     def add(
         self,
@@ -82,19 +89,13 @@ class Measuring:
             real: (tokens,), false at padding; None: no padding.
             weight: (tokens,), where a norm follows.
         """
-        if self.held is None and real is None:
+        if not self.held and real is None:
             self.fit.add(xhat, x, residual, weight)
             return
-        held = (
-            torch.zeros(len(xhat), dtype=torch.bool)
-            if self.held is None
-            else self._apart(batch, first, len(xhat), real)
-        )
-        held = held.to(xhat.device)
-        fit = ~held if real is None else ~held & real
-        for part, rows in ((self.fit, fit), (self.held, held if real is None else held & real)):
-            if part is not None:
-                part.add(xhat[rows], *(None if each is None else each[rows] for each in (x, residual, weight)))
+        part = self._part(batch, first, len(xhat), real).to(xhat.device)
+        for number, moments in enumerate([self.fit, *self.held]):
+            rows = part == number if real is None else (part == number) & real
+            moments.add(xhat[rows], *(None if each is None else each[rows] for each in (x, residual, weight)))
 
     def misses(self, seen: int) -> bool:
         """Tell whether other tokens would be held out if ``seen`` rows came before."""
@@ -102,7 +103,17 @@ class Measuring:
 
     def result(self) -> Moments:
         """Return the moments of all tokens, with those of the held-out tokens beside them."""
-        return self.fit if self.held is None else self.fit.join(self.held)
+        return self.fit.join(*self.held) if self.held else self.fit
+
+    def _part(self, batch: torch.Size, first: int, rows: int, real: Tensor | None) -> Tensor:
+        """Number the moments that each row (rows,) counts for: 0, or behind it those of a source's held-out tokens.
+
+        Of a module that is shown some tokens only, all held-out tokens count as the first source's.
+        """
+        if not self.held:
+            return torch.zeros(rows, dtype=torch.long)
+        held = self._apart(batch, first, rows, real).long()
+        return held if self.quarters is None or rows != batch.numel() else held * self.quarters.numbers(batch, first)
 
     def _apart(self, batch: torch.Size, first: int, rows: int, real: Tensor | None = None) -> Tensor:
         """Mask the held-out rows: every fourth sequence, or every fourth run of tokens where sequences are few."""
@@ -133,7 +144,7 @@ class Quarters:
             sources: the number of each sequence's source.
             lengths: real tokens of each sequence; None: no padding.
         """
-        self.lengths = lengths
+        self.sources, self.lengths = sources, lengths
         self.whole = [False] * len(sources)  # sequences that are held out
         self.left: dict[int, list[int]] = {}  # by sequence that is left over, all of its source that are
         for source in set(sources):
@@ -155,6 +166,11 @@ class Quarters:
                 mask = token // run % HELD_OUT == HELD_OUT - 1
             masks.append(mask)
         return torch.cat(masks)
+
+    def numbers(self, batch: torch.Size, first: int) -> Tensor:
+        """Number the source of each token (tokens,) of such a batch, from 1."""
+        found = torch.as_tensor(self.sources[first : first + batch[0]]) + 1
+        return found.repeat_interleave(batch[1])
 
     def _tokens(self, numbers: Sequence[int], positions: int) -> int:
         """Count the real tokens of some sequences."""

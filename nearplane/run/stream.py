@@ -133,7 +133,8 @@ class OpenBlock:
         out = site.shape[0] if point else None
         gain = None if norm is None else norm.gain
         measuring = Measuring(needs, site.shape[1], out, weight, walk.sequences, seen, gain)
-        measuring.quarters = walk.quarters
+        if walk.quarters is not None:
+            measuring.split(walk.quarters)
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)
             given = current.reach(site.name)

@@ -93,7 +93,7 @@ def test_spread_is_the_held_out_loss_of_a_sweep_that_clips_nothing(order, seed):
     m.x = m.xhat  # the loss of the error alone
     expected = m.loss(solved, grid, m.held)
     assert Trial(m.W, m.moments, 6).spread(rounded_off, factor) == pytest.approx(expected)
-    assert Trial(m.W, m.moments, 6).loss(solved, grid) == pytest.approx(expected)
+    assert Trial(m.W, m.moments, 6).losses(solved, grid)[0] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -108,5 +108,55 @@ def test_loss_is_that_of_the_held_out_tokens(residual, rows):
     Q = m.W.clone()  # rows that are not tried cost nothing
     Q[trial.rows] = dequantize(solved, grid)[trial.rows]
     expected = m.loss_of(Q, m.held) - m.loss_of(m.W, m.held)
-    assert trial.loss(solved, grid) == pytest.approx(expected)
-    assert trial.loss(solved.rows(trial.rows), grid) == pytest.approx(expected)
+    assert trial.losses(solved, grid)[0] == pytest.approx(expected)
+    assert trial.losses(solved.rows(trial.rows), grid)[0] == pytest.approx(expected)
+
+
+def two_texts(out=8, n=20, tokens=120, seed=0, residual=False):
+    """A layer whose held-out tokens are of two texts; which they are; and its moments."""
+    m = layer(out, n, tokens, seed, residual)
+    first = m.held & (torch.arange(tokens) % 8 == 3)
+    texts = [first, m.held & ~first]
+    return m, texts, m.part(~m.held).join(*map(m.part, texts))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("rows", [256, 4])
+def test_each_text_has_a_loss_of_its_own(residual, rows):
+    m, texts, moments = two_texts(residual=residual)
+    trial, grid = Trial(m.W, moments, rows), Grid(bits=3, group_size=8, sym=False)
+    Q = m.W.clone()
+    solved = sweep(m.W, factorize(moments.H), grid, fit_groups(m.W, grid))
+    Q[trial.rows] = dequantize(solved, grid)[trial.rows]
+    expected = [m.loss_of(Q, text) - m.loss_of(m.W, text) for text in texts]
+    assert trial.losses(solved, grid) == pytest.approx(expected) and expected[0] != pytest.approx(expected[1])
+    torch.testing.assert_close(trial.H, m.dense(m.held)[0])  # the whole judges dampings, and proposes shares
+    torch.testing.assert_close(moments.H, m.dense(m.held | ~m.held)[0])
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_is_confirmed_as_far_as_every_text_gains(by_row, seed):
+    m, texts, moments = two_texts(seed=seed)
+    trial = Trial(m.W, moments, 8)
+    step = 1.5 * (trial.fit_pull() @ torch.linalg.inv(moments.fit("H")))
+    share = trial.confirmed(step, by_row=by_row)
+    rows = range(8) if by_row else [slice(None)]
+    for row in rows:
+        part = torch.zeros_like(step)
+        part[row] = step[row]
+        own = float(share[row].max() if by_row else share)
+        best = []
+        for text in texts:
+            scan = torch.linspace(0, 1, 401, dtype=torch.float64)
+            losses = [m.loss_of(m.W + a * part, text) for a in scan]
+            best.append(float(scan[losses.index(min(losses))]))
+        assert own == pytest.approx(min(best), abs=0.0026)
+    assert 0 < float(share.max()) < 1
+    assert torch.equal(Trial(m.W, m.moments, 8).confirmed(step), torch.ones(1, 1, dtype=torch.float64))  # one text
+
+
+def test_a_text_that_nothing_is_held_out_of_does_not_judge():
+    m, texts, _ = two_texts()
+    moments = m.part(~m.held).join(m.part(texts[0]), m.part(texts[1] & ~m.held))
+    assert Trial(m.W, moments, 8).sources == [] and moments.held.tokens == int(texts[0].sum())

@@ -179,6 +179,44 @@ def test_the_judge_is_the_loss_over_held_out_tokens(seed, residual, size):
     assert m.loss(gated, grid, m.held) == pytest.approx(min(losses[: kept + 1]))
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_round_must_help_every_text(residual):
+    """Round by round: kept exactly while each text's held-out loss falls. Some rounds help the whole and harm one text."""
+    grid, harmed = Grid(bits=2, group_size=8), 0
+    fixed = {"shrink": "none", "damping": "fixed"}
+    for seed in range(6):
+        m = layer(8, 32, 120, seed=seed, residual=residual)
+        first = m.held & (torch.arange(120) % 8 == 3)
+        texts = [first, m.held & ~first]
+        moments, losses, whole = m.part(~m.held).join(*map(m.part, texts)), [], []
+        for rounds in range(6):
+            free = solve(method_of(**fixed, rounds=rounds, gate=False), m.W, moments, grid)
+            losses.append([m.loss(free, grid, text) for text in texts])
+            whole.append(m.loss(free, grid, m.held))
+        falls = [all(b < a * (1 - 1e-12) for a, b in zip(*losses[k : k + 2], strict=True)) for k in range(5)]
+        kept = next((k for k in range(5) if not falls[k]), 5)
+        harmed += kept < 5 and whole[kept + 1] < whole[kept]
+        gated = solve(method_of(**fixed, rounds=5), m.W, moments, grid)
+        assert same(gated, solve(method_of(**fixed, rounds=kept, gate=False), m.W, moments, grid))
+        assert gated.course == Course(1, 0.01, 0, kept, int(kept < 5))
+    assert harmed
+
+
+@pytest.mark.parametrize("shrink", ["spectral", "linear", "row"])
+def test_a_step_that_one_text_denies_is_not_taken(shrink):
+    """The second text's drift is a third of the first one's, the other way round: together the two ask for a step."""
+    m = layer(8, 32, 240)
+    text = torch.arange(240) // 4 % 2 == 1
+    sign = torch.where(text, -1 / 3, 1.0)[:, None]
+    m.x = m.xhat + sign * (m.x - m.xhat)
+    m.x[text] = m.xhat[text] - (m.xhat[text] @ torch.linalg.lstsq(m.xhat[~text], (m.x - m.xhat)[~text]).solution) / 3
+    texts = [m.held & ~text, m.held & text]
+    grid, method = Grid(bits=3, group_size=8, sym=False), method_of(shrink=shrink)
+    apart = solve(method, m.W, m.part(~m.held).join(*map(m.part, texts)), grid)
+    assert solve(method, m.W, m.moments, grid).course.alpha > 0.1
+    assert apart.course.alpha == 0
+
+
 def test_in_the_ordinary_case_both_rounds_are_kept_and_the_objective_falls():
     grid, kept = Grid(bits=2, group_size=16), 0
     for seed in range(4):

@@ -93,3 +93,44 @@ def test_samples_of_a_mix_carry_their_sources(tmp_path: Path) -> None:
     assert plan.samples is not None and Counter(plan.samples.sources) == {0: 12, 1: 4}
     walk = next(plan.stream()).walk
     assert walk.quarters is not None and sum(walk.quarters.whole) == 4
+
+
+def test_held_out_tokens_of_each_source_come_apart(tmp_path: Path) -> None:
+    """Of two texts of one token each, the first stage's moments of a source are that token's."""
+    folder = tiny.save(tiny.build("llama"), tmp_path / "model")
+    sources = [0, 1, 1, 1] * 4
+    ids = torch.tensor([5 if source == 0 else 9 for source in sources])[:, None].expand(-1, 16).contiguous()
+    source = open_source(folder)
+    samples = Samples({"input_ids": ids}, {}, sources=tuple(sources))
+    walk = stream(source, discover(source), samples, place=Place(), reference=False)
+    block = next(walk)
+    mixed = block.observe(block.stages[0], frozenset({"H", "held_out"}))
+    alone = []
+    for token in (5, 9):
+        other = open_source(folder)
+        single = stream(
+            other, discover(other), {"input_ids": torch.full((4, 16), token)}, place=Place(), reference=False
+        )
+        first = next(single)
+        alone.append(first.observe(first.stages[0], frozenset({"H"})))
+        single.close()
+    walk.close()
+    assert [part.tokens for part in mixed.sources] == [16, 48]
+    for part, expected in zip(mixed.sources, alone, strict=True):
+        torch.testing.assert_close(part.H, expected.H)
+    assert mixed.held is not None and mixed.held.tokens == 64
+    torch.testing.assert_close(mixed.held.H, (alone[0].H + 3 * alone[1].H) / 4)
+
+
+def test_a_module_that_sees_some_tokens_has_one_judge() -> None:
+    """An expert's rows do not show which text they are of: their held-out tokens judge together."""
+    measuring = observe.Measuring(frozenset({"H", "held_out"}), 3, None, torch.zeros(1, 3, dtype=torch.float64), 8)
+    measuring.split(observe.Quarters([0, 1] * 4))
+    rows = torch.randn(100, 3, dtype=torch.float64)
+    measuring.add(torch.Size((8, 16)), 0, rows, None, None)
+    found = measuring.result()
+    assert (
+        found.tokens == 100
+        and found.held is not None
+        and [part.tokens for part in found.sources] == [found.held.tokens, 0]
+    )

@@ -174,10 +174,10 @@ def test_rows_are_judged_together_by_what_they_add_to_the_stream() -> None:
     codes[[0, 3]] ^= 1
     other = solved._replace(codes=codes)
     expected = brute(dequantize(solved, GRID)) - brute(dequantize(other, GRID))
-    assert trial.loss(solved, GRID) - trial.loss(other, GRID) == pytest.approx(expected, rel=1e-8)
+    assert trial.losses(solved, GRID)[0] - trial.losses(other, GRID)[0] == pytest.approx(expected, rel=1e-8)
     codes = solved.codes.clone()
     codes[3] ^= 1
-    assert trial.loss(solved._replace(codes=codes), GRID) == trial.loss(solved, GRID)
+    assert trial.losses(solved._replace(codes=codes), GRID) == trial.losses(solved, GRID)
     assert torch.equal(trial.fit_pull()[3], torch.zeros(16, dtype=torch.float64))
 
 
