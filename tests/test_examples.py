@@ -1,9 +1,11 @@
 """The examples run as their docstrings say."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
 import sys
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -132,3 +134,27 @@ def test_demo_on_a_tiny_model(model: Path, tmp_path: Path, monkeypatch: pytest.M
     demo.main(tmp_path / "demo-out")
     assert (tmp_path / "demo-out" / "nearplane" / "model.safetensors.index.json").exists()
     assert (tmp_path / "demo-out" / "rtn" / "report.json").exists()
+
+
+def test_quickstart_notebook(model: Path, tmp_path: Path) -> None:
+    """Every cell runs, on a small model in place of the demo; each last line is what a notebook would show."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"]) and len(cells) >= 6
+    shown, names = [], dict[str, Any]()
+    text = f'dataset="{model.parent / "text.txt"}", '
+    small = {
+        '"demo", "out"': f'"{model}", "{tmp_path / "out"}"',
+        "group_size=64": "group_size=32",
+        "seqlen=512": "seqlen=32",
+        "nsamples=16": text + "nsamples=16",
+        "reference=MODEL": text + "reference=MODEL",
+    }
+    for cell in cells:
+        *lines, last = ast.parse(reduce(lambda source, pair: source.replace(*pair), small.items(), cell)).body
+        assert isinstance(last, ast.Expr)
+        exec(compile(ast.Module(lines, []), "quickstart.ipynb", "exec"), names)
+        shown.append(eval(compile(ast.Expression(last.value), "quickstart.ipynb", "eval"), names))
+    plan, report, worst, measured, written, repeated = shown
+    assert "fits" in str(plan) and "14 linears" in str(report) and len(worst) == 5 and worst[0][1] >= worst[4][1] > 0
+    assert measured.kl > 0 and written and repeated == (3, 16)

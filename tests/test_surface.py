@@ -44,7 +44,6 @@ SHORT = (
         "core/errors.py": "imported by everything",
         "core/line.py": "one quadratic, which fits and refinement share",
         "evaluation/cache.py": "a simulated cache, of which perplexity knows nothing",
-        "run/names.py": "imports nothing, so that help needs no torch",
         "run/walk.py": "the walk is read by itself",
         "runtime/reference.py": "the kernel in plain torch, which others are tested against",
         "runtime/triton.py": "what can be asked without importing Triton",

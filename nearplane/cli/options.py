@@ -18,7 +18,7 @@ from typing import Any
 
 from nearplane.cli.fields import NO_DEFAULT, Field, Kind, constant, fields_of, made_by, methods
 from nearplane.core.errors import SettingError
-from nearplane.run.names import ALIASES
+from nearplane.run.names import ALIASES, read_config
 
 JOB = "nearplane.run.job:Job"
 # What people use first, in this order; other options follow in groups.
@@ -33,6 +33,7 @@ REPEATED = ("override", "ignore")
 # Set by the run, not by a user.
 HIDDEN = ("scale_dtype", "given")
 METAVARS = {
+    "config": "FILE",
     "override": "REGEX=FIELD=VALUE,...", "ignore": "REGEX", "towers": "NAME,...", "rotate": "r1,r2[,r4]",
     "budget": "BITS", "tune": "STEPS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
@@ -205,12 +206,12 @@ def canonical(words: Sequence[str]) -> list[str]:
     return result
 
 
-def method_given(words: Sequence[str]) -> str | None:
-    """The method that the words name. SettingError where several are."""
-    given = [after for word, after in pairwise(words) if word == "--method"]
-    given += [word.partition("=")[2] for word in words if word.startswith("--method=")]
+def given_once(words: Sequence[str], flag: str) -> str | None:
+    """The value of a flag among the words, None where it is not there. SettingError where it is there several times."""
+    given = [after for word, after in pairwise(words) if word == flag]
+    given += [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
     if len(given) > 1:
-        raise SettingError(f"--method is given {len(given)} times; give it once.")
+        raise SettingError(f"{flag} is given {len(given)} times; give it once.")
     return given[0] if given else None
 
 
@@ -224,7 +225,8 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         SettingError: an unknown option, with the nearest known one; a value of the wrong type; a missing word.
     """
     words = canonical(words)
-    method = method_given(words) if takes_job(verb) else None
+    kept = read_config(file) if takes_job(verb) and (file := given_once(words, "--config")) else {}
+    method = (given_once(words, "--method") or _named(kept)) if takes_job(verb) else None
     options = options_of(verb, method)
     _refuse_unknown(verb, words, options, method)
     parser = _parser(verb, options)
@@ -234,7 +236,15 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     values = vars(given)
     values |= {o.name: _flat(o, values[o.name]) for o in options if o.name in values}
     own = {option.name: values.pop(option.name) for option in options if option.own and option.name in values}
-    return verb.Options(**own), values
+    return verb.Options(**own), kept | values
+
+
+def _named(kept: dict[str, Any]) -> str | None:
+    """The method that a file of settings names."""
+    found = kept.get("method")
+    if found is not None and not isinstance(found, str):
+        raise SettingError(f"--config: method is a name; got {found!r}.")
+    return found
 
 
 def _flat(option: Option, value: Any) -> Any:
@@ -358,5 +368,5 @@ def _add(group: Any, option: Option, *, hidden: bool) -> None:
 def help_text(verb: ModuleType, words: Sequence[str]) -> str:
     """The help of a verb, with the options of the method that the words name."""
     words = canonical(words)
-    method = method_given(words) if takes_job(verb) else None
+    method = given_once(words, "--method") if takes_job(verb) else None
     return _parser(verb, options_of(verb, method)).format_help()

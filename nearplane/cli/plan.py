@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nearplane.cli import quantize
@@ -28,6 +29,9 @@ class Options:
     """Plan for so many processes of this machine, as torchrun starts them: memory and time of each."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
+    config: Path | None = None
+    """A JSON or YAML file of settings: your own, another toolkit's quantize_config.json, or the report.json of a run, which
+    repeats the run. Options that are given count before the file's."""
 
 
 def run(options: Options, settings: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ from nearplane.machine.signals import is_first
 SETTINGS = {JOB: None}
 GROUPS = {
     "output": ("verbose", "quiet"),
+    "settings from a file": ("config",),
     "which linears": ("override", "ignore", "towers"),
     "mixed bits": ("budget", "widths"),
     "rotation": ("rotate", "rotate_seed"),
@@ -39,6 +40,9 @@ class Options:
     """Print a line per stage, every setting and every note."""
     quiet: bool = False
     """Print the summary alone."""
+    config: Path | None = None
+    """A JSON or YAML file of settings: your own, another toolkit's quantize_config.json, or the report.json of a run, which
+    repeats the run. Options that are given count before the file's."""
 
 
 def run(options: Options, settings: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from nearplane.core.errors import NearplaneError
 
+WINDOWS = sys.platform == "win32"
 # Holds the records and the lock while a run is not finished.
 STATE = ".nearplane"
 LOCK, HOLDER = "lock", "holder"
@@ -176,7 +178,9 @@ def file_hash(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Force a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():  # cannot be opened there; its entries are in the file system's own journal
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

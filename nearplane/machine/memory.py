@@ -42,10 +42,11 @@ def resident() -> int:
 
 def peak_resident() -> int:
     """Return the most bytes that this process has had in memory."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, where psutil knows
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

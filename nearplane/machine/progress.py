@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -50,6 +51,16 @@ def console() -> "Console":
     return _console(sys.stderr)
 
 
+def in_notebook() -> bool:
+    """Tell whether this process is the kernel of a notebook, whose standard error is no terminal and still shows widgets."""
+    return type(getattr(sys.stderr, "rich_proxied_file", sys.stderr)).__module__.startswith("ipykernel")
+
+
+def live() -> bool:
+    """Tell whether a bar can be drawn: on a terminal, and in a notebook that has ipywidgets."""
+    return sys.stderr.isatty() or (in_notebook() and find_spec("ipywidgets") is not None)
+
+
 def say(words: str, stream: TextIO | None = None) -> None:
     """Print a line on standard error, above the bar if one is shown; on a terminal broken at words, elsewhere whole."""
     stream = stream or sys.stderr
@@ -63,7 +74,7 @@ def say(words: str, stream: TextIO | None = None) -> None:
 
 def waiting(words: str, enabled: bool = True) -> AbstractContextManager[object]:
     """Say on a terminal what is being waited for, while the block inside runs; nothing in a log file."""
-    if not enabled or not sys.stderr.isatty():
+    if not enabled or not sys.stderr.isatty():  # in a notebook a display would swallow the lines printed meanwhile
         return nullcontext()
     from rich.text import Text
 
@@ -89,9 +100,9 @@ def bar(enabled: bool = True) -> "Progress":
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console(),
-        disable=not enabled,
+        disable=not enabled or (in_notebook() and not live()),
         # Ten lines a second would flood a log file: there the lines of blocks tell the story.
-        auto_refresh=sys.stderr.isatty(),
+        auto_refresh=live(),
     )
 
 

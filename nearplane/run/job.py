@@ -25,7 +25,7 @@ from nearplane.machine.devices import Dtype, pick_dtype
 from nearplane.methods import METHODS, Method, NearPlane
 from nearplane.methods.base import Need
 from nearplane.models.locate import given_path
-from nearplane.run.names import ALIASES
+from nearplane.run.names import ALIASES, settings_of
 from nearplane.transforms.rotation import Rotate, make_rotate
 from nearplane.transforms.view import Transform
 
@@ -236,6 +236,19 @@ class Job:
         return (self.rotation, *self.transforms) if self.rotation.kinds else self.transforms
 
     @classmethod
+    def read(cls, config: Any) -> "Job":
+        """Make a job from settings that are kept elsewhere.
+
+        Args:
+            config: a dict by the names of ``of``, or by those of another toolkit's quantize_config; an object with ``to_dict``,
+                such as transformers' GPTQConfig; or a JSON or YAML file of these, or the report.json of a run to repeat.
+
+        Raises:
+            SettingError: a name or a value that has no meaning here.
+        """
+        return cls.of(settings=settings_of(config))
+
+    @classmethod
     def of(cls, job: "Job | None" = None, settings: Mapping[str, Any] | None = None, **more: Any) -> "Job":
         """Make a job from another one and settings, by the names of its fields, of its parts' fields, or known aliases.
 
@@ -251,8 +264,8 @@ class Job:
         names = None if job.given is None else tuple(sorted({*job.given, *given}))
         named = {name for name, value in given.items() if value is not None}
         method = _method(given.pop("method", None), job.method)
-        parts: dict[str, Any] = {"method": method, "grid": given.pop("grid", None) or job.grid}
-        parts["calibration"] = given.pop("calibration", None) or job.calibration
+        parts: dict[str, Any] = {"method": method, "grid": _whole("grid", given, job.grid)}
+        parts["calibration"] = _whole("calibration", given, job.calibration)
         rounding = {name: given.pop(name) for name in ACTIVATIONS if name in given}
         parts["activations"] = _activations(given.pop("activations", job.activations), rounding)
         own = {f.name for f in fields(cls)} - {"given"}
@@ -330,6 +343,15 @@ def _method(given: Any, current: Method) -> Method:
     if given is None:
         return current
     return method_class(given)() if isinstance(given, str) else given
+
+
+def _whole(name: str, given: dict[str, Any], current: Any) -> Any:
+    """Take a part that is given as an object. SettingError for one of another type."""
+    found = given.pop(name, None)
+    kind = Grid if name == "grid" else Calibration
+    if found is not None and not isinstance(found, kind):
+        raise SettingError(f"{name} must be a {kind.__name__}, or give its fields by name; got {type(found).__name__}.")
+    return current if found is None else found
 
 
 def _activations(given: TokenGrid | None, rounding: dict[str, Any]) -> TokenGrid | None:

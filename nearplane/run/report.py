@@ -53,6 +53,7 @@ class Report:
     tuning: dict[str, Any] | None = None  # what a tuning did (run/tune.py); None: there was none
     blocks: list[BlockRow] = field(default_factory=list)  # errors behind each block, on the checked windows
     check: dict[str, Any] | None = None  # the whole model against its original (run/check.py); None: it was not checked
+    config: dict[str, Any] | None = None  # what repeats the run (run/names.py)
 
     def __str__(self) -> str:
         totals, size, check = self.totals, self.bytes, self.check or {}
@@ -69,7 +70,7 @@ class Report:
     def read(cls, out: str | Path) -> "Report":
         """Read the report beside a finished checkpoint. NearplaneError where there is none."""
         stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
-        later = ("revision", "commit", "tuning", "blocks", "check")  # reports of earlier versions lack them
+        later = ("revision", "commit", "tuning", "blocks", "check", "config")  # reports of earlier versions lack them
         known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored or f.name not in later}
         blocks = [BlockRow(**row) for row in known.get("blocks", ())]
         return cls(**{**known, "linears": [_row(row) for row in known["linears"]], "blocks": blocks})
