@@ -85,7 +85,7 @@ def memory(run: Run) -> list[str]:
     peak, planned, available = (number(held.get(name)) for name in ("peak", "planned", "available"))
     if peak is None:
         return ["not recorded"]
-    said = [f"At most {size_of(peak)} were held by the process."]
+    said = [f"At most {size_of(peak)} of main memory were held by the process."]
     of = "" if available is None else f", of {size_of(available)} that were free"
     if planned is None:
         said.append("Nothing was counted beforehand (--force).")

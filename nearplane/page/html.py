@@ -4,6 +4,7 @@ Decides what stands where; words and geometry come from the other files of this 
 template engine.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -118,6 +119,8 @@ def _sections(run: Run, original: Mapping[str, Any] | None, now: str) -> dict[st
     dense, more = course.dense(run)
     return {
         "grid": quality.grid_words(run),
+        "out": shlex.quote(run.out or "OUT"),
+        "model": shlex.quote(run.model),
         "tiles": quality.tiles(run),
         "verdict": quality.verdict(run),
         "measured": quality.measured_by(run),

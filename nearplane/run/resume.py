@@ -24,6 +24,7 @@ from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.core.scales import Stored
 from nearplane.formats.parts import Part, Writer
+from nearplane.machine.memory import peak_resident
 from nearplane.models.discover import Block
 from nearplane.page.html import page_or_reason
 from nearplane.run.events import BlockDone, Event, Solved
@@ -180,6 +181,7 @@ class Saver:
             dense, get = tuned.dense, rest.get
             rest = replace(rest, get=lambda name: dense[name] if name in dense else get(name))
             weights = self._tuned(tuned)
+        report.memory["peak"] = peak_resident()  # a tuning included
         page, reason = page_or_reason({**report.as_dict(), "engines": engines})
         report.events += [reason] if reason else []
         export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines}, page, weights)

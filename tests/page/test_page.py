@@ -2,6 +2,7 @@
 
 import random
 import re
+import shlex
 from copy import deepcopy
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from reports import LLAMA, linear, report, sound
 
 from nearplane.core.errors import NearplaneError
-from nearplane.page import charts, quality
+from nearplane.page import charts, course, quality
 from nearplane.page.facts import facts, split
 from nearplane.page.html import page
 from nearplane.page.words import percent
@@ -31,7 +32,8 @@ def test_every_section_and_every_linear_is_there() -> None:
         "KL to the original 0.25", "75.0%", "perplexity 25 from 20 (+25.0%)", "8.0 MB from 20.0 MB",
         "by 0.25 nats", "At 25.0% of positions another token is now the likeliest", "moved by 5% of its energy",
         "moved it by 20%, 4.0 times as much", "510 held-out tokens of text.txt",
-        "1.5 GB were held", "2.0 GB were counted on beforehand, of 8.0 GB", "solving the weights 3.0 s", "Time: 4.0 s",
+        "1.5 GB of main memory were held", "2.0 GB were counted on beforehand, of 8.0 GB",
+        "solving the weights 3.0 s", "Time: 4.0 s",
         "model.embed_tokens.weight 5.0 MB", "Nothing out of the ordinary", "vllm serve runs/small-3bit", "run here with vllm 1",
         "nearplane quantize someone/Small-1B runs/small-3bit --bits 3", "seed of the windows 7", "c0ffeec0ffee", "torch 2.9.0",
     ):  # fmt: skip
@@ -97,6 +99,22 @@ def test_the_ratio_is_over_rounding_to_nearest() -> None:
     assert "b.0.x: error 0.3000, 1.50 of rounding to nearest, 3 bits" in found.labels
     assert "b.0.y: error 0.0100, 0.05 of rounding to nearest, 3 bits" in found.labels
     assert "b.0.z: error 0.0000, 3 bits" in found.labels  # nothing to divide by
+
+
+def test_commands_are_ready_for_a_shell() -> None:
+    """Also where a folder has a space, a quote or worse in its name."""
+    out, model = "my runs/it's $HOME", "a b"
+    found = sound(page(report(1, out=out, model=model))).text
+    for start, words in (
+        ("nearplane eval ", [out, "--reference", model, "compares"]), ("nearplane generate ", [out, "--prompt", "Hello"]),
+        ("vllm serve ", [out]),
+    ):  # fmt: skip
+        assert shlex.split(found.partition(start)[2])[: len(words)] == words
+    python = course.command_of("transformers", facts(report(1, out=out)))
+    assert repr(out) in shlex.split(python)[2] and compile(shlex.split(python)[2], "", "exec")
+    assert shlex.split(course.command_of("transformers", facts(report(1))))[2].endswith(
+        "from_pretrained('runs/small-3bit'))"
+    )
 
 
 def test_names_with_html_in_them_stay_text() -> None:
