@@ -31,9 +31,8 @@ from nearplane.machine.signals import Stop, stoppable
 from nearplane.models.locate import given_path, locate, refuse_loaded
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
-from nearplane.run.estimate import refuse
 from nearplane.run.events import BlockDone, Show, StageDone
-from nearplane.run.forecast import Forecast, forecast, without_check
+from nearplane.run.forecast import Forecast, forecast, refuse, without_check
 from nearplane.run.job import Job
 from nearplane.run.measure import Clock
 from nearplane.run.names import config_of, every_setting
@@ -90,15 +89,16 @@ def quantize(
         with told.waiting(f"opening {model}: its structure"):
             plan = draft(model, replace(job, device=ranks.device), reads=True)  # opened once; no weight is read
             refuse_ranks(job.tune, ranks.world)
+            counted: dict[str, Any] = {}
             if not job.force:
                 plan = without_check(plan, job.offload, ranks.world, ranks.machine)
-                refuse(plan, out, job.offload, ranks)
+                counted = refuse(plan, out, job.offload, ranks)
             _ = plan.settings  # refused here where report.json cannot hold one of them
         own = ranks.tell(ranks.first(partial(own_text, plan, out, told.counting)))
         with told.waiting(f"reading {model}: the tensors that are copied, and the calibration data"):
             plan = complete(plan, own)
         named = recordable(str(model), "MODEL"), recordable(str(out), "OUT")
-        report = Report(named[0], plan.settings, named[1], data=plan.data)
+        report = Report(named[0], plan.settings, named[1], data=plan.data, memory=counted)
         report.config = config_of(job, named[0])
         report.revision, report.commit = plan.source.revision, plan.source.commit
         report.check = None if plan.checked is None else plan.checked.record()

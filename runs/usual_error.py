@@ -2,7 +2,7 @@
 
     python runs/usual_error.py        (group 64, asymmetric, min-max; 8 x 256 tokens of the embedded text; about 4 minutes)
 
-nearplane/cli/terminal.py quotes the 10th and 90th percentiles.
+nearplane/page/words.py quotes the 10th and 90th percentiles.
 """
 
 import argparse

@@ -39,6 +39,8 @@ def test_methods_are_frozen_dataclasses_with_documented_fields() -> None:
 SHORT = (
     {
         "__main__.py": "python -m nearplane",
+        "cli/summary.py": "what is printed at the end; its words are the page's, too",
+        "page/read.py": "from a folder to a report; the rest of the page knows no file",
         "core/certificate.py": "one formula, which sweep, beam and report check",
         "core/cuda_graph.py": "all that knows of CUDA graphs",
         "core/errors.py": "imported by everything",
@@ -56,7 +58,7 @@ SHORT = (
     | {f"methods/{name}.py": "one file a method" for name in METHODS}
 )
 # Folders with more than 12 files beside __init__.py.
-WIDE_FOLDERS = {"cli": 14, "core": 17, "formats": 14, "models": 14, "run": 21}
+WIDE_FOLDERS = {"cli": 15, "core": 17, "formats": 14, "models": 14, "run": 21}
 # Their parameters are the operands of a kernel: Triton and torch.library take them one by one.
 OPERANDS = {"_round_leaf", "_linear", "_", "weight_of", "multiply", "unpack"}
 

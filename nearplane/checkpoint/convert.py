@@ -48,6 +48,7 @@ from nearplane.machine.progress import bar
 from nearplane.models.experts_disk import matrices, names_in_model, split_names
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
+from nearplane.page.html import page_or_reason
 from nearplane.transforms.hooks import KEY as ROTATED
 from nearplane.transforms.hooks import turned_linears
 
@@ -137,13 +138,23 @@ def convert(
         written = len(checkpoint.layers) if placed is None else len(placed.template.tensors)
         tick = partial(display.advance, display.add_task("convert", total=written + len(rest.dense) * (not alone)))
         if writer is not None:
-            export(writer, target, rest, report, weights, tick)
+            export(writer, target, rest, report, _page(report, target), weights, tick)
         elif rest.file is not None:
             write_alone(Path(out), partial(rest.file.write, tick=tick))
     note = "; ".join(filter(None, (None if alone else companions(folder).note(), _rounded(moved, target)))) or None
     types = None if placed is None else _told(placed, target, checkpoint, grids)
     told = len(checkpoint.layers), len(checkpoint.dense), _new_dtypes(checkpoint, grids), note, types, moved
     return Conversion(str(path), str(out), before, target.name, *told)
+
+
+def _page(report: Path | None, target: Format) -> str | None:
+    """Make the page of a copied report; None where there is no report that can be read: ``nearplane report`` says why."""
+    if report is None:
+        return None
+    try:
+        return page_or_reason(read_json(report), now=target.name)[0]
+    except NearplaneError:
+        return None
 
 
 def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:

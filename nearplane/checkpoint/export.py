@@ -20,7 +20,7 @@ from nearplane.core.grid import Grid, Quantized
 from nearplane.formats.base import Format
 from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.parts import Writer
-from nearplane.formats.store import REPORT
+from nearplane.formats.store import PAGE, REPORT
 from nearplane.models.experts import routers
 from nearplane.models.experts_disk import matrices, unowned
 from nearplane.models.inputs import bare_linears, is_causal, output_head
@@ -69,6 +69,7 @@ def export(
     format: Format,
     rest: Rest,
     report: Mapping[str, Any] | Path | None,
+    page: str | None = None,
     weights: Iterable[Solved] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> None:
@@ -79,6 +80,7 @@ def export(
         format: that of the checkpoint.
         rest: what is not quantized.
         report: content of report.json, or a file of that name to copy; None: there is none.
+        page: report.html; None: there is none.
         weights: what to pack in place of the writer's parts, where ``rest`` has no file of them.
         tick: called after each weight, or each tensor of the file, and each dense tensor.
 
@@ -107,6 +109,8 @@ def export(
             writer.copy(report)
         elif report is not None:
             writer.json(REPORT, report)
+        if page is not None:
+            writer.text(PAGE, page)
     writer.finish()
 
 

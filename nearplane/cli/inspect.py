@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nearplane.cli.summary import check_lines, tuning_line
 from nearplane.machine.progress import printed
+from nearplane.page.words import check_lines, tuning_line
 
 SETTINGS = {"nearplane.core.grid:Grid": None}
 

@@ -38,7 +38,7 @@ METAVARS = {
     "budget": "BITS", "tune": "STEPS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
-    "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",
+    "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE", "original": "MODEL", "output": "FILE",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {
@@ -230,7 +230,8 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     options = options_of(verb, method)
     _refuse_unknown(verb, words, options, method)
     parser = _parser(verb, options)
-    given, left = parser.parse_known_args(words)
+    several = any(option.by_place and option.kind.many for option in options)
+    given, left = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(words)
     if left:
         raise SettingError(f"unexpected word {left[0]!r}; {advice(verb)}")
     values = vars(given)
@@ -317,7 +318,10 @@ class _Formatter(argparse.HelpFormatter):
 
 def _parser(verb: ModuleType, options: list[Option]) -> _Parser:
     """The argparse parser of a verb; nothing that was not given is in what it returns."""
-    name, places = verb_name(verb), [option.metavar for option in options if option.by_place]
+    name, by_place = verb_name(verb), [option for option in options if option.by_place]
+    places = [
+        f"{option.metavar} [{option.metavar}2 ...]" if option.kind.many else option.metavar for option in by_place
+    ]
     required = [f"{o.flag} {o.metavar}" for o in options if not o.by_place and o.own and o.default is NO_DEFAULT]
     parser = _Parser(
         prog=f"nearplane {name}",
@@ -349,7 +353,8 @@ def _add(group: Any, option: Option, *, hidden: bool) -> None:
     text = (option.doc + f" (default: {default})" * bool(default)).replace("%", "%%")
     text = argparse.SUPPRESS if hidden else text
     if option.by_place:
-        group.add_argument(option.name, metavar=option.metavar, help=text, type=option.value)
+        several: dict[str, Any] = {"nargs": "+"} if option.kind.many else {}
+        group.add_argument(option.name, metavar=option.metavar, help=text, type=option.value, **several)
     elif "bool" in option.kind.types:
         if option.default is True:
             group.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=text)

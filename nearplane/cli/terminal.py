@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from nearplane.cli.fields import NO_DEFAULT, fields_of, methods
-from nearplane.cli.summary import clock, grouped, number_of, rough, summary, usual_of
+from nearplane.cli.summary import summary
 from nearplane.machine import progress
+from nearplane.page.words import clock, grouped, number_of, rough, usual_of
 
 if TYPE_CHECKING:  # a terminal is made before torch is imported
     from nearplane.models.discover import Block, Stage
@@ -202,7 +203,7 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
     if read and {"target", "shrink"} <= method.keys() and method["target"]:
         lines.append("α, the share of the drift that is repaired: such linears leave their weights")
         lines.append("on purpose, so a linear's error near or above rtn is no fault where α > 0")
-    usual = usual_of(report)
+    usual = usual_of(settings, data)
     return [*lines, f"usual at {grid['bits']} bits: {usual[0]:g} to {usual[1]:g} for a linear"] if usual else lines
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.journal import STATE
-from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, parse_json, weight_map
+from nearplane.formats.store import INDEX, PAGE, REPORT, SUMS, UNFINISHED, parse_json, weight_map
 
 CONFIG, MODULES = "config.json", "modules.json"
 # Of PyTorch, safetensors, llama.cpp, ONNX, TensorFlow, Keras, Flax, Rust, MLX, Core ML, OpenVINO, TensorRT, NeMo, Paddle.
@@ -31,7 +31,7 @@ QUANTIZATIONS = (
 CARDS = ("readme*", "model_card*", "modelcard*")
 CACHES = (".*", "__pycache__", f"*{UNFINISHED}", "*.pyc", "*.tmp", "*.lock")
 # Written anew, or of one run alone.
-OWN = (CONFIG, REPORT, SUMS, INDEX)
+OWN = (CONFIG, REPORT, PAGE, SUMS, INDEX)
 # Bytes of a companion: a tokenizer takes 33 MB, more is data or weights of some kind.
 MOST_BYTES = 1 << 28
 # Files of a sub-folder: voices of a speaker model are some hundreds, an environment or a data set has more.

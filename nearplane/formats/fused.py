@@ -26,7 +26,9 @@ EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 def fused(names: Iterable[str]) -> list[list[str]]:
     """List those of the linears that engines fuse: siblings, and all experts of a layer."""
     present = set(names)
-    groups = [[f"{parent}{leaf}" for leaf in leaves] for parent in sorted(map(_parent, present)) for leaves in SIBLINGS]
+    groups = [
+        [f"{parent}{leaf}" for leaf in leaves] for parent in sorted(set(map(_parent, present))) for leaves in SIBLINGS
+    ]
     experts: dict[str, list[str]] = {}
     for name in sorted(present):
         match = EXPERTS.match(name)

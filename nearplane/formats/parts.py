@@ -27,11 +27,11 @@ from nearplane.formats.companions import companions
 from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.journal import LAYOUT, STATE, Journal, file_hash, holder, sync
 from nearplane.formats.read import Checkpoint, read_tensors
-from nearplane.formats.store import INDEX, REPORT, SUMS, UNFINISHED, Shard, Store, read_index
+from nearplane.formats.store import INDEX, PAGE, REPORT, SUMS, UNFINISHED, Shard, Store, read_index
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
-# Holds times, and so has other bytes each run: two runs that did the same have the same sums.
-UNSUMMED = (REPORT,)
+# Hold times, and so have other bytes each run: two runs that did the same have the same sums.
+UNSUMMED = (REPORT, PAGE)
 
 # Tensors wait in memory until so many bytes of them make a file: 5 GB, as other tools have it.
 SHARD_BYTES = 5_000_000_000

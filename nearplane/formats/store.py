@@ -25,6 +25,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS = "SHA256SUMS"
 # What a run leaves beside its checkpoint, and no download of another tool's has.
 REPORT = "report.json"
+PAGE = "report.html"
 # A shard that a writer has not finished (``parts.py``) carries this ending, so that no reader takes it for a weight.
 UNFINISHED = ".unfinished"
 # Files of a folder that hold weights and are no safetensors: formats/gguf reads them.

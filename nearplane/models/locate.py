@@ -141,13 +141,14 @@ def with_revision(model: str | Path, revision: str | None) -> tuple[str, str | N
     return word, revision
 
 
-def locate(model: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
+def locate(model: str | Path, *, weights: bool = True, revision: str | None = None, download: bool = True) -> Path:
     """Return the local folder of a model, fetching a hub id if need be.
 
     Args:
         model: a folder, a hub id, which may end in ``@revision``, or ``demo``.
         weights: of a hub id, fetch the weights too, not the small files only.
         revision: of a hub id, the branch, tag or commit; none: the one behind the @, or the newest.
+        download: whether a hub id may be fetched; else it must be in the local cache.
 
     Raises:
         NearplaneError: no such folder, no such model or revision on the hub, or no network; or an adapter.
@@ -158,7 +159,8 @@ def locate(model: str | Path, *, weights: bool = True, revision: str | None = No
         return demo_folder()
     folder = Path(repository).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(repository, HUB_PATTERNS + HUB_WEIGHTS * weights, revision)
+        find = _from_hub if download else _from_cache
+        folder = find(repository, HUB_PATTERNS + HUB_WEIGHTS * weights, revision)
     refuse_adapter(folder)
     refuse_gguf(folder)
     return folder
@@ -184,6 +186,20 @@ def _from_hub(model: str, patterns: list[str], revision: str | None) -> Path:
         raise NearplaneError(
             f"{where}: no such folder here, and the model hub cannot be reached ({type(error).__name__}); "
             "download it where there is a network and give the folder."
+        ) from error
+
+
+def _from_cache(model: str, patterns: list[str], revision: str | None) -> Path:
+    """Return the folder of a hub id in the local cache; asks no hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=True))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        where = model if revision is None else f"{model} at revision {revision}"
+        raise NearplaneError(
+            f"{where}: no such folder, and not in the local cache of the hub; nothing is downloaded here, give a folder."
         ) from error
 
 

@@ -29,14 +29,12 @@ import torch
 
 from nearplane.checkpoint.export import copied_bytes
 from nearplane.checkpoint.gguf import dense_bytes
-from nearplane.core.errors import SettingError
 from nearplane.data.own import own_memory
 from nearplane.formats.companions import companions
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.journal import STATE
 from nearplane.formats.parts import SHARD_BYTES
 from nearplane.machine.memory import available_memory, cuda_memory, free_disk, resident
-from nearplane.machine.ranks import Ranks
 from nearplane.methods import METHODS
 from nearplane.methods.base import Need
 from nearplane.models.discover import Block, Stage, embedding_name, head_name, point_of
@@ -361,21 +359,6 @@ def gb(size: float) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}" if size < 10 * unit or unit == 1e9 else f"{size / unit:.0f} {name}"
     return f"{size / 1e3:.0f} kB"
-
-
-def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> None:
-    """Raise SettingError, with the numbers, where a run does not fit into memory or onto the disk of ``out``.
-
-    Several ``ranks`` hold some of the samples each, and those of one machine share its memory. The method is probed only if
-    a generous guess (``Ample``) does not fit.
-    """
-    world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
-    if shared(plan, offload, world, machine, ample(plan)).lacking(out):
-        found = shared(plan, offload, world, machine)
-        lacks = found.lacking(out)
-        if lacks:
-            advice = "; ".join(suggestions(plan, found, out, world))
-            raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
 
 
 def ample(plan: Plan) -> Probe:

@@ -26,6 +26,7 @@ from nearplane.data.own import own_memory, wanted
 from nearplane.data.shares import WORDS
 from nearplane.data.text import tokenize
 from nearplane.machine.memory import free_disk
+from nearplane.machine.ranks import Ranks
 from nearplane.methods.base import Need, rows_independent
 from nearplane.models.inputs import vocabulary
 from nearplane.run.budget import measuring
@@ -48,7 +49,7 @@ from nearplane.run.measure import Knowledge, measure, measured_rows
 from nearplane.run.mix import JUDGED
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, draft
-from nearplane.run.probe import Size, made_up
+from nearplane.run.probe import Ample, Size, made_up
 from nearplane.run.student import written_fresh
 from nearplane.run.tune import forwards, refuse_ranks
 
@@ -205,6 +206,30 @@ def without_check(plan: Plan, offload: Path | None, world: int = 1, machine: int
         f"the run is not checked on held-out windows: memory does not suffice for a run that needs {gb(need)} with that"
     )
     return replace(plan.changed(check=False), unchecked=why)
+
+
+def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Raise SettingError, with the numbers, where a run does not fit into memory or onto the disk of ``out``.
+
+    Several ``ranks`` hold some of the samples each, and those of one machine share its memory. The method is probed only if
+    a generous guess (``Ample``) does not fit.
+
+    Returns:
+        For the report: bytes of the CPU's memory that were counted on (planned) and that there were (available), and
+        whether the method was probed for them (close).
+    """
+    world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
+    found = shared(plan, offload, world, machine, ample(plan))
+    if found.lacking(out):
+        found = shared(plan, offload, world, machine)
+        lacks = found.lacking(out)
+        if lacks:
+            advice = "; ".join(suggestions(plan, found, out, world))
+            raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
+    memory = found.memory[0]
+    have = found.available(memory)
+    close = not isinstance(found.probe, Ample)
+    return {"planned": memory.peak, "close": close, "available": None if have is None else have + memory.base}
 
 
 @dataclass(frozen=True)

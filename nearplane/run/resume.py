@@ -24,7 +24,9 @@ from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.core.scales import Stored
 from nearplane.formats.parts import Part, Writer
+from nearplane.machine.memory import peak_resident
 from nearplane.models.discover import Block
+from nearplane.page.html import page_or_reason
 from nearplane.run.events import BlockDone, Event, Solved
 from nearplane.run.plan import Plan
 from nearplane.run.report import Report
@@ -179,7 +181,10 @@ class Saver:
             dense, get = tuned.dense, rest.get
             rest = replace(rest, get=lambda name: dense[name] if name in dense else get(name))
             weights = self._tuned(tuned)
-        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines}, weights)
+        report.memory["peak"] = peak_resident()  # a tuning included
+        page, reason = page_or_reason({**report.as_dict(), "engines": engines})
+        report.events += [reason] if reason else []
+        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines}, page, weights)
 
     def _tuned(self, tuned: Tuned) -> Iterator[Weight]:
         """Read the solved weights back, with the scales that were tuned; shards are written beside their parts."""

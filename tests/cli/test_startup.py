@@ -36,6 +36,8 @@ def child(code: str, *words: str) -> str:
         (["quantize", "demo", "out", "--bits", "three"], 2),
         (["quantize", "./nowhere", "out"], 2),
         (["eval", "./nowhere"], 2),
+        (["report", "--help"], 0),
+        (["report", "./nowhere", "./nor here"], 2),
     ],
 )
 def test_neither_torch_nor_transformers(words: list[str], status: int) -> None:

@@ -11,10 +11,11 @@ import tiny
 import nearplane
 from nearplane import RTN, Report
 from nearplane.cli.main import main
-from nearplane.cli.summary import clock, grouped, number_of, rough, summary
+from nearplane.cli.summary import summary
 from nearplane.cli.terminal import COLUMNS, Terminal, block_line, head
 from nearplane.machine import progress
 from nearplane.models.discover import Block
+from nearplane.page.words import clock, grouped, number_of, rough
 from nearplane.run.events import BlockDone
 from nearplane.run.measure import BlockRow
 from nearplane.run.report import LinearRow

@@ -18,7 +18,7 @@ from nearplane.data.own import keep, kept, opened, own_memory, own_samples
 from nearplane.data.windows import Tokens
 from nearplane.formats.journal import STATE
 from nearplane.models.source import open_source
-from nearplane.run import estimate
+from nearplane.run import estimate, forecast
 
 CPU = torch.device("cpu")
 CHAT = (
@@ -203,10 +203,10 @@ def test_plan_tells_of_a_mix_and_of_memory(model: Path, monkeypatch: pytest.Monk
     assert weights == 4 * sum(p.numel() for p in found.plan.source.model.parameters()) and beside > 0
     monkeypatch.setattr(estimate, "own_memory", lambda *_: (1 << 50, 0))
     with pytest.raises(SettingError, match=r"needs .* at writing its own samples .*; --dataset without self; --force"):
-        estimate.refuse(found.plan, Path())
+        forecast.refuse(found.plan, Path())
     monkeypatch.undo()
     assert own_memory(found.plan.source, Calibration(nsamples=6), 4) == (0, 0)
-    estimate.refuse(replace(found.plan, job=replace(found.plan.job, calibration=Calibration(nsamples=6))), Path())
+    forecast.refuse(replace(found.plan, job=replace(found.plan.job, calibration=Calibration(nsamples=6))), Path())
 
 
 def test_the_terminal_and_eval_tell_of_a_mix(

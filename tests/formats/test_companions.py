@@ -57,7 +57,14 @@ def fill(folder: Path) -> Path:
     (folder / "checkpoint-500" / "config.json").write_text('{"model_type": "llama"}')
     (folder / "gone.json").symlink_to(folder / "nowhere")
     (folder / "up").symlink_to(folder.parent)
-    for name in ("config.json", "report.json", SUMS, "model.safetensors.index.json", "model.safetensors"):
+    for name in (
+        "config.json",
+        "report.json",
+        "report.html",
+        SUMS,
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ):
         (folder / name).write_text("{}")
     (folder / "empty").mkdir()
     return folder

@@ -231,13 +231,16 @@ def test_nothing_is_probed_where_memory_is_plenty(model: Path, tmp_path: Path, m
     trace = probe.trace
     monkeypatch.setattr(probe, "trace", lambda method, size, *rest: probed.append(size) or trace(method, size, *rest))
     plan, out = planned(model, GPTQ()), tmp_path / "out"
-    estimate.refuse(plan, out)
-    assert not probed
-    need = estimate.estimate(plan).memory[0].need
+    guessed = forecast.refuse(plan, out)
+    assert not probed and not guessed["close"]
+    close = estimate.estimate(plan).memory[0]
+    need = close.need
+    assert guessed["planned"] > close.peak and guessed["available"] > guessed["planned"]
     probed.clear()
     monkeypatch.setattr(estimate, "available_memory", lambda: need + 10_000)
-    estimate.refuse(plan, out)
-    assert probed
+    counted = forecast.refuse(plan, out)
+    assert probed and counted["close"]
+    assert counted["planned"] == pytest.approx(close.peak, rel=0.05)  # the process has grown a little meanwhile
 
 
 def test_a_method_that_cannot_solve_random_numbers_is_named(model: Path) -> None:
@@ -507,7 +510,7 @@ def test_advice_for_ranks_is_of_one_ranks_share(model: Path, monkeypatch: pytest
     half = estimate.shared(sketched.changed(calibration=replace(data, nsamples=32)), None, 4, 4).memory[0].need
     monkeypatch.setattr(estimate, "available_memory", lambda: 4 * (half + (share.memory[0].need - half) // 4))
     with pytest.raises(SettingError, match=r"(--nsamples 32|--offload DIR) fits"):
-        estimate.refuse(whole, Path.cwd(), ranks=Ranks(0, 4, 4))
+        forecast.refuse(whole, Path.cwd(), ranks=Ranks(0, 4, 4))
 
 
 def test_rounded_inputs_wait_beside_what_was_rounded(model: Path) -> None:

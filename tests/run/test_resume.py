@@ -28,7 +28,7 @@ from nearplane.formats.store import INDEX
 from nearplane.models.values import fingerprint
 from nearplane.run.forward import Forward, OnDisk
 
-TIMES = ("seconds", "resumed")
+TIMES = ("seconds", "resumed", "memory", "command")
 GRID = Grid(bits=3, group_size=16, sym=False)
 
 
@@ -58,6 +58,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+    assert b"<h1>" in found.pop("report.html")  # has times, too
     report = json.loads(found.pop("report.json"))
     for key in (*TIMES, "out"):
         report.pop(key)

@@ -65,8 +65,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file's hash but the report's, whose times differ."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "report.json")
+    """Every file's hash but those of the report and its page, whose times differ."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stem != "report")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
