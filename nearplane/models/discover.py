@@ -408,7 +408,7 @@ def _passage(y: Tensor, sooner: list[Call], later: list[Call], hidden: Tensor) -
         passed = rows_of(output)
         if not same(rows_of(given), rows) or (torch.equal(passed, rows) and next(module.parameters(), None) is None):
             continue
-        if not _takes_one(module):
+        if not takes_one(module):
             continue
         gain = gain_of(module, y)
         if not same(passed, scales_of(rows, passed, gain)[:, None] * gain * rows):
@@ -420,7 +420,7 @@ def _passage(y: Tensor, sooner: list[Call], later: list[Call], hidden: Tensor) -
     return None
 
 
-def _takes_one(module: nn.Module) -> bool:
+def takes_one(module: nn.Module) -> bool:
     """Tell whether a module can be called with one tensor alone."""
     kinds = [p.kind for p in signature(module.forward).parameters.values() if p.default is p.empty]
     return sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds) == 1 and all(

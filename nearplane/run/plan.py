@@ -183,7 +183,7 @@ class Plan:
         return stream(
             self.source,
             self.blocks,
-            self.samples,
+            self.samples if self.method.needs else None,
             reference=bool(self.method.needs & {"D", "R"}),
             activations=self.activations,
             also=None if self.checked is None else self.checked.batch,
@@ -242,6 +242,7 @@ class Plan:
             "device": self.device.type,  # which of the GPUs decides nothing
             **({} if self.activations is None else {"activations": asdict(self.activations)}),
             **self._mixed,
+            **({"scale": {"search": "awq"}} if self.job.scales_channels else {}),
             **self.source.settings,
             **self._made_of,
             **({} if self.choices is None else {"choices": self.choices}),
@@ -328,7 +329,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     generation_settings(source.model, source.folder)  # a broken file would end in a folder that nobody loads
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
-    if job.method.needs or job.tune:
+    if job.reads_data or job.tune:
         refuse_own(source.model, job.calibration)
     try:
         blocks = discover(source)
@@ -357,7 +358,7 @@ def own_text(plan: Plan, out: Path | None = None, counting: Counting | None = No
     """Let the model write the windows that its calibration asks of it, as ``own_samples`` does; None where it asks for none."""
     source = plan.source.promise_of or plan.source
     return (
-        own_samples(source, plan.calibration, plan.device, plan.compute, out, counting) if plan.method.needs else None
+        own_samples(source, plan.calibration, plan.device, plan.compute, out, counting) if plan.job.reads_data else None
     )
 
 
@@ -379,7 +380,7 @@ def complete(plan: Plan, own: Tokens | None = None) -> Plan:
     if plan.template is not None and isinstance(plan.format, GGUF):
         sites = [(site, plan.grid_of(site)) for site in plan.sites]
         plan = replace(plan, placed=place_source(source, sites, plan.format, plan.template))
-    if plan.method.needs:
+    if job.reads_data:
         plan = replace(plan, samples=gather(source, job.calibration, own))
     if job.tune:
         more = fresh_windows(job.tune, plan.windows[1] or job.calibration.seqlen)
@@ -409,7 +410,7 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     if together is not None:
         raise SettingError(f"{together}.")
     shapes = {disk[site.name]: site.shape for site in sites}
-    template = template_for(format, source, shapes, rotated=bool(job.equivalences))
+    template = template_for(format, source, shapes, rotated=bool(job.equivalences) or job.scales_channels)
     compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
     plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored, template=template)
