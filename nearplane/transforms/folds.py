@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class Interventions:
         modules = {name: module for name, module in inside if name != block.name and not EXPERT.fullmatch(name)}
         self.linears = [name for name, module in modules.items() if is_linear(module) and name not in block.strange]
         self.norms = [name for name, module in modules.items() if _like_norm(module)]
+        shape = forward().shape
+        self.firsts = torch.arange(0, shape[:-1].numel(), shape[-2])  # the first token of each sequence
         self.output, self.inputs = self.run(self.linears)
 
     def run(
@@ -121,6 +124,9 @@ class Interventions:
                     sources[number].append(Fold(name, norm, rows.cpu(), groups[number]))
         for number, readers in enumerate(groups):
             exact = [fold for fold in sources[number] if self.exact([fold])]
+            if not exact:
+                guesses = (Fold(name, None, rows, readers) for name in linears for rows in self._parts(name, readers))
+                exact = list(islice((fold for fold in guesses if self.exact([fold])), 1))
             if exact:
                 found.folds.append(max(exact, key=lambda fold: len(fold.rows.unique())))
             else:
@@ -133,9 +139,10 @@ class Interventions:
         outputs: dict[str, Tensor] = {}
         inputs: dict[str, Tensor] = {}
         for fold in folds:
-            powers = torch.tensor(DIGITS)[torch.arange(int(fold.rows.max()) + 1) * 7 % 11 % len(DIGITS)]
+            digits = torch.randint(len(DIGITS), (int(fold.rows.max()) + 1,), generator=torch.Generator().manual_seed(0))
+            powers = torch.tensor(DIGITS)[digits]
             factors = torch.ones(self._width(fold.source))
-            factors[: len(powers)] = 2.0 ** -powers
+            factors[fold.rows] = 2.0 ** -powers[fold.rows]
             outputs[fold.source] = factors
             inputs |= dict.fromkeys(fold.readers, 2.0 ** powers[fold.rows])
         return same(self.run((), outputs, inputs)[0], self.output)
@@ -172,6 +179,26 @@ class Interventions:
                 live[i] = torch.where(silent | (live[i] < 0), -1, live[i] + place * digits)
             place *= base
         return {i: rows for i, found in live.items() if (rows := _completed(found, width)) is not None}
+
+    def _parts(self, name: str, readers: tuple[str, ...]) -> Iterator[Tensor]:
+        """Guess which outputs of a fused linear make an input: a part of equal width, or values, by the first tokens.
+
+        Attention passes the values of a sequence's first token as they are, head by head, if it is causal.
+        """
+        x, width = self.inputs[readers[0]], self._width(name)
+        own, times = torch.arange(x.shape[1]), width // x.shape[1]
+        if width <= x.shape[1] or name in readers or name not in self.inputs:
+            return
+        if width == times * x.shape[1]:
+            for part in reversed(range(times)):
+                yield own + part * x.shape[1]
+                yield own * times + part
+        y: dict[str, Tensor] = {}
+        with _keeping(self.model.get_submodule(name), name, y, output=True):
+            self.run(())
+        if name in y and len(y[name]) == len(x) > int(self.firsts[-1]):
+            made, wanted = (each[self.firsts.to(each.device)].float().T for each in (y[name], x))
+            yield torch.cdist(wanted, made).argmin(1).cpu()
 
     def _width(self, name: str) -> int:
         """Return the number of a module's outputs."""
@@ -232,15 +259,18 @@ def _completed(rows: Int[Tensor, "in"], width: int) -> Tensor | None:
 
 
 @contextmanager
-def _keeping(module: nn.Module, name: str, kept: dict[str, Tensor]) -> Iterator[None]:
-    """Keep a copy of a linear's first input; linears that are given one tensor share the copy."""
+def _keeping(module: nn.Module, name: str, kept: dict[str, Tensor], *, output: bool = False) -> Iterator[None]:
+    """Keep a copy of a linear's first input, or its first output; linears that are given one tensor share the copy."""
 
     def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if name not in kept:
             x = rows_of(args[0])
             kept[name] = next((other for other in kept.values() if _equal(other, x)), x)
 
-    handle = module.register_forward_pre_hook(keep)
+    def keep_output(_module: nn.Module, _args: Any, y: Tensor) -> None:
+        kept.setdefault(name, rows_of(y))
+
+    handle = module.register_forward_hook(keep_output) if output else module.register_forward_pre_hook(keep)
     try:
         yield
     finally:
