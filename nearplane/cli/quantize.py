@@ -14,7 +14,7 @@ GROUPS = {
     "output": ("verbose", "quiet"),
     "which linears": ("override", "ignore", "towers"),
     "mixed bits": ("budget", "widths"),
-    "rotation": ("rotate", "rotate_seed"),
+    "equivalent models": ("rotate", "rotate_seed", "scale"),
     "tuning": ("tune",),
     "GGUF files": ("gguf_type", "template", "gguf_dense"),
 }

@@ -174,6 +174,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
         lines.append(f"{rounded}; each code is stored as an int8")
     if turned is not None:
         lines.append(f"rotate {','.join(turned['kinds'])} seed={turned['seed']}")
+    if settings.get("scale") is not None:
+        lines.append("scale awq")
     for some in settings.get("override", ()):
         fields = (f"{key}={value}" for key, value in some.items() if key != "pattern")
         lines.append(" ".join(["override", repr(some["pattern"]), *fields]))

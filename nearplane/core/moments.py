@@ -131,9 +131,7 @@ class Moments:
             raise ValueError("moments that keep different things cannot be merged.")
         held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
         D, R, size = (None if moment is None else moment.clone() for moment in (self.D, self.R, self.magnitude))
-        whole = Moments(
-            self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain, magnitude=size
-        )
+        whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain, magnitude=size)
         whole._absorb(other)
         whole.held = held
         return whole

@@ -44,7 +44,7 @@ class AWQ:
         if grid.fit != "auto":
             return round_to_nearest(weight, *fit_groups(weight, grid, state.diagonal()), grid)
         step = max(1, AT_ONCE // weight.shape[1])
-        parts = [clip_groups(rows, grid, state) for rows in weight.split(step)]
+        parts = [clip_groups(rows, grid, state) for rows in torch.split(weight, step)]
         scale, zero = (torch.cat(values) for values in zip(*parts, strict=True))
         return round_to_nearest(weight, scale, zero, grid)
 
@@ -77,12 +77,10 @@ def clip_groups(
         for sign in (1, -1) if grid.scales.either_sign else (1,):
             some = of_range(torch.maximum(low, -most), torch.minimum(high, most), grid.levels, grid.scales, sign)
             s, z = (value.reshape(best.shape) for value in some)
-            by = [by_column(value, grid, n) for value in (s, z)]
-            delta = decode(encode(weight, *by, grid), *by, grid).sub_(weight)
+            s_by, z_by = (by_column(value, grid, n) for value in (s, z))
+            delta = decode(encode(weight, s_by, z_by, grid), s_by, z_by, grid).sub_(weight)
             delta = torch.nn.functional.pad(delta, pad).reshape(groups.shape)
             error = (torch.einsum("rgi,gij->rgj", delta, blocks) * delta).sum(2)
             better = error < best
-            best, scale, zero = (
-                torch.where(better, new, old) for new, old in ((error, best), (s, scale), (z, zero))
-            )
+            best, scale, zero = (torch.where(better, new, old) for new, old in ((error, best), (s, scale), (z, zero)))
     return scale, zero

@@ -223,7 +223,7 @@ def _probe(source: Source, towers: dict[str, list[str]], every: bool = False) ->
             return last[name]
         containers = handed.containers(args, kwargs)
         own = handed.settings_of(module, towers[tower].index(name)) if containers else None
-        kind, watch = (_structure(module), own), Watch(containers)
+        kind, watch = (structure(module), own), Watch(containers)
         # Blocks that are given a container may write what others read, and others than those of their kind.
         again = every or bool(left) or (bool(containers) and source.sketch)
         if kind not in kinds or again:
@@ -441,7 +441,7 @@ def _below(block: str, site: Site) -> Site:
     return replace(site, name=f"{block}.{site.name}", adds_to=point, passage=names)
 
 
-def _structure(module: nn.Module) -> Any:
+def structure(module: nn.Module) -> Any:
     """Return a key that equal blocks share: classes, names and shapes of all modules inside."""
     return tuple(
         (name, type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters(recurse=False)))

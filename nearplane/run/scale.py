@@ -23,7 +23,7 @@ from nearplane.core.moments import Moments
 from nearplane.formats.journal import STATE, sync
 from nearplane.machine.ranks import Ranks
 from nearplane.methods.base import Need
-from nearplane.models.discover import Site
+from nearplane.models.discover import Site, structure
 from nearplane.models.inputs import is_causal
 from nearplane.run.plan import Plan
 from nearplane.run.stage import unseen
@@ -52,9 +52,7 @@ class Searching:
         return moments
 
     def solve(self, weight: Tensor, state: Moments, grid: Grid) -> Quantized:
-        n = weight.shape[1]
-        moments = replace(state, magnitude=state.H.diagonal().sqrt())
-        search(Fold("", None, torch.arange(n), ()), [(weight, grid)], moments)
+        search(Fold("", None, torch.arange(weight.shape[1]), ()), [(weight, grid)], state)
         return round_to_nearest(weight, *fit_groups(weight, replace(grid, fit="minmax")), grid)
 
 
@@ -125,8 +123,8 @@ def _folds(block: OpenBlock, kinds: dict[Any, tuple[str, Found]], ranks: Ranks) 
         return Found()
     model, name = block.walk.source.model, block.block.name
     interventions = Interventions(model, block.block, lambda: block.output(0))
-    inside = model.get_submodule(name).named_modules()
-    kind = tuple((path, type(m)) for path, m in inside), len(block.block.sites), block.block.handed > 0
+    sites = tuple(site.name.removeprefix(name) for site in block.block.sites)
+    kind = structure(model.get_submodule(name)), sites, block.block.handed > 0
     if kind in kinds:
         first, known = kinds[kind]
         found = known.below(first, name)

@@ -64,7 +64,9 @@ class Found:
             )
             for fold in self.folds
         ]
-        return Found(folds, {tuple(map(named, names)): why for names, why in self.left.items()})
+        return Found(
+            folds, {tuple(map(named, names)): why.replace(old + ".", new + ".") for names, why in self.left.items()}
+        )
 
 
 class Interventions:
@@ -83,12 +85,16 @@ class Interventions:
         modules = {name: module for name, module in inside if name != block.name and not EXPERT.fullmatch(name)}
         self.linears = [name for name, module in modules.items() if is_linear(module) and name not in block.strange]
         self.norms = [name for name, module in modules.items() if _like_norm(module)]
-        shape = forward().shape
-        self.firsts = torch.arange(0, shape[:-1].numel(), shape[-2])  # the first token of each sequence
+        self.shape = torch.Size()  # of the hidden state
         self.output, self.inputs = self.run(self.linears)
+        # The first token of each sequence.
+        self.firsts = torch.arange(0, self.shape[:-1].numel(), self.shape[-2])
 
     def run(
-        self, keep: Iterable[str], outputs: Mapping[str, Tensor] | None = None, inputs: Mapping[str, Tensor] | None = None
+        self,
+        keep: Iterable[str],
+        outputs: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the block once.
 
@@ -108,7 +114,9 @@ class Interventions:
                 stack.enter_context(_scaling(self.model.get_submodule(name), factors, before=True))
             for name, factors in (outputs or {}).items():
                 stack.enter_context(_scaling(self.model.get_submodule(name), factors, before=False))
-            return rows_of(self.forward()), kept
+            hidden = self.forward()
+            self.shape = hidden.shape
+            return rows_of(hidden), kept
 
     def find(self) -> Found:
         """Find the folds of the block."""
@@ -128,7 +136,7 @@ class Interventions:
                 guesses = (Fold(name, None, rows, readers) for name in linears for rows in self._parts(name, readers))
                 exact = list(islice((fold for fold in guesses if self.exact([fold])), 1))
             if exact:
-                found.folds.append(max(exact, key=lambda fold: len(fold.rows.unique())))
+                found.folds.append(max(exact, key=lambda fold: len(torch.unique(fold.rows))))
             else:
                 also = f"{sources[number][0].source} makes it, which others read, too" if sources[number] else OUTSIDE
                 found.left[readers] = also
@@ -150,7 +158,7 @@ class Interventions:
     def _groups(self, found: Found) -> list[tuple[str, ...]]:
         """Group the linears that read equal inputs, one of them at least to be quantized; experts are left out."""
         groups: list[list[str]] = []
-        for name in (name for name in self.linears if name in self.inputs):
+        for name in self.inputs:  # in the order of their calls
             x = self.inputs[name]
             known = next((group for group in groups if _equal(self.inputs[group[0]], x)), None)
             groups.append([name]) if known is None else known.append(name)

@@ -76,7 +76,7 @@ def rounding_error(
     """Return tr(Δ H Δᵀ) with Δ = Q(W s)/s - W, the squared error of the outputs where W s is rounded to nearest."""
     s, total = factors.to(weight), 0.0
     importance = H.diagonal() / s.square() if grid.fit == "hessian" else None
-    for rows in weight.split(max(1, AT_ONCE // weight.shape[1])):
+    for rows in torch.split(weight, max(1, AT_ONCE // weight.shape[1])):
         scaled = rows * s
         rounded = round_to_nearest(scaled, *fit_groups(scaled, grid, importance), grid)
         delta = dequantize(rounded, grid).to(rows.dtype).div_(s).sub_(rows)
