@@ -98,7 +98,12 @@ def cell(row: str, bits: int, draw: Calibration, original: Remembered, args: arg
     """Quantize with one draw of one dataset and measure all domains."""
     method, more = ROWS[row]
     more = {**more}
-    settings: dict[str, Any] = {"method": method, "ignore": args.ignore, "scale": more.pop("scale", "auto")}
+    settings: dict[str, Any] = {
+        "method": method,
+        "ignore": args.ignore,
+        "scale": more.pop("scale", "auto"),
+        "check": False,
+    }
     settings["grid"] = Grid(bits=bits, group_size=args.group_size, **more)
     with tempfile.TemporaryDirectory(prefix="nearplane-") as folder:
         start = time.perf_counter()
