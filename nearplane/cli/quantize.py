@@ -14,7 +14,8 @@ GROUPS = {
     "output": ("verbose", "quiet"),
     "which linears": ("override", "ignore", "towers"),
     "mixed bits": ("budget", "widths"),
-    "equivalent models": ("rotate", "rotate_seed", "scale"),
+    "rotation": ("rotate", "rotate_seed"),
+    "scaling": ("scale",),
     "tuning": ("tune",),
     "GGUF files": ("gguf_type", "template", "gguf_dense"),
 }

@@ -67,9 +67,10 @@ def test_clipping_beats_the_whole_range_and_a_fit_that_is_given_clips_nothing() 
     assert error(dequantize(found, clipped) - w) < 0.9 * error(dequantize(whole, plain) - w)
 
 
-@pytest.mark.parametrize(
-    "grid", [Grid(bits=3, group_size=8), Grid(bits="ternary", group_size=8), Grid.named("q4_k"), Grid.named("nf4")]
-)
+GRIDS = [Grid(bits=3, group_size=8), Grid(bits="ternary", group_size=8), *map(Grid.named, ("q4_1", "q4_k", "nf4"))]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_every_grid_is_solved(grid: Grid) -> None:
     """Rows by themselves are solved as among others."""
     n = 256

@@ -167,7 +167,7 @@ def test_another_model_would_be_noticed(model: Path, tmp_path: Path, monkeypatch
         return view
 
     monkeypatch.setattr(scaling, "scaled_source", wrong)
-    with pytest.raises(NumericalError, match="with scaled channels the model's logits differ.*Use --scale none"):
+    with pytest.raises(NumericalError, match=r"with scaled channels the model's logits differ.*Use --scale none"):
         run(model, tmp_path / "out")
     assert rotation.TOLERANCE == 1e-4
 
@@ -195,7 +195,7 @@ def test_what_takes_its_norms_from_elsewhere_refuses(model: Path, tmp_path: Path
     with pytest.raises(SettingError, match="--scale none"):
         run(model, tmp_path / "gguf", format="gguf", grid=Grid.named("q4_0"))
     run(model, tmp_path / "out", grid=Grid(bits=4, group_size=32))
-    with pytest.raises(NearplaneError, match="channels of .* are scaled"):
+    with pytest.raises(NearplaneError, match=r"channels of .* are scaled"):
         convert(tmp_path / "out", tmp_path / "new", "gguf", template=tmp_path / "none.gguf")
     convert(tmp_path / "out", tmp_path / "mlx", "mlx")
     a, b = (nearplane.load(tmp_path / name)(input_ids=tiny.tokens(1, 9)).logits for name in ("out", "mlx"))
