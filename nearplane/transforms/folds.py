@@ -153,7 +153,8 @@ class Interventions:
             factors[fold.rows] = 2.0 ** -powers[fold.rows]
             outputs[fold.source] = factors
             inputs |= dict.fromkeys(fold.readers, 2.0 ** powers[fold.rows])
-        return same(self.run((), outputs, inputs)[0], self.output)
+        finite = self.output.isfinite().all(1)  # a position of padding may attend to nothing
+        return bool(finite.any()) and same(self.run((), outputs, inputs)[0][finite], self.output[finite])
 
     def _groups(self, found: Found) -> list[tuple[str, ...]]:
         """Group the linears that read equal inputs, one of them at least to be quantized; experts are left out."""
@@ -235,14 +236,15 @@ def _like_norm(module: nn.Module) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and torch.equal(a, b))
+    return a is b or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
 
 
 def _digits(before: Float[Tensor, "tokens in"], after: Float[Tensor, "tokens in"]) -> Tensor | None:
     """Read the digit by which each channel was multiplied, -1 where the channel is zero throughout; None: by no digit."""
-    if before.shape != after.shape or not bool(after.isfinite().all()):
+    finite = before.isfinite().all(1)
+    if before.shape != after.shape or not bool(finite.any()) or not bool(after[finite].isfinite().all()):
         return None
-    x, y = before.float(), after.float()
+    x, y = before[finite].float(), after[finite].float()
     energy = x.square().sum(0)
     silent = (energy == 0) & (y.square().sum(0) == 0)
     ratio = (x * y).sum(0) / energy

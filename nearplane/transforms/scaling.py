@@ -85,7 +85,7 @@ def rounding_error(
 
 
 def search(fold: Fold, weights: Sequence[tuple[Tensor, Grid]], moments: Moments) -> Scaled:
-    """Choose alpha on a grid from 0 to 1, the least where several are best.
+    """Choose alpha on a grid from 0 to 1, the least where several are best; factors come in eight digits of base two.
 
     Args:
         fold: The input that is scaled.
@@ -100,7 +100,8 @@ def search(fold: Fold, weights: Sequence[tuple[Tensor, Grid]], moments: Moments)
         factors = factors_of(moments.magnitude, rows, i / STEPS)
         errors.append(sum(rounding_error(weight, factors, grid, moments.H) for weight, grid in judged))
     best = min(range(len(errors)), key=errors.__getitem__)
-    factors = factors_of(moments.magnitude, rows, best / STEPS).cpu()
+    # The last digits of a sum depend on threads and ranks; those of factors do not, but by rare chance.
+    factors = factors_of(moments.magnitude, rows, best / STEPS).cpu().bfloat16().double()
     return Scaled(fold, best / STEPS, factors, errors[best] / errors[0] if errors[0] > 0 else 1.0)
 
 

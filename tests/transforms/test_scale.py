@@ -62,7 +62,8 @@ def test_the_search_is_awqs(seed: int, bits: int, group: int) -> None:
     found = search(fold, [(w[:3], grid), (w[3:], grid)], moments)
     alpha, s, errors = by_hand(w, x, bits, group)
     assert found.alpha == alpha
-    torch.testing.assert_close(found.factors, s, rtol=1e-6, atol=0)  # scales are stored in float32
+    torch.testing.assert_close(found.factors, s, rtol=2**-8, atol=0)
+    assert torch.equal(found.factors, found.factors.bfloat16().double())
     assert found.share == pytest.approx(min(errors) / errors[0], rel=1e-4)
 
 
