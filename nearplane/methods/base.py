@@ -27,6 +27,7 @@ class Method(Protocol):
     - ``refuses(shape)``: the reason why a weight of that (out, in) cannot be solved, or None.
     - ``rows_independent = True``: a promise that ``solve`` gives a row the same answer alone as among others, from the
       same state. Then each rank may solve some of the rows.
+    - ``scale = "awq"``: input channels are scaled first, unless the job says otherwise (``transforms/scaling.py``).
     """
 
     @property

@@ -129,7 +129,7 @@ class Job:
     """
 
     method: Method = field(default_factory=NearPlane)
-    """How weights are solved: rtn, obq, gptq, gptaq, rescomp, nearplane, or package.module:Class for your own."""
+    """How weights are solved: rtn, awq, obq, gptq, gptaq, rescomp, nearplane, or package.module:Class for your own."""
     grid: Grid = field(default_factory=Grid)
     calibration: Calibration = field(default_factory=Calibration)
     activations: TokenGrid | None = None

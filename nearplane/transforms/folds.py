@@ -165,8 +165,8 @@ class Interventions:
             groups.append([name]) if known is None else known.append(name)
         sites = {site.name for site in self.block.sites}
         experts = tuple(name for name in sorted(sites) if EXPERT.fullmatch(name))
-        if experts:
-            found.left[experts] = EXPERTS
+        beside = tuple(sorted(sites - {*experts, *self.inputs}))  # the output head; what these tokens do not reach
+        found.left.update({names: why for names, why in ((experts, EXPERTS), (beside, OUTSIDE)) if names})
         return [tuple(group) for group in groups if sites.intersection(group)]
 
     def _made_by(self, name: str, groups: list[tuple[str, ...]]) -> dict[int, Tensor]:

@@ -201,3 +201,26 @@ def test_what_takes_its_norms_from_elsewhere_refuses(model: Path, tmp_path: Path
     a, b = (nearplane.load(tmp_path / name)(input_ids=tiny.tokens(1, 9)).logits for name in ("out", "mlx"))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert "channels scaled: awq" in str(nearplane.inspect(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_experts_that_stay_dense_stay_fused(kind: str, tmp_path: Path) -> None:
+    """The same tensors as without scales, under the same names."""
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    model = tiny.save(tiny.build_mixture(kind), tmp_path / "model")
+    names = []
+    for scale in ("none", "awq"):
+        report = run(model, tmp_path / scale, method=RTN(), scale=scale, ignore="experts", check=False)
+        names.append(set(json.loads((tmp_path / scale / "model.safetensors.index.json").read_text())["weight_map"]))
+    assert names[0] == names[1] and any(name.endswith("experts.gate_up_proj") for name in names[0])
+    assert any("scaled: self_attn.q_proj" in event for event in report.events)
+
+
+def test_a_head_is_quantized_beside_scaled_blocks(tmp_path: Path) -> None:
+    """Tied, so that the head becomes a tensor of its own; nothing in its block makes its input."""
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    model = tiny.save(tiny.build("llama", tie_word_embeddings=True), tmp_path / "model")
+    report = run(model, tmp_path / "out", method=GPTQ(), scale="awq", head_bits=4)
+    assert any(event.startswith("lm_head: not scaled: lm_head") for event in report.events)
+    assert report.check is not None and report.check["kl"] < 0.5
+    assert nearplane.load(tmp_path / "out")(input_ids=tiny.tokens(1, 5)).logits.isfinite().all()
