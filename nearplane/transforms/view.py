@@ -85,7 +85,7 @@ class ChangedStore(Store):
         return self.original.reading(self._like(name))
 
     def rejoined(self, quantized: set[str]) -> frozenset[str]:
-        """Return the names to copy beside the ``quantized`` ones. What is stored fused stays so where nothing of it is changed."""
+        """Return the names to copy beside the ``quantized`` ones. What is stored fused stays so where no part is changed."""
         changed = set(self.changes)
         return self.original.rejoined(quantized | changed) | (changed - quantized)
 
