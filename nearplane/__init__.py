@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nearplane.evaluation.generation import Generation
     from nearplane.evaluation.perplexity import Evaluation
     from nearplane.evaluation.speed import Speed
-    from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
+    from nearplane.methods import AWQ, GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
     from nearplane.models.discover import Block, Site, Stage, discover
     from nearplane.models.source import open_source
     from nearplane.run.events import BlockDone, Noted, Solved, StageDone
@@ -56,7 +56,7 @@ _HOMES = {
     "nearplane.evaluation.generation": ("Generation",),
     "nearplane.evaluation.perplexity": ("Evaluation",),
     "nearplane.evaluation.speed": ("Speed",),
-    "nearplane.methods": ("GPTAQ", "GPTQ", "OBQ", "RTN", "Method", "NearPlane", "ResComp"),
+    "nearplane.methods": ("AWQ", "GPTAQ", "GPTQ", "OBQ", "RTN", "Method", "NearPlane", "ResComp"),
     "nearplane.models.discover": ("Block", "Site", "Stage", "discover"),
     "nearplane.models.source": ("open_source",),
     "nearplane.run.events": ("BlockDone", "Noted", "Solved", "StageDone"),
@@ -70,6 +70,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AWQ",
     "GPTAQ",
     "GPTQ",
     "OBQ",

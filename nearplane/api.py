@@ -39,6 +39,7 @@ from nearplane.run.names import config_of, every_setting
 from nearplane.run.plan import Plan, complete, draft, own_text
 from nearplane.run.report import Report, recordable
 from nearplane.run.resume import Saver, restore
+from nearplane.run.scale import scale
 from nearplane.run.student import Tuned
 from nearplane.run.tune import refuse_ranks, refused, tune
 from nearplane.run.walk import walk
@@ -114,6 +115,8 @@ def _run(
     ``own``: samples that the model has written, which OUT keeps until the run is finished.
     """
     with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
+        if plan.job.scales_channels:
+            plan = _scale(plan, writer, report, ranks, show, stop)
         if plan.undecided:
             plan = _decide(plan, writer, report, ranks, show, stop)
         done = ranks.tell(ranks.first(lambda: restore(plan, writer, report, ranks.world) if writer else []) or [])
@@ -160,6 +163,23 @@ def _tune(plan: Plan, writer: Writer, report: Report, show: Show, stop: Stop) ->
         report.check.pop("unanswered", None)  # of the walk, which stops behind the last block that it solves
         report.check |= {**tuned_check, "judged_tuning": True}  # its windows chose the step that was kept
     return tuned
+
+
+def _scale(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, stop: Stop) -> Plan:
+    """Return the plan of the model with scaled channels, and note what was scaled."""
+    clock = Clock()
+    with clock("scale"), show.counting("scale", len(plan.walked)) as advance:
+
+        def tick() -> None:
+            advance()
+            stop.check()
+
+        out = None if writer is None else writer.out
+        plan, told = scale(plan, out, bool(writer and writer.records), ranks, tick)
+    report.spend(clock.take())
+    report.settings = plan.settings
+    report.events += told
+    return plan
 
 
 def _decide(plan: Plan, writer: Writer | None, report: Report, ranks: Ranks, show: Show, stop: Stop) -> Plan:

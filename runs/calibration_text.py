@@ -26,19 +26,26 @@ import torch
 from cells import Found, Kept, spread
 from quality import Remembered, commit
 
-from nearplane import GPTAQ, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
+from nearplane import AWQ, GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
 from nearplane.data.text import read_text
 from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer
 
-# A method, and what is said of its grid beside bits and group size.
+# A method, and what is said of its grid beside bits and group size; and of the scales of channels.
 ROWS: dict[str, tuple[Method, Found]] = {
     "NearPlane": (NearPlane(), {"sym": False}),
     "NearPlane, symmetric": (NearPlane(), {"sym": True}),
     "NearPlane, symmetric, scales above 0": (NearPlane(), {"sym": True, "negative_scales": False}),
     "GPTAQ": (GPTAQ(), {"sym": False, "fit": "mse"}),
     "ResComp": (ResComp(), {"sym": False, "fit": "mse"}),
+    "RTN": (RTN(), {"sym": False}),
+    "AWQ": (AWQ(), {"sym": False}),
+    "AWQ's scales, then RTN": (RTN(), {"sym": False, "scale": "awq"}),
+    "AWQ's clipping alone": (AWQ(), {"sym": False, "scale": "none"}),
+    "GPTQ": (GPTQ(), {"sym": False}),
+    "AWQ, then GPTQ": (GPTQ(), {"sym": False, "scale": "awq"}),
+    "AWQ, then NearPlane": (NearPlane(), {"sym": False, "scale": "awq"}),
 }
 DATASETS = ("embedded", "self", "embedded:1,self:1")
 MODULES = ("argparse", "heapq", "textwrap", "statistics", "tarfile", "sched")
@@ -90,8 +97,14 @@ def measured(
 def cell(row: str, bits: int, draw: Calibration, original: Remembered, args: argparse.Namespace) -> Found:
     """Quantize with one draw of one dataset and measure all domains."""
     method, more = ROWS[row]
-    grid = Grid(bits=bits, group_size=args.group_size, **more)
-    settings: dict[str, Any] = {"method": method, "grid": grid, "ignore": args.ignore}
+    more = {**more}
+    settings: dict[str, Any] = {
+        "method": method,
+        "ignore": args.ignore,
+        "scale": more.pop("scale", "auto"),
+        "check": False,
+    }
+    settings["grid"] = Grid(bits=bits, group_size=args.group_size, **more)
     with tempfile.TemporaryDirectory(prefix="nearplane-") as folder:
         start = time.perf_counter()
         report = quantize(args.model, Path(folder) / "out", calibration=draw, progress=False, **settings)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearplane import GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
+from nearplane import AWQ, GPTAQ, GPTQ, RTN, Calibration, Grid, Method, NearPlane, ResComp, load, quantize
 from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.locate import locate
 from nearplane.models.source import load_tokenizer
@@ -34,6 +34,7 @@ from nearplane.models.source import load_tokenizer
 # Each row: the method and the fit of its grid. NearPlane's parts are added in turn.
 ROWS: dict[str, tuple[Method, str]] = {
     "RTN": (RTN(), "mse"),
+    "AWQ": (AWQ(), "auto"),
     "GPTQ": (GPTQ(), "mse"),
     "GPTAQ": (GPTAQ(), "mse"),
     "GPTAQ released": (GPTAQ(variant="released"), "mse"),
@@ -49,6 +50,7 @@ ROWS: dict[str, tuple[Method, str]] = {
     "+ residual stream": (NearPlane(rounds=0), "mse"),
     "+ our grid": (NearPlane(rounds=0), "hessian"),
     "+ refinement = NearPlane": (NearPlane(), "hessian"),
+    "AWQ, then NearPlane": (NearPlane(), "hessian"),
     "NearPlane, mse grid": (NearPlane(), "mse"),
     "NearPlane, no target": (NearPlane(target=False), "hessian"),
     "NearPlane, damping fixed": (NearPlane(damping="fixed"), "hessian"),
@@ -57,6 +59,8 @@ ROWS: dict[str, tuple[Method, str]] = {
     "NearPlane, beam 4": (NearPlane(beam=4), "hessian"),
     "NearPlane, ungated": (NearPlane(gate=False), "hessian"),
 }
+# Rows of which channels are scaled first; AWQ asks for that itself.
+SCALED = ("AWQ, then NearPlane",)
 WINDOWS_TOKENS, KL_WINDOWS = 32768, 8
 
 
@@ -102,7 +106,8 @@ def cell(
     try:
         grid = Grid(bits=bits, group_size=group, sym=bits == "ternary", fit=fit)  # type: ignore[arg-type]
         draw = Calibration(dataset=args.calibration, nsamples=windows, seqlen=512, seed=seed)
-        report = quantize(args.model, scratch / "model", method=method, grid=grid, calibration=draw, progress=False)
+        settings: dict[str, Any] = {"method": method, "grid": grid, "scale": "awq" if row in SCALED else "auto"}
+        report = quantize(args.model, scratch / "model", calibration=draw, progress=False, **settings)
         found = measured(scratch / "model", original, load_tokenizer(scratch / "model"), args)
     finally:
         shutil.rmtree(scratch)

@@ -51,6 +51,7 @@ from nearplane.models.source import open_skeleton
 from nearplane.page.html import page_or_reason
 from nearplane.transforms.hooks import KEY as ROTATED
 from nearplane.transforms.hooks import turned_linears
+from nearplane.transforms.scaling import KEY as SCALED
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,11 @@ def _refuse(path: str | Path, checkpoint: Checkpoint, target: Format) -> str:
         raise NearplaneError(
             f"{folder} is rotated, and so are its embeddings and norms, which a GGUF file takes from its template; convert a "
             "checkpoint without rotations."
+        )
+    if isinstance(target, GGUF) and SCALED in checkpoint.config:
+        raise NearplaneError(
+            f"channels of {folder} are scaled, and so are its norms, which a GGUF file takes from its template; convert a "
+            "checkpoint of --scale none."
         )
     parts = checkpoint.reader.besides_weights(checkpoint.quantization or {}) if checkpoint.reader else []
     if parts:

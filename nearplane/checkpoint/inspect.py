@@ -12,6 +12,7 @@ from nearplane.models.experts import EXPERT, routers
 from nearplane.models.locate import locate
 from nearplane.models.source import Source, open_source
 from nearplane.transforms.hooks import KEY
+from nearplane.transforms.scaling import KEY as SCALED
 
 # A number in a linear's name: of its block, or of its expert. Lines that differ in these only are one.
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -150,6 +151,8 @@ def _quantized(model: str | Path, checkpoint: Checkpoint) -> Anatomy:
     told = checkpoint.config.get(KEY)
     if isinstance(told, dict):
         lines.append(f"rotated: {', '.join(told.get('kinds', []))}")
+    if isinstance(checkpoint.config.get(SCALED), dict):
+        lines.append(f"channels scaled: {checkpoint.config[SCALED].get('search')}")
     total = sum(checkpoint.store.nbytes(n) for n in checkpoint.store.names)
     lines.append(f"bytes {total:,}")
     weights = sum(layer.shape[0] * layer.shape[1] for layer in checkpoint.layers.values())

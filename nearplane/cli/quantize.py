@@ -16,6 +16,7 @@ GROUPS = {
     "which linears": ("override", "ignore", "towers"),
     "mixed bits": ("budget", "widths"),
     "rotation": ("rotate", "rotate_seed"),
+    "scaling": ("scale",),
     "tuning": ("tune",),
     "GGUF files": ("gguf_type", "template", "gguf_dense"),
 }

@@ -175,6 +175,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
         lines.append(f"{rounded}; each code is stored as an int8")
     if turned is not None:
         lines.append(f"rotate {','.join(turned['kinds'])} seed={turned['seed']}")
+    if settings.get("scale") is not None:
+        lines.append("scale awq")
     for some in settings.get("override", ()):
         fields = (f"{key}={value}" for key, value in some.items() if key != "pattern")
         lines.append(" ".join(["override", repr(some["pattern"]), *fields]))
@@ -188,7 +190,8 @@ def head(report: "Report", blocks: "list[Block]", *, verbose: bool = False) -> l
         kind = f" ({row['origin']})" if row["origin"] != row["source"] else ""
         lines.append(f"  {row['source']}, weight {row['weight']:g}: {row['windows']} windows{kind}")
     lines += [f"note: {note}" for note in (report.events if verbose else grouped(report.events))]
-    read, checked = "windows" in data, report.check
+    # Where only the scales of channels read data, linears have no errors of their outputs.
+    read, checked = "windows" in data and name != "RTN", report.check
     if checked is not None:
         kind = "held-out" if checked["held_out"] else "calibration"
         lines.append("a block's line: error, ‖x̂-x‖²/‖x‖² of the hidden state behind it, by tokens")

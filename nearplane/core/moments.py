@@ -41,6 +41,7 @@ class Moments:
     sources: "tuple[Moments, ...]" = ()  # of several texts, the moments of each one's held-out tokens
     mass: float | None = None  # sum of the tokens' weights; None: each weighs 1
     gain: Float[Tensor, "out"] | None = None  # what an error of each output is multiplied by; None: 1
+    magnitude: Float[Tensor, "in"] | None = None  # the mean of |x̂|
 
     @classmethod
     def zeros(
@@ -50,6 +51,7 @@ class Moments:
         drift: bool = False,
         residual: int | None = None,
         weighted: bool = False,
+        magnitude: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Moments":
@@ -60,12 +62,14 @@ class Moments:
             drift: Whether to keep D.
             residual: Width of the residual stream, to keep R.
             weighted: Whether tokens come with weights.
+            magnitude: Whether to keep the mean of |x̂|.
             dtype: Of the moments.
             device: Of the moments.
         """
         H = torch.zeros(n, n, dtype=dtype, device=device)
         R = None if residual is None else H.new_zeros(residual, n)
-        return cls(H, torch.zeros_like(H) if drift else None, R=R, mass=0.0 if weighted else None)
+        size = H.new_zeros(n) if magnitude else None
+        return cls(H, torch.zeros_like(H) if drift else None, R=R, mass=0.0 if weighted else None, magnitude=size)
 
     def add(
         self,
@@ -115,19 +119,22 @@ class Moments:
                 return
         keep, step = before / (before + more), 1 / (before + more)
         add_gram(self.H, xhat, keep, step)
+        if self.magnitude is not None:
+            sizes = xhat.abs() if weight is None else xhat.abs().mul_(root[finite])
+            self.magnitude.mul_(keep).add_(sizes.sum(0), alpha=step)
         for moment, left in sides:
             torch.addmm(moment, left.T, xhat, beta=keep, alpha=step, out=moment)
         self.tokens += kept
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of tokens together: their weighted mean, so shards combine exactly."""
-        kinds = [(m.D is None, m.R is None, m.mass is None) for m in (self, other)]
+        kinds = [(m.D is None, m.R is None, m.mass is None, m.magnitude is None) for m in (self, other)]
         if kinds[0] != kinds[1]:
             raise ValueError("moments that keep different things cannot be merged.")
         held = self.held.merge(other.held) if self.held is not None and other.held is not None else None
         sources = tuple(mine.merge(its) for mine, its in zip(self.sources, other.sources, strict=True))
-        D, R = (None if moment is None else moment.clone() for moment in (self.D, self.R))
-        whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain)
+        D, R, size = (None if moment is None else moment.clone() for moment in (self.D, self.R, self.magnitude))
+        whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain, magnitude=size)
         whole._absorb(other)
         whole.held, whole.sources = held, sources
         return whole
@@ -174,7 +181,8 @@ class Moments:
     def _absorb(self, other: "Moments") -> None:
         total = self.weight + other.weight
         a, b = (self.weight / total, other.weight / total) if total else (0.0, 0.0)
-        for mine, its in ((self.H, other.H), (self.D, other.D), (self.R, other.R)):
+        pairs = [(self.H, other.H), (self.D, other.D), (self.R, other.R), (self.magnitude, other.magnitude)]
+        for mine, its in pairs:
             if mine is not None and its is not None:
                 mine.mul_(a).add_(its, alpha=b)
         self.tokens, self.dropped = self.tokens + other.tokens, self.dropped + other.dropped
@@ -194,6 +202,9 @@ class Moments:
         for moment in (moment for part in self.parts for moment in (part.H, part.D, part.R)):
             if moment is not None:
                 moment.mul_(2.0 ** (power // 2)).mul_(2.0 ** (power // 2))  # 2 ** power may leave the dtype's range
+        for part in self.parts:
+            if part.magnitude is not None:  # a first moment
+                part.magnitude.mul_(2.0 ** (power // 2))
         return power
 
     def _mean(self) -> float:

@@ -51,6 +51,14 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def gb(size: float) -> str:
+    """Return a number of bytes in words."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}" if size < 10 * unit or unit == 1e9 else f"{size / unit:.0f} {name}"
+    return f"{size / 1e3:.0f} kB"
+
+
 def _of_container() -> int | None:
     """Return the limit of a control group (version 2) less its use; psutil knows only the machine.
 

@@ -126,7 +126,7 @@ class Ranks:
         for m, (tokens, dropped), weight in zip(parts, totals.tolist(), weights.tolist(), strict=True):
             share = m.weight / weight if weight else 0.0
             self._mean(m.H, share, symmetric=True)
-            for moment in (m.D, m.R):
+            for moment in (m.D, m.R, None if m.magnitude is None else m.magnitude[None]):
                 if moment is not None:
                     self._mean(moment, share, symmetric=False)
             m.tokens, m.dropped, m.mass = tokens, dropped, None if m.mass is None else weight

@@ -4,6 +4,7 @@ A method is a frozen dataclass whose fields are its options. A user's own class 
 ``quantize(method=Mine())``, or ``--method package.module:Mine`` on the command line.
 """
 
+from nearplane.methods.awq import AWQ
 from nearplane.methods.base import Method
 from nearplane.methods.gptaq import GPTAQ
 from nearplane.methods.gptq import GPTQ
@@ -14,6 +15,7 @@ from nearplane.methods.rtn import RTN
 
 METHODS: dict[str, type[Method]] = {
     "rtn": RTN,
+    "awq": AWQ,
     "obq": OBQ,
     "gptq": GPTQ,
     "gptaq": GPTAQ,
@@ -21,4 +23,4 @@ METHODS: dict[str, type[Method]] = {
     "nearplane": NearPlane,
 }
 
-__all__ = ["GPTAQ", "GPTQ", "METHODS", "OBQ", "RTN", "Method", "NearPlane", "ResComp"]
+__all__ = ["AWQ", "GPTAQ", "GPTQ", "METHODS", "OBQ", "RTN", "Method", "NearPlane", "ResComp"]

@@ -13,7 +13,7 @@ from nearplane.core.grid import Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.sweep import Push, sweep
 
-Need = Literal["H", "D", "R", "held_out", "norm"]
+Need = Literal["H", "D", "R", "held_out", "norm", "magnitude"]
 
 
 @runtime_checkable
@@ -27,6 +27,7 @@ class Method(Protocol):
     - ``refuses(shape)``: the reason why a weight of that (out, in) cannot be solved, or None.
     - ``rows_independent = True``: a promise that ``solve`` gives a row the same answer alone as among others, from the
       same state. Then each rank may solve some of the rows.
+    - ``scale = "awq"``: input channels are scaled first, unless the job says otherwise (``transforms/scaling.py``).
     """
 
     @property
@@ -34,6 +35,7 @@ class Method(Protocol):
         """Moments that calibration must measure: of H, D and R (``core/moments.py``; R takes the place of D), and held_out.
 
         With norm, tokens and outputs are weighted where a norm follows the linear, which may have an R there, too.
+        With magnitude, the mean of |x̂| is measured, too.
         """
         ...
 

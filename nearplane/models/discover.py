@@ -223,7 +223,7 @@ def _probe(source: Source, towers: dict[str, list[str]], every: bool = False) ->
             return last[name]
         containers = handed.containers(args, kwargs)
         own = handed.settings_of(module, towers[tower].index(name)) if containers else None
-        kind, watch = (_structure(module), own), Watch(containers)
+        kind, watch = (structure(module), own), Watch(containers)
         # Blocks that are given a container may write what others read, and others than those of their kind.
         again = every or bool(left) or (bool(containers) and source.sketch)
         if kind not in kinds or again:
@@ -408,7 +408,7 @@ def _passage(y: Tensor, sooner: list[Call], later: list[Call], hidden: Tensor) -
         passed = rows_of(output)
         if not same(rows_of(given), rows) or (torch.equal(passed, rows) and next(module.parameters(), None) is None):
             continue
-        if not _takes_one(module):
+        if not takes_one(module):
             continue
         gain = gain_of(module, y)
         if not same(passed, scales_of(rows, passed, gain)[:, None] * gain * rows):
@@ -420,7 +420,7 @@ def _passage(y: Tensor, sooner: list[Call], later: list[Call], hidden: Tensor) -
     return None
 
 
-def _takes_one(module: nn.Module) -> bool:
+def takes_one(module: nn.Module) -> bool:
     """Tell whether a module can be called with one tensor alone."""
     kinds = [p.kind for p in signature(module.forward).parameters.values() if p.default is p.empty]
     return sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds) == 1 and all(
@@ -441,7 +441,7 @@ def _below(block: str, site: Site) -> Site:
     return replace(site, name=f"{block}.{site.name}", adds_to=point, passage=names)
 
 
-def _structure(module: nn.Module) -> Any:
+def structure(module: nn.Module) -> Any:
     """Return a key that equal blocks share: classes, names and shapes of all modules inside."""
     return tuple(
         (name, type(m), tuple((n, tuple(p.shape)) for n, p in m.named_parameters(recurse=False)))

@@ -34,7 +34,7 @@ from nearplane.formats.companions import companions
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.journal import STATE
 from nearplane.formats.parts import SHARD_BYTES
-from nearplane.machine.memory import available_memory, cuda_memory, free_disk, resident
+from nearplane.machine.memory import available_memory, cuda_memory, free_disk, gb, resident
 from nearplane.methods import METHODS
 from nearplane.methods.base import Need
 from nearplane.models.discover import Block, Stage, embedding_name, head_name, point_of
@@ -44,6 +44,7 @@ from nearplane.run.measure import MEASURED_AT_ONCE
 from nearplane.run.mix import JUDGED
 from nearplane.run.plan import Plan
 from nearplane.run.probe import Ample, Probe, Size
+from nearplane.run.scale import searching
 from nearplane.run.stream import batch_rows, kept
 from nearplane.run.student import moving, needed, written_fresh
 
@@ -179,12 +180,12 @@ class _Walk:
     """The moments of a run, and the bytes of each part at each."""
 
     def __init__(self, plan: Plan, offload: bool = False, probe: Probe | None = None) -> None:
-        self.plan, source, store = plan, plan.source, plan.source.store
+        self.plan, source, store, self.offload = plan, plan.source, plan.source.store, offload
         self.probe = probe or probe_of(plan)
         self.needs = plan.method.needs
         self.size = plan.compute.itemsize
         self.streams = 0 if not self.needs else 2 if self.needs & {"D", "R"} else 1
-        windows, seqlen = plan.windows
+        windows, seqlen = plan.windows if self.needs else (0, 0)
         self.tokens = windows * seqlen
         self.batch = min(windows, batch_rows(seqlen)) * seqlen if windows else 0
         self.kept = kept(plan.blocks, self.tokens, plan.compute, self.streams)
@@ -235,6 +236,11 @@ class _Walk:
         if weights and (self.needs or self.plan.job.tune):  # the whole model, before the walk
             quiet = dict.fromkeys(("block", "paused", "moments", "factor", "solver", "pending"), 0)
             yield OWN, {"outside": weights, "streams": beside, **quiet}
+        if self.plan.job.scales_channels:
+            walk = searching(self.plan)
+            probe = type(self.probe)(walk.method, walk.grid, solver_dtype(walk))
+            for where, parts in _Walk(walk, self.offload, probe).moments():
+                yield f"the search for scales, {where}", parts
         if self.plan.job.tune:
             yield "the tuning", needed(self.plan)
         if self.plan.job.check:
@@ -351,14 +357,6 @@ def _stored(plan: Plan, name: str) -> int:
     """Return the bytes of a dense tensor as it will be written."""
     store = plan.source.store
     return prod(store.shape(name)) * plan.source.written(name, plan.dense).itemsize
-
-
-def gb(size: float) -> str:
-    """Return a number of bytes in words."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}" if size < 10 * unit or unit == 1e9 else f"{size / unit:.0f} {name}"
-    return f"{size / 1e3:.0f} kB"
 
 
 def ample(plan: Plan) -> Probe:

@@ -25,7 +25,7 @@ from nearplane.core.moments import all_finite
 from nearplane.data.own import own_memory, wanted
 from nearplane.data.shares import WORDS
 from nearplane.data.text import tokenize
-from nearplane.machine.memory import free_disk
+from nearplane.machine.memory import free_disk, gb
 from nearplane.machine.ranks import Ranks
 from nearplane.methods.base import Need, rows_independent
 from nearplane.models.inputs import vocabulary
@@ -36,7 +36,6 @@ from nearplane.run.estimate import (
     Memory,
     ample,
     estimate,
-    gb,
     probe_of,
     shared,
     short,
@@ -50,6 +49,7 @@ from nearplane.run.mix import JUDGED
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, draft
 from nearplane.run.probe import Ample, Size, made_up
+from nearplane.run.scale import searching
 from nearplane.run.student import written_fresh
 from nearplane.run.tune import forwards, refuse_ranks
 
@@ -100,7 +100,7 @@ class Forecast:
     @property
     def sources(self) -> list[dict[str, Any]]:
         """The sources of the calibration data, with weight, windows and seed; none where the method reads no data."""
-        shares = self.plan.calibration.shares if self.plan.method.needs else ()
+        shares = self.plan.calibration.shares if self.plan.job.reads_data else ()
         return [{"source": s.name, "weight": s.weight, "windows": count, "seed": seed} for s, count, seed in shares]
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Forecast:
             lines += _table(memory, found.available(memory))
         kept = "" if found.kept or not windows else "; too many tokens to let forwards wait, each stage is reached anew"
         if windows:
-            lines.append(f"{('one stream', 'two streams')[found.streams - 1]} of hidden states{kept}")
+            lines.append(f"{('one stream', 'two streams')[found.streams == 2]} of hidden states{kept}")
         free = free_disk(Path.cwd())
         wanted = ", ".join(f"{name} {gb(size)}" for name, size in found.disk.items() if size >= 1e5)
         have = "" if free is None else f"; {gb(free)} are free here"
@@ -178,11 +178,13 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
     found = shared(plan, scratch, ranks, ranks)
     measured = rates(plan, found)
     spent = seconds(plan, found, measured)
-    spent["start"] += opening + (reading(plan) if plan.method.needs else 0.0)
-    if (plan.method.needs or plan.job.tune) and wanted(plan.calibration) is not None:
+    spent["start"] += opening + (reading(plan) if plan.job.reads_data else 0.0)
+    if (plan.job.reads_data or plan.job.tune) and wanted(plan.calibration) is not None:
         spent["samples"] = writing(plan, measured)
     if rows_independent(plan.method):
         spent |= {phase: spent[phase] / ranks for phase in ("solve", "measure")}
+    if plan.job.scales_channels:
+        spent["scale"] = scaling(plan, scratch)
     if plan.undecided:
         walk = measuring(plan)
         judged = estimate(walk, scratch)
@@ -192,6 +194,16 @@ def forecast(model: str | Path, job: Job | None = None, *, ranks: int = 1, **set
         if walk.method.needs:  # each width of each unit of a block is judged by forwards
             spent["budget"] += first["forward"] * widths * len(plan.units) / (len(plan.blocks) * JUDGED)
     return Forecast(plan, found, spent, ranks)
+
+
+def scaling(plan: Plan, offload: Path | None) -> float:
+    """Return the seconds of the walk that searches for scales, and of its proof, which reads the model twice."""
+    walk = searching(plan)
+    found = estimate(walk, offload)
+    measured = rates(walk, found)
+    spent = seconds(walk, found, measured)
+    stored = sum(plan.source.store.nbytes(name) for name in plan.source.store.names) / plan.source.dtype.itemsize
+    return sum(spent[phase] for phase in ("forward", "observe", "prepare", "solve")) + 2 * measured.load * stored
 
 
 def without_check(plan: Plan, offload: Path | None, world: int = 1, machine: int = 1) -> Plan:
@@ -291,7 +303,7 @@ def writing(plan: Plan, rates: Rates) -> float:
     if asked is None:
         return 0.0
     weights, _ = own_memory(plan.source, plan.calibration, 1)
-    drafts = [asked[0]] * bool(plan.method.needs) + [fresh] * bool(fresh)  # the model is loaded for each
+    drafts = [asked[0]] * plan.job.reads_data + [fresh] * bool(fresh)  # the model is loaded for each
     tokens = sum(drafts) * (plan.windows[1] or plan.calibration.seqlen)
     return rates.load * weights * len(drafts) + THIN * rates.flop * 2 * weights * tokens
 

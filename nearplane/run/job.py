@@ -129,7 +129,7 @@ class Job:
     """
 
     method: Method = field(default_factory=NearPlane)
-    """How weights are solved: rtn, obq, gptq, gptaq, rescomp, nearplane, or package.module:Class for your own."""
+    """How weights are solved: rtn, awq, obq, gptq, gptaq, rescomp, nearplane, or package.module:Class for your own."""
     grid: Grid = field(default_factory=Grid)
     calibration: Calibration = field(default_factory=Calibration)
     activations: TokenGrid | None = None
@@ -156,6 +156,9 @@ class Job:
     """Seed of the rotations' random signs."""
     transforms: tuple[Transform, ...] = ()
     """Equivalent models of your own that are quantized in place of the model, after the rotations (Python only)."""
+    scale: Literal["auto", "none", "awq"] = "auto"
+    """Scale the input channels of linears before they are quantized, by the method that follows: awq (arXiv 2306.00978), folded
+    into the norm or the linear before them where that is exact; auto: as the method asks, which only awq does."""
     tune: int = 0
     """Steps of a short tuning after the codes stand (0: none): group scales, norms and biases move until the model's words are
     its original's again; codes and storage stay. Held-out windows judge; what does not help is undone. The whole model is in
@@ -207,6 +210,8 @@ class Job:
             raise SettingError(f"check must be True or False; got {self.check!r}.")
         if type(self.tune) is not int or self.tune < 0:
             raise SettingError(f"tune must be a whole number of steps, 0 for none; got {self.tune!r}.")
+        if self.scale not in ("auto", "none", "awq"):
+            raise SettingError(f"scale must be auto, none or awq; got {self.scale!r}.")
         pick_dtype(self.dtype)
         _ = self.checkpoint_format
         for transform in (self.rotation, *self.transforms):
@@ -229,6 +234,16 @@ class Job:
     def rotation(self) -> Rotate:
         """The rotations, with their seed."""
         return make_rotate(self.rotate, self.rotate_seed)
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether input channels are scaled before the run."""
+        return (getattr(self.method, "scale", "none") if self.scale == "auto" else self.scale) == "awq"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether calibration data is read before linears are solved, or while they are."""
+        return bool(self.method.needs) or self.scales_channels
 
     @property
     def equivalences(self) -> tuple[Transform, ...]:

@@ -50,6 +50,7 @@ class Measuring:
                 drift=drift,
                 residual=residual,
                 weighted=gain is not None,
+                magnitude="magnitude" in needs,
                 dtype=like.dtype,
                 device=like.device,
             )

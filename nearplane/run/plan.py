@@ -183,7 +183,7 @@ class Plan:
         return stream(
             self.source,
             self.blocks,
-            self.samples,
+            self.samples if self.method.needs else None,
             reference=bool(self.method.needs & {"D", "R"}),
             activations=self.activations,
             also=None if self.checked is None else self.checked.batch,
@@ -193,7 +193,7 @@ class Plan:
     @property
     def windows(self) -> tuple[int, int]:
         """(samples, positions of a sample) of the calibration data, known before it is read; (0, 0) without data."""
-        if not self.method.needs:
+        if not self.job.reads_data:
             return 0, 0
         if self.samples is not None:
             return self.samples.number, positions([block.shape for block in self.blocks], self.samples.arguments)
@@ -242,9 +242,10 @@ class Plan:
             "device": self.device.type,  # which of the GPUs decides nothing
             **({} if self.activations is None else {"activations": asdict(self.activations)}),
             **self._mixed,
+            **({"scale": {"search": "awq"}} if self.job.scales_channels else {}),
             **self.source.settings,
             **self._made_of,
-            **({} if self.choices is None else {"choices": self.choices}),
+            **({"choices": self.choices} if self.choices is not None else {}),
             **({"tune": self.job.tune} if self.job.tune else {}),
         }
         return {name: recordable(value, name) for name, value in found.items()}
@@ -328,7 +329,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
     generation_settings(source.model, source.folder)  # a broken file would end in a folder that nobody loads
     if job.calibration.all_experts:
         show_all(source.model, source.folder)
-    if job.method.needs or job.tune:
+    if job.reads_data or job.tune:
         refuse_own(source.model, job.calibration)
     try:
         blocks = discover(source)
@@ -355,10 +356,10 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
 
 def own_text(plan: Plan, out: Path | None = None, counting: Counting | None = None) -> Tokens | None:
     """Let the model write the windows that its calibration asks of it, as ``own_samples`` does; None where it asks for none."""
+    if not plan.job.reads_data:
+        return None
     source = plan.source.promise_of or plan.source
-    return (
-        own_samples(source, plan.calibration, plan.device, plan.compute, out, counting) if plan.method.needs else None
-    )
+    return own_samples(source, plan.calibration, plan.device, plan.compute, out, counting)
 
 
 def complete(plan: Plan, own: Tokens | None = None) -> Plan:
@@ -379,7 +380,7 @@ def complete(plan: Plan, own: Tokens | None = None) -> Plan:
     if plan.template is not None and isinstance(plan.format, GGUF):
         sites = [(site, plan.grid_of(site)) for site in plan.sites]
         plan = replace(plan, placed=place_source(source, sites, plan.format, plan.template))
-    if plan.method.needs:
+    if job.reads_data:
         plan = replace(plan, samples=gather(source, job.calibration, own))
     if job.tune:
         more = fresh_windows(job.tune, plan.windows[1] or job.calibration.seqlen)
@@ -405,11 +406,10 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
         refuse_split(grids, ignored, job, fixed)
     open_bits = set() if job.budget is None else {site.name for site in sites if disk[site.name] not in fixed}
     _refuse(job, format, {disk[site.name]: (site, grids[disk[site.name]]) for site in sites}, open_bits)
-    together = format.together(grids, str(getattr(source.config, "model_type", "")))
-    if together is not None:
+    if (together := format.together(grids, str(getattr(source.config, "model_type", "")))) is not None:
         raise SettingError(f"{together}.")
     shapes = {disk[site.name]: site.shape for site in sites}
-    template = template_for(format, source, shapes, rotated=bool(job.equivalences))
+    template = template_for(format, source, shapes, rotated=bool(job.equivalences) or job.scales_channels)
     compute = torch.float32 if device.type == "cpu" else source.dtype
     by_site = {site.name: grids[disk[site.name]] for site in sites}
     plan = Plan(source, blocks, job, grid, format, stored, compute, device, by_site, ignored, template=template)

@@ -245,7 +245,7 @@ class _Watch:
                 continue  # a module with linears inside, or dropout
             if call.output is None or not fits(call.output, call.input):
                 raise SettingError(self._no(f"{call.name} reads the stream and is no norm"))
-            norm = _as_norm(call)
+            norm = as_norm(call)
             if norm is None:
                 raise SettingError(self._no(f"{call.name} reads the stream and is neither an RMSNorm nor a LayerNorm"))
             self.anatomy.norms[norm.name] = norm
@@ -301,7 +301,7 @@ def _origin(values: Tensor, linears: list[Call]) -> tuple[str, int] | None:
     return None
 
 
-def _as_norm(call: Call) -> Norm | None:
+def as_norm(call: Call) -> Norm | None:
     """Identify a norm by its outputs at three settings of its parameters; None for any other module."""
     module, own = call.module, dict(call.module.named_parameters())
     assert call.input is not None

@@ -84,6 +84,11 @@ class ChangedStore(Store):
         """Count the bytes of memory that reading the stored tensor takes."""
         return self.original.reading(self._like(name))
 
+    def rejoined(self, quantized: set[str]) -> frozenset[str]:
+        """Return the names to copy beside the ``quantized`` ones. What is stored fused stays so where no part is changed."""
+        changed = set(self.changes)
+        return self.original.rejoined(quantized | changed) | (changed - quantized)
+
     def _like(self, name: str) -> str:
         return self.changes[name].like if name in self.changes else name
 

@@ -304,3 +304,17 @@ def test_values_that_are_shared_in_another_way_are_named(tmp_path: Path) -> None
     model.norm.register_forward_pre_hook(asks)
     with pytest.raises(NearplaneError, match=r"share values beside the hidden state .*'sliding_attention'"):
         discover(source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_of_channels_leave_what_is_handed_on(kind: str, models: Any, tmp_path: Path) -> None:
+    """Norms are divided, and no linear whose values later blocks may read; the scaled model is proved by its logits."""
+    model = models(kind)
+    settings: dict[str, Any] = {"dataset": str(model.parent / "text.txt"), "nsamples": 4, "seqlen": 20}
+    report = nearplane.quantize(
+        model, tmp_path / "out", method="rtn", scale="awq", grid=GRID, check=False, progress=False, **settings
+    )
+    told = [event for event in report.events if "scaled: " in event]
+    assert any("layernorm (error x 0." in event for event in told)
+    handed = {block.name for block in discover(open_source(model)) if block.handed}
+    assert handed and not [e for e in told if e.split(":")[0] in handed and "through self_attn.v_proj" in e]

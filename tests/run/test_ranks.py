@@ -109,6 +109,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("one batch for two ranks", 2, {"method": NearPlane(), "samples": 2}),
     ("few sequences: runs of tokens are held out", 3, {"method": NearPlane(), "samples": 3, "seqlen": 60}),
     ("no data", 2, {"method": RTN()}),
+    ("scaled channels", 3, {"method": GPTQ(), "scale": "awq"}),
+    ("scaled channels, one batch for two ranks", 2, {"method": RTN(), "scale": "awq", "samples": 2}),
     ("bits by a budget", 2, {"method": GPTQ(), "budget": 5.5}),
     ("bits by a budget, no data", 3, {"method": RTN(), "budget": 5.5}),
 ]

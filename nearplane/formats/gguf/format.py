@@ -42,7 +42,7 @@ DEFAULT = "Q4_0"
 SUFFIX = ".weight"
 NOT_ROTATED = (
     "rotations and other transforms change embeddings and norms, which a GGUF file takes from its template; use --format gguf "
-    "without them."
+    "without them (--scale none: no channels are scaled)."
 )
 
 
