@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nearplane.api import bench, evaluate, generate, inspect, load, plan, quantize
     from nearplane.checkpoint.convert import Conversion, convert
     from nearplane.checkpoint.enable import disable, enable
+    from nearplane.checkpoint.hub.push import Pushed, push
     from nearplane.checkpoint.inspect import Anatomy
     from nearplane.checkpoint.load import LoadSettings
     from nearplane.checkpoint.verify import Verification, verify
@@ -41,6 +42,7 @@ _HOMES = {
     "nearplane.api": ("bench", "evaluate", "generate", "inspect", "load", "plan", "quantize"),
     "nearplane.checkpoint.convert": ("Conversion", "convert"),
     "nearplane.checkpoint.enable": ("disable", "enable"),
+    "nearplane.checkpoint.hub.push": ("Pushed", "push"),
     "nearplane.checkpoint.inspect": ("Anatomy",),
     "nearplane.checkpoint.load": ("LoadSettings",),
     "nearplane.checkpoint.verify": ("Verification", "verify"),
@@ -93,6 +95,7 @@ __all__ = [
     "Override",
     "Place",
     "Plan",
+    "Pushed",
     "Quantized",
     "Report",
     "ResComp",
@@ -117,6 +120,7 @@ __all__ = [
     "make_plan",
     "open_source",
     "plan",
+    "push",
     "quantize",
     "stream",
     "verify",

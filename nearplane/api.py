@@ -30,6 +30,7 @@ from nearplane.machine.signals import Stop, stoppable
 from nearplane.models.locate import given_path, locate, refuse_loaded
 from nearplane.models.source import load_tokenizer
 from nearplane.run.budget import decide
+from nearplane.run.command import options_of
 from nearplane.run.estimate import refuse
 from nearplane.run.events import BlockDone, Show, StageDone
 from nearplane.run.forecast import Forecast, forecast, without_check
@@ -98,6 +99,7 @@ def quantize(
         named = recordable(str(model), "MODEL"), recordable(str(out), "OUT")
         report = Report(named[0], plan.settings, named[1], data=plan.data)
         report.revision, report.commit = plan.source.revision, plan.source.commit
+        report.command = dict(zip(("options", "unsaid"), options_of(job), strict=True))
         report.check = None if plan.checked is None else plan.checked.record()
         report.events += plan.warnings()
         return ranks.tell(_run(plan, writer, report, ranks, told, own))

@@ -57,7 +57,7 @@ SHORT = (
     | {f"methods/{name}.py": "one file a method" for name in METHODS}
 )
 # Folders with more than 12 files beside __init__.py.
-WIDE_FOLDERS = {"cli": 14, "core": 17, "formats": 14, "models": 14, "run": 21}
+WIDE_FOLDERS = {"cli": 15, "core": 17, "formats": 14, "models": 14, "run": 22}
 # Their parameters are the operands of a kernel: Triton and torch.library take them one by one.
 OPERANDS = {"_round_leaf", "_linear", "_", "weight_of", "multiply", "unpack"}
 
@@ -135,6 +135,6 @@ def test_what_functions_return_is_readable() -> None:
     """No dump of a dataclass: the text for people."""
     for kind in (
         nearplane.Anatomy, nearplane.Conversion, nearplane.Evaluation, nearplane.Features, nearplane.Forecast,
-        nearplane.Generation, nearplane.Speed, nearplane.Verification,
+        nearplane.Generation, nearplane.Pushed, nearplane.Speed, nearplane.Verification,
     ):  # fmt: skip
         assert kind.__repr__ is kind.__str__, kind

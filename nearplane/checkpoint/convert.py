@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.checkpoint.config import written_config
+from nearplane.checkpoint.engines import Described, model_facts, verdicts
+from nearplane.checkpoint.engines.describe import Weight
 from nearplane.checkpoint.export import Rest, Solved, Written, export, head_names, left_out
 from nearplane.checkpoint.gguf import (
     Placed,
@@ -31,6 +33,8 @@ from nearplane.checkpoint.gguf import (
     write_alone,
     write_gguf,
 )
+from nearplane.checkpoint.hub.card import Made, card, commonest
+from nearplane.checkpoint.hub.card import described as described_source
 from nearplane.checkpoint.packed import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
@@ -46,6 +50,7 @@ from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.experts_disk import matrices, names_in_model, split_names
+from nearplane.models.inputs import is_causal
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
 from nearplane.transforms.hooks import KEY as ROTATED
@@ -134,6 +139,8 @@ def convert(
     with bar(progress) as display, writer or nullcontext():
         placed = _placed(checkpoint, target, model, display)
         rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
+        if not alone:
+            rest = replace(rest, card=_card(path, checkpoint, target, model, rest, (grids, modules)))
         written = len(checkpoint.layers) if placed is None else len(placed.template.tensors)
         tick = partial(display.advance, display.add_task("convert", total=written + len(rest.dense) * (not alone)))
         if writer is not None:
@@ -144,6 +151,36 @@ def convert(
     types = None if placed is None else _told(placed, target, checkpoint, grids)
     told = len(checkpoint.layers), len(checkpoint.dense), _new_dtypes(checkpoint, grids), note, types, moved
     return Conversion(str(path), str(out), before, target.name, *told)
+
+
+def _card(
+    path: str | Path, checkpoint: Checkpoint, target: Format, model: nn.Module, rest: Rest,
+    layers: tuple[dict[str, Grid], dict[str, str]],
+) -> str:  # fmt: skip
+    """Write the model card of the new folder.
+
+    ``layers``: the grids, and the names in the model, of the layers by their names on disk.
+    """
+    grids, modules = layers
+    folder, file = checkpoint.store.folder, rest.file
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
+    dense = sum(checkpoint.store.nbytes(name) for name in checkpoint.dense)
+    weights = dict.fromkeys(Weight(grid, shapes[name]) for name, grid in grids.items())
+    facts = model_facts(model, {modules[name]: grid for name, grid in grids.items()})
+    made = Made(
+        model=str(report.get("model", path)),
+        format=target.name,
+        grids=commonest(grids.values()),
+        report=report,
+        engines=verdicts(Described(target.name, tuple(weights), facts)),
+        nbytes=dense + sum(target.nbytes(shapes[name], grid) for name, grid in grids.items()) if file is None else file.nbytes,
+        file=None if file is None else file.name,
+        causal=is_causal(model),
+        version=environment()["nearplane"],
+        **described_source(str(path), folder, checkpoint.config, converted=True)[0],
+    )
+    return card(made)
 
 
 def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:

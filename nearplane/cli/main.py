@@ -21,7 +21,7 @@ from nearplane.machine.signals import Interrupted, started
 from nearplane.models.locate import locate, refuse_missing
 from nearplane.run.names import ALIASES
 
-VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "convert")
+VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "convert", "push")
 USAGE = """nearplane: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT --bits 3     write a quantized checkpoint
@@ -32,6 +32,7 @@ USAGE = """nearplane: quantize transformers by error compensation.
   nearplane bench OUT                       tokens/s, packed against dense
   nearplane verify OUT --engine vllm        every file and tensor re-read
   nearplane convert OUT NEW --format gptq   the same codes in another format
+  nearplane push OUT USER/NAME              onto the model hub, in one commit
   nearplane serve OUT --port 8000           transformers' server, packed weights
 
   nearplane help VERB                       the options of a verb
@@ -107,7 +108,8 @@ def _run(argv: list[str]) -> int:
         print(help_text(module, words), end="")
         return 0
     options, settings = parse(module, words)
-    _refuse_missing(getattr(options, "model", None) or options.out, {**vars(options), **settings}.get("revision"))
+    if not getattr(module, "LOCAL", False):
+        _refuse_missing(getattr(options, "model", None) or options.out, {**vars(options), **settings}.get("revision"))
     _quiet_transformers()
     return int(module.run(options, settings))
 

@@ -27,7 +27,7 @@ USED_FIRST = "options used first"
 # What the settings of a class are called in help; those of its parts by the name of the part.
 GROUPS = {"Job": "run", "LoadSettings": "loading", "Grid": "grid"}
 # Fields without a default that are words by their place; other fields without one are flags that must be given.
-BY_PLACE = ("model", "out", "new")
+BY_PLACE = ("model", "out", "new", "repo")
 # Flags that may be given several times.
 REPEATED = ("override", "ignore")
 # Set by the run, not by a user.
@@ -37,7 +37,7 @@ METAVARS = {
     "budget": "BITS", "tune": "STEPS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
-    "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",
+    "push_to_hub": "REPO", "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {

@@ -49,6 +49,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     revision: str | None = None  # of a model from the hub, as it was asked for
     commit: str | None = None  # of a model from the hub, whose files were read
+    command: dict[str, list[str]] | None = None  # options that repeat the run, and settings that no option says
     resumed: int = 0  # times the run went on after it was ended
     tuning: dict[str, Any] | None = None  # what a tuning did (run/tune.py); None: there was none
     blocks: list[BlockRow] = field(default_factory=list)  # errors behind each block, on the checked windows
@@ -69,7 +70,7 @@ class Report:
     def read(cls, out: str | Path) -> "Report":
         """Read the report beside a finished checkpoint. NearplaneError where there is none."""
         stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
-        later = ("revision", "commit", "tuning", "blocks", "check")  # reports of earlier versions lack them
+        later = ("revision", "commit", "command", "tuning", "blocks", "check")  # reports of earlier versions lack them
         known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored or f.name not in later}
         blocks = [BlockRow(**row) for row in known.get("blocks", ())]
         return cls(**{**known, "linears": [_row(row) for row in known["linears"]], "blocks": blocks})
