@@ -135,22 +135,25 @@ def convert(
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (Solved(n, _exact(n, checkpoint.quantized(n), grid, target), grid) for n, grid in grids.items())
-    report = folder / REPORT if (folder / REPORT).is_file() else None  # of the run that chose the codes
     with bar(progress) as display, writer or nullcontext():
         placed = _placed(checkpoint, target, model, display)
         rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
-        if not alone:
-            rest = replace(rest, card=_card(path, checkpoint, target, model, rest, (grids, modules)))
+        rest = rest if alone else replace(rest, card=_card(path, checkpoint, target, model, rest, (grids, modules)))
         written = len(checkpoint.layers) if placed is None else len(placed.template.tensors)
         tick = partial(display.advance, display.add_task("convert", total=written + len(rest.dense) * (not alone)))
         if writer is not None:
-            export(writer, target, rest, report, weights, tick)
+            export(writer, target, rest, _report(folder), weights, tick)
         elif rest.file is not None:
             write_alone(Path(out), partial(rest.file.write, tick=tick))
     note = "; ".join(filter(None, (None if alone else companions(folder).note(), _rounded(moved, target)))) or None
     types = None if placed is None else _told(placed, target, checkpoint, grids)
     told = len(checkpoint.layers), len(checkpoint.dense), _new_dtypes(checkpoint, grids), note, types, moved
     return Conversion(str(path), str(out), before, target.name, *told)
+
+
+def _report(folder: Path) -> Path | None:
+    """Return the report of the run that chose the codes, where there is one."""
+    return folder / REPORT if (folder / REPORT).is_file() else None
 
 
 def _card(
@@ -163,7 +166,7 @@ def _card(
     """
     grids, modules = layers
     folder, file = checkpoint.store.folder, rest.file
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    report = {} if _report(folder) is None else read_json(folder / REPORT)
     shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
     dense = sum(checkpoint.store.nbytes(name) for name in checkpoint.dense)
     weights = dict.fromkeys(Weight(grid, shapes[name]) for name, grid in grids.items())
@@ -174,7 +177,9 @@ def _card(
         grids=commonest(grids.values()),
         report=report,
         engines=verdicts(Described(target.name, tuple(weights), facts)),
-        nbytes=dense + sum(target.nbytes(shapes[name], grid) for name, grid in grids.items()) if file is None else file.nbytes,
+        nbytes=dense + sum(target.nbytes(shapes[name], grid) for name, grid in grids.items())
+        if file is None
+        else file.nbytes,
         file=None if file is None else file.name,
         causal=is_causal(model),
         version=environment()["nearplane"],

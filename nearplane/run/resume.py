@@ -196,7 +196,9 @@ class Saver:
         found, broken = described_source(source.name, source.folder, source.raw_config())
         report.events += [broken] if broken else []
         if kept_card(self.writer.out):
-            report.events.append(f"{self.writer.out / CARD} is not as nearplane wrote it, and stays: no card is written")
+            report.events.append(
+                f"{self.writer.out / CARD} is not as nearplane wrote it, and stays: no card is written"
+            )
         return card(
             Made(
                 model=source.name,

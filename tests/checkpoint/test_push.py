@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -59,7 +59,9 @@ class Hub:
         if repo not in self.repos:
             raise errors.RepositoryNotFoundError("404", response=response(404))
         files = [
-            SimpleNamespace(rfilename=name, lfs=SimpleNamespace(sha256=digest(data)) if name.endswith("tensors") else None)
+            SimpleNamespace(
+                rfilename=name, lfs=SimpleNamespace(sha256=digest(data)) if name.endswith("tensors") else None
+            )
             for name, data in self.repos[repo].items()
         ]
         return SimpleNamespace(private=self.private[repo], siblings=files if files_metadata else None)
@@ -75,7 +77,9 @@ class Hub:
         (folder / name).write_bytes(self.repos[repo][name])
         return str(folder / name)
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str], commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str], commit_message: str
+    ) -> None:
         self._ask("upload_folder")
         names = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
         for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
@@ -119,16 +123,24 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(said.err.split())
 
 
-def test_one_commit_of_the_checkpoint_and_nothing_else(
-    out: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_commit_of_the_checkpoint_and_nothing_else(out: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    for name in (".cache/huggingface/x", ".git/config", ".env", "part-00001.unfinished", "a/.hidden", "x.lock", "__pycache__/a.pyc"):
+    for name in (
+        ".cache/huggingface/x",
+        ".git/config",
+        ".env",
+        "part-00001.unfinished",
+        "a/.hidden",
+        "x.lock",
+        "__pycache__/a.pyc",
+    ):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("x")
     assert main(["push", str(out), "me/small", "--private"]) == 0
     said = capsys.readouterr().out
-    assert set(hub.repos["me/small"]) == wanted | {".gitattributes"} and len(hub.commits) == 1 and hub.private["me/small"]
+    assert (
+        set(hub.repos["me/small"]) == wanted | {".gitattributes"} and len(hub.commits) == 1 and hub.private["me/small"]
+    )
     assert {"README.md", "SHA256SUMS", "report.json", "config.json"} <= wanted
     assert f"{len(wanted)} files" in said and "https://hub.example/me/small" in said and "not uploaded: .cache" in said
     assert nearplane.push(out, "small").repo == "me/small" and not hub.private.get("small")  # again: the same weights
@@ -155,7 +167,9 @@ def test_an_unfinished_folder_is_refused_before_the_hub_is_asked(
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "", "-x", "a--b", "https://huggingface.co/a/b", f"me/{SECRET}!", "me/x.git", "me/a b"])
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "", "-x", "a--b", "https://huggingface.co/a/b", f"me/{SECRET}!", "me/x.git", "me/a b"]
+)
 def test_a_name_that_is_none(name: str, out: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["push", str(out), "--", name] if name[:1] == "-" else ["push", str(out), name]
     assert "is no name of a repository" in refused(words, capsys) and hub.asked == []
@@ -175,7 +189,11 @@ def test_what_the_hub_does_not_allow(out: Path, hub: Hub, capsys: pytest.Capture
         ("whoami", ConnectionError(SECRET), "the hub cannot be reached (ConnectionError)"),
         ("whoami", ValueError(leaking), "Bearer ***"),
         ("model_info", http("500 broken", response=response(500)), "500 broken"),
-        ("create_repo", http("403 Forbidden", response=response(403)), "me/x cannot be made: this login may not do that"),
+        (
+            "create_repo",
+            http("403 Forbidden", response=response(403)),
+            "me/x cannot be made: this login may not do that",
+        ),
         ("upload_folder", http("403 Forbidden", response=response(403)), "this login may not do that"),
         ("upload_folder", RuntimeError(f"xet: {SECRET}"), "xet: ***; nothing of it is visible there"),
         ("upload_folder", TimeoutError(), "the same upload goes on where it ended"),
@@ -198,9 +216,7 @@ def test_what_the_hub_does_not_allow(out: Path, hub: Hub, capsys: pytest.Capture
     assert nearplane.verify(out).ok and main(push) == 0  # all of it left the folder as it was
 
 
-def test_a_repository_with_other_content_is_left_alone(
-    out: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_repository_with_other_content_is_left_alone(out: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     push = ["push", str(out), "me/x"]
     shard = next(out.glob("*.safetensors")).name
     hub.private["me/x"] = False
@@ -261,10 +277,10 @@ def test_quantize_asks_before_it_runs_and_uploads_after(
 class Server(BaseHTTPRequestHandler):
     """What the client asks of a hub, for files that are small; the class holds what it was given."""
 
-    repos: dict[str, dict[str, bytes]] = {}
+    repos: ClassVar[dict[str, dict[str, bytes]]] = {}
     commits = 0
     broken = False
-    tokens: set[str] = set()
+    tokens: ClassVar[set[str]] = set()
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
@@ -293,7 +309,11 @@ class Server(BaseHTTPRequestHandler):
             self._answer({"error": self.path}, 404)
 
     def do_POST(self) -> None:
-        body, kind, hub = self.rfile.read(int(self.headers.get("Content-Length", 0))), self.path.split("?")[0], type(self)
+        body, kind, hub = (
+            self.rfile.read(int(self.headers.get("Content-Length", 0))),
+            self.path.split("?")[0],
+            type(self),
+        )
         repo = "/".join(kind.split("/")[3:5])
         if kind == "/api/repos/create":
             wanted = json.loads(body)
@@ -307,9 +327,12 @@ class Server(BaseHTTPRequestHandler):
             self._answer({"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
         elif kind.endswith("/commit/main") and not hub.broken:
             lines = [json.loads(line) for line in body.splitlines()]
-            hub.repos[repo] |= {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+            hub.repos[repo] |= {
+                line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"
+            }
             hub.commits += 1
-            self._answer({"success": True, "commitOid": "b" * 40, "commitUrl": f"{huggingface_hub.constants.ENDPOINT}/{repo}/commit/b"})
+            url = f"{huggingface_hub.constants.ENDPOINT}/{repo}/commit/b"
+            self._answer({"success": True, "commitOid": "b" * 40, "commitUrl": url})
         else:
             self._answer({"error": f"{self.path} {self.headers.get('authorization')}"}, 400)
 
@@ -328,9 +351,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
     running.server_close()
 
 
-def test_the_real_client_against_a_server(
-    out: Path, server: type[Server], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_real_client_against_a_server(out: Path, server: type[Server], capsys: pytest.CaptureFixture[str]) -> None:
     """One commit with every file; an answer that shows the token to the client is struck; the second push goes through."""
     server.broken = True
     said = refused(["push", str(out), "me/real"], capsys)

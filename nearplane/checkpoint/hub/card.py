@@ -253,5 +253,3 @@ def commonest(grids: Iterable[Grid]) -> tuple[Grid, ...]:
     for grid in grids:
         counts[grid] = counts.get(grid, 0) + 1
     return tuple(sorted(counts, key=lambda grid: -counts[grid]))
-
-

@@ -35,7 +35,11 @@ LEFT = [".*", "*/.*", "__pycache__/*", "*/__pycache__/*", "*.unfinished", "*.tmp
 GIVEN = (".gitattributes", CARD)
 # What a token of the hub looks like.
 TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{8,}")
-DENIED = {401: "it does not take this login", 403: "this login may not do that", 429: "it was asked too often; wait a while"}
+DENIED = {
+    401: "it does not take this login",
+    403: "this login may not do that",
+    429: "it was asked too often; wait a while",
+}
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,7 @@ def push(out: str | Path, repo: str, *, private: bool = False, progress: bool = 
     left = [*LEFT, CARD] if kept else LEFT
     sent = [name for name in names if name != CARD or kept is None]
     with nullcontext() if progress else _no_bars(), _telling(f"{folder} is not uploaded to {full}", again=True):
-        api.upload_folder(
-            repo_id=full, folder_path=folder, ignore_patterns=left, commit_message="Upload by nearplane"
-        )
+        api.upload_folder(repo_id=full, folder_path=folder, ignore_patterns=left, commit_message="Upload by nearplane")
     size = sum((folder / name).stat().st_size for name in sent)
     hidden = sorted(set(found) - set(names))
     notes = [kept, f"not uploaded: {some_of(hidden)} (hidden, locked or not finished)" if hidden else None]
@@ -199,11 +201,11 @@ def _refuse_others(repo: str, remote: Remote, folder: Path, names: list[str]) ->
             f"{repo} on the hub holds other files ({some_of(others)}); nothing is uploaded: give another name, or delete them."
         )
     for name, digest in sorted(remote.files.items()):
-        if digest is not None and name in names and name.endswith((".safetensors", ".gguf")):
-            if file_hash(folder / name) != digest:
-                raise SettingError(
-                    f"{repo} on the hub holds other weights ({name}); nothing is uploaded: give another name, or delete them."
-                )
+        weights = digest is not None and name in names and name.endswith((".safetensors", ".gguf"))
+        if weights and file_hash(folder / name) != digest:
+            raise SettingError(
+                f"{repo} on the hub holds other weights ({name}); nothing is uploaded: give another name, or delete them."
+            )
 
 
 def _kept(api: Any, repo: str, remote: Remote, folder: Path) -> str | None:
@@ -265,4 +267,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if not before:
             enable_progress_bars()
-
