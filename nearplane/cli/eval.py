@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nearplane.core.errors import SettingError
 from nearplane.machine.progress import printed
@@ -40,6 +40,9 @@ class Options:
     bos: bool = True
     """Begin each window with the tokens that the tokenizer puts before a text, such as BOS, where it does so; these are not
     scored."""
+    protocol: Literal["gptq", "llama.cpp", "hf-stride"] | None = None
+    """Cut and score the text as others do, so that perplexity compares with theirs: gptq (2048 tokens), llama.cpp (512, the second
+    half scored), or hf-stride (as long as the model allows, 512 apart). Each decides about BOS itself."""
     reference: str | None = None
     """The original model, to compare with."""
     kv_bits: int = 16
@@ -56,14 +59,14 @@ def run(options: Options, settings: dict[str, Any]) -> int:
     result: Any
     asked = {name: settings[name] for name in ("trust_remote_code", "revision") if name in settings}
     if options.labels or not is_language_model(options.model, **asked):
-        if options.kv_bits != 16 or settings.keys() & {"head_bits", "arithmetic"}:
-            raise SettingError("--head-bits, --kv-bits and --arithmetic are for language models.")
+        if options.kv_bits != 16 or options.protocol or settings.keys() & {"head_bits", "arithmetic"}:
+            raise SettingError("--head-bits, --kv-bits, --arithmetic and --protocol are for language models.")
         choices |= {"labels": options.labels, "seqlen": options.seqlen or 512}
         result = compare(options.model, progress=True, **choices, **settings)
     else:
         from nearplane.api import evaluate
 
-        choices |= {"kv_bits": options.kv_bits, "seqlen": options.seqlen or 2048}
+        choices |= {"kv_bits": options.kv_bits, "seqlen": options.seqlen, "protocol": options.protocol}
         result = evaluate(options.model, progress=True, **choices, **settings)
     printed(result) if not options.json else print(json.dumps({"model": options.model, **result.as_dict()}))
     return 0
