@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nearplane.evaluation.generation import Generation
     from nearplane.evaluation.perplexity import Evaluation
     from nearplane.evaluation.speed import Speed
+    from nearplane.evaluation.tasks import TaskResults, evaluate_tasks
     from nearplane.methods import GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
     from nearplane.models.discover import Block, Site, Stage, discover
     from nearplane.models.source import open_source
@@ -56,6 +57,7 @@ _HOMES = {
     "nearplane.evaluation.generation": ("Generation",),
     "nearplane.evaluation.perplexity": ("Evaluation",),
     "nearplane.evaluation.speed": ("Speed",),
+    "nearplane.evaluation.tasks": ("TaskResults", "evaluate_tasks"),
     "nearplane.methods": ("GPTAQ", "GPTQ", "OBQ", "RTN", "Method", "NearPlane", "ResComp"),
     "nearplane.models.discover": ("Block", "Site", "Stage", "discover"),
     "nearplane.models.source": ("open_source",),
@@ -105,6 +107,7 @@ __all__ = [
     "Speed",
     "Stage",
     "StageDone",
+    "TaskResults",
     "TokenGrid",
     "Verification",
     "bench",
@@ -114,6 +117,7 @@ __all__ = [
     "discover",
     "enable",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load",

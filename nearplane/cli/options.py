@@ -37,7 +37,8 @@ METAVARS = {
     "budget": "BITS", "tune": "STEPS", "offload": "DIR", "labels": "DIR", "dataset": "FILE|NAME",
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
-    "push_to_hub": "REPO", "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",
+    "push_to_hub": "REPO", "tasks": "NAME,...", "include_path": "DIR",
+    "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {

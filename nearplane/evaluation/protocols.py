@@ -148,7 +148,9 @@ def _stride(tokenizer: Any, text: Text, seqlen: int | None, longest: int | None)
     """
     size = min(seqlen or longest or 0, longest or seqlen or 0)
     if 0 < size < STRIDE:
-        raise SettingError(f"protocol hf-stride steps by {STRIDE} tokens, and a window has {size}: tokens would be left out.")
+        raise SettingError(
+            f"protocol hf-stride steps by {STRIDE} tokens, and a window has {size}: tokens would be left out."
+        )
     if size == 0 or (seqlen is None and size > MOST_TOKENS):
         limit = "the model has no limit of positions" if longest is None else f"the model's limit is {longest} tokens"
         raise SettingError(f"protocol hf-stride has windows as long as the model allows; {limit}: give --seqlen.")
