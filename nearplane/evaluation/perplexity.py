@@ -112,18 +112,8 @@ def evaluate(
     if reference is not None:
         _check_pair(model, reference, ids)
     count = len(made.windows)
-    compared = count if compared is None else min(compared, count)
-    nll, reference_nll, weight, divergence = 0.0, 0.0, 0, Divergence()
-    with torch.inference_mode():
-        for k in track(torch.arange(count), "eval", enabled=progress):
-            window = made.windows[int(k)]
-            logits = _logits(model, window.ids, kv_bits)
-            nll += _nll(logits, window)
-            if reference is not None and k < compared:
-                expected = _logits(reference, window.ids)
-                reference_nll, weight = reference_nll + _nll(expected, window), weight + window.weight
-                for part in _chunks(window.first - 1, len(window.ids) - 1):
-                    divergence.add(expected[part], logits[part])
+    both = made.windows[:compared] if reference is not None else []
+    nll, reference_nll, divergence = _read(model, reference, made.windows, len(both), kv_bits, progress)
     if not math.isfinite(nll):
         raise NearplaneError("the model's loss is not finite: its weights or its dtype are broken.")
     return Evaluation(
@@ -135,13 +125,33 @@ def evaluate(
         sha256=digest(ids),
         kl=divergence.kl if reference is not None else None,
         top1=divergence.top1 if reference is not None else None,
-        reference_perplexity=_exp(reference_nll / weight) if reference is not None else None,
+        reference_perplexity=_exp(reference_nll / sum(window.weight for window in both))
+        if reference is not None
+        else None,
         kv_bits=kv_bits,
         opening=made.opening,
         bos=bos,
         scheme=protocol,
         cut=made.said,
     )
+
+
+def _read(
+    model: nn.Module, reference: nn.Module | None, windows: list[Window], compared: int, kv_bits: int, progress: bool
+) -> tuple[float, float, "Divergence"]:
+    """Run both models over the windows, the reference over the first ``compared``: their losses, and how far they are apart."""
+    nll, reference_nll, divergence = 0.0, 0.0, Divergence()
+    with torch.inference_mode():
+        for k in track(torch.arange(len(windows)), "eval", enabled=progress):
+            window = windows[int(k)]
+            logits = _logits(model, window.ids, kv_bits)
+            nll += _nll(logits, window)
+            if reference is not None and k < compared:
+                expected = _logits(reference, window.ids)
+                reference_nll += _nll(expected, window)
+                for part in _chunks(window.first - 1, len(window.ids) - 1):
+                    divergence.add(expected[part], logits[part])
+    return nll, reference_nll, divergence
 
 
 def check_windows(seqlen: Any, windows: Any) -> tuple[int | None, int | None]:

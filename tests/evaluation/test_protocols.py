@@ -122,7 +122,10 @@ def test_llama_cpp(marks: bool, text: str, model: Any) -> None:
         expected, count = llama_cpp(model, ids, 1 if marks else None)
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
     assert (result.windows, result.tokens) == (4, count) == (4, 4 * 255)
-    assert "4 consecutive windows of 512 tokens" in result.protocol and "tokens 258 to 512 of each scored" in result.protocol
+    assert (
+        "4 consecutive windows of 512 tokens" in result.protocol
+        and "tokens 258 to 512 of each scored" in result.protocol
+    )
     assert ("replaced by <s>" in result.protocol) == marks and ("no BOS" in result.protocol) != marks
 
 
@@ -141,7 +144,9 @@ def test_hf_stride(marks: bool, size: int, text: str, model: Any) -> None:
     with torch.inference_mode():
         assert result.perplexity == pytest.approx(hf_stride(model, ids, size), rel=1e-5)
     assert f"windows of up to {size} tokens, each 512 further on" in result.protocol
-    assert size == 512 or result.tokens == ids.shape[1] - 1  # each once; without overlap, none at the beginning of a window
+    assert (
+        size == 512 or result.tokens == ids.shape[1] - 1
+    )  # each once; without overlap, none at the beginning of a window
 
 
 def test_divergence_is_of_the_scored_tokens(text: str, model: Any, other: Any) -> None:

@@ -46,8 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its 4-bit checkpoint, and a task of twenty questions in a folder of its own."""
     place = tmp_path_factory.mktemp("tasks")
     tiny.marking(tiny.with_text(place), last="")
-    assert main(["quantize", str(place / "model"), str(place / "out"), "--method", "rtn", "--group-size", "32", "--quiet"]) == 0
-    rows = [{"q": f"w{i} w{i + 5}", "a": f"w{i + 2}", "b": f"w{i + 9}", "label": i % 2} for i in range(3, 3 + QUESTIONS)]
+    assert (
+        main(["quantize", str(place / "model"), str(place / "out"), "--method", "rtn", "--group-size", "32", "--quiet"])
+        == 0
+    )
+    rows = [
+        {"q": f"w{i} w{i + 5}", "a": f"w{i + 2}", "b": f"w{i + 9}", "label": i % 2} for i in range(3, 3 + QUESTIONS)
+    ]
     (place / "own").mkdir()
     (place / "own" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, more in (("own", ""), ("zero", "num_fewshot: 0")):
@@ -96,13 +101,26 @@ def test_the_harness_on_a_packed_model(folder: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("offline")
 def test_files_limits_shots_and_a_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, zero = str(folder / "own" / "own.yaml"), str(folder / "own" / "zero.yaml")
-    result = evaluate_tasks(folder / "out", [file, zero], limit=7, num_fewshot=2, reference=folder / "model", batch_size=3)
+    result = evaluate_tasks(
+        folder / "out", [file, zero], limit=7, num_fewshot=2, reference=folder / "model", batch_size=3
+    )
     assert result.samples == {"own": 7, "zero": 7} and result.shots == {"own": 2, "zero": 0}
     assert result.notes == ("zero is 0-shot by its own file, not 2-shot",)
     assert result.results["zero"]["acc"] == accuracy(folder, "out", 7)
     assert result.reference["zero"]["acc"] == accuracy(folder, "model", 7)
     assert "the first 7 questions of each task" in result.protocol and "own 2-shot, zero 0-shot" in result.protocol
-    words = ["eval", str(folder / "out"), "--tasks", file, "--limit", "3", "--dataset", str(folder / "text.txt"), "--seqlen", "40"]
+    words = [
+        "eval",
+        str(folder / "out"),
+        "--tasks",
+        file,
+        "--limit",
+        "3",
+        "--dataset",
+        str(folder / "text.txt"),
+        "--seqlen",
+        "40",
+    ]
     assert main([*words, "--json"]) == 0
     both = json.loads(capsys.readouterr().out)
     assert both["perplexity"] > 1 and both["tasks"]["samples"] == {"own": 3}
@@ -117,7 +135,9 @@ def test_what_the_harness_refuses(folder: Path, tmp_path: Path, capsys: pytest.C
     gone = tmp_path / "gone.yaml"
     gone.write_text(TASK.format(name="gone", rows=tmp_path / "nothing.jsonl", more=""))
     wrong = tmp_path / "wrong.yaml"
-    wrong.write_text(TASK.format(name="wrong", rows=folder / "own" / "rows.jsonl", more="").replace("{{q}}", "{{q.x.y}}"))
+    wrong.write_text(
+        TASK.format(name="wrong", rows=folder / "own" / "rows.jsonl", more="").replace("{{q}}", "{{q.x.y}}")
+    )
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: [\n")
     for task, sentence in (
@@ -150,15 +170,27 @@ class Fake:
 def harness(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     """A stand-in that answers accuracies which are known."""
 
-    def simple_evaluate(*, model: Any, tasks: list[str], limit: int | None, num_fewshot: int | None, log_samples: bool) -> Any:
+    def simple_evaluate(
+        *, model: Any, tasks: list[str], limit: int | None, num_fewshot: int | None, log_samples: bool
+    ) -> Any:
         Fake.asked = {"tasks": tasks, "limit": limit, "num_fewshot": num_fewshot, **vars(model)}
         results = {
-            name: {"alias": name, "acc,none": 0.1 * k, "acc_stderr,none": 0.01, **({"acc_norm,none": 0.2 * k} if k % 2 else {})}
+            name: {
+                "alias": name,
+                "acc,none": 0.1 * k,
+                "acc_stderr,none": 0.01,
+                **({"acc_norm,none": 0.2 * k} if k % 2 else {}),
+            }
             for k, name in enumerate(tasks, 1)
         }
         results[tasks[0]]["acc_stderr,none"] = "N/A"
         counts = {name: {"original": 9, "effective": limit or 9} for name in tasks}
-        return {"results": results, "n-shot": dict.fromkeys(tasks, 0), "n-samples": counts, "versions": dict.fromkeys(tasks, 1.0)}
+        return {
+            "results": results,
+            "n-shot": dict.fromkeys(tasks, 0),
+            "n-samples": counts,
+            "versions": dict.fromkeys(tasks, 1.0),
+        }
 
     monkeypatch.setattr(Fake, "offline", False)
     parts = {
@@ -198,7 +230,11 @@ def test_the_papers_set_and_its_mean(folder: Path, harness: type[Fake], capsys: 
 
 
 def test_what_is_refused(
-    folder: Path, harness: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    harness: type[Fake],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = str(folder / "out")
     for words, sentence in (
