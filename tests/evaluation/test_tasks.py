@@ -99,7 +99,7 @@ def test_the_harness_on_a_packed_model(folder: Path, capsys: pytest.CaptureFixtu
 
 @with_harness
 @pytest.mark.usefixtures("offline")
-def test_files_limits_shots_and_a_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_limits_shots_and_a_reference(folder: Path) -> None:
     file, zero = str(folder / "own" / "own.yaml"), str(folder / "own" / "zero.yaml")
     result = evaluate_tasks(
         folder / "out", [file, zero], limit=7, num_fewshot=2, reference=folder / "model", batch_size=3
@@ -109,24 +109,6 @@ def test_files_limits_shots_and_a_reference(folder: Path, capsys: pytest.Capture
     assert result.results["zero"]["acc"] == accuracy(folder, "out", 7)
     assert result.reference["zero"]["acc"] == accuracy(folder, "model", 7)
     assert "the first 7 questions of each task" in result.protocol and "own 2-shot, zero 0-shot" in result.protocol
-    words = [
-        "eval",
-        str(folder / "out"),
-        "--tasks",
-        file,
-        "--limit",
-        "3",
-        "--dataset",
-        str(folder / "text.txt"),
-        "--seqlen",
-        "40",
-    ]
-    assert main([*words, "--json"]) == 0
-    both = json.loads(capsys.readouterr().out)
-    assert both["perplexity"] > 1 and both["tasks"]["samples"] == {"own": 3}
-    assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "perplexity " in said and "own acc " in said and said.count("protocol: ") == 2
 
 
 @with_harness
@@ -227,6 +209,18 @@ def test_the_papers_set_and_its_mean(folder: Path, harness: type[Fake], capsys: 
     assert main(["eval", str(folder / "out"), "--tasks", "paper", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["tasks"]
     assert math.isclose(told["mean"], 0.5) and told["harness"] == "9.9"
+
+
+def test_a_text_beside_tasks(folder: Path, harness: type[Fake], capsys: pytest.CaptureFixture[str]) -> None:
+    """Where an option about a text is given: one object, or both texts."""
+    text = str(folder / "text.txt")
+    words = ["eval", str(folder / "out"), "--tasks", "piqa", "--limit", "3", "--dataset", text, "--seqlen", "40"]
+    assert main([*words, "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both["perplexity"] > 1 and both["seqlen"] == 40 and both["tasks"]["samples"] == {"piqa": 3}
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "perplexity " in said and "piqa acc 0.1000" in said and said.count("protocol: ") == 2
 
 
 def test_what_is_refused(
