@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, Job
@@ -232,6 +235,33 @@ def test_a_source_card_that_cannot_be_read_is_a_note(made: Path, tmp_path: Path,
     (tmp_path / CARD).write_bytes(b"---\nlicense: \xff\n---\n")
     assert front_matter(tmp_path)[1] is not None
     assert front_matter(tmp_path / "none") == ({}, None)
+
+
+def test_a_model_of_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its card is fetched with the small files; the new one names the id and the commit, and the license of the original."""
+    commit = "a" * 40
+    cached = tmp_path / "models--team--model" / "snapshots" / commit
+
+    def snapshot_download(repo: str, *, revision: str | None = None, allow_patterns: Any = None) -> str:
+        assert repo == "team/model"
+        cached.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in (made / "model").iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(made / "model" / name, cached)
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 32, "dtype": "float16"}
+    nearplane.quantize("team/model@main", "out", progress=False, **settings)
+    text = (tmp_path / "out" / CARD).read_text()
+    assert fields(tmp_path / "out")["base_model"] == "team/model" and fields(tmp_path / "out")["license_name"] == "own"
+    assert f"nearplane quantize team/model@{commit} OUT --method rtn --bits 4 --group-size 32" in text
+    assert f"[team/model](https://huggingface.co/team/model) at commit `{commit[:12]}`: its weights" in text
+    assert "# model, 4 bits (compressed-tensors)" in text and str(tmp_path) not in text
+    nearplane.convert("out", "new", "gptq")
+    assert fields(tmp_path / "new")["base_model"] == "team/model"
+    assert f"quantize team/model@{commit} OUT" in (tmp_path / "new" / CARD).read_text()
 
 
 def test_cards_of_the_folder_are_kept_apart(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ DEMO: dict[str, Any] = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "li
 # A folder in the hub's cache.
 CACHED = re.compile(r"models--(.+)")
 # Names that a training run gives its folders, one below another, and that look like a hub id.
-FOLDERS = re.compile(r"(.*/)?(checkpoint-\d+|outputs?|results|models?|snapshots?|tmp|runs?)(/.*)?", re.IGNORECASE)
+FOLDERS = re.compile(r"(outputs?|results|models?|snapshots?|tmp|runs?)/.*|(.*/)?checkpoint-\d+", re.IGNORECASE)
 
 
 def front_matter(folder: Path) -> tuple[dict[str, Any], str | None]:

@@ -164,7 +164,7 @@ def _login(repo: str) -> tuple[Any, str]:
     api = huggingface_hub.HfApi()
     with _telling("the login for the hub cannot be checked"):
         who = api.whoami()
-    user, role = str(who["name"]), ((who.get("auth") or {}).get("accessToken") or {}).get("role")
+    user, role = str(who.get("name")), ((who.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise NearplaneError(
             f"the login of {user} may only read from the hub; make a token that may write, and run: hf auth login"
