@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nearplane.auto import NearplaneForCausalLM
     from nearplane.checkpoint.convert import Conversion, convert
     from nearplane.checkpoint.enable import disable, enable
+    from nearplane.checkpoint.hub.push import Pushed, push
     from nearplane.checkpoint.inspect import Anatomy
     from nearplane.checkpoint.load import LoadSettings
     from nearplane.checkpoint.verify import Verification, verify
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from nearplane.evaluation.generation import Generation
     from nearplane.evaluation.perplexity import Evaluation
     from nearplane.evaluation.speed import Speed
+    from nearplane.evaluation.tasks import TaskResults, evaluate_tasks
     from nearplane.methods import AWQ, GPTAQ, GPTQ, OBQ, RTN, Method, NearPlane, ResComp
     from nearplane.models.discover import Block, Site, Stage, discover
     from nearplane.models.source import open_source
@@ -43,6 +45,7 @@ _HOMES = {
     "nearplane.auto": ("NearplaneForCausalLM",),
     "nearplane.checkpoint.convert": ("Conversion", "convert"),
     "nearplane.checkpoint.enable": ("disable", "enable"),
+    "nearplane.checkpoint.hub.push": ("Pushed", "push"),
     "nearplane.checkpoint.inspect": ("Anatomy",),
     "nearplane.checkpoint.load": ("LoadSettings",),
     "nearplane.checkpoint.verify": ("Verification", "verify"),
@@ -56,6 +59,7 @@ _HOMES = {
     "nearplane.evaluation.generation": ("Generation",),
     "nearplane.evaluation.perplexity": ("Evaluation",),
     "nearplane.evaluation.speed": ("Speed",),
+    "nearplane.evaluation.tasks": ("TaskResults", "evaluate_tasks"),
     "nearplane.methods": ("AWQ", "GPTAQ", "GPTQ", "OBQ", "RTN", "Method", "NearPlane", "ResComp"),
     "nearplane.models.discover": ("Block", "Site", "Stage", "discover"),
     "nearplane.models.source": ("open_source",),
@@ -97,6 +101,7 @@ __all__ = [
     "Override",
     "Place",
     "Plan",
+    "Pushed",
     "Quantized",
     "Report",
     "ResComp",
@@ -106,6 +111,7 @@ __all__ = [
     "Speed",
     "Stage",
     "StageDone",
+    "TaskResults",
     "TokenGrid",
     "Verification",
     "bench",
@@ -115,12 +121,14 @@ __all__ = [
     "discover",
     "enable",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "inspect",
     "load",
     "make_plan",
     "open_source",
     "plan",
+    "push",
     "quantize",
     "stream",
     "verify",

@@ -239,9 +239,10 @@ def evaluate(
     dataset: str | Path | Rows | None = None,
     dataset_split: str | None = None,
     dataset_column: str | None = None,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     windows: int | None = None,
     bos: bool = True,
+    protocol: str | None = None,
     reference: str | Path | None = None,
     kv_bits: int = 16,
     progress: bool = False,
@@ -257,9 +258,10 @@ def evaluate(
             embedded text.
         dataset_split: split of the dataset; none: test or validation, where it has splits.
         dataset_column: column of the dataset's rows; none: the first known one.
-        seqlen: tokens per window, cut to the model's own limit.
+        seqlen: tokens per window, cut to the model's own limit; none: 2048.
         windows: at most so many windows.
         bos: begin each window with the tokens that the tokenizer puts before a text, where it does so; they are not scored.
+        protocol: cut and score as others do: "gptq", "llama.cpp" or "hf-stride" (docs/perplexity.md).
         reference: the original model.
         kv_bits: round keys and values to so many bits, 2 to 8, in this evaluation; 16: not at all.
         progress: show a bar.
@@ -281,7 +283,7 @@ def evaluate(
     tokenizer = load_tokenizer(locate(model, revision=chosen.revision), trust_remote_code=chosen.trust_remote_code)
     return evaluate_model(
         loaded, tokenizer, dataset=dataset, dataset_split=dataset_split, dataset_column=dataset_column, seqlen=seqlen,
-        windows=windows, bos=bos, reference=original, kv_bits=kv_bits, progress=progress,
+        windows=windows, bos=bos, protocol=protocol, reference=original, kv_bits=kv_bits, progress=progress,
     )  # fmt: skip
 
 

@@ -136,6 +136,6 @@ def test_what_functions_return_is_readable() -> None:
     """No dump of a dataclass: the text for people."""
     for kind in (
         nearplane.Anatomy, nearplane.Conversion, nearplane.Evaluation, nearplane.Features, nearplane.Forecast,
-        nearplane.Generation, nearplane.Speed, nearplane.Verification,
+        nearplane.Generation, nearplane.Pushed, nearplane.Speed, nearplane.Verification,
     ):  # fmt: skip
         assert kind.__repr__ is kind.__str__, kind

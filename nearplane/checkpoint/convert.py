@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nearplane.checkpoint.config import written_config
+from nearplane.checkpoint.engines import Described, model_facts, verdicts
+from nearplane.checkpoint.engines.describe import Weight
 from nearplane.checkpoint.export import Rest, Solved, Written, export, head_names, left_out
 from nearplane.checkpoint.gguf import (
     Placed,
@@ -31,6 +33,8 @@ from nearplane.checkpoint.gguf import (
     write_alone,
     write_gguf,
 )
+from nearplane.checkpoint.hub.card import Made, card, commonest
+from nearplane.checkpoint.hub.card import described as described_source
 from nearplane.checkpoint.packed import modules_of
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized, ScaleDtype
@@ -46,6 +50,7 @@ from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
 from nearplane.machine.progress import bar
 from nearplane.models.experts_disk import matrices, names_in_model, split_names
+from nearplane.models.inputs import is_causal
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
 from nearplane.page.html import page_or_reason
@@ -124,7 +129,7 @@ def convert(
     target, alone = _target(given_path("out", out), format, words)
     writer = None if alone else Writer(Path(out))
     folder = locate(path, revision=revision)
-    checkpoint = open_checkpoint(folder, formats=formats)
+    checkpoint, report = open_checkpoint(folder, formats=formats), _report(folder)
     before = _refuse(path, checkpoint, target)
     opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
@@ -132,10 +137,10 @@ def convert(
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (Solved(n, _exact(n, checkpoint.quantized(n), grid, target), grid) for n, grid in grids.items())
-    report = folder / REPORT if (folder / REPORT).is_file() else None  # of the run that chose the codes
     with bar(progress) as display, writer or nullcontext():
         placed = _placed(checkpoint, target, model, display)
         rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
+        rest = rest if alone else replace(rest, card=_card(path, checkpoint, target, model, rest, (grids, modules)))
         written = len(checkpoint.layers) if placed is None else len(placed.template.tensors)
         tick = partial(display.advance, display.add_task("convert", total=written + len(rest.dense) * (not alone)))
         if writer is not None:
@@ -156,6 +161,43 @@ def _page(report: Path | None, target: Format) -> str | None:
         return page_or_reason(read_json(report), now=target.name)[0]
     except NearplaneError:
         return None
+
+
+def _report(folder: Path) -> Path | None:
+    """Return the report of the run that chose the codes, where there is one."""
+    return folder / REPORT if (folder / REPORT).is_file() else None
+
+
+def _card(
+    path: str | Path, checkpoint: Checkpoint, target: Format, model: nn.Module, rest: Rest,
+    layers: tuple[dict[str, Grid], dict[str, str]],
+) -> str:  # fmt: skip
+    """Write the model card of the new folder.
+
+    ``layers``: the grids, and the names in the model, of the layers by their names on disk.
+    """
+    grids, modules = layers
+    folder, file = checkpoint.store.folder, rest.file
+    report = {} if _report(folder) is None else read_json(folder / REPORT)
+    shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
+    dense = sum(checkpoint.store.nbytes(name) for name in checkpoint.dense)
+    weights = dict.fromkeys(Weight(grid, shapes[name]) for name, grid in grids.items())
+    facts = model_facts(model, {modules[name]: grid for name, grid in grids.items()})
+    made = Made(
+        model=str(report.get("model", path)),
+        format=target.name,
+        grids=commonest(grids.values()),
+        report=report,
+        engines=verdicts(Described(target.name, tuple(weights), facts)),
+        nbytes=dense + sum(target.nbytes(shapes[name], grid) for name, grid in grids.items())
+        if file is None
+        else file.nbytes,
+        file=None if file is None else file.name,
+        causal=is_causal(model),
+        version=environment()["nearplane"],
+        **described_source(str(path), folder, checkpoint.config, converted=True)[0],
+    )
+    return card(made)
 
 
 def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nearplane.checkpoint.config import in_dtype, written_config
 from nearplane.core.grid import Grid, Quantized
 from nearplane.formats.base import Format
+from nearplane.formats.companions import CARD, kept_card
 from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.parts import Writer
 from nearplane.formats.store import PAGE, REPORT
@@ -52,6 +53,8 @@ class Rest:
     """Where tokenizer and other companions are copied from."""
     file: "Written | None" = None
     """Of a format whose quantized weights lie in one file: that file."""
+    card: str | None = None
+    """The model card, which is written unless the folder has one that nearplane has not written."""
 
 
 class Written(NamedTuple):
@@ -105,6 +108,8 @@ def export(
         for file, content in format.extra_files(rest.config["quantization_config"]).items():
             writer.json(file, content)
         writer.companions(rest.folder)
+        if rest.card is not None and not kept_card(writer.out):
+            writer.text(CARD, rest.card)
         if isinstance(report, Path):
             writer.copy(report)
         elif report is not None:

@@ -3,13 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nearplane.core.errors import SettingError
 from nearplane.machine.progress import printed
 
 # Options that both kinds of measurement take under one name.
 SHARED = ("dataset", "dataset_split", "dataset_column", "windows", "bos", "reference")
+# Options that are about tasks, and about a text, which is read beside tasks where one of them is given.
+OF_TASKS = ("limit", "num_fewshot", "include_path", "batch_size")
+OF_TEXT = ("dataset", "dataset_split", "dataset_column", "seqlen", "windows", "bos", "protocol")
 SETTINGS = {"nearplane.checkpoint.load:LoadSettings": None}
 
 
@@ -40,8 +43,22 @@ class Options:
     bos: bool = True
     """Begin each window with the tokens that the tokenizer puts before a text, such as BOS, where it does so; these are not
     scored."""
+    protocol: Literal["gptq", "llama.cpp", "hf-stride"] | None = None
+    """Cut and score the text as others do, so that perplexity compares with theirs: gptq (2048 tokens), llama.cpp (512, the
+    second half scored), or hf-stride (as long as the model allows, 512 apart). Each decides about BOS itself."""
     reference: str | None = None
     """The original model, to compare with."""
+    tasks: str | None = None
+    """Ask tasks of lm-evaluation-harness in place of reading a text (extra tasks): names, or task files (.yaml), separated by
+    commas; paper is the zero-shot set of GPTAQ, with its mean. With --dataset or --protocol the text is read, too."""
+    limit: int | None = None
+    """With --tasks, at most so many questions of each task."""
+    num_fewshot: int | None = None
+    """With --tasks, examples before each question; none: as the task has it."""
+    include_path: Path | None = None
+    """With --tasks, a folder of task files of your own."""
+    batch_size: int = 8
+    """With --tasks, sequences in one forward."""
     kv_bits: int = 16
     """Also round keys and values to so many bits, 2 to 8, as they enter the cache: a simulation, which no checkpoint carries."""
     json: bool = False
@@ -55,15 +72,52 @@ def run(options: Options, settings: dict[str, Any]) -> int:
     choices = {name: getattr(options, name) for name in SHARED}
     result: Any
     asked = {name: settings[name] for name in ("trust_remote_code", "revision") if name in settings}
-    if options.labels or not is_language_model(options.model, **asked):
-        if options.kv_bits != 16 or settings.keys() & {"head_bits", "arithmetic"}:
-            raise SettingError("--head-bits, --kv-bits and --arithmetic are for language models.")
+    _refuse(options)
+    language = not options.labels and is_language_model(options.model, **asked)
+    if options.tasks is not None and not language:
+        raise SettingError("--tasks are for language models.")
+    answers = None if options.tasks is None else _tasks(options, options.tasks, settings)
+    if answers is not None and not _reads_text(options):
+        _print(options, answers, {"tasks": answers.as_dict()})
+        return 0
+    if not language:
+        if options.kv_bits != 16 or options.protocol or settings.keys() & {"head_bits", "arithmetic"}:
+            raise SettingError("--head-bits, --kv-bits, --arithmetic and --protocol are for language models.")
         choices |= {"labels": options.labels, "seqlen": options.seqlen or 512}
         result = compare(options.model, progress=True, **choices, **settings)
     else:
         from nearplane.api import evaluate
 
-        choices |= {"kv_bits": options.kv_bits, "seqlen": options.seqlen or 2048}
+        choices |= {"kv_bits": options.kv_bits, "seqlen": options.seqlen, "protocol": options.protocol}
         result = evaluate(options.model, progress=True, **choices, **settings)
-    printed(result) if not options.json else print(json.dumps({"model": options.model, **result.as_dict()}))
+    found = result.as_dict() | ({} if answers is None else {"tasks": answers.as_dict()})
+    _print(options, result if answers is None else f"{result}\n{answers}", found)
     return 0
+
+
+def _print(options: Options, text: object, found: dict[str, Any]) -> None:
+    """Print a result for a person, or as one object."""
+    printed(text) if not options.json else print(json.dumps({"model": options.model, **found}))
+
+
+def _refuse(options: Options) -> None:
+    """Refuse options that mean nothing beside the others."""
+    if options.tasks is None:
+        given = [name for name in OF_TASKS if getattr(options, name) != getattr(Options, name)]
+        if given:
+            raise SettingError(f"--{given[0].replace('_', '-')} is about tasks; give --tasks NAME, too.")
+    elif options.kv_bits != 16:
+        raise SettingError("--kv-bits is for reading a text; leave --tasks out.")
+
+
+def _reads_text(options: Options) -> bool:
+    """Tell whether a text is read beside the tasks: where an option that is about a text was given."""
+    return any(getattr(options, name) != getattr(Options, name) for name in OF_TEXT)
+
+
+def _tasks(options: Options, names: str, settings: dict[str, Any]) -> Any:
+    """Ask the tasks."""
+    from nearplane.evaluation.tasks import evaluate_tasks
+
+    more = {name: getattr(options, name) for name in OF_TASKS}
+    return evaluate_tasks(options.model, names, reference=options.reference, **more, **settings)

@@ -17,11 +17,11 @@ from types import ModuleType
 from nearplane.cli.fields import constant, methods
 from nearplane.cli.options import SWITCHES, help_text, options_of, parse, takes_job
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.machine.signals import Interrupted, remembered, started
+from nearplane.machine.signals import Interrupted, started
 from nearplane.models.locate import locate, refuse_missing
 from nearplane.run.names import ALIASES
 
-VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "convert", "report")
+VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "convert", "report", "push")
 USAGE = """nearplane: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT --bits 3     write a quantized checkpoint
@@ -33,6 +33,7 @@ USAGE = """nearplane: quantize transformers by error compensation.
   nearplane verify OUT --engine vllm        every file and tensor re-read
   nearplane convert OUT NEW --format gptq   the same codes in another format
   nearplane report OUT --open               a page: is it good, where is it bad
+  nearplane push OUT USER/NAME              onto the model hub, in one commit
   nearplane serve OUT --port 8000           transformers' server, packed weights
 
   nearplane help VERB                       the options of a verb
@@ -58,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
     try:
-        with remembered(argv):
-            status = _run(argv)
+        status = _run(argv)
         sys.stdout.flush()
         return status
     except NearplaneError as error:
@@ -109,9 +109,8 @@ def _run(argv: list[str]) -> int:
         print(help_text(module, words), end="")
         return 0
     options, settings = parse(module, words)
-    first = getattr(options, "model", None) or options.out
-    if not isinstance(first, tuple):  # of folders whose files are read, and no model
-        _refuse_missing(first, {**vars(options), **settings}.get("revision"))
+    if not getattr(module, "LOCAL", False):
+        _refuse_missing(getattr(options, "model", None) or options.out, {**vars(options), **settings}.get("revision"))
     _quiet_transformers()
     return int(module.run(options, settings))
 

@@ -27,7 +27,7 @@ USED_FIRST = "options used first"
 # What the settings of a class are called in help; those of its parts by the name of the part.
 GROUPS = {"Job": "run", "LoadSettings": "loading", "Grid": "grid"}
 # Fields without a default that are words by their place; other fields without one are flags that must be given.
-BY_PLACE = ("model", "out", "new")
+BY_PLACE = ("model", "out", "new", "repo")
 # Flags that may be given several times.
 REPEATED = ("override", "ignore")
 # Set by the run, not by a user.
@@ -39,6 +39,7 @@ METAVARS = {
     "dataset_split": "NAME", "dataset_column": "NAME", "method": "NAME", "device": "NAME",
     "revision": "REV", "format": "NAME", "engine": "NAME", "reference": "MODEL", "prompt": "TEXT",
     "template": "FILE", "gguf_type": "TYPE", "gguf_dense": "TYPE", "original": "MODEL", "output": "FILE",
+    "push_to_hub": "REPO", "tasks": "NAME,...", "include_path": "DIR",
 }  # fmt: skip
 # Switches of other toolkits that stand for a flag and its value.
 SWITCHES = {
@@ -172,7 +173,7 @@ def _method_reference(name: str) -> str:
             else f"; the methods are {', '.join(methods())}, or package.module:Class."
         )
         raise SettingError(f"unknown method {name!r}{hint}")
-    from nearplane.run.job import method_class
+    from nearplane.run.names import method_class
 
     kind = method_class(name)
     return f"{kind.__module__}:{kind.__qualname__}"

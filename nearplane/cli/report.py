@@ -9,6 +9,8 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.progress import printed
 
 SETTINGS: dict[str, None] = {}
+# OUT is a folder, and never a hub id to be fetched.
+LOCAL = True
 # Where a comparison is written.
 COMPARED = Path("report.html")
 # What the head of a page holds.

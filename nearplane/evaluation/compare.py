@@ -70,7 +70,7 @@ def compare(
         raise SettingError(
             "such a model is measured against its original (--reference), or on images of classes (--labels)."
         )
-    seqlen, windows = check_windows(seqlen, windows)
+    windows = check_windows(seqlen, windows)[1]
     trust = chosen.trust_remote_code
     folder = locate(model, revision=chosen.revision)
     loaded = load_model(model, chosen)

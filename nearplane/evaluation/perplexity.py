@@ -2,7 +2,8 @@
 
 Protocol: the whole text is tokenized once and cut into consecutive windows of ``seqlen`` tokens; each window is read on its
 own. Where the tokenizer puts BOS before a text, each window begins with BOS, which counts as one of its tokens and is not
-scored; every token of the text is. Otherwise the first token of a window is not scored.
+scored; every token of the text is. Otherwise the first token of a window is not scored. Other tools cut and score in other
+ways, which have names (``protocols.py``).
 perplexity = exp(mean negative log-likelihood of the scored tokens).
 """
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError, plain
 from nearplane.data.rows import Rows
-from nearplane.data.samples import check_vocabulary, longest_input
-from nearplane.data.text import consecutive, read_text, spelled
+from nearplane.data.samples import check_vocabulary
+from nearplane.data.text import read_text
 from nearplane.data.windows import digest
 from nearplane.evaluation.cache import RoundedCache
+from nearplane.evaluation.protocols import Window, cut, together
 from nearplane.machine.progress import track
 from nearplane.models.inputs import refuse_unless_causal
 
@@ -47,20 +49,16 @@ class Evaluation:
     opening: str = ""
     """The tokens that the tokenizer puts before a text, such as BOS."""
     bos: bool = True
-    """Whether each window begins with ``opening``."""
+    """Whether each window begins with ``opening``; of a named protocol, which decides by itself, always true."""
+    scheme: str | None = None
+    """The named protocol; None: our own."""
+    cut: str = ""
+    """How the text was cut and scored, in words."""
 
     @property
     def protocol(self) -> str:
         """One line that lets somebody else repeat the measurement."""
-        first = "first token of each unscored"
-        if self.opening:
-            first = (
-                f"each begins with {self.opening}, unscored" if self.bos else f"{first}, {self.opening} not put before"
-            )
-        parts = [
-            self.dataset,
-            f"tokenized once, {self.windows} consecutive windows of {self.seqlen} tokens, {first}: {self.tokens} tokens scored",
-        ]
+        parts = [self.dataset, self.cut]
         if self.kv_bits != 16:
             parts.append(f"keys and values simulated in {self.kv_bits} bits, which no checkpoint carries")
         return "; ".join(parts)
@@ -87,9 +85,10 @@ def evaluate(
     dataset: str | Path | Rows | None = None,
     dataset_split: str | None = None,
     dataset_column: str | None = None,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     windows: int | None = None,
     bos: bool = True,
+    protocol: str | None = None,
     reference: nn.Module | None = None,
     compared: int | None = None,
     kv_bits: int = 16,
@@ -99,54 +98,67 @@ def evaluate(
 
     ``windows`` limits how many windows are read, ``compared`` how many of them the reference reads, too: it is half the
     cost. ``kv_bits`` below 16 rounds keys and values of ``model`` as they enter its cache (``cache.py``). ``seqlen`` is cut to
-    the model's own limit of positions. ``bos`` begins each window with the tokens that the tokenizer puts before a text.
+    the model's own limit of positions, and 2048 where it is None. ``bos`` begins each window with the tokens that the tokenizer
+    puts before a text. ``protocol`` names another way to cut and score (``protocols.py``).
     """
     (seqlen, windows), kv_bits = check_windows(seqlen, windows), plain(kv_bits)
     if kv_bits != 16:
         TokenGrid(kv_bits)
     refuse_unless_causal(model, "perplexity")
-    seqlen = min(seqlen, longest_input(model) or seqlen)
     text = read_text(dataset, "evaluation", tokenizer, split=dataset_split, column=dataset_column)
-    batch, opening = consecutive(tokenizer, text, seqlen, windows, bos=bos)
-    check_vocabulary(batch, model)
+    made = cut(protocol, model, tokenizer, text, seqlen=seqlen, windows=windows, bos=bos)
+    ids = together(made.windows)
+    check_vocabulary(ids, model)
     if reference is not None:
-        _check_pair(model, reference, batch)
-    count, unscored = len(batch), max(1, len(opening) if bos else 0)
-    compared = count if compared is None else min(compared, count)
-    nll, reference_nll, divergence = 0.0, 0.0, Divergence()
-    with torch.inference_mode():
-        for k, window in enumerate(track(batch, "eval", enabled=progress)):
-            logits = _logits(model, window, kv_bits)
-            nll += _nll(logits, window, unscored)
-            if reference is not None and k < compared:
-                expected = _logits(reference, window)
-                reference_nll += _nll(expected, window, unscored)
-                for part in _chunks(unscored - 1, seqlen - 1):
-                    divergence.add(expected[part], logits[part])
-    scored = count * (seqlen - unscored)
+        _check_pair(model, reference, ids)
+    count = len(made.windows)
+    both = made.windows[:compared] if reference is not None else []
+    nll, reference_nll, divergence = _read(model, reference, made.windows, len(both), kv_bits, progress)
     if not math.isfinite(nll):
         raise NearplaneError("the model's loss is not finite: its weights or its dtype are broken.")
     return Evaluation(
-        perplexity=_exp(nll / scored),
-        tokens=scored,
+        perplexity=_exp(nll / sum(window.weight for window in made.windows)),
+        tokens=sum(window.scored for window in made.windows),
         windows=count,
-        seqlen=seqlen,
+        seqlen=made.seqlen,
         dataset=text.origin,
-        sha256=digest(batch),
+        sha256=digest(ids),
         kl=divergence.kl if reference is not None else None,
         top1=divergence.top1 if reference is not None else None,
-        reference_perplexity=_exp(reference_nll / divergence.tokens) if reference is not None else None,
+        reference_perplexity=_exp(reference_nll / sum(window.weight for window in both))
+        if reference is not None
+        else None,
         kv_bits=kv_bits,
-        opening=spelled(tokenizer, opening),
+        opening=made.opening,
         bos=bos,
+        scheme=protocol,
+        cut=made.said,
     )
 
 
-def check_windows(seqlen: Any, windows: Any) -> tuple[int, int | None]:
-    """Return both as Python's numbers. SettingError unless they are whole and in their range; ``windows`` may be None."""
+def _read(
+    model: nn.Module, reference: nn.Module | None, windows: list[Window], compared: int, kv_bits: int, progress: bool
+) -> tuple[float, float, "Divergence"]:
+    """Run both models over the windows, the reference over the first ``compared``: their losses, and how far they are apart."""
+    nll, reference_nll, divergence = 0.0, 0.0, Divergence()
+    with torch.inference_mode():
+        for k in track(torch.arange(len(windows)), "eval", enabled=progress):
+            window = windows[int(k)]
+            logits = _logits(model, window.ids, kv_bits)
+            nll += _nll(logits, window)
+            if reference is not None and k < compared:
+                expected = _logits(reference, window.ids)
+                reference_nll += _nll(expected, window)
+                for part in _chunks(window.first - 1, len(window.ids) - 1):
+                    divergence.add(expected[part], logits[part])
+    return nll, reference_nll, divergence
+
+
+def check_windows(seqlen: Any, windows: Any) -> tuple[int | None, int | None]:
+    """Return both as Python's numbers. SettingError unless they are whole and in their range, or None."""
     seqlen, windows = plain(seqlen), plain(windows)
     for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1)):
-        if not (isinstance(value, int) and value >= least) and not (name == "windows" and value is None):
+        if not (isinstance(value, int) and value >= least) and value is not None:
             raise SettingError(f"{name} must be a whole number of at least {least}; got {value!r}.")
     return seqlen, windows
 
@@ -167,14 +179,14 @@ def _logits(model: nn.Module, window: Tensor, kv_bits: int = 16) -> Tensor:
     return logits
 
 
-def _nll(logits: Tensor, window: Tensor, unscored: int) -> float:
-    """Sum the negative log-likelihoods of a window's tokens, without the first ``unscored``."""
+def _nll(logits: Tensor, window: Window) -> float:
+    """Sum the negative log-likelihoods of a window's scored tokens, as far as the window weighs."""
     total = 0.0
-    target = window[1:].to(logits.device)
-    for part in _chunks(unscored - 1, len(target)):
+    target = window.ids[1:].to(logits.device)
+    for part in _chunks(window.first - 1, len(target)):
         loss = nn.functional.cross_entropy(logits[part].float(), target[part], reduction="sum")
         total += float(loss)
-    return total
+    return total * (window.weight / window.scored)
 
 
 def _chunks(first: int, last: int) -> Iterator[slice]:

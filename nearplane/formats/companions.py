@@ -5,7 +5,9 @@ out has a reason, and is named to the user. Sub-folders are searched, links to f
 once, when it is copied, and nothing is run.
 """
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,6 +31,9 @@ QUANTIZATIONS = (
     "recipe.yml", "quant_log.csv", "quant_strategy.json", "smash_config.json", "*imatrix*.dat",
 )  # fmt: skip
 CARDS = ("readme*", "model_card*", "modelcard*")
+# The model card that a checkpoint gets, and the line in it by which a card that nobody has edited is known again.
+CARD = "README.md"
+SEAL = re.compile(r"\n<!-- written by nearplane; ([0-9a-f]{16}): once edited, this card is yours, and is kept -->\n")
 CACHES = (".*", "__pycache__", f"*{UNFINISHED}", "*.pyc", "*.tmp", "*.lock")
 # Written anew, or of one run alone.
 OWN = (CONFIG, REPORT, PAGE, SUMS, INDEX)
@@ -63,13 +68,41 @@ def companions(folder: Path) -> Companions:
     The weights that are read as the model, and what every checkpoint gets anew, are in neither list.
     """
     copied, left = list[str](), dict[str, list[str]]()
-    own = {*OWN, *_weights_read(folder)}
+    own = {*OWN, *_weights_read(folder), *([CARD] if is_ours(card_text(folder)) else [])}
     for name, reason in _search(folder, "", _modules(folder)):
         if reason is None:
             copied.append(name)
         elif name not in own:
             left.setdefault(reason, []).append(name)
     return Companions(sorted(set(copied) - own), {reason: sorted(names) for reason, names in left.items()})
+
+
+def sealed(card: str) -> str:
+    """Return a card with the line by which ``is_ours`` knows it; the line stands at its end."""
+    return f"{card}\n<!-- written by nearplane; {_short(card)}: once edited, this card is yours, and is kept -->\n"
+
+
+def is_ours(card: str | None) -> bool:
+    """Tell whether a card was written by nearplane and not edited since."""
+    found = SEAL.search(card or "")
+    return found is not None and card is not None and _short(SEAL.sub("", card)) == found[1]
+
+
+def card_text(folder: Path) -> str | None:
+    """Read the card of a folder; None where there is none that can be read."""
+    try:
+        return (folder / CARD).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def kept_card(out: Path) -> bool:
+    """Tell whether a folder has a card that must not be written over: any that is not as nearplane wrote it."""
+    return (out / CARD).is_symlink() or ((out / CARD).exists() and not is_ours(card_text(out)))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def _search(folder: Path, below: str, modules: set[str]) -> Iterator[tuple[str, str | None]]:

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.core.grid import Grid, Quantized
-from nearplane.formats.companions import companions
+from nearplane.formats.companions import CARD, companions
 from nearplane.formats.compressed import NEUTRAL
 from nearplane.formats.journal import LAYOUT, STATE, Journal, file_hash, holder, sync
 from nearplane.formats.read import Checkpoint, read_tensors
 from nearplane.formats.store import INDEX, PAGE, REPORT, SUMS, UNFINISHED, Shard, Store, read_index
 
 FINAL = "model-{:05}-of-{:05}.safetensors"
-# Hold times, and so have other bytes each run: two runs that did the same have the same sums.
-UNSUMMED = (REPORT, PAGE)
+# Two hold times, so that each run has other bytes, and a card is edited: two runs that did the same have the same sums.
+UNSUMMED = (REPORT, PAGE, CARD)
 
 # Tensors wait in memory until so many bytes of them make a file: 5 GB, as other tools have it.
 SHARD_BYTES = 5_000_000_000

@@ -4,11 +4,10 @@ The first signal asks the run to stop where nothing is half done, the second sto
 """
 
 import os
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -65,26 +64,6 @@ def stoppable(agree: Callable[[int], int] | None = None, *, quiet: bool = False)
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-# The words of the command that is running; None: this process was not started by one.
-_words: list[Sequence[str] | None] = [None]
-
-
-@contextmanager
-def remembered(words: Sequence[str]) -> Iterator[None]:
-    """Remember the words of a command while it runs."""
-    _words.append(words)
-    try:
-        yield
-    finally:
-        _words.pop()
-
-
-def command() -> str | None:
-    """Return the command that is running, as a shell takes it; None in a process that called a function instead."""
-    words = _words[-1]
-    return None if words is None else shlex.join([*started()[0], *words])
 
 
 def is_first() -> bool:

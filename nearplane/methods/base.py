@@ -1,7 +1,7 @@
 """The contract of a method, and the part that all sweeping methods share."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -111,3 +111,12 @@ class Sweeping:
         if solved.certificate is not None:
             verify(solved.certificate)
         return solved
+
+
+def check_method(method: Any) -> None:
+    """SettingError for what is no method, or needs what calibration does not measure."""
+    if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
+        raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
+    if not set(method.needs) <= set(get_args(Need)):
+        known = ", ".join(get_args(Need))
+        raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")

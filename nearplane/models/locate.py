@@ -17,7 +17,7 @@ HUB_WEIGHTS = ["*.safetensors"]
 HUB_PATTERNS = [
     "*.json", "*.jsonl", "*.model", "*.txt", "*.jinja", "*.py", "*.yaml", "*.yml", "*.toml", "*.xml", "*.csv", "*.tsv",
     "*.vocab", "*.vocab.*", "*.spm", "*.bpe", "*.tiktoken", "*.dict", "*.npy", "*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "*NOTICE*",
-    "*COPYING*", "*COPYRIGHT*", "*POLICY*", "*TERMS*",
+    "*COPYING*", "*COPYRIGHT*", "*POLICY*", "*TERMS*", "README.md",
 ]  # fmt: skip
 # No transformer is near these limits. A configuration beyond them would loop or allocate for ever.
 MOST_LAYERS, MOST_SIZE, MOST_BUFFERS = 1000, 1 << 31, 1 << 30

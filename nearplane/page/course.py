@@ -9,8 +9,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nearplane.formats.store import REPORT
 from nearplane.page.facts import Linear, Run, listing, mapping, number, text, whole
-from nearplane.page.words import clock, grouped, listed, many, size_of, tuning_line
+from nearplane.page.words import clock, grouped, listed, many, options_in, size_of, tuning_line
 
 # Phases of a run, in the order in which they are shown.
 PHASES = {
@@ -65,9 +66,9 @@ class Dense(NamedTuple):
 
 def phases(run: Run) -> list[Phase]:
     """Return the time by stage of work, the longest first."""
-    total = sum(run.seconds.values())
-    ranked = sorted(run.seconds.items(), key=lambda pair: -pair[1])
-    return [Phase(PHASES.get(name, name), _time(spent), spent / total) for name, spent in ranked if spent > 0]
+    ranked = sorted(((name, spent) for name, spent in run.seconds.items() if spent > 0), key=lambda pair: -pair[1])
+    total = sum(spent for _, spent in ranked)
+    return [Phase(PHASES.get(name, name), _time(spent), spent / total) for name, spent in ranked]
 
 
 def total_time(run: Run) -> str:
@@ -202,6 +203,16 @@ def command_of(engine: str, run: Run) -> str:
     python = f"import nearplane, transformers as t; nearplane.enable(); print(t.{kind}.from_pretrained({out!r}))"
     python = f'"{python}"' if re.fullmatch(r"[\w./-]+", out) else shlex.quote(python)
     return COMMANDS.get(engine, "").format(out=shlex.quote(out), file=shlex.quote(file), python=python)
+
+
+def commands(run: Run) -> list[str]:
+    """Return the commands that repeat a run: in its words, and from its report. None where the words are not recorded."""
+    config = mapping(run.raw.get("config"))
+    if not config:
+        return []
+    words = ["nearplane", "quantize", run.model, "NEW", *options_in(config)]
+    kept = [] if config.get("not_kept") else [shlex.join([*words[:4], "--config", f"{run.out}/{REPORT}"])]
+    return [shlex.join(words), *kept]
 
 
 def repeat(run: Run) -> list[tuple[str, str]]:

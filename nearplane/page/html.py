@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nearplane.core.errors import NearplaneError
 from nearplane.formats.store import PAGE
 from nearplane.page import charts, compare, course, quality
-from nearplane.page.facts import Run, facts, number, text
+from nearplane.page.facts import Run, facts, listing, mapping, number, text
 from nearplane.page.words import many
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def _sections(run: Run, original: Mapping[str, Any] | None, now: str) -> dict[st
         "converted": now if now and run.format and now != run.format else "",
         "repeat": course.repeat(run),
         "settings": course.settings(run),
-        "command": text(run.raw.get("command")),
+        "commands": course.commands(run),
+        "not_kept": [text(name) for name in listing(mapping(run.raw.get("config")).get("not_kept"))],
         "original": original,
     }

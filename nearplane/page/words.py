@@ -147,3 +147,32 @@ def clock(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+# What a report's ``config`` holds beside settings; settings that take several words, and those that are given once a value.
+BESIDE, SEVERAL, REPEATED = ("nearplane", "model", "not_kept"), ("widths",), ("override", "ignore")
+
+
+def options_in(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a report's ``config`` as words of the command line."""
+    words: list[str] = []
+    for name, value in config.items():
+        flag = "--" + str(name).replace("_", "-")
+        if name in BESIDE or value is None or value == []:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif not isinstance(value, list):
+            words += [flag, str(value)]
+        elif name in REPEATED:
+            words += [f"{flag}={each}" for each in value]
+        elif name == "dataset":
+            words += [flag, ",".join(_source(*each) for each in value)]
+        else:
+            words += [flag, *map(str, value)] if name in SEVERAL else [flag, ",".join(map(str, value))]
+    return words
+
+
+def _source(name: str, weight: float) -> str:
+    """Return a source of a mix; quotes enclose a name that a mix would read otherwise."""
+    return (f'"{name}"' if set(name) & set(":,") else name) + f":{weight:g}"

@@ -5,9 +5,7 @@ are its fields. Fields of its parts (the grid, the calibration, the method, the 
 their own names: ``Job.of(bits=3, nsamples=64, method="gptq", damp_percent=0.02)``.
 """
 
-import importlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -23,9 +21,9 @@ from nearplane.formats import Format, pick_format
 from nearplane.formats.gguf.grids import grid_of, known_type, own_type
 from nearplane.machine.devices import Dtype, pick_dtype
 from nearplane.methods import METHODS, Method, NearPlane
-from nearplane.methods.base import Need
+from nearplane.methods.base import check_method
 from nearplane.models.locate import given_path
-from nearplane.run.names import ALIASES, settings_of
+from nearplane.run.names import ALIASES, method_class, settings_of
 from nearplane.transforms.rotation import Rotate, make_rotate
 from nearplane.transforms.view import Transform
 
@@ -321,37 +319,6 @@ def compiled(what: str, pattern: str) -> Callable[[str], re.Match[str] | None]:
     except re.error as error:
         raise SettingError(f"{what} {pattern!r} is no regular expression ({error}).") from error
     return regex.match if form else regex.search
-
-
-def method_class(name: str) -> type[Method]:
-    """Find the class of a method: by its short name, or as ``package.module:Class``. SettingError where there is none."""
-    if name in METHODS:
-        return METHODS[name]
-    module, _, attribute = name.partition(":")
-    if not attribute or not module:
-        raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the working folder
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
-    if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
-        raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
-    try:
-        kind()
-    except TypeError as error:
-        raise SettingError(f"method {name!r} needs a default for every field ({error}).") from error
-    return kind
-
-
-def check_method(method: Method) -> None:
-    """SettingError for what is no method, or needs what calibration does not measure."""
-    if isinstance(method, type) or not all(hasattr(method, part) for part in ("needs", "prepare", "solve")):
-        raise SettingError(f"method must be an object with needs, prepare and solve, such as GPTQ(); got {method!r}.")
-    if not set(method.needs) <= set(get_args(Need)):
-        known = ", ".join(get_args(Need))
-        raise SettingError(f"a method may need {known}; {type(method).__name__} needs {sorted(method.needs)}.")
 
 
 def _method(given: Any, current: Method) -> Method:

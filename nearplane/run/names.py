@@ -3,8 +3,10 @@
 Imports no torch, so that the command line can help, complain and read a file before it knows which options there are.
 """
 
+import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import version
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nearplane.core.errors import SettingError
 
 if TYPE_CHECKING:
+    from nearplane.methods import Method
     from nearplane.run.job import Job
 
 # Names of other toolkits, and the one name used inside.
@@ -130,6 +133,7 @@ def config_of(job: "Job", model: str) -> dict[str, Any]:
         job: the run's.
         model: as it was named.
     """
+    from nearplane.core.grid import Grid
     from nearplane.methods import METHODS
 
     found: dict[str, Any] = {"nearplane": version("nearplane"), "model": model}
@@ -137,9 +141,10 @@ def config_of(job: "Job", model: str) -> dict[str, Any]:
     kind = type(job.method)
     if kind is not _default(job, "method") or "method" in (job.given or ()):
         found["method"] = names.get(kind, f"{kind.__module__}:{kind.__qualname__}")
-    lost = []
+    given = None if job.given is None else set(job.given)
+    lost = ["grid"] * (type(job.grid) is not Grid and (given is None or "grid" in given))  # levels or scales of its own
     for part, field, value in _settings(job):
-        if field.name in STARTED or (job.given is not None and not {field.name, part} & set(job.given)):
+        if field.name in STARTED or part in lost or (given is not None and not {field.name, part} & given):
             continue
         kept = _written(field.name, value)
         if kept is None and value is not None:
@@ -147,7 +152,9 @@ def config_of(job: "Job", model: str) -> dict[str, Any]:
         elif kept != _written(field.name, _made(field)) or field.name in (job.given or ()):
             found[field.name] = kept
     if job.activations is not None:
-        found |= _rounding(job)
+        found |= {
+            k: v for k, v in _rounding(job).items() if k == "act_bits" or given is None or {k, "activations"} & given
+        }
     return found | ({"not_kept": lost} if lost else {})
 
 
@@ -217,7 +224,7 @@ def _parsed(path: Path, text: str) -> Any:
     """Parse a file's text. ValueError where it is neither JSON nor YAML."""
     if path.suffix == ".json":
         return json.loads(text)
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         return yaml.safe_load(text)
@@ -277,3 +284,27 @@ OF_OTHERS: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "model_seqlen": lambda value, _: {"seqlen": value},
     "modules_to_not_convert": lambda names, _: {"ignore": tuple(re.escape(name) for name in names)} if names else {},
 }
+
+
+def method_class(name: str) -> "type[Method]":
+    """Find the class of a method: by its short name, or as ``package.module:Class``. SettingError where there is none."""
+    from nearplane.methods import METHODS
+
+    if name in METHODS:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute or not module:
+        raise SettingError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}, or package.module:Class.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the working folder
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingError(f"method {name!r} cannot be imported ({error}).") from error
+    if not (isinstance(kind, type) and all(hasattr(kind, part) for part in ("needs", "prepare", "solve"))):
+        raise SettingError(f"method {name!r} is not a class with needs, prepare and solve (nearplane.Method).")
+    try:
+        kind()
+    except TypeError as error:
+        raise SettingError(f"method {name!r} needs a default for every field ({error}).") from error
+    return kind

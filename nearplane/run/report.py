@@ -12,7 +12,6 @@ import torch
 from nearplane.core.errors import SettingError, plain
 from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
-from nearplane.machine.signals import command
 from nearplane.run.events import BlockDone, Compared, Event, Noted, Solved, StageDone
 from nearplane.run.measure import BlockRow, LinearRow
 
@@ -51,7 +50,6 @@ class Report:
     revision: str | None = None  # of a model from the hub, as it was asked for
     commit: str | None = None  # of a model from the hub, whose files were read
     resumed: int = 0  # times the run went on after it was ended
-    command: str | None = field(default_factory=command)  # of the last session; None: it was no command
     memory: dict[str, Any] = field(default_factory=dict)  # bytes: the most held (peak), and what was counted on
     tuning: dict[str, Any] | None = None  # what a tuning did (run/tune.py); None: there was none
     blocks: list[BlockRow] = field(default_factory=list)  # errors behind each block, on the checked windows
@@ -74,10 +72,9 @@ class Report:
         """Read the report beside a finished checkpoint. NearplaneError where there is none."""
         stored: dict[str, Any] = dict(read_json(Path(out) / REPORT))
         # reports of earlier versions lack them
-        later = ("revision", "commit", "tuning", "blocks", "check", "command", "memory", "config")
+        later = ("revision", "commit", "tuning", "blocks", "check", "memory", "config")
         known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored or f.name not in later}
         blocks = [BlockRow(**row) for row in known.get("blocks", ())]
-        known.setdefault("command", None)  # this process's own is another's
         return cls(**{**known, "linears": [_row(row) for row in known["linears"]], "blocks": blocks})
 
     def mark(self) -> "Mark":

@@ -6,7 +6,7 @@ sees the same numbers as an uninterrupted run, bit for bit.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -16,16 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nearplane.checkpoint.engines import verdicts
+from nearplane.checkpoint.engines import Verdict, verdicts
 from nearplane.checkpoint.export import Rest, Written, export, head_names, rest_of, routing
 from nearplane.checkpoint.export import Solved as Weight
 from nearplane.checkpoint.gguf import Placed, described, file_name, write_gguf
+from nearplane.checkpoint.hub.card import Made, card, commonest
+from nearplane.checkpoint.hub.card import described as described_source
 from nearplane.core.errors import SettingError, some_of
 from nearplane.core.grid import Quantized
 from nearplane.core.scales import Stored
+from nearplane.formats.companions import CARD, kept_card
 from nearplane.formats.parts import Part, Writer
 from nearplane.machine.memory import peak_resident
 from nearplane.models.discover import Block
+from nearplane.models.inputs import is_causal
 from nearplane.page.html import page_or_reason
 from nearplane.run.events import BlockDone, Event, Solved
 from nearplane.run.plan import Plan
@@ -175,16 +179,44 @@ class Saver:
         report.bytes["after"] = report.bytes["dense"] + report.bytes["quantized"]
         if plan.placed is not None and file is not None:
             rest = self._in_file(rest, plan.placed, file, tuned)
-        engines = {engine: judged.as_dict() for engine, judged in verdicts(plan.described()).items()}
+        engines = verdicts(plan.described())
+        rest = replace(rest, card=self._card(engines, file))
         weights = None
         if tuned is not None:
             dense, get = tuned.dense, rest.get
             rest = replace(rest, get=lambda name: dense[name] if name in dense else get(name))
             weights = self._tuned(tuned)
         report.memory["peak"] = peak_resident()  # a tuning included
-        page, reason = page_or_reason({**report.as_dict(), "engines": engines})
+        judged = {engine: verdict.as_dict() for engine, verdict in engines.items()}
+        page, reason = page_or_reason({**report.as_dict(), "engines": judged})
         report.events += [reason] if reason else []
-        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": engines}, page, weights)
+        export(self.writer, plan.format, rest, {**report.as_dict(), "engines": judged}, page, weights)
+
+    def _card(self, engines: Mapping[str, Verdict], file: str | None) -> str:
+        """Write the model card; note what of its source cannot be read, and a card of the user's that stays.
+
+        ``file``: the file of a format that has one.
+        """
+        plan, report, source = self.plan, self.report, self.plan.source
+        found, broken = described_source(source.name, source.folder, source.raw_config())
+        report.events += [broken] if broken else []
+        if kept_card(self.writer.out):
+            report.events.append(
+                f"{self.writer.out / CARD} is not as nearplane wrote it, and stays: no card is written"
+            )
+        return card(
+            Made(
+                model=source.name,
+                format=plan.format.name,
+                grids=commonest(replace(plan.grid_of(site), fit=plan.grid.fit) for site in plan.sites),
+                report=report.as_dict(),
+                engines=engines,
+                nbytes=report.bytes["after"],
+                file=file,
+                causal=is_causal(source.model),
+                **found,
+            )
+        )
 
     def _tuned(self, tuned: Tuned) -> Iterator[Weight]:
         """Read the solved weights back, with the scales that were tuned; shards are written beside their parts."""

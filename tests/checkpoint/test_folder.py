@@ -12,6 +12,7 @@ import transformers
 import nearplane
 from nearplane import RTN, NearplaneError
 from nearplane.cli.main import main
+from nearplane.formats.companions import card_text, is_ours
 from nearplane.models.locate import HUB_PATTERNS, HUB_WEIGHTS
 from nearplane.run.estimate import estimate
 from nearplane.run.plan import make_plan
@@ -58,7 +59,7 @@ def test_companions_go_along_and_the_rest_is_named(tmp_path: Path, capsys: pytes
     assert "not copied" not in capsys.readouterr().out  # of the checkpoint everything goes along
     for place in (out, new):
         assert {name: (place / name).read_text() for name in FILES} == FILES
-        assert not (place / "README.md").exists() and not (place / "pytorch_model.bin").exists()
+        assert is_ours(card_text(place)) and not (place / "pytorch_model.bin").exists()
         assert nearplane.verify(place).ok
         assert "1_Pooling/config.json" in [file.name for file in nearplane.verify(place).files]
     (new / "quant_config.json").write_text("{}")

@@ -32,7 +32,7 @@ def report(
     made: dict[str, Any] = {
         "model": "someone/Small-1B",
         "out": "runs/small-3bit",
-        "command": "nearplane quantize someone/Small-1B runs/small-3bit --bits 3",
+        "config": {"nearplane": "0.1.0", "model": "someone/Small-1B", "bits": 3},
         "settings": {
             "method": {"name": "GPTQ", "damp_percent": 0.01},
             "grid": {"bits": 3, "group_size": 32, "sym": False, "fit": "auto", "scale_dtype": "float16"},

@@ -35,7 +35,7 @@ def test_every_section_and_every_linear_is_there() -> None:
         "1.5 GB of main memory were held", "2.0 GB were counted on beforehand, of 8.0 GB",
         "solving the weights 3.0 s", "Time: 4.0 s",
         "model.embed_tokens.weight 5.0 MB", "Nothing out of the ordinary", "vllm serve runs/small-3bit", "run here with vllm 1",
-        "nearplane quantize someone/Small-1B runs/small-3bit --bits 3", "seed of the windows 7", "c0ffeec0ffee", "torch 2.9.0",
+        "nearplane quantize someone/Small-1B NEW --bits 3", "seed of the windows 7", "c0ffeec0ffee", "torch 2.9.0",
     ):  # fmt: skip
         assert words in body, words
     assert found.tags["h1"] == 1 and "<title>Small-1B: report</title>" in made and '<html lang="en">' in made
@@ -121,7 +121,7 @@ def test_names_with_html_in_them_stay_text() -> None:
     content = report(2, (NASTY, "mlp.up_proj"), model=NASTY, out=NASTY, events=[NASTY, f"{NASTY}: damping raised"])
     content["versions"] = {NASTY: NASTY}
     content["engines"] = {NASTY: {"refusals": [NASTY], "caveats": [], "basis": NASTY}}
-    content["settings"]["method"]["name"] = content["data"]["origin"] = content["command"] = NASTY
+    content["settings"]["method"]["name"] = content["data"]["origin"] = content["config"]["method"] = NASTY
     content["dense"] = [{"name": NASTY, "bytes": 1, "reason": NASTY}]
     content["seconds"] = {NASTY: 2.0}
     found = sound(page(content))
@@ -232,7 +232,7 @@ def test_what_an_earlier_version_did_not_write_is_not_recorded(key: str) -> None
     said = sound(page(content)).text
     sentences = {
         "check": "answers lost is not recorded",
-        "command": "command is not recorded",
+        "config": "command is not recorded",
         "engines": "engines are not recorded",
     }
     assert sentences.get(key, "not recorded" if key in ("memory", "seconds") else "") in said

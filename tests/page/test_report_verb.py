@@ -64,18 +64,25 @@ def test_quantize_writes_the_page_of_its_report(model: Path, out: Path) -> None:
     found = sound((out / "report.html").read_text("utf-8"))
     written = content(out)
     assert [row["name"] for row in written["linears"] if row["name"] not in found.text] == []
-    assert f"{written['check']['kl']:.3g}" in found.text and written["command"] in found.text
-    assert written["command"].startswith(f"nearplane quantize {model} {out} --bits 3 --group-size 32")
+    assert f"{written['check']['kl']:.3g}" in found.text
+    assert f"nearplane quantize {model} NEW --method gptq" in found.text and "--bits 3 --group-size 32" in found.text
+    assert f"nearplane quantize {model} NEW --config {out}/report.json" in found.text
     assert 0 < written["memory"]["peak"] < written["memory"]["available"] and written["memory"]["planned"] > 0
     assert html.page(written) == (out / "report.html").read_text("utf-8")
-    assert Report.read(out).command == written["command"]
+    assert Report.read(out).config == written["config"]
     assert nearplane.verify(out).ok
 
 
-def test_a_run_from_python_has_no_command(model: Path, tmp_path: Path) -> None:
-    assert quick(model, tmp_path / "out").command is None
+def test_a_run_from_python_has_a_command_too(model: Path, tmp_path: Path) -> None:
+    """Objects that no command holds are named."""
+    quick(model, tmp_path / "out")
     said = sound((tmp_path / "out" / "report.html").read_text("utf-8")).text
-    assert "was started from Python" in said and "grid.group_size 32" in said
+    assert f"nearplane quantize {model} NEW --" in said and "grid.group_size 32" in said
+    nearplane.quantize(
+        model, tmp_path / "own", dataset=["w1 w2 " * 200], nsamples=2, seqlen=16, bits=3, group_size=32, progress=False
+    )
+    said = sound((tmp_path / "own" / "report.html").read_text("utf-8")).text
+    assert "Given as objects of Python, which no command holds: dataset" in said and "--config" not in said
 
 
 @pytest.mark.parametrize("why", ["jinja2", "damage"])
@@ -233,7 +240,7 @@ def test_nothing_is_downloaded(out: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_page_of_an_earlier_version(tmp_path: Path) -> None:
     """Of one that wrote neither blocks nor a check, memory, command, or other engines than three."""
     old = report()
-    for key in ("blocks", "check", "memory", "command", "revision", "tuning"):
+    for key in ("blocks", "check", "memory", "config", "revision", "tuning"):
         old.pop(key, None)
     (tmp_path / "report.json").write_text(json.dumps(old))
     assert main(["report", str(tmp_path)]) == 0
