@@ -30,6 +30,7 @@ import torch
 from nearplane.checkpoint.export import copied_bytes
 from nearplane.checkpoint.gguf import dense_bytes
 from nearplane.data.own import own_memory
+from nearplane.data.shares import shares_of
 from nearplane.formats.companions import companions
 from nearplane.formats.gguf.format import GGUF
 from nearplane.formats.journal import STATE
@@ -312,7 +313,9 @@ class _Walk:
         number, (m, n, adds), needs = solver_dtype(self.plan).itemsize, size, self.needs
         held = self.probe.memory(size)
         drift = m * n if adds else n**2 if "D" in needs else 0
-        parts = 1 + ("held_out" in needs) * (1 + (texts if (texts := len(self.plan.calibration.shares)) > 1 else 0))
+        parts = 1 + ("held_out" in needs) * (
+            1 + (texts if (texts := len(shares_of(self.plan.calibration.dataset))) > 1 else 0)
+        )
         moments = number * (n**2 + drift) * parts if needs else 0
         weight, state = number * m * n, int(held.state)
         if needs:

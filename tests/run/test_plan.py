@@ -431,7 +431,14 @@ def test_plan_and_quantize_have_the_same_flags(capsys: pytest.CaptureFixture[str
         return {word.rstrip(".") for word in words if word.startswith("--")}
 
     assert flags("plan") - flags("quantize") == {"--json", "--ranks"}
-    assert flags("quantize") - flags("plan") == {"--force", "--quiet", "--resume", "--verbose"}
+    assert flags("quantize") - flags("plan") == {
+        "--force",
+        "--private",
+        "--push-to-hub",
+        "--quiet",
+        "--resume",
+        "--verbose",
+    }
 
 
 def test_hidden_states_need_room_where_they_go(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

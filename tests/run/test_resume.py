@@ -28,7 +28,7 @@ from nearplane.formats.store import INDEX
 from nearplane.models.values import fingerprint
 from nearplane.run.forward import Forward, OnDisk
 
-TIMES = ("seconds", "resumed", "memory", "command")
+TIMES = ("seconds", "resumed", "memory")
 GRID = Grid(bits=3, group_size=16, sym=False)
 
 

@@ -65,8 +65,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file's hash but those of the report and its page, whose times differ."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stem != "report")
+    """Every file's hash but those of the report and its page, whose times differ, and of the card, which names --tune."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.stem != "report" and p.name != "README.md")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
