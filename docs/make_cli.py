@@ -20,6 +20,7 @@ HEAD = """# The command line
 ```
 
 Exit status: 0 done; 1 `plan` or `verify` say no; 2 a mistake, in one sentence on standard error; 130 and 143 interrupted.
+`NO_COLOR` is heeded, and where output is no terminal there are no control characters.
 Standard output has the result alone, standard error has what a run says while it works. Underscores and dashes are the same in
 a flag. `--help` with `--method NAME` lists the options of that method, a class of your own (`package.module:Class`) included.
 

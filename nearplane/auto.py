@@ -96,16 +96,19 @@ class NearplaneForCausalLM:
             self._work, self._made = work.pop_all(), made
         return self.report
 
-    def save_quantized(self, out: str | Path) -> None:
+    def save_quantized(self, out: str | Path, use_safetensors: bool = True) -> None:
         """Move the checkpoint to its place, whole or not at all.
 
         Args:
             out: a folder that does not exist or is empty.
+            use_safetensors: True; there is no other kind of file.
 
         Raises:
             SettingError: nothing was quantized yet, or ``out`` holds something.
             NearplaneError: the disk refuses; the checkpoint stays where it was.
         """
+        if not use_safetensors:
+            raise SettingError("checkpoints are written as safetensors; leave use_safetensors out.")
         if self._made is None or self.report is None:
             saved = (
                 f"is saved already, in {self.report.out}; copy that folder" if self.report else "is not quantized yet"

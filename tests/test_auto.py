@@ -37,7 +37,9 @@ def test_the_quick_start_of_autogptq(model: Path, tmp_path: Path) -> None:
         wrapped.save_quantized(tmp_path / "early")
     assert not (tmp_path / "early").exists()
     report = wrapped.quantize(texts, progress=False, batch_size=1, nsamples=8)
-    wrapped.save_quantized(tmp_path / "sub" / "out")
+    with pytest.raises(SettingError, match="written as safetensors"):
+        wrapped.save_quantized(tmp_path / "sub" / "out", use_safetensors=False)
+    wrapped.save_quantized(tmp_path / "sub" / "out", use_safetensors=True)
     nearplane.quantize(model, tmp_path / "same", nearplane.Job.read(CONFIG), dataset=texts, nsamples=8, progress=False)
     assert weights(tmp_path / "sub" / "out") == weights(tmp_path / "same")
     assert nearplane.verify(tmp_path / "sub" / "out").ok

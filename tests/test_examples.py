@@ -156,5 +156,6 @@ def test_quickstart_notebook(model: Path, tmp_path: Path) -> None:
         exec(compile(ast.Module(lines, []), "quickstart.ipynb", "exec"), names)
         shown.append(eval(compile(ast.Expression(last.value), "quickstart.ipynb", "eval"), names))
     plan, report, worst, measured, written, repeated = shown
+    assert "srcdoc=" in report._repr_html_() and "Who loads it?" in report._repr_html_()
     assert "fits" in str(plan) and "14 linears" in str(report) and len(worst) == 5 and worst[0][1] >= worst[4][1] > 0
     assert measured.kl > 0 and written and repeated == (3, 16)

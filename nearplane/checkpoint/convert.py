@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -53,6 +54,7 @@ from nearplane.models.experts_disk import matrices, names_in_model, split_names
 from nearplane.models.inputs import is_causal
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
+from nearplane.page.facts import mapping
 from nearplane.page.html import page_or_reason
 from nearplane.transforms.hooks import KEY as ROTATED
 from nearplane.transforms.hooks import turned_linears
@@ -125,11 +127,10 @@ def convert(
         NearplaneError: before anything is written, names the layer that the format cannot hold exactly.
     """
     refuse_loaded(path)
-    words = {"template": template, "gguf_type": gguf_type, "gguf_dense": gguf_dense}
-    target, alone = _target(given_path("out", out), format, words)
+    of_gguf = {"template": template, "gguf_type": gguf_type, "gguf_dense": gguf_dense}
+    target, alone = _target(given_path("out", out), format, of_gguf)
     writer = None if alone else Writer(Path(out))
-    folder = locate(path, revision=revision)
-    checkpoint, report = open_checkpoint(folder, formats=formats), _report(folder)
+    checkpoint = open_checkpoint(folder := locate(path, revision=revision), formats=formats)
     before = _refuse(path, checkpoint, target)
     opened, model = open_skeleton(folder, trust_remote_code=trust_remote_code)
     modules = modules_of(model, checkpoint)
@@ -137,67 +138,87 @@ def convert(
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (Solved(n, _exact(n, checkpoint.quantized(n), grid, target), grid) for n, grid in grids.items())
+    notes = [_rounded(moved, target)]
     with bar(progress) as display, writer or nullcontext():
         placed = _placed(checkpoint, target, model, display)
         rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
-        rest = rest if alone else replace(rest, card=_card(path, checkpoint, target, model, rest, (grids, modules)))
         written = len(checkpoint.layers) if placed is None else len(placed.template.tensors)
         tick = partial(display.advance, display.add_task("convert", total=written + len(rest.dense) * (not alone)))
         if writer is not None:
-            export(writer, target, rest, report, _page(report, target), weights, tick)
+            told = _tell((str(path), str(out)), checkpoint, target, model, rest.file, (grids, modules))
+            export(writer, target, replace(rest, card=told.card), told.report, told.page, weights, tick)
+            notes = [told.note, companions(folder).note(), *notes]
         elif rest.file is not None:
             write_alone(Path(out), partial(rest.file.write, tick=tick))
-    note = "; ".join(filter(None, (None if alone else companions(folder).note(), _rounded(moved, target)))) or None
     types = None if placed is None else _told(placed, target, checkpoint, grids)
-    told = len(checkpoint.layers), len(checkpoint.dense), _new_dtypes(checkpoint, grids), note, types, moved
-    return Conversion(str(path), str(out), before, target.name, *told)
+    found = (
+        len(checkpoint.layers),
+        len(checkpoint.dense),
+        _new_dtypes(checkpoint, grids),
+        "; ".join(filter(None, notes)) or None,
+        types,
+        moved,
+    )
+    return Conversion(str(path), str(out), before, target.name, *found)
 
 
-def _page(report: Path | None, target: Format) -> str | None:
-    """Make the page of a copied report; None where there is no report that can be read: ``nearplane report`` says why."""
-    if report is None:
-        return None
-    try:
-        return page_or_reason(read_json(report), now=target.name)[0]
-    except NearplaneError:
-        return None
+class _Told(NamedTuple):
+    """What a converted folder says of itself."""
+
+    card: str
+    report: dict[str, Any] | Path | None
+    page: str | None
+    note: str
 
 
-def _report(folder: Path) -> Path | None:
-    """Return the report of the run that chose the codes, where there is one."""
-    return folder / REPORT if (folder / REPORT).is_file() else None
-
-
-def _card(
-    path: str | Path, checkpoint: Checkpoint, target: Format, model: nn.Module, rest: Rest,
+def _tell(
+    names: tuple[str, str], checkpoint: Checkpoint, target: Format, model: nn.Module, file: Written | None,
     layers: tuple[dict[str, Grid], dict[str, str]],
-) -> str:  # fmt: skip
-    """Write the model card of the new folder.
+) -> _Told:  # fmt: skip
+    """Write card, report and page of the new folder: the report of its run, with format, engines and sizes of now.
 
-    ``layers``: the grids, and the names in the model, of the layers by their names on disk.
+    Args:
+        names: of the checkpoint and of the new folder, as they were given.
+        checkpoint: what is converted.
+        target: the new format.
+        model: its skeleton.
+        file: of a format that has one.
+        layers: the grids, and the names in the model, of the layers by their names on disk.
     """
     grids, modules = layers
-    folder, file = checkpoint.store.folder, rest.file
-    report = {} if _report(folder) is None else read_json(folder / REPORT)
+    source = checkpoint.store.folder / REPORT
+    try:
+        run = dict(read_json(source)) if source.is_file() else {}
+    except NearplaneError:  # copied as it is; ``nearplane report`` says what is wrong with it
+        run = {}
     shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
-    dense = sum(checkpoint.store.nbytes(name) for name in checkpoint.dense)
+    quantized = sum(target.nbytes(shapes[name], grid) for name, grid in grids.items())
+    dense = sum(checkpoint.store.nbytes(name) for name in checkpoint.dense) if file is None else file.nbytes - quantized
     weights = dict.fromkeys(Weight(grid, shapes[name]) for name, grid in grids.items())
     facts = model_facts(model, {modules[name]: grid for name, grid in grids.items()})
+    engines = verdicts(Described(target.name, tuple(weights), facts))
     made = Made(
-        model=str(report.get("model", path)),
+        model=str(run.get("model", names[0])),
         format=target.name,
         grids=commonest(grids.values()),
-        report=report,
-        engines=verdicts(Described(target.name, tuple(weights), facts)),
-        nbytes=dense + sum(target.nbytes(shapes[name], grid) for name, grid in grids.items())
-        if file is None
-        else file.nbytes,
+        report=run,
+        engines=engines,
+        nbytes=quantized + dense,
         file=None if file is None else file.name,
         causal=is_causal(model),
         version=environment()["nearplane"],
-        **described_source(str(path), folder, checkpoint.config, converted=True)[0],
+        **described_source(names[0], checkpoint.store.folder, checkpoint.config, converted=True)[0],
     )
-    return card(made)
+    if not run:
+        return _Told(card(made), source if source.is_file() else None, None, "")
+    run["converted"] = {"format": target.name, "out": names[1]}
+    run["engines"] = {engine: verdict.as_dict() for engine, verdict in engines.items()}
+    size = {"after": quantized + dense, "quantized": quantized, "dense": dense}
+    run["bytes"] = {**mapping(run.get("bytes")), **size}
+    bits = 8 * quantized / sum(prod(shape) for shape in shapes.values())
+    run["totals"] = {**mapping(run.get("totals")), "bits_per_weight": bits}
+    page, reason = page_or_reason(run)
+    return _Told(card(made), run, page, reason)
 
 
 def _new_dtypes(checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:

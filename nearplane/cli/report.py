@@ -43,13 +43,17 @@ def run(options: Options, _: dict[str, Any]) -> int:
         if not out.exists():  # before torch is imported
             raise SettingError(f"{out}: no such folder; give the OUT of nearplane quantize.")
     from nearplane.page.html import comparison, page
-    from nearplane.page.read import format_now, read_report
+    from nearplane.page.read import read_report
 
+    if len({out.resolve() for out in options.out}) < len(options.out):
+        raise SettingError("an OUT is given twice; a comparison is of different runs.")
     found = [read_report(out) for out in options.out]
     several = len(found) > 1
     target = options.output or (COMPARED if several else found[0].folder / COMPARED)
     if target.is_dir() or target.suffix.lower() not in (".html", ".htm"):
         raise SettingError(f"--output {target} must be a file that ends in .html.")
+    if not target.absolute().parent.is_dir():
+        raise SettingError(f"--output {target}: there is no folder {target.parent}.")
     _refuse_foreign(target)
     original = None
     if options.original is not None:
@@ -59,7 +63,7 @@ def run(options: Options, _: dict[str, Any]) -> int:
     if several:
         text = comparison([each.content for each in found], [str(each.path) for each in found], original)
     else:
-        text = page(found[0].content, original=original, now=format_now(found[0].folder), where=str(found[0].path))
+        text = page(found[0].content, original=original, where=str(found[0].path))
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:

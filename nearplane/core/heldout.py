@@ -34,14 +34,14 @@ class Trial:
         self.weight = weight[self.rows]
         self.H = held.H
         self.gain = None if moments.gain is None else moments.gain[self.rows, None].to(weight.dtype)
-        self.pull = self._pull(held)
+        self.pull = self._pull(held.D, held.R)
         judges = [part for part in moments.sources if part.tokens]
-        self.sources = [(part.H, self._pull(part)) for part in judges] if len(judges) > 1 else []
+        self.sources = [(part.H, self._pull(part.D, part.R)) for part in judges] if len(judges) > 1 else []
         """H and pull of each text's held-out tokens, where there are several texts."""
 
     def fit_pull(self) -> Float[Tensor, "rows in"]:
         """Return the pull of the tokens that are not held out."""
-        return self._pull(Moments(self.moments.fit("H"), self.moments.fit("D"), R=self.moments.fit("R")))
+        return self._pull(self.moments.fit("D"), self.moments.fit("R"))
 
     def confirmed(self, step: Float[Tensor, "rows in"], *, by_row: bool = False) -> Float[Tensor, "#rows 1"]:
         """Return the share of a step, at most 1, behind which some text's held-out loss rises again; 1 where texts are one."""
@@ -85,10 +85,9 @@ class Trial:
         gradients = ((delta @ H).sub_(wanted, alpha=2) for H, wanted in judges)
         return [float(gradient.mul_(delta).sum(dtype=torch.float64)) for gradient in gradients]
 
-    def _pull(self, moments: Moments) -> Float[Tensor, "rows in"]:
-        """Return the pull of some tokens on these rows, gained."""
-        R = None if moments.R is None else moments.R[self.rows]
-        return self._gained(pull(self.weight, moments.D, R))
+    def _pull(self, D: Float[Tensor, "in in"] | None, R: Float[Tensor, "out in"] | None) -> Float[Tensor, "rows in"]:
+        """Return the pull of some tokens' drift on these rows, gained."""
+        return self._gained(pull(self.weight, D, None if R is None else R[self.rows]))
 
     def _gained(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
         """Multiply each row by the gain of its output."""

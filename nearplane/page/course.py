@@ -212,7 +212,8 @@ def commands(run: Run) -> list[str]:
         return []
     words = ["nearplane", "quantize", run.model, "NEW", *options_in(config)]
     kept = [] if config.get("not_kept") else [shlex.join([*words[:4], "--config", f"{run.out}/{REPORT}"])]
-    return [shlex.join(words), *kept]
+    after = [shlex.join(["nearplane", "convert", "NEW", "NEWER", "--format", run.format])] if run.made_as else []
+    return [shlex.join(words), *kept, *after]
 
 
 def repeat(run: Run) -> list[tuple[str, str]]:

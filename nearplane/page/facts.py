@@ -67,6 +67,9 @@ class Run:
     group_size: int | None
     sym: bool | None
     format: str
+    """Of the folder, as it is now."""
+    made_as: str
+    """The format that the run wrote, where a conversion changed it."""
     linears: list[Linear]
     blocks: list[Behind]
     settings: Mapping[str, Any]
@@ -152,15 +155,17 @@ def facts(report: Any, where: str = "the report") -> Run:
         for row in listing(report.get("blocks"))
         if isinstance(row, Mapping) and text(row.get("name"))
     ]
+    now = mapping(report.get("converted"))
     known = sorted({row.name for row in blocks}, key=len, reverse=True)
     return Run(
         model=text(report.get("model")) or "a model",
-        out=text(report.get("out")),
+        out=text(now.get("out")) or text(report.get("out")),
         method=text(mapping(settings.get("method")).get("name")) or "a method",
         bits=_bits(grid.get("bits")),
         group_size=whole(grid.get("group_size")),
         sym=grid["sym"] if isinstance(grid.get("sym"), bool) else None,
-        format=text(settings.get("format")),
+        format=text(now.get("format")) or text(settings.get("format")),
+        made_as=text(settings.get("format")) if now else "",
         linears=[_linear(row, known) for row in rows],
         blocks=blocks,
         settings=settings,

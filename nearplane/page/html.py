@@ -25,13 +25,12 @@ TEMPLATES = Path(__file__).parent / "template"
 DAMAGED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
 
 
-def page(report: Any, *, original: Mapping[str, Any] | None = None, now: str = "", where: str = "the report") -> str:
+def page(report: Any, *, original: Mapping[str, Any] | None = None, where: str = "the report") -> str:
     """Return the page of one run.
 
     Args:
         report: the content of ``report.json``, or ``Report.as_dict()``.
         original: what is known of the original model's folder, as ``original_facts`` gives it.
-        now: the format that the folder is in now, where a conversion changed it.
         where: what to call the report in an error.
 
     Raises:
@@ -39,7 +38,7 @@ def page(report: Any, *, original: Mapping[str, Any] | None = None, now: str = "
     """
     run = facts(report, where)
     with _whole(where):
-        made = _template().render(title=f"{run.title}: report", run=run, **_sections(run, original, now))
+        made = _template().render(title=f"{run.title}: report", run=run, **_sections(run, original))
     return _encodable(made)
 
 
@@ -61,14 +60,14 @@ def comparison(reports: Sequence[Any], names: Sequence[str], original: Mapping[s
     return _encodable(made)
 
 
-def page_or_reason(report: Any, now: str = "") -> tuple[str | None, str]:
+def page_or_reason(report: Any) -> tuple[str | None, str]:
     """Return the page of a run that ends, or why there is none: a checkpoint is never lost for its page.
 
     Returns:
         The page, and an empty text; or None, and a sentence without its full stop.
     """
     try:
-        return page(report, now=now), ""
+        return page(report), ""
     except NearplaneError as error:
         return None, f"{PAGE} was not written: {error}"
 
@@ -108,7 +107,7 @@ def _file(name: str) -> str:
     return (TEMPLATES / name).read_text("utf-8")
 
 
-def _sections(run: Run, original: Mapping[str, Any] | None, now: str) -> dict[str, Any]:
+def _sections(run: Run, original: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what the template needs of one run."""
     bad = quality.worst(run)
     marked, says = {one.linear.name for one in bad}, partial(quality.says, run)
@@ -140,7 +139,6 @@ def _sections(run: Run, original: Mapping[str, Any] | None, now: str) -> dict[st
         "dense": dense,
         "more_dense": more,
         "engines": course.engines(run),
-        "converted": now if now and run.format and now != run.format else "",
         "repeat": course.repeat(run),
         "settings": course.settings(run),
         "commands": course.commands(run),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core.errors import SettingError
 from nearplane.formats.journal import unfinished
 from nearplane.formats.store import REPORT, read_json
 
@@ -37,15 +37,3 @@ def read_report(out: Path) -> Found:
     if path.suffix.lower() != ".json":
         raise SettingError(f"{path} is no {REPORT}; give the OUT of nearplane quantize.")
     return Found(path, path.parent, read_json(path))
-
-
-def format_now(folder: Path) -> str:
-    """Return the format that a folder's config.json names; empty where it cannot be told."""
-    try:
-        described = read_json(folder / "config.json").get("quantization_config")
-    except NearplaneError:  # the report is read without it
-        return ""
-    named = described.get("quant_method") if isinstance(described, dict) else None
-    if named == "gptq" and isinstance(described, dict) and described.get("checkpoint_format") == "gptq_v2":
-        return "gptq_v2"
-    return named if isinstance(named, str) else ""

@@ -32,6 +32,8 @@ NOTES = (
      f"{MORE}, or look whether the model uses them at all"),
     (r"\d+ of \d+ experts were shown fewer", "have experts that few tokens reached, damped by count",
      f"{MORE}, or --all-experts"),
+    ("scaled: ", "have scaled input channels", "report.json has the factors' alpha, and what was left out"),
+    ("not scaled: ", "have no scaled input channels", "report.json says why"),
     ("the probe forward did not reach it", "were not reached by the probe forward and stay dense", NOTHING),
 )  # fmt: skip
 
@@ -49,7 +51,7 @@ def grouped(events: Iterable[str]) -> list[str]:
             together.setdefault(known, []).append(event)
     for (many, advice), same in together.items():
         names = [event.partition(": ")[0] for event in same]
-        what = "layers" if "experts" in many else "linears"
+        what = "layers" if "experts" in many else "blocks" if "channels" in many else "linears"
         first = f"{len(names)} {what} {many} ({names[0]}, ...)"
         said.append(f"{first if len(names) > 1 else same[0]}: {advice}")
     return said

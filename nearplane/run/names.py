@@ -40,12 +40,11 @@ ALIASES = {
 # always static, codes stay where their columns are, and damping is raised where a Cholesky factorization fails.
 WITHOUT_EFFECT = frozenset(
     {
-        "act_group_aware", "auto_gptq_version", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-        "cache_examples_on_gpu", "damp_auto_increment", "device_map", "disable_exllama", "do_fuse", "exllama_config",
-        "fuse_max_seq_len", "hyb_act", "is_marlin_format", "low_cpu_mem_usage", "max_input_length", "max_memory", "meta",
-        "model_file_base_name", "model_name_or_path", "module_name_preceding_first_block", "offload_to_disk",
-        "offload_to_disk_path", "pack_dtype", "pad_token_id", "static_groups", "tokenizer", "true_sequential",
-        "use_cuda_fp16", "use_exllama", "use_safetensors", "use_triton",
+        "act_group_aware", "auto_gptq_version", "backend", "batch_size", "cache_block_outputs", "cache_examples_on_gpu",
+        "damp_auto_increment", "device_map", "disable_exllama", "do_fuse", "exllama_config", "fuse_max_seq_len", "hyb_act",
+        "is_marlin_format", "low_cpu_mem_usage", "max_input_length", "max_memory", "meta", "model_file_base_name",
+        "model_name_or_path", "offload_to_disk", "offload_to_disk_path", "pack_dtype", "pad_token_id", "static_groups",
+        "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama", "use_safetensors", "use_triton",
     }
 )  # fmt: skip
 # Formats by the names of other toolkits.
@@ -78,15 +77,17 @@ def settings_of(config: Any, where: str = "quantize_config") -> dict[str, Any]:
         return read_config(config)
     given = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(given, Mapping):
-        raise SettingError(
-            f"{where} is a dict of settings, a file of them, or has to_dict(); got {type(config).__name__}."
-        )
+        raise SettingError(f"{where} must hold settings by name; got {type(config).__name__}.")
     if isinstance(given.get(ENTRY), Mapping) and "linears" in given:  # a report.json
         given = given[ENTRY]
     elif "linears" in given and "settings" in given:
         raise SettingError(f"{where} is the report of an earlier version, which does not hold what repeats its run.")
     if isinstance(given.get("quantization_config"), Mapping):  # a config.json
         given = given["quantization_config"]
+    if "config_groups" in given:
+        raise SettingError(
+            f"{where} describes a checkpoint in compressed-tensors, whose groups are no settings; give its report.json."
+        )
     lost = [name for name in given.get("not_kept", ()) if name not in given]
     if lost:
         raise SettingError(

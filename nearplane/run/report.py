@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
+from html import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from nearplane.core.errors import SettingError, plain
 from nearplane.formats.store import REPORT, read_json
 from nearplane.machine.devices import environment
+from nearplane.page.html import page_or_reason
 from nearplane.run.events import BlockDone, Compared, Event, Noted, Solved, StageDone
 from nearplane.run.measure import BlockRow, LinearRow
 
@@ -66,6 +68,17 @@ class Report:
         return f"{self.model} -> {self.out}: {kept}; {spent}; {len(self.events)} notes in events"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str | None:
+        """Return the page of the run in a frame, as notebooks show it; None where there is no page, and its text is shown.
+
+        The report in ``out`` knows the engines, too.
+        """
+        written = Path(self.out) / REPORT
+        content = read_json(written) if self.out and written.is_file() else self.as_dict()
+        made, _ = page_or_reason(content)
+        style = "width: 100%; height: 40em; border: 0"
+        return None if made is None else f'<iframe srcdoc="{escape(made)}" style="{style}"></iframe>'
 
     @classmethod
     def read(cls, out: str | Path) -> "Report":

@@ -138,11 +138,16 @@ def test_every_kind_of_note_about_a_linear_has_advice() -> None:
         "too few tokens to hold any out, so none could judge",
         "2 of 4 experts were reached by no token, or by zeros only, and rounded to nearest: 1, 2",
         "2 of 4 experts were shown fewer tokens than they have inputs, and damped by count: 1 (3) (tokens)",
-        "the probe forward did not reach it, stays dense",
+        "the probe forward did not reach it, stays dense", "scaled: mlp.down_proj by alpha 0.4 through mlp.up_proj (error x 0.9)",
+        "not scaled: mlp.down_proj (best as it is)",
     )  # fmt: skip
     for note in notes:
         one, many = grouped([f"a.0.b: {note}"]), grouped([f"a.{k}.b: {note}" for k in range(3)])
-        assert one[0].startswith(f"a.0.b: {note}: ") and len(many) == 1 and many[0].startswith("3 l"), note
+        assert (
+            one[0].startswith(f"a.0.b: {note}: ")
+            and len(many) == 1
+            and many[0].startswith(("3 linears ", "3 layers ", "3 blocks "))
+        ), note
 
 
 @pytest.fixture(scope="module")

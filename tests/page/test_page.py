@@ -207,10 +207,12 @@ def test_what_happened_is_told_in_plain_words() -> None:
         assert words in said, words
 
 
-def test_a_converted_folder_gives_no_command_of_another_format() -> None:
-    said = sound(page(report(), now="mlx")).text
-    assert "converted to mlx" in said and "vllm serve" not in said and "nearplane generate" not in said
-    assert "converted" not in sound(page(report(), now="compressed-tensors")).text
+def test_a_converted_folder_speaks_of_itself() -> None:
+    """Its own format, place and engines; the commands are the run's, and the conversion's behind them."""
+    content = report() | {"converted": {"format": "mlx", "out": "elsewhere/new"}}
+    said = sound(page(content)).text
+    assert "converted from the compressed-tensors checkpoint" in said and "elsewhere/new" in said
+    assert "nearplane convert NEW NEWER --format mlx" in said and "converted from" not in sound(page(report())).text
 
 
 @pytest.mark.parametrize(

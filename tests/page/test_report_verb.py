@@ -1,6 +1,7 @@
 """The page beside a checkpoint: written with it, never at its cost, and written again by ``nearplane report``."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import huggingface_hub
 import pytest
 import tiny
 from reports import report, sound
+from safetensors import safe_open
 
 import nearplane
 from nearplane import Grid, Report
@@ -104,14 +106,33 @@ def test_a_checkpoint_is_whole_without_its_page(
     assert sound((tmp_path / "out" / "report.html").read_text("utf-8"))
 
 
-def test_a_converted_folder_has_a_page_that_says_so(out: Path, tmp_path: Path) -> None:
+def test_a_converted_folder_has_a_page_of_its_own(out: Path, tmp_path: Path) -> None:
+    """Format, engines and sizes of the new folder; the run's figures and command; the same when it is written again."""
     nearplane.convert(out, tmp_path / "new", "gptq")
+    old, new = content(out), content(tmp_path / "new")
+    assert new["converted"] == {"format": "gptq", "out": str(tmp_path / "new")}
+    changed = {"converted", "engines", "bytes", "totals"}
+    assert {k: v for k, v in new.items() if k not in changed} == {k: v for k, v in old.items() if k not in changed}
+    assert new["engines"] != old["engines"] and new["bytes"]["before"] == old["bytes"]["before"]
+    with safe_open(tmp_path / "new" / "model-00001-of-00001.safetensors", "pt") as file:
+        assert new["bytes"]["after"] == sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    weights = sum(row["shape"][0] * row["shape"][1] for row in new["linears"])
+    assert new["totals"]["bits_per_weight"] == 8 * new["bytes"]["quantized"] / weights
     said = sound((tmp_path / "new" / "report.html").read_text("utf-8")).text
-    assert "was converted to gptq" in said and "vllm serve" not in said
+    assert "converted from the compressed-tensors checkpoint" in said and "convert NEW NEWER --format gptq" in said
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert f"{new['totals']['bits_per_weight']:.2f} bits per weight" in card
     (tmp_path / "new" / "report.html").unlink()
-    assert main(["report", str(tmp_path / "new")]) == 0  # reads the format from config.json
+    assert main(["report", str(tmp_path / "new")]) == 0
     assert sound((tmp_path / "new" / "report.html").read_text("utf-8")).text == said
     assert nearplane.verify(tmp_path / "new").ok
+
+
+def test_a_report_that_is_damaged_is_converted_as_it_is(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "old")
+    (tmp_path / "old" / "report.json").write_text("{")
+    nearplane.convert(tmp_path / "old", tmp_path / "new", "gptq")
+    assert (tmp_path / "new" / "report.json").read_text() == "{" and not (tmp_path / "new" / "report.html").exists()
 
 
 def test_a_page_of_the_source_is_not_copied(model: Path, tmp_path: Path) -> None:
@@ -182,7 +203,8 @@ def test_mistakes_are_one_sentence(model: Path, out: Path, tmp_path: Path, capsy
         ([out, "--output", tmp_path / "precious.html"], "is no page that nearplane wrote"),
         ([out, "--output", tmp_path], "must be a file that ends in .html"),
         ([out, "--output", tmp_path / "report.json"], "must be a file that ends in .html"),
-        ([out, "--output", tmp_path / "no" / "x.html"], "cannot be written"),
+        ([out, "--output", tmp_path / "no" / "x.html"], "there is no folder"),
+        ([out, out], "an OUT is given twice"),
         ([out, "--original", tmp_path / "none"], "no such folder"),
         ([out, "--original", "someone/never-fetched"], "not in the local cache of the hub; nothing is downloaded here"),
         ([], "OUT must be given"),

@@ -153,7 +153,7 @@ def _table(made: Made) -> str:
     rows["weights"] = "; ".join(dict.fromkeys(grid_name(grid) for grid in made.grids[:4]))
     rows["weights"] += f"; and {len(made.grids) - 4} more kinds" * (len(made.grids) > 4)
     bits = totals.get("bits_per_weight")
-    if bits and made.format == settings.get("format"):
+    if bits:
         rows["weights"] += f": {bits:.2f} bits per weight with scales, in {totals['linears']} linears"
     for key, name in (("activations", "activations"), ("rotate", "rotations"), ("tune", "tuning")):
         if settings.get(key):
