@@ -138,7 +138,7 @@ def convert(
     config = _configuration(checkpoint, target, (type(opened), model), modules, grids, trust_remote_code)
     rest = Rest(checkpoint.dense, checkpoint.store.get, config, folder)
     weights = (Solved(n, _exact(n, checkpoint.quantized(n), grid, target), grid) for n, grid in grids.items())
-    notes = [_rounded(moved, target)]
+    notes: list[str | None] = []
     with bar(progress) as display, writer or nullcontext():
         placed = _placed(checkpoint, target, model, display)
         rest = rest if placed is None else _in_file(rest, placed, checkpoint, target, grids)
@@ -147,19 +147,12 @@ def convert(
         if writer is not None:
             told = _tell((str(path), str(out)), checkpoint, target, model, rest.file, (grids, modules))
             export(writer, target, replace(rest, card=told.card), told.report, told.page, weights, tick)
-            notes = [told.note, companions(folder).note(), *notes]
+            notes = [told.note, companions(folder).note()]
         elif rest.file is not None:
             write_alone(Path(out), partial(rest.file.write, tick=tick))
-    types = None if placed is None else _told(placed, target, checkpoint, grids)
-    found = (
-        len(checkpoint.layers),
-        len(checkpoint.dense),
-        _new_dtypes(checkpoint, grids),
-        "; ".join(filter(None, notes)) or None,
-        types,
-        moved,
-    )
-    return Conversion(str(path), str(out), before, target.name, *found)
+    note, types = "; ".join(filter(None, [*notes, _rounded(moved, target)])), _told(placed, target, checkpoint, grids)
+    said = _new_dtypes(checkpoint, grids), note or None, types, moved
+    return Conversion(str(path), str(out), before, target.name, len(checkpoint.layers), len(checkpoint.dense), *said)
 
 
 class _Told(NamedTuple):
@@ -293,8 +286,10 @@ def _in_file(rest: Rest, placed: Placed, checkpoint: Checkpoint, target: Format,
     )
 
 
-def _told(placed: Placed, target: Format, checkpoint: Checkpoint, grids: dict[str, Grid]) -> str:
-    """Tell what a GGUF file holds, and whether all of it has the values that it had."""
+def _told(placed: Placed | None, target: Format, checkpoint: Checkpoint, grids: dict[str, Grid]) -> str | None:
+    """Tell what a GGUF file holds, and whether all of it has the values that it had; None for another format."""
+    if placed is None:
+        return None
     shapes = {name: layer.shape for name, layer in checkpoint.layers.items()}
     rounded = [
         name for name, grid in grids.items() if isinstance(target, GGUF) and not target.keeps(grid, shapes[name][1])
