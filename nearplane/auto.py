@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nearplane.api import quantize
+from torch import nn
+
+from nearplane.api import load, quantize
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.formats.store import REPORT, read_json
 from nearplane.models.locate import given_path, locate, refuse_loaded, refuse_missing
@@ -63,6 +65,22 @@ class NearplaneForCausalLM:
         job = Job.of(Job.read({} if quantize_config is None else quantize_config), settings_of(settings))
         locate(model, weights=False, revision=job.revision)
         return cls(model, job)
+
+    @staticmethod
+    def from_quantized(out: str | Path, **settings: Any) -> nn.Module:
+        """Load a checkpoint: what ``nearplane.load`` does, and takes.
+
+        Args:
+            out: the folder, or a hub id.
+            settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic and others.
+
+        Returns:
+            A ``torch.nn.Module``: the model's transformers class, in evaluation mode.
+
+        Raises:
+            NearplaneError: a folder that cannot be read, in one sentence.
+        """
+        return load(out, **settings)
 
     def quantize(self, examples: Any = None, *, progress: bool = True, **settings: Any) -> Report:
         """Quantize into a temporary folder, which ``save_quantized`` moves to its place.

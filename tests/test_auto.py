@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from transformers import AutoTokenizer, GPTQConfig
 
 import nearplane
@@ -46,6 +47,9 @@ def test_the_quick_start_of_autogptq(model: Path, tmp_path: Path) -> None:
     assert wrapped.report is not None and wrapped.report.out == str(tmp_path / "sub" / "out") != report.out
     assert nearplane.Report.read(tmp_path / "sub" / "out").out == str(tmp_path / "sub" / "out")
     assert not list((tmp_path / "work").glob("nearplane-*"))
+    loaded = NearplaneForCausalLM.from_quantized(tmp_path / "sub" / "out", device="cpu")
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded(ids).logits, nearplane.load(tmp_path / "same")(ids).logits)
     with pytest.raises(SettingError, match=r"saved already, in .*out; copy that folder"):
         wrapped.save_quantized(tmp_path / "again")
 

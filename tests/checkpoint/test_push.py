@@ -147,6 +147,15 @@ def test_one_commit_of_the_checkpoint_and_nothing_else(out: Path, hub: Hub, caps
     assert nearplane.push(out, "team/other").repo == "team/other" and not hub.private["team/other"]
 
 
+def test_a_card_without_its_original_is_told(out: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(out), "me/x"]) == 0
+    assert "the card names no base_model" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace("---\n", "---\nbase_model: me/original\n", 1))
+    assert main(["push", str(out), "me/y"]) == 0
+    assert "base_model" not in capsys.readouterr().out and b"me/original" in hub.repos["me/y"]["README.md"]
+
+
 def test_an_unfinished_folder_is_refused_before_the_hub_is_asked(
     out: Path, folder: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from huggingface_hub.utils import (
 from nearplane.core.errors import NearplaneError, SettingError, some_of
 from nearplane.formats.companions import CARD, card_text, is_ours
 from nearplane.formats.journal import file_hash, unfinished
+from nearplane.formats.originals import BASE
 from nearplane.formats.read import open_checkpoint
 from nearplane.formats.store import INDEX, read_index
 from nearplane.models.locate import first_line, given_path
@@ -110,6 +111,10 @@ def push(out: str | Path, repo: str, *, private: bool = False, progress: bool = 
     size = sum((folder / name).stat().st_size for name in sent)
     hidden = sorted(set(found) - set(names))
     notes = [kept, f"not uploaded: {some_of(hidden)} (hidden, locked or not finished)" if hidden else None]
+    if kept is None and CARD in sent and not BASE.search(card_text(folder) or ""):
+        notes.append(
+            f"the card names no base_model, so the hub does not list this under its original; add it to {CARD}"
+        )
     return Pushed(str(out), full, f"{api.endpoint}/{full}", len(sent), size, "; ".join(filter(None, notes)) or None)
 
 
