@@ -55,8 +55,8 @@ constexpr int BLOCK = 32;   // inputs
 constexpr int STEPS = 8;    // dwords of a block, 4 inputs each
 constexpr int DIGIT = 127;  // largest digit of an activation
 constexpr int BASE = 255;   // a16: value = 255 * high + low, both in [-127, 127]
-#ifndef AHEAD
-#define AHEAD 4096
+#ifndef AHEAD  // bytes that are asked for before their turn: as many as are under way at the full rate, and some
+#define AHEAD (NEARPLANE_ISA == ISA_AVX512 ? 8192 : 4096)
 #endif
 
 INLINE float from_bits(uint32_t u) {
@@ -86,6 +86,7 @@ struct Arch {
     using Part = __m512i;
     using Sum = __m512i;
     using Real = __m512;
+    static constexpr bool IN_PLACE = true;  // one row: codes are masked where they lie, see InPlace
     static constexpr int ROWS = 8;  // rows of x that share an unpacked weight, a8; half of it for a16
     template <int BITS> static constexpr int OFFSET = 0;
     template <int BITS> static constexpr bool WORDS = false;  // a16 as 16-bit words instead of two digits
@@ -93,11 +94,18 @@ struct Arch {
 
     static INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static INLINE void store(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
-    static INLINE Codes field(Codes c, int right, int mask) {  // (c >> right) & mask in each byte; right < 0: to the left
-        c = right < 0 ? _mm512_slli_epi16(c, -right) : _mm512_srli_epi16(c, right);
-        return _mm512_and_si512(c, _mm512_set1_epi8(char(mask)));
+    static INLINE Codes shifted(Codes c, int right) {  // bits of the neighbour come in; right < 0: to the left
+        return right < 0 ? _mm512_slli_epi16(c, unsigned(-right)) : right > 0 ? _mm512_srli_epi16(c, unsigned(right)) : c;
+    }
+    static INLINE Codes field(Codes c, int right, int mask) {  // (c >> right) & mask in each byte
+        return _mm512_and_si512(shifted(c, right), _mm512_set1_epi8(char(mask)));
+    }
+    static INLINE Codes choose(int mask, Codes a, Codes b) {  // bits of a where the mask has them, else of b
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(mask)), a, b, 0xca);
     }
     static INLINE Codes join(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+    static INLINE Sum plus(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
+    static INLINE Sum down(Sum s, int bits) { return _mm512_srai_epi32(s, unsigned(bits)); }
     static INLINE Part no_part() { return _mm512_setzero_si512(); }
     template <int BITS> static INLINE void dot(Part& part, Codes c, int32_t digits) {
         part = _mm512_dpbusd_epi32(part, c, _mm512_set1_epi32(digits));
@@ -142,6 +150,7 @@ struct Arch {
     struct Real {
         __m256 a, b;
     };
+    static constexpr bool IN_PLACE = false;
     static constexpr int ROWS = 4;
     // vpmaddubsw saturates beyond 32767. Full bytes are therefore taken as code - 128, whose sign moves to the digit.
     template <int BITS> static constexpr int OFFSET = BITS == 8 ? 128 : 0;
@@ -236,6 +245,7 @@ struct Arch {
     struct Real {
         float v[TILE];
     };
+    static constexpr bool IN_PLACE = false;
     static constexpr int ROWS = 2;
     template <int BITS> static constexpr int OFFSET = 0;
     template <int BITS> static constexpr bool WORDS = false;
@@ -497,6 +507,55 @@ template <int BITS> struct ArchOf {  // looked into only where WORDS is: not eve
     using type = Arch;
 };
 
+// Codes for one row of x where products go to 32 bits at once (Arch::IN_PLACE): masked and not shifted, so 2^shift times too
+// large. Products are summed by step % KINDS, and shifted once per run. More sums also hide the latency of a product.
+template <int BITS> struct InPlace {
+    using A = typename ArchOf<BITS>::type;
+    static constexpr bool KNOWN = Arch::IN_PLACE && BITS <= 4;
+    static constexpr int KINDS = 4;
+    static constexpr int shift(int step) {
+        return BITS == 2 ? 2 * (step % 4) : BITS == 4 ? 4 * (step % 2) : step % 4 == 3 ? 4 : 2 * (step % 4);
+    }
+    static INLINE Codes codes(const uint8_t* block, int step) {
+        const int at = shift(step);
+        const Codes main = A::load(block + 64 * (BITS == 4 ? step / 2 : step / 4));
+        if constexpr (BITS != 3) return A::field(main, 0, ((1 << BITS) - 1) << at);
+        // The third bit is put above the two. In steps 3 and 7 the two make room for it.
+        const Codes third = A::shifted(A::load(block + 128), step - 2 - at);
+        return A::field(A::choose(3 << at, step % 4 == 3 ? A::shifted(main, 2) : main, third), 0, 7 << at);
+    }
+};
+
+template <int BITS, int PLANES>
+INLINE void sums_in_place(const uint8_t* block, int64_t blocks, const int8_t* digits, int64_t plane, Arch::Sum (&sums)[PLANES]) {
+    using From = InPlace<BITS>;
+    using A = typename From::A;
+    typename A::Sum kinds[From::KINDS][PLANES];
+    UNROLL
+    for (int k = 0; k < From::KINDS; k++)
+        UNROLL
+        for (int p = 0; p < PLANES; p++) kinds[k][p] = A::no_sum();
+    for (int64_t b = 0; b < blocks; b++, block += 64 * BITS, digits += BLOCK) {
+        for (int line = 0; line < 64 * BITS; line += 64) __builtin_prefetch(block + AHEAD + line);
+        UNROLL
+        for (int step = 0; step < STEPS; step++) {
+            const Codes codes = From::codes(block, step);
+            UNROLL
+            for (int p = 0; p < PLANES; p++) {
+                int32_t four;
+                memcpy(&four, digits + p * plane + 4 * step, 4);
+                A::template dot<BITS>(kinds[step % From::KINDS][p], codes, four);
+            }
+        }
+    }
+    UNROLL
+    for (int p = 0; p < PLANES; p++) {
+        sums[p] = kinds[0][p];
+        UNROLL
+        for (int k = 1; k < From::KINDS; k++) sums[p] = A::plus(sums[p], A::down(kinds[k][p], From::shift(k)));
+    }
+}
+
 // Some blocks of one tile, all in one run: sums[row][plane] of code x activation. `row`: bytes between rows of digits.
 template <class Source, int BITS, Form FORM, int ROWS, int PLANES>
 INLINE void sums_of(const uint8_t* block, int64_t blocks, const int8_t* digits, int64_t row, int64_t plane,
@@ -559,7 +618,10 @@ void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Act
             for (int r = 0; r < ROWS; r++)
                 UNROLL
                 for (int p = 0; p < PLANES; p++) sums[r][p] = Arch::no_sum();
-            sums_of<Source, BITS, FORM, ROWS>(codes, length / BLOCK, digits, apart, plane, sums);
+            if constexpr (ROWS == 1 && Source::FAR && InPlace<BITS>::KNOWN)
+                sums_in_place<BITS>(codes, length / BLOCK, digits, plane, sums[0]);
+            else
+                sums_of<Source, BITS, FORM, ROWS>(codes, length / BLOCK, digits, apart, plane, sums);
             const float *scales = a.scale.data() + row * a.runs + run, *digit_sums = a.sum.data() + (row * a.runs + run) * PLANES;
             UNROLL
             for (int r = 0; r < ROWS; r++) {
