@@ -58,6 +58,9 @@ constexpr int BASE = 255;   // a16: value = 255 * high + low, both in [-127, 127
 #ifndef AHEAD  // bytes that are asked for before their turn: as many as are under way at the full rate, and some
 #define AHEAD (NEARPLANE_ISA == ISA_AVX512 ? 8192 : 4096)
 #endif
+#ifndef GROUPS_AHEAD
+#define GROUPS_AHEAD 16
+#endif
 
 INLINE float from_bits(uint32_t u) {
     float f;
@@ -503,6 +506,13 @@ INLINE Real zeros_of(const Weight& w, int64_t tile, int64_t group) {
     return w.free ? Arch::get(static_cast<const float*>(w.zeros) + at) : Arch::bytes(static_cast<const uint8_t*>(w.zeros) + at);
 }
 
+// A group's scales and zeros are too few bytes for the hardware to see a stream in them.
+INLINE void ask_for(const Weight& w, int64_t tile, int64_t group) {
+    const int64_t at = (tile * w.groups + group + GROUPS_AHEAD) * TILE;
+    __builtin_prefetch(static_cast<const uint8_t*>(w.scales) + at * (w.scale_dtype == F32 ? 4 : 2));
+    if (w.zeros != nullptr) __builtin_prefetch(static_cast<const uint8_t*>(w.zeros) + at * (w.free ? 4 : 1));
+}
+
 template <int BITS> struct ArchOf {  // looked into only where WORDS is: not every Arch has dot_words
     using type = Arch;
 };
@@ -605,6 +615,7 @@ void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Act
     UNROLL
     for (int r = 0; r < ROWS; r++) total[r] = Arch::get(y + r * TILE);
     for (int64_t first = from; first < to; group++) {
+        if constexpr (Source::FAR) ask_for(w, tile, group);
         const Real scale = scales_of(w, tile, group);
         const Real zero = Arch::sub(zeros_of(w, tile, group), Arch::all(float(offset_of(FORM, Arch::OFFSET<BITS>))));
         const int64_t end = (group + 1) * w.span < to ? (group + 1) * w.span : to;
