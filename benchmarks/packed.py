@@ -161,7 +161,12 @@ class Round(NamedTuple):
         return Round(partial(each, calls), len(calls), size)
 
 
-def median_times(rounds_of: dict[str, Round], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+def typical(
+    rounds_of: dict[str, Round],
+    rounds: int,
+    clock: Callable[[], float],
+    pick: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
     """Seconds of one linear: every round goes through every copy of every contender; the first is not counted."""
     times: dict[str, list[float]] = {name: [] for name in rounds_of}
     for r in range(rounds + 1):
@@ -170,7 +175,7 @@ def median_times(rounds_of: dict[str, Round], rounds: int, clock: Callable[[], f
             one.run()
             if r:
                 times[name].append((clock() - start) / one.linears)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: pick(found) for name, found in times.items()}
 
 
 def reading(rotate: int, threads: int = 1) -> Contender:
@@ -246,7 +251,7 @@ def measure(args: argparse.Namespace, ggml: Ggml | None, folder: Path) -> list[d
         out, columns = map(int, shape.split("x"))
         for rows in args.rows:
             rounds_of = contenders(out, columns, rows, args, (gemv, ggml))
-            seconds = median_times(rounds_of, args.rounds if rows < 64 else max(1, args.rounds // 2), clock)
+            seconds = typical(rounds_of, args.rounds if rows < 64 else max(1, args.rounds // 2), clock)
             rate = (args.rotate << 20) / seconds[READ]
             for name, value in seconds.items():
                 row: dict[str, Any] = {"shape": shape, "rows": rows, "name": name, "ms": 1e3 * value}
@@ -275,7 +280,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two threads against one, wall time, rounds interleaved: the kernel, and reading as many bytes."""
+    """Two threads against one, wall time, rounds interleaved, the best one: the kernel, and reading as many bytes.
+
+    A quiet moment is enough for the best round: many rounds of little memory (--rounds 50 --rotate 100).
+    """
     found = []
     for shape in args.shapes:
         out, columns = map(int, shape.split("x"))
@@ -289,7 +297,7 @@ def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for path in args.paths:
                     calls = [partial(cpu.linear, x, handle, None, path, args.isa, n) for handle in handles]
                     rounds_of[f"{path} {n}"] = Round.of(calls)
-            seconds = median_times(rounds_of, args.rounds, time.perf_counter)
+            seconds = typical(rounds_of, args.rounds, time.perf_counter, min)
             for name in ("read", *args.paths):
                 one, two = seconds[f"{name} 1"], seconds[f"{name} 2"]
                 rates = {f"GB/s, {n}": tiles.nbytes / t / 1e9 for n, t in ((1, one), (2, two))}

@@ -784,6 +784,7 @@ Form form_of(int bits, int path) {
 //
 // A job is cut into chunks that are claimed one by one. The caller claims like everyone else, and at the end waits for
 // chunks that somebody claimed, never for a worker: one that the system has not woken yet has claimed nothing.
+// Each thread begins with a part of its own, so that it reads on where it has read, and then helps with the other parts.
 
 struct Job {
     const Weight* weight;
@@ -794,12 +795,31 @@ struct Job {
     int dtype;
     void* out;
     int64_t tiles, chunk, chunks;
-    std::atomic<int64_t> next{0}, done{0};
+    struct alignas(64) Part {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+    static constexpr int MOST_PARTS = 16;
+    Part parts[MOST_PARTS];
+    int number = 1;  // of parts
+    std::atomic<int> joined{0};
+    std::atomic<int64_t> done{0};
     std::mutex mutex;
     std::condition_variable finished;
 
+    void divide(int threads) {
+        number = int(std::max<int64_t>(1, std::min<int64_t>({threads, chunks, MOST_PARTS})));
+        for (int p = 0; p < number; p++) {
+            parts[p].next.store(chunks * p / number, std::memory_order_relaxed);
+            parts[p].end = chunks * (p + 1) / number;
+        }
+    }
     void work() {
-        for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+        const int mine = joined.fetch_add(1, std::memory_order_relaxed) % number;
+        for (int p = 0; p < number; p++) work_on(parts[(mine + p) % number]);
+    }
+    void work_on(Part& part) {
+        for (int64_t c; (c = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) {
             const int64_t first = c * chunk, last = first + chunk < tiles ? first + chunk : tiles;
             product(*weight, *activations, rows, bias, dtype, out, first, last);
             if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) {
@@ -808,7 +828,11 @@ struct Job {
             }
         }
     }
-    bool claimed() const { return next.load(std::memory_order_relaxed) >= chunks; }
+    bool claimed() const {
+        for (int p = 0; p < number; p++)
+            if (parts[p].next.load(std::memory_order_relaxed) < parts[p].end) return false;
+        return true;
+    }
     bool complete() const { return done.load(std::memory_order_acquire) == chunks; }
 };
 
@@ -832,19 +856,23 @@ template <class F> bool spin_until(F&& f) {
 
 class Pool {
   public:
-    void run(const std::shared_ptr<Job>& job, int threads) {
+    void run(const std::shared_ptr<Job>& job, int threads, bool wake) {  // else only those that are awake are asked
+        int64_t helpers, sleepers;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            const int64_t wanted = std::min<int64_t>(threads, job->chunks) - 1;
+            const int64_t awake = int64_t(workers_.size()) - sleeping_;
+            const int64_t wanted = std::min<int64_t>({threads - 1, job->chunks - 1, wake ? threads : awake});
             try {
                 while (int64_t(workers_.size()) < wanted) workers_.emplace_back([this, mine = generation_] { loop(mine); });
             } catch (const std::system_error&) {  // no thread to be had: those that are there, and the caller, do it
             }
-            const int64_t helpers = std::min<int64_t>(wanted, int64_t(workers_.size()));
+            helpers = std::min<int64_t>(wanted, int64_t(workers_.size()));
             jobs_.insert(jobs_.end(), size_t(helpers), job);  // once for each helper that may join
-            waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
-            for (int64_t i = 0; i < helpers && sleeping_ > 0; i++) wake_.notify_one();
+            sleepers = wake ? std::min<int64_t>(helpers, sleeping_) : 0;
         }
+        // Only now: who is called while the lock is held runs into it, and is put to sleep.
+        if (helpers > 0) waiting_.store(helpers, std::memory_order_release);
+        for (int64_t i = 0; i < sleepers; i++) wake_.notify_one();
         job->work();
         {  // whoever has not come by now is not needed
             std::lock_guard<std::mutex> lock(mutex_);
@@ -912,7 +940,8 @@ Pool& the_pool() {
 
 constexpr int64_t CHUNK_BYTES = 1 << 16;    // of codes: some 5 microseconds of one row
 constexpr int64_t ROWS_PREPARED = 512;       // of x at a time, which bounds what is kept
-constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done before another thread has woken
+constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done before another thread has come
+constexpr int64_t WAKE_PRODUCTS = 1 << 22;   // and less than this before another thread has woken
 
 }  // namespace
 
@@ -963,8 +992,10 @@ int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int6
             job->tiles = tiles;
             job->chunk = chunk;
             job->chunks = (tiles + chunk - 1) / chunk;
-            if (threads <= 1 || job->chunks <= 1 || w->out * w->positions * count < ALONE_PRODUCTS) job->work();
-            else the_pool().run(job, threads);
+            job->divide(threads);
+            const int64_t products = w->out * w->positions * count;
+            if (threads <= 1 || job->chunks <= 1 || products < ALONE_PRODUCTS) job->work();
+            else the_pool().run(job, threads, products >= WAKE_PRODUCTS);
         } catch (const std::bad_alloc&) {
             return 1;
         }
