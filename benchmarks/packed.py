@@ -12,7 +12,7 @@ Contenders: torch's bfloat16 and float32 F.linear, a plain bfloat16 GEMV of our 
 one thread; compiled here, left out without a compiler), where they are installed onnxruntime's MatMulNBits (with onnx) and
 OpenVINO's compressed MatMul, both with 8-bit activations, and with --ggml (or GGML_PREFIX) the mul_mat of an installed ggml,
 which is llama.cpp's, also with 8-bit activations (ggml.py).
---scaling measures one thread against two instead, of the kernel and of reading (an idle machine, please).
+--scaling measures one thread against two instead, of the kernel and of reading: wall time, the 5th percentile of calls.
 """
 
 import argparse
@@ -161,12 +161,7 @@ class Round(NamedTuple):
         return Round(partial(each, calls), len(calls), size)
 
 
-def typical(
-    rounds_of: dict[str, Round],
-    rounds: int,
-    clock: Callable[[], float],
-    pick: Callable[[list[float]], float] = statistics.median,
-) -> dict[str, float]:
+def median_times(rounds_of: dict[str, Round], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Seconds of one linear: every round goes through every copy of every contender; the first is not counted."""
     times: dict[str, list[float]] = {name: [] for name in rounds_of}
     for r in range(rounds + 1):
@@ -175,7 +170,7 @@ def typical(
             one.run()
             if r:
                 times[name].append((clock() - start) / one.linears)
-    return {name: pick(found) for name, found in times.items()}
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def reading(rotate: int, threads: int = 1) -> Contender:
@@ -251,7 +246,7 @@ def measure(args: argparse.Namespace, ggml: Ggml | None, folder: Path) -> list[d
         out, columns = map(int, shape.split("x"))
         for rows in args.rows:
             rounds_of = contenders(out, columns, rows, args, (gemv, ggml))
-            seconds = typical(rounds_of, args.rounds if rows < 64 else max(1, args.rounds // 2), clock)
+            seconds = median_times(rounds_of, args.rounds if rows < 64 else max(1, args.rounds // 2), clock)
             rate = (args.rotate << 20) / seconds[READ]
             for name, value in seconds.items():
                 row: dict[str, Any] = {"shape": shape, "rows": rows, "name": name, "ms": 1e3 * value}
@@ -279,31 +274,42 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two threads against one, wall time, rounds interleaved, the best one: the kernel, and reading as many bytes.
+def best_of(calls: list[Contender], rounds: int) -> float:
+    """Seconds of one call, wall time: the 5th percentile of single calls, which a moment of quiet is enough for."""
+    times = []
+    for _ in range(rounds):
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 20]
 
-    A quiet moment is enough for the best round: many rounds of little memory (--rounds 50 --rotate 100).
-    """
+
+def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Two threads against one: the kernel, and reading. One thread has one half of the weights, two have the other."""
     found = []
+    slices = 32 << 20
+
+    def report(name: str, shape: str, times: tuple[float, float], size: int) -> None:
+        rates = {f"GB/s, {n}": size / t / 1e9 for n, t in zip((1, 2), times, strict=True)}
+        found.append({"shape": shape, "name": name, "two_threads": times[0] / times[1], **rates})
+        cells = " | ".join(f"{value:.1f}" for value in rates.values())
+        print(f"| {shape} | {name} | {times[0] / times[1]:.2f} | {cells} |", flush=True)
+
+    reads = [[reading(slices, n) for _ in range(4)] for n in (1, 2)]
+    report(READ, "", (best_of(reads[0], args.rounds), best_of(reads[1], args.rounds)), slices)
     for shape in args.shapes:
         out, columns = map(int, shape.split("x"))
         x = torch.randn(1, columns)
         for bits in args.bits:
             handles = packed(out, columns, bits, args.rotate << 20)
+            half = len(handles) // 2
             tiles: Any = handles[0].owners[1]
-            rounds_of = {}
-            for n in (1, 2):
-                rounds_of[f"read {n}"] = Round(reading(len(handles) * tiles.nbytes, n), len(handles))
-                for path in args.paths:
-                    calls = [partial(cpu.linear, x, handle, None, path, args.isa, n) for handle in handles]
-                    rounds_of[f"{path} {n}"] = Round.of(calls)
-            seconds = typical(rounds_of, args.rounds, time.perf_counter, min)
-            for name in ("read", *args.paths):
-                one, two = seconds[f"{name} 1"], seconds[f"{name} 2"]
-                rates = {f"GB/s, {n}": tiles.nbytes / t / 1e9 for n, t in ((1, one), (2, two))}
-                found.append({"shape": shape, "bits": bits, "name": name, "two_threads": one / two, **rates})
-                cells = " | ".join(f"{value:.1f}" for value in rates.values())
-                print(f"| {shape} | {bits} bits | {name} | {one / two:.2f} | {cells} |", flush=True)
+            for path in args.paths:
+                calls = [[partial(cpu.linear, x, one, None, path, args.isa, n) for one in part]
+                         for n, part in ((1, handles[:half]), (2, handles[half:]))]  # fmt: skip
+                times = best_of(calls[0], args.rounds), best_of(calls[1], args.rounds)
+                report(f"{bits} bits {path}", shape, times, tiles.nbytes)
     return found
 
 
