@@ -55,8 +55,11 @@ constexpr int BLOCK = 32;   // inputs
 constexpr int STEPS = 8;    // dwords of a block, 4 inputs each
 constexpr int DIGIT = 127;  // largest digit of an activation
 constexpr int BASE = 255;   // a16: value = 255 * high + low, both in [-127, 127]
-#ifndef AHEAD
-#define AHEAD 4096
+#ifndef AHEAD  // bytes that are asked for before their turn: as many as are under way at the full rate, and some
+#define AHEAD (NEARPLANE_ISA == ISA_AVX512 ? 8192 : 4096)
+#endif
+#ifndef GROUPS_AHEAD
+#define GROUPS_AHEAD 16
 #endif
 
 INLINE float from_bits(uint32_t u) {
@@ -86,6 +89,7 @@ struct Arch {
     using Part = __m512i;
     using Sum = __m512i;
     using Real = __m512;
+    static constexpr bool IN_PLACE = true;  // one row: codes are masked where they lie, see InPlace
     static constexpr int ROWS = 8;  // rows of x that share an unpacked weight, a8; half of it for a16
     template <int BITS> static constexpr int OFFSET = 0;
     template <int BITS> static constexpr bool WORDS = false;  // a16 as 16-bit words instead of two digits
@@ -93,11 +97,18 @@ struct Arch {
 
     static INLINE Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static INLINE void store(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
-    static INLINE Codes field(Codes c, int right, int mask) {  // (c >> right) & mask in each byte; right < 0: to the left
-        c = right < 0 ? _mm512_slli_epi16(c, -right) : _mm512_srli_epi16(c, right);
-        return _mm512_and_si512(c, _mm512_set1_epi8(char(mask)));
+    static INLINE Codes shifted(Codes c, int right) {  // bits of the neighbour come in; right < 0: to the left
+        return right < 0 ? _mm512_slli_epi16(c, unsigned(-right)) : right > 0 ? _mm512_srli_epi16(c, unsigned(right)) : c;
+    }
+    static INLINE Codes field(Codes c, int right, int mask) {  // (c >> right) & mask in each byte
+        return _mm512_and_si512(shifted(c, right), _mm512_set1_epi8(char(mask)));
+    }
+    static INLINE Codes choose(int mask, Codes a, Codes b) {  // bits of a where the mask has them, else of b
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(mask)), a, b, 0xca);
     }
     static INLINE Codes join(Codes a, Codes b) { return _mm512_or_si512(a, b); }
+    static INLINE Sum plus(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
+    static INLINE Sum down(Sum s, int bits) { return _mm512_srai_epi32(s, unsigned(bits)); }
     static INLINE Part no_part() { return _mm512_setzero_si512(); }
     template <int BITS> static INLINE void dot(Part& part, Codes c, int32_t digits) {
         part = _mm512_dpbusd_epi32(part, c, _mm512_set1_epi32(digits));
@@ -142,6 +153,7 @@ struct Arch {
     struct Real {
         __m256 a, b;
     };
+    static constexpr bool IN_PLACE = false;
     static constexpr int ROWS = 4;
     // vpmaddubsw saturates beyond 32767. Full bytes are therefore taken as code - 128, whose sign moves to the digit.
     template <int BITS> static constexpr int OFFSET = BITS == 8 ? 128 : 0;
@@ -236,6 +248,7 @@ struct Arch {
     struct Real {
         float v[TILE];
     };
+    static constexpr bool IN_PLACE = false;
     static constexpr int ROWS = 2;
     template <int BITS> static constexpr int OFFSET = 0;
     template <int BITS> static constexpr bool WORDS = false;
@@ -493,9 +506,65 @@ INLINE Real zeros_of(const Weight& w, int64_t tile, int64_t group) {
     return w.free ? Arch::get(static_cast<const float*>(w.zeros) + at) : Arch::bytes(static_cast<const uint8_t*>(w.zeros) + at);
 }
 
+// A group's scales and zeros are too few bytes for the hardware to see a stream in them.
+INLINE void ask_for(const Weight& w, int64_t tile, int64_t group) {
+    const int64_t at = (tile * w.groups + group + GROUPS_AHEAD) * TILE;
+    __builtin_prefetch(static_cast<const uint8_t*>(w.scales) + at * (w.scale_dtype == F32 ? 4 : 2));
+    if (w.zeros != nullptr) __builtin_prefetch(static_cast<const uint8_t*>(w.zeros) + at * (w.free ? 4 : 1));
+}
+
 template <int BITS> struct ArchOf {  // looked into only where WORDS is: not every Arch has dot_words
     using type = Arch;
 };
+
+// Codes for one row of x where products go to 32 bits at once (Arch::IN_PLACE): masked and not shifted, so 2^shift times too
+// large. Products are summed by step % KINDS, and shifted once per run. More sums also hide the latency of a product.
+template <int BITS> struct InPlace {
+    using A = typename ArchOf<BITS>::type;
+    static constexpr bool KNOWN = Arch::IN_PLACE && BITS <= 4;
+    static constexpr int KINDS = 4;
+    static constexpr int shift(int step) {
+        return BITS == 2 ? 2 * (step % 4) : BITS == 4 ? 4 * (step % 2) : step % 4 == 3 ? 4 : 2 * (step % 4);
+    }
+    static INLINE Codes codes(const uint8_t* block, int step) {
+        const int at = shift(step);
+        const Codes main = A::load(block + 64 * (BITS == 4 ? step / 2 : step / 4));
+        if constexpr (BITS != 3) return A::field(main, 0, ((1 << BITS) - 1) << at);
+        // The third bit is put above the two. In steps 3 and 7 the two make room for it.
+        const Codes third = A::shifted(A::load(block + 128), step - 2 - at);
+        return A::field(A::choose(3 << at, step % 4 == 3 ? A::shifted(main, 2) : main, third), 0, 7 << at);
+    }
+};
+
+template <int BITS, int PLANES>
+INLINE void sums_in_place(const uint8_t* block, int64_t blocks, const int8_t* digits, int64_t plane, Arch::Sum (&sums)[PLANES]) {
+    using From = InPlace<BITS>;
+    using A = typename From::A;
+    typename A::Sum kinds[From::KINDS][PLANES];
+    UNROLL
+    for (int k = 0; k < From::KINDS; k++)
+        UNROLL
+        for (int p = 0; p < PLANES; p++) kinds[k][p] = A::no_sum();
+    for (int64_t b = 0; b < blocks; b++, block += 64 * BITS, digits += BLOCK) {
+        for (int line = 0; line < 64 * BITS; line += 64) __builtin_prefetch(block + AHEAD + line);
+        UNROLL
+        for (int step = 0; step < STEPS; step++) {
+            const Codes codes = From::codes(block, step);
+            UNROLL
+            for (int p = 0; p < PLANES; p++) {
+                int32_t four;
+                memcpy(&four, digits + p * plane + 4 * step, 4);
+                A::template dot<BITS>(kinds[step % From::KINDS][p], codes, four);
+            }
+        }
+    }
+    UNROLL
+    for (int p = 0; p < PLANES; p++) {
+        sums[p] = kinds[0][p];
+        UNROLL
+        for (int k = 1; k < From::KINDS; k++) sums[p] = A::plus(sums[p], A::down(kinds[k][p], From::shift(k)));
+    }
+}
 
 // Some blocks of one tile, all in one run: sums[row][plane] of code x activation. `row`: bytes between rows of digits.
 template <class Source, int BITS, Form FORM, int ROWS, int PLANES>
@@ -546,6 +615,7 @@ void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Act
     UNROLL
     for (int r = 0; r < ROWS; r++) total[r] = Arch::get(y + r * TILE);
     for (int64_t first = from; first < to; group++) {
+        if constexpr (Source::FAR) ask_for(w, tile, group);
         const Real scale = scales_of(w, tile, group);
         const Real zero = Arch::sub(zeros_of(w, tile, group), Arch::all(float(offset_of(FORM, Arch::OFFSET<BITS>))));
         const int64_t end = (group + 1) * w.span < to ? (group + 1) * w.span : to;
@@ -559,7 +629,10 @@ void integer_tile(const Weight& w, int64_t tile, const uint8_t* codes, const Act
             for (int r = 0; r < ROWS; r++)
                 UNROLL
                 for (int p = 0; p < PLANES; p++) sums[r][p] = Arch::no_sum();
-            sums_of<Source, BITS, FORM, ROWS>(codes, length / BLOCK, digits, apart, plane, sums);
+            if constexpr (ROWS == 1 && Source::FAR && InPlace<BITS>::KNOWN)
+                sums_in_place<BITS>(codes, length / BLOCK, digits, plane, sums[0]);
+            else
+                sums_of<Source, BITS, FORM, ROWS>(codes, length / BLOCK, digits, apart, plane, sums);
             const float *scales = a.scale.data() + row * a.runs + run, *digit_sums = a.sum.data() + (row * a.runs + run) * PLANES;
             UNROLL
             for (int r = 0; r < ROWS; r++) {
@@ -711,6 +784,7 @@ Form form_of(int bits, int path) {
 //
 // A job is cut into chunks that are claimed one by one. The caller claims like everyone else, and at the end waits for
 // chunks that somebody claimed, never for a worker: one that the system has not woken yet has claimed nothing.
+// Each thread begins with a part of its own, so that it reads on where it has read, and then helps with the other parts.
 
 struct Job {
     const Weight* weight;
@@ -721,12 +795,31 @@ struct Job {
     int dtype;
     void* out;
     int64_t tiles, chunk, chunks;
-    std::atomic<int64_t> next{0}, done{0};
+    struct alignas(64) Part {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+    static constexpr int MOST_PARTS = 16;
+    Part parts[MOST_PARTS];
+    int number = 1;  // of parts
+    std::atomic<int> joined{0};
+    std::atomic<int64_t> done{0};
     std::mutex mutex;
     std::condition_variable finished;
 
+    void divide(int threads) {
+        number = int(std::max<int64_t>(1, std::min<int64_t>({threads, chunks, MOST_PARTS})));
+        for (int p = 0; p < number; p++) {
+            parts[p].next.store(chunks * p / number, std::memory_order_relaxed);
+            parts[p].end = chunks * (p + 1) / number;
+        }
+    }
     void work() {
-        for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+        const int mine = joined.fetch_add(1, std::memory_order_relaxed) % number;
+        for (int p = 0; p < number; p++) work_on(parts[(mine + p) % number]);
+    }
+    void work_on(Part& part) {
+        for (int64_t c; (c = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) {
             const int64_t first = c * chunk, last = first + chunk < tiles ? first + chunk : tiles;
             product(*weight, *activations, rows, bias, dtype, out, first, last);
             if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) {
@@ -735,7 +828,11 @@ struct Job {
             }
         }
     }
-    bool claimed() const { return next.load(std::memory_order_relaxed) >= chunks; }
+    bool claimed() const {
+        for (int p = 0; p < number; p++)
+            if (parts[p].next.load(std::memory_order_relaxed) < parts[p].end) return false;
+        return true;
+    }
     bool complete() const { return done.load(std::memory_order_acquire) == chunks; }
 };
 
@@ -759,19 +856,23 @@ template <class F> bool spin_until(F&& f) {
 
 class Pool {
   public:
-    void run(const std::shared_ptr<Job>& job, int threads) {
+    void run(const std::shared_ptr<Job>& job, int threads, bool wake) {  // else only those that are awake are asked
+        int64_t helpers, sleepers;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            const int64_t wanted = std::min<int64_t>(threads, job->chunks) - 1;
+            const int64_t awake = int64_t(workers_.size()) - sleeping_;
+            const int64_t wanted = std::min<int64_t>({threads - 1, job->chunks - 1, wake ? threads : awake});
             try {
                 while (int64_t(workers_.size()) < wanted) workers_.emplace_back([this, mine = generation_] { loop(mine); });
             } catch (const std::system_error&) {  // no thread to be had: those that are there, and the caller, do it
             }
-            const int64_t helpers = std::min<int64_t>(wanted, int64_t(workers_.size()));
+            helpers = std::min<int64_t>(wanted, int64_t(workers_.size()));
             jobs_.insert(jobs_.end(), size_t(helpers), job);  // once for each helper that may join
-            waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
-            for (int64_t i = 0; i < helpers && sleeping_ > 0; i++) wake_.notify_one();
+            sleepers = wake ? std::min<int64_t>(helpers, sleeping_) : 0;
         }
+        // Only now: who is called while the lock is held runs into it, and is put to sleep.
+        if (helpers > 0) waiting_.store(helpers, std::memory_order_release);
+        for (int64_t i = 0; i < sleepers; i++) wake_.notify_one();
         job->work();
         {  // whoever has not come by now is not needed
             std::lock_guard<std::mutex> lock(mutex_);
@@ -839,7 +940,8 @@ Pool& the_pool() {
 
 constexpr int64_t CHUNK_BYTES = 1 << 16;    // of codes: some 5 microseconds of one row
 constexpr int64_t ROWS_PREPARED = 512;       // of x at a time, which bounds what is kept
-constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done before another thread has woken
+constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done before another thread has come
+constexpr int64_t WAKE_PRODUCTS = 1 << 22;   // and less than this before another thread has woken
 
 }  // namespace
 
@@ -890,8 +992,10 @@ int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int6
             job->tiles = tiles;
             job->chunk = chunk;
             job->chunks = (tiles + chunk - 1) / chunk;
-            if (threads <= 1 || job->chunks <= 1 || w->out * w->positions * count < ALONE_PRODUCTS) job->work();
-            else the_pool().run(job, threads);
+            job->divide(threads);
+            const int64_t products = w->out * w->positions * count;
+            if (threads <= 1 || job->chunks <= 1 || products < ALONE_PRODUCTS) job->work();
+            else the_pool().run(job, threads, products >= WAKE_PRODUCTS);
         } catch (const std::bad_alloc&) {
             return 1;
         }

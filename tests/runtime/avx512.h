@@ -44,6 +44,15 @@ static inline __m512i _mm512_slli_epi16(__m512i a, unsigned n) { return words(a,
 static inline __m512i _mm512_srli_epi16(__m512i a, unsigned n) { return words(a, [=](uint16_t v) { return n > 15 ? 0 : v >> n; }); }
 static inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) { return dwords(a, [=](uint32_t v) { return n > 31 ? 0 : v << n; }); }
 static inline __m512i _mm512_srli_epi32(__m512i a, unsigned n) { return dwords(a, [=](uint32_t v) { return n > 31 ? 0 : v >> n; }); }
+static inline __m512i _mm512_srai_epi32(__m512i a, unsigned n) { return dwords(a, [=](uint32_t v) { return int32_t(v) >> (n > 31 ? 31 : n); }); }
+static inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+    __m512i r = {};
+    for (int i = 0; i < 512; i++) {
+        const auto bit = [i](const __m512i& v) { return v.b[i / 8] >> i % 8 & 1; };
+        r.b[i / 8] |= uint8_t((table >> (bit(a) << 2 | bit(b) << 1 | bit(c)) & 1) << i % 8);
+    }
+    return r;
+}
 static inline __m512i _mm512_and_si512(__m512i a, __m512i b) { for (int i = 0; i < 64; i++) a.b[i] &= b.b[i]; return a; }
 static inline __m512i _mm512_or_si512(__m512i a, __m512i b) { for (int i = 0; i < 64; i++) a.b[i] |= b.b[i]; return a; }
 static inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
