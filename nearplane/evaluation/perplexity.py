@@ -25,6 +25,7 @@ from nearplane.data.text import read_text
 from nearplane.data.windows import digest
 from nearplane.evaluation.cache import RoundedCache
 from nearplane.evaluation.protocols import Window, cut, together
+from nearplane.machine.products import full_width
 from nearplane.machine.progress import track
 from nearplane.models.inputs import refuse_unless_causal
 
@@ -141,7 +142,7 @@ def _read(
 ) -> tuple[float, float, "Divergence"]:
     """Run both models over the windows, the reference over the first ``compared``: their losses, and how far they are apart."""
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
-    with torch.inference_mode():
+    with full_width(next(model.parameters()).device), torch.inference_mode():
         for k in track(torch.arange(len(windows)), "eval", enabled=progress):
             window = windows[int(k)]
             logits = _logits(model, window.ids, kv_bits)

@@ -93,9 +93,10 @@ class Measuring:
         if not self.held and real is None:
             self.fit.add(xhat, x, residual, weight)
             return
-        part = self._part(batch, first, len(xhat), real).to(xhat.device)
+        part = self._part(batch, first, len(xhat), real)
         for number, moments in enumerate([self.fit, *self.held]):
-            rows = part == number if real is None else (part == number) & real
+            mask = part == number
+            rows = _rows(mask, xhat.device) if real is None else mask.to(xhat.device) & real
             moments.add(xhat[rows], *(None if each is None else each[rows] for each in (x, residual, weight)))
 
     def misses(self, seen: int) -> bool:
@@ -129,6 +130,13 @@ class Measuring:
             self.seen += rows if real is None else int(real.sum())
             self.period = HELD_OUT * run
         return token // run % HELD_OUT == HELD_OUT - 1
+
+
+def _rows(mask: Tensor, device: torch.device) -> slice | Tensor:
+    """Return what picks the masked rows (rows,): a slice, which copies nothing, where they follow each other."""
+    count = int(mask.sum())
+    first = int(mask.long().argmax()) if count else 0
+    return slice(first, first + count) if bool(mask[first : first + count].all()) else mask.to(device)
 
 
 class Quarters:
