@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearplane.core.dense import blocked, cholesky_
 from nearplane.core.errors import NumericalError
 
 Order = Literal["natural", "activation", "pivot"]
@@ -96,11 +97,10 @@ def damped_cholesky(copy: Callable[[], Float[Tensor, "in in"]], damp_percent: fl
     """
     raised = 0
     while True:
-        H = copy().mT  # symmetric; in this layout LAPACK works in place
+        H = copy()
+        H = H if blocked(H) else H.mT  # symmetric; in this layout LAPACK works in place
         H.diagonal().add_(damp_percent * float(H.diagonal().mean()))
-        info = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(H, out=(H, info))
-        if int(info) == 0 and bool(H.diagonal().isfinite().all()):
+        if cholesky_(H) == 0 and bool(H.diagonal().isfinite().all()):
             return Cholesky(H, damp_percent, raised)
         if damp_percent >= MOST_DAMP_PERCENT:
             raise NumericalError(
