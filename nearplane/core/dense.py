@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Columns of the factor that are formed at a time. Below LEAST_BLOCKED columns LAPACK is as fast.
 BLOCK, LEAST_BLOCKED = 192, 768
+# Columns beside the diagonal whose products stay in full precision in a coarse solve.
+NEAR = 128
 # Multiply-adds from which a coarse product saves more than turning its factors into bfloat16 costs.
 LEAST_COARSE = 2**24
 
@@ -39,6 +41,26 @@ def coarse_product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner colum
     if a.shape[0] * a.shape[1] * b.shape[1] < LEAST_COARSE:
         return a @ b
     return (coarse(a) @ coarse(b)).to(a.dtype)
+
+
+def unit_solve(B: Float[Tensor, "rows in"], T: Float[Tensor, "in in"]) -> Float[Tensor, "rows in"]:
+    """Return ``B T⁻¹`` for a unit upper triangular T, whose diagonal is not read; coarse where that gains.
+
+    Products of blocks beside the diagonal are the coarse ones. With ``A = T diag(d) Tᵀ``, the error in the metric A is
+    what rounding each element of the result to 8 digits would be: no more is amplified.
+    """
+    n = B.shape[1]
+    if n <= NEAR or n * n * len(B) < LEAST_COARSE or coarse(B[:1, :1]).dtype == B.dtype:
+        return torch.linalg.solve_triangular(T, B, upper=True, left=False, unitriangular=True)
+    far, result = coarse(T), torch.empty_like(B, memory_format=torch.contiguous_format)
+    done = torch.empty_like(result, dtype=far.dtype)
+    for a in range(0, n, NEAR):
+        b = min(a + NEAR, n)
+        part = B[:, a:b] - done[:, :a] @ far[:a, a:b] if a else B[:, a:b]
+        done[:, a:b] = result[:, a:b] = torch.linalg.solve_triangular(
+            T[a:b, a:b], part, upper=True, left=False, unitriangular=True
+        )
+    return result
 
 
 def blocked(H: Float[Tensor, "in in"]) -> bool:

@@ -118,11 +118,11 @@ class NearPlane:
         """Choose the target, fit the groups, sweep, check Babai's certificate, refine."""
         H, trial = state.H, self._trial(weight, state)
         taken, damp_percent = self._judge(trial, state, grid)
+        factor = factorize(H, order=self.order, damp_percent=damp_percent)
         target, raised = weight, 0
         if taken:
-            step, raised = mixed_step(pull(weight, state.D, state.R), H, taken)
+            step, raised = mixed_step(pull(weight, state.D, state.R), H, taken, factor)
             target = step.add_(weight)
-        factor = factorize(H, order=self.order, damp_percent=damp_percent)
         scales = fit_groups(target, grid, column_cost(H, factor))
         slope: Tensor | None = None
         if self.beam > 1:
