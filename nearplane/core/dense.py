@@ -3,7 +3,7 @@
 A *coarse product* keeps 8 binary digits of its factors and of its result, and sums in float32. Processors with
 instructions for bfloat16 take a quarter of the time for one. NearPlane takes coarse products where a relative error of
 2^-8 is small beside what calibration noise does to the same number: in steps of the target, in shares that held-out
-tokens judge, in the slopes of a refinement. No sweep and no factor has one.
+tokens judge, in the slopes of a refinement. No sweep has one.
 """
 
 from functools import cache
@@ -51,7 +51,8 @@ def unit_solve(B: Float[Tensor, "rows in"], T: Float[Tensor, "in in"]) -> Float[
     """
     n = B.shape[1]
     if n <= NEAR or n * n * len(B) < LEAST_COARSE or coarse(B[:1, :1]).dtype == B.dtype:
-        return torch.linalg.solve_triangular(T, B, upper=True, left=False, unitriangular=True)
+        plain: Tensor = torch.linalg.solve_triangular(T, B, upper=True, left=False, unitriangular=True)
+        return plain
     far, result = coarse(T), torch.empty_like(B, memory_format=torch.contiguous_format)
     done = torch.empty_like(result, dtype=far.dtype)
     for a in range(0, n, NEAR):
@@ -68,11 +69,16 @@ def blocked(H: Float[Tensor, "in in"]) -> bool:
     return not H.is_cuda and len(H) >= LEAST_BLOCKED
 
 
-def cholesky_(H: Float[Tensor, "in in"]) -> int:
+def cholesky_(H: Float[Tensor, "in in"], rough: bool = False) -> int:
     """Overwrite ``H`` by its Cholesky factor, lower and with zeros above the diagonal.
 
     On a CPU the factor of a large matrix is formed block by block, each by one look back at all blocks before it: a
     product of large matrices, which LAPACK's own blocks are too small for.
+
+    Args:
+        H: A symmetric matrix.
+        rough: Let the products of blocks be coarse. ``H`` then stands for one whose elements differ by 2^-9 of the roots of
+            their diagonals: for a matrix whose damping is far greater.
 
     Returns:
         0, or the number of a leading minor that is not positive definite, counted from 1.
@@ -81,9 +87,12 @@ def cholesky_(H: Float[Tensor, "in in"]) -> int:
     if not blocked(H):
         torch.linalg.cholesky_ex(H, out=(H, info))
         return int(info)
+    far = torch.empty_like(H, dtype=coarse(H[:1, :1]).dtype) if rough else H
     for a in range(0, n, BLOCK):
         b = min(a + BLOCK, n)
-        if a:
+        if a and far.dtype != H.dtype:
+            H[a:, a:b] -= far[a:, :a] @ far[a:b, :a].T
+        elif a:
             H[a:, a:b].addmm_(H[a:, :a], H[a:b, :a].T, alpha=-1)
         corner = H[a:b, a:b].T.contiguous().T  # in this layout LAPACK works in place
         torch.linalg.cholesky_ex(corner, out=(corner, info))
@@ -92,5 +101,7 @@ def cholesky_(H: Float[Tensor, "in in"]) -> int:
         H[a:b, a:b] = corner
         if b < n:
             H[b:, a:b] = torch.linalg.solve_triangular(corner.T, H[b:, a:b], upper=True, left=False)
+        if far.dtype != H.dtype:
+            far[a:, a:b] = H[a:, a:b]
     H.tril_()
     return 0

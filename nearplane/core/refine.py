@@ -74,9 +74,8 @@ class Refinement:
         for a in range(0, n, panel):
             b = min(a + panel, n)
             before = n if self.rounds else a  # in the first round later panels have not moved
-            slope = self.slope[a:b].clone()
-            if before:
-                slope += self.far[a:b, :before] @ self.moved[:before]
+            slope = self.slope[a:b]
+            slope = slope + self.far[a:b, :before] @ self.moved[:before] if before else slope.clone()
             moved = torch.empty_like(slope)
             for first in range(a, b, self.width):
                 here = slice(first, min(first + self.width, b))
@@ -88,9 +87,7 @@ class Refinement:
         self.rounds += 1
         return self._result()
 
-    def _group(
-        self, g: int, here: slice, slope: Tensor, moved: Tensor, near: Beside, descend: "_Descent"
-    ) -> None:
+    def _group(self, g: int, here: slice, slope: Tensor, moved: Tensor, near: Beside, descend: "_Descent") -> None:
         """Move scale, offset and codes of one group; write the change of the error to ``moved``. ``slope`` is used up."""
         steps, scale, zero = self.steps[here], self.scale[g], self.zero[g]
         A = self.A[here, here].clone()

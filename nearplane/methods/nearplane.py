@@ -24,7 +24,7 @@ from torch import Tensor
 from nearplane.core.beam import beam_sweep
 from nearplane.core.certificate import verify
 from nearplane.core.errors import SettingError, plain_numbers
-from nearplane.core.factor import Factor, Order, column_cost, factorize
+from nearplane.core.factor import Order, column_cost, factorize
 from nearplane.core.grid import Course, Grid, Quantized, fit_groups
 from nearplane.core.heldout import Trial
 from nearplane.core.moments import Moments
@@ -167,7 +167,7 @@ class NearPlane:
         for damp_percent in [*ridges, *(k for k in dampings if k not in ridges)]:
             if damp_percent not in ridges and _hopeless(damp_percent, losses):
                 continue
-            factor = factorize(H, order=self.order, damp_percent=damp_percent)
+            factor = factorize(H, order=self.order, damp_percent=damp_percent, rough=True)
             if wanted is not None and damp_percent in ridges:
                 steps[damp_percent] = full_step(wanted, factor)
             if rounding is not None and damp_percent in dampings:
