@@ -25,9 +25,6 @@ from torch import Tensor
 from nearplane.core.dense import coarse_product, unit_solve
 from nearplane.core.factor import Factor, damped_cholesky, factorize
 
-# From so many times as many rows as inputs on, a sum of inverses is cheaper than solves.
-MANY = 2
-
 
 def pull(
     weight: Float[Tensor, "out in"], D: Float[Tensor, "in in"] | None, R: Float[Tensor, "out in"] | None
@@ -67,7 +64,7 @@ def mixed_step(
     """
     total: Tensor | None = None
     raised = 0
-    many = len(pull) > MANY * len(H) and all(share.numel() == 1 for share in mix.values())
+    many = len(pull) > len(H) and all(share.numel() == 1 for share in mix.values())
     for damp_percent, share in mix.items():
         factor = next((f for f in known if f.damp_percent == damp_percent), None)
         if many:
