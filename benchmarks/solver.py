@@ -1,19 +1,25 @@
 """The whole solver, beside its arithmetic floor: GPTQ (Hessian, factor, sweep) and NearPlane (target, sweep, refinement).
 
     python benchmarks/solver.py [--threads 1] [--shapes 1024x1024 2048x5632 4096x4096] [--methods GPTQ NearPlane]
-        [--rounds 3] [--json solver.json]
+        [--rounds 3] [--parts] [--growth] [--json solver.json]
 
 One linear, 4 bits, static groups of 128, min-max fit (the search for scales is no part of the floor), 4096 tokens. The
 floor of GPTQ in multiply-adds, at the rate of a 2048-cube float32 GEMM measured in the same run: tokens·in²/2 for the
 Hessian (it is symmetric), in³/6 for the factor, out·in²/2 for the sweep. Times are process CPU seconds, medians of the
 rounds. Memory is the peak of what the solver allocates beyond its inputs (weight and moments), counted tensor by tensor.
+
+``--parts`` prints what each part of a solver takes: CPU seconds, FLOPs, and the rate that it reaches beside the GEMM's.
+``--growth`` solves square linears of 512 to 4096 inputs, and prints the exponents that fit their cost and memory.
 """
 
 import argparse
+import math
+import os
 import statistics
 import weakref
 from typing import Any
 
+import parts
 import torch
 from sweep import gemm_rate, record, seconds
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,24 +74,25 @@ def calibration(out: int, columns: int) -> tuple[torch.Tensor, list[tuple[torch.
     return torch.randn(out, columns), batches
 
 
+def observe(
+    method: Method, weight: torch.Tensor, batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> Moments:
+    """The moments that a method asks for, the second batch held out where it wants that."""
+    out, columns = weight.shape
+    residual = out if "R" in method.needs else None
+    drift = "D" in method.needs and residual is None  # as in the walk: where there is R it stands in for D
+    made = [Moments.zeros(columns, drift=drift, residual=residual) for _ in batches]
+    for part, (xhat, x, shift) in zip(made, batches, strict=True):
+        behind = None if residual is None else torch.addmm(shift, x - xhat, weight.T)
+        part.add(xhat, x if drift else None, behind)
+    return made[0].join(made[1]) if "held_out" in method.needs else made[0].merge(made[1])
+
+
 def measure(
     method: Method, weight: torch.Tensor, batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 ) -> dict[str, float]:
     """CPU seconds of moments, prepare and solve, and the solver's peak memory in bytes."""
-    out, columns = weight.shape
-    residual = out if "R" in method.needs else None
-    drift = "D" in method.needs and residual is None  # as in the walk: where there is R it stands in for D
-
-    def observe() -> Moments:
-        parts = [Moments.zeros(columns, drift=drift, residual=residual) for _ in batches]
-        for part, (xhat, x, shift) in zip(parts, batches, strict=True):
-            behind = None if residual is None else torch.addmm(shift, x - xhat, weight.T)
-            part.add(xhat, x if drift else None, behind)
-        if "held_out" in method.needs:
-            return parts[0].join(parts[1])
-        return parts[0].merge(parts[1])
-
-    time_moments, _, moments = seconds(observe)
+    time_moments, _, moments = seconds(lambda: observe(method, weight, batches))
     time_prepare, _, state = seconds(lambda: method.prepare(moments))
     time_solve, _, _ = seconds(lambda: method.solve(weight, state, GRID))
     del state
@@ -117,15 +124,75 @@ def compare(out: int, columns: int, methods: list[str], rounds: int) -> list[dic
     return rows
 
 
+def print_parts(shapes: list[tuple[int, int]], methods: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Print and return what each part takes, in the share of the first method's whole solver, too."""
+    print("| out x in | method | part | ms | of the first | GFLOP | GFLOP/s | of a GEMM |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for out, columns in shapes:
+        weight, batches = calibration(out, columns)
+        first = 0.0
+        for name in methods:
+            method, rate = METHODS[name], 2 * gemm_rate()
+            moments = observe(method, weight, batches)
+            found = parts.measure(lambda w=weight, m=method, given=moments: m.solve(w, m.prepare(given), GRID), rounds)
+            whole = sum(spent for spent, _ in found.values())
+            first = first or whole
+            for part, (spent, flops) in [*found.items(), ("whole", (whole, sum(f for _, f in found.values())))]:
+                rows.append({"out": out, "in": columns, "method": name, "part": part, "seconds": spent, "flops": flops})
+                rows[-1] |= {"gemm": rate, "of the first": spent / first, "load": os.getloadavg()[0]}
+                print(f"| {out} x {columns} | {name} | {part} | {1e3 * spent:.1f} | {spent / first:.2f} | {flops / 1e9:.2f} | "
+                      f"{flops / 1e9 / max(spent, 1e-9):.0f} | {flops / max(spent, 1e-9) / rate:.2f} |", flush=True)  # fmt: skip
+    return rows
+
+
+def print_growth(widths: list[int], methods: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Print and return cost and peak memory of square linears, and the slopes of their logarithms."""
+    rows = [row for width in widths for row in compare(width, width, methods, rounds)]
+    print(f"exponents of the width over {', '.join(map(str, widths))}; theory: 3 for seconds, 2 for memory")
+    print("| method | seconds | exponent | the last doubling | peak, MB | exponent |")
+    print("|---|---|---|---|---|---|")
+    for name in methods:
+        mine = [row for row in rows if row["method"] == name]
+        spent, peak = [row["prepare"] + row["solve"] for row in mine], [row["peak"] for row in mine]
+        cells = [
+            ", ".join(f"{s:.3f}" for s in spent),
+            f"{slope(widths, spent):.2f}",
+            f"{slope(widths[-2:], spent[-2:]):.2f}",
+        ]
+        cells += [", ".join(f"{p / 1e6:.0f}" for p in peak), f"{slope(widths, peak):.2f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    return rows
+
+
+def slope(widths: list[int], values: list[float]) -> float:
+    """The exponent of the power of the width that fits the values best, by least squares of logarithms."""
+    x, y = [math.log(w) for w in widths], [math.log(v) for v in values]
+    middle = statistics.fmean(x)
+    return sum((a - middle) * b for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=["1024x1024", "2048x5632", "4096x4096"], metavar="OUTxIN")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", action="store_true", help="what each part takes")
+    parser.add_argument("--growth", action="store_true", help="square linears of 512, 1024, 2048 and 4096 inputs")
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.parts or args.growth:
+        shapes = [(int(out), int(columns)) for out, columns in (shape.split("x") for shape in args.shapes)]
+        rows = (
+            print_parts(shapes, args.methods, args.rounds)
+            if args.parts
+            else print_growth([512, 1024, 2048, 4096], args.methods, args.rounds)
+        )
+        if args.json:
+            record(args.json, rows, args.threads)
+        return
     print(f"{args.threads} thread(s), CPU seconds, median of {args.rounds}; peak memory beyond weight and moments")
     print(
         "| out x in | method | moments | prepare | solve | / GPTQ floor | solver / first | all / first | peak in×in | or out×in |"

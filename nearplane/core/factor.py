@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearplane.core.dense import blocked, cholesky_
 from nearplane.core.errors import NumericalError
 
 Order = Literal["natural", "activation", "pivot"]
@@ -34,13 +35,16 @@ class Factor(NamedTuple):
     raised: int = 0  # times the damping had to be raised
 
 
-def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_percent: float = 0.01) -> Factor:
+def factorize(
+    H: Float[Tensor, "in in"], *, order: Order = "natural", damp_percent: float = 0.01, rough: bool = False
+) -> Factor:
     """Order the columns of ``H``, add ``damp_percent * mean(diag H)`` to its diagonal, and factor it.
 
     Args:
         H: Second moment of the input, symmetric.
         order: The order of solving, see ``choose_order``.
         damp_percent: Damping as a fraction of the mean diagonal; raised where ``H`` is indefinite.
+        rough: Let a factor with a damping of the mean diagonal and more be made of coarse products.
 
     Raises:
         NumericalError: ``H`` stays indefinite at damping 1.0.
@@ -48,7 +52,9 @@ def factorize(H: Float[Tensor, "in in"], *, order: Order = "natural", damp_perce
     mean = float(H.diagonal().mean())
     chosen = choose_order(H, order, damp_percent * mean)
     # Reversing rows and columns turns the lower Cholesky factor into the upper one that a left-to-right sweep needs.
-    upper, used, raised = damped_cholesky(partial(_arranged, H, chosen.flip(0)), damp_percent)
+    upper, used, raised = damped_cholesky(
+        partial(_arranged, H, chosen.flip(0)), damp_percent, rough and damp_percent >= 1
+    )
     if raised and order == "pivot":  # this order was chosen with too little damping
         again = factorize(H, order=order, damp_percent=used)
         return again._replace(raised=raised + again.raised)
@@ -84,24 +90,27 @@ class Cholesky(NamedTuple):
     raised: int
 
 
-def damped_cholesky(copy: Callable[[], Float[Tensor, "in in"]], damp_percent: float) -> Cholesky:
+def damped_cholesky(copy: Callable[[], Float[Tensor, "in in"]], damp_percent: float, rough: bool = False) -> Cholesky:
     """Damp a Hessian until it is positive definite, and factor it.
 
     Args:
         copy: Makes a copy of the Hessian; the factor takes its memory.
         damp_percent: Damping to begin with, as a fraction of the mean diagonal.
+        rough: Try coarse products first.
 
     Raises:
         NumericalError: The Hessian stays indefinite at damping 1.0, or at ``damp_percent`` if that is more.
     """
     raised = 0
     while True:
-        H = copy().mT  # symmetric; in this layout LAPACK works in place
+        H = copy()
+        H = H if blocked(H) else H.mT  # symmetric; in this layout LAPACK works in place
         H.diagonal().add_(damp_percent * float(H.diagonal().mean()))
-        info = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(H, out=(H, info))
-        if int(info) == 0 and bool(H.diagonal().isfinite().all()):
+        if cholesky_(H, rough) == 0 and bool(H.diagonal().isfinite().all()):
             return Cholesky(H, damp_percent, raised)
+        if rough:
+            rough = False
+            continue
         if damp_percent >= MOST_DAMP_PERCENT:
             raise NumericalError(
                 f"the Hessian is not positive definite even with damp_percent={damp_percent:g}. Likely causes: "

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearplane.core.dense import coarse_product, unit_solve
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Grid, Quantized, dequantize, fit_groups, round_to_nearest
 from nearplane.core.moments import Moments
@@ -66,9 +67,7 @@ class Trial:
         The rounding errors ε of a sweep and the errors e of the weight are tied by ``e = ε T⁻¹``.
         """
         error = torch.empty_like(rounding)
-        error[:, factor.order] = torch.linalg.solve_triangular(
-            factor.feedback, rounding[:, factor.order], upper=True, left=False, unitriangular=True
-        )
+        error[:, factor.order] = unit_solve(rounding.index_select(1, factor.order), factor.feedback)
         return float((error @ self.H).mul_(error).sum(dtype=torch.float64))
 
     def losses(self, solved: Quantized, grid: Grid) -> list[float]:
@@ -82,7 +81,7 @@ class Trial:
             solved = solved.rows(self.rows)
         delta = self._gained(dequantize(solved, grid).to(self.weight.dtype).sub_(self.weight))
         judges = self.sources or [(self.H, self.pull)]
-        gradients = ((delta @ H).sub_(wanted, alpha=2) for H, wanted in judges)
+        gradients = (coarse_product(delta, H).sub_(wanted, alpha=2) for H, wanted in judges)
         return [float(gradient.mul_(delta).sum(dtype=torch.float64)) for gradient in gradients]
 
     def _pull(self, D: Float[Tensor, "in in"] | None, R: Float[Tensor, "out in"] | None) -> Float[Tensor, "rows in"]:

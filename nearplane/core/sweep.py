@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.cuda_graph import Replay
+from nearplane.core.dense import coarse
 from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
@@ -99,6 +100,32 @@ def sweep(
     return state.result()
 
 
+def sweep_with_slope(
+    target: Float[Tensor, "out in"],
+    factor: Factor,
+    grid: Grid,
+    scales: tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]],
+) -> tuple[Quantized, Float[Tensor, "in out"]]:
+    """Round as ``sweep`` does with static groups; return also ``(H + λI) (W - Q)ᵀ`` in storage order, for a refinement.
+
+    The errors e of the weight and the rounding errors ε = v - q are tied by ``e T = ε``, so ``(H + λI) eᵀ = T D εᵀ``: half
+    the arithmetic of the plain product, and no sum in which large numbers cancel. The product is coarse.
+    """
+    state = _State(target, factor, grid, scales, None, None)
+    n = len(state.target)
+    state.missed = missed = torch.empty_like(state.target, dtype=coarse(state.target[:1]).dtype)
+    for a in range(0, n, PANEL):
+        b = min(a + PANEL, n)
+        state.look_back(a, b)
+        state.round_panel(a, b)
+    slope = state.target  # its memory is free now
+    for a in range(0, n, PANEL):
+        b = min(a + PANEL, n)
+        part = coarse(factor.feedback[a:b, a:]) @ missed[a:]
+        slope[factor.order[a:b]] = part.to(slope.dtype).add_(missed[a:b])
+    return state.result(), slope
+
+
 class _State:
     """The arrays of one sweep, all (in, out) in solve order, and the three steps on a panel [a, b)."""
 
@@ -131,6 +158,7 @@ class _State:
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
+        self.missed: Tensor | None = None  # where d_j (v_j - q_j) is to be kept, (in, out)
         self.leaf = Replay(partial(_round_leaf, grid.levels), written=5)
 
     def look_back(self, a: int, b: int) -> None:
@@ -198,7 +226,10 @@ class _State:
         """Add a finished panel to the certificate, store its codes, and choose the x_i it carries on."""
         levels = self.grid.levels
         pivots = self.factor.pivots[a:b, None]
-        self.loss += (pivots * (self.value - steps * scale).square_()).sum(0)
+        missed = self.value.addcmul_(steps, scale, value=-1)
+        if self.missed is not None:
+            self.missed[a:b] = missed * pivots
+        self.loss += missed.square_().mul_(pivots).sum(0)
         self.bound += (pivots * scale.square()).sum(0) * levels.half_gap**2
         self.codes[a:b] = levels.encode_(steps, zero)
         if self.push is not None and b % self.push.block == 0:

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearplane.core.factor import Factor, damped_cholesky
+from nearplane.core.dense import coarse_product, unit_solve
+from nearplane.core.factor import Factor, damped_cholesky, factorize
 
 
 def pull(
@@ -31,23 +32,24 @@ def pull(
     """Return the pull of the drift on a weight: the moment R where kept, which holds ``W D`` already, else ``W D``, else 0."""
     if R is not None:
         return R
-    return torch.zeros_like(weight) if D is None else weight @ D
+    return torch.zeros_like(weight) if D is None else coarse_product(weight, D)
 
 
 def full_step(pull: Float[Tensor, "out in"], factor: Factor) -> Float[Tensor, "out in"]:
     """Solve ``pull (H + λI)⁻¹`` by two triangular solves with the factor."""
     unit = factor.feedback  # T, upper; its unit diagonal is implied
     half = pull.index_select(1, factor.order)
+    # Small directions of H amplify what this solve rounds, so that it is never coarse.
     half = torch.linalg.solve_triangular(unit.T, half, upper=False, left=False, unitriangular=True)
     half /= factor.pivots
-    solved = torch.linalg.solve_triangular(unit, half, upper=True, left=False, unitriangular=True)
+    solved = unit_solve(half, unit)
     step = torch.empty_like(solved)
     step[:, factor.order] = solved
     return step
 
 
 def mixed_step(
-    pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"], mix: dict[float, Float[Tensor, "#out 1"]]
+    pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"], mix: dict[float, Float[Tensor, "#out 1"]], *known: Factor
 ) -> tuple[Float[Tensor, "out in"], int]:
     """Return ``Σ c_k pull (H + λ_k I)⁻¹``.
 
@@ -55,6 +57,7 @@ def mixed_step(
         pull: The pull of the drift.
         H: Second moment of the input.
         mix: λ_k, as a fraction of mean(diag H), to its share c_k, of all rows or of each.
+        known: Factors of H that were made already.
 
     Returns:
         The step, and how often a λ had to be raised. Many rows share one sum of inverses; few rows are solved for.
@@ -63,9 +66,15 @@ def mixed_step(
     raised = 0
     many = len(pull) > len(H) and all(share.numel() == 1 for share in mix.values())
     for damp_percent, share in mix.items():
-        lower, _, times = damped_cholesky(H.clone, damp_percent)
+        factor = next((f for f in known if f.damp_percent == damp_percent), None)
+        if many:
+            lower, _, times = damped_cholesky(H.clone, damp_percent)
+            part = torch.cholesky_inverse(lower)
+        else:
+            made = factor or factorize(H, damp_percent=damp_percent)
+            times = 0 if factor else made.raised  # a known factor's raises were counted where it was made
+            part = full_step(pull, made)
         raised += times
-        part = torch.cholesky_inverse(lower) if many else torch.cholesky_solve(pull.T, lower).T
         total = part.mul_(share) if total is None else total.addcmul_(part, share)
     if total is None:
         return torch.zeros_like(pull), raised
@@ -76,7 +85,7 @@ def row_shares(
     step: Float[Tensor, "out in"], pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
 ) -> Float[Tensor, "out 1"]:
     """Return the share of ``step`` that the held-out moments (``pull``, ``H``) confirm for each row, within [0, 1]."""
-    wanted, curvature = (step * pull).sum(1), (step * (step @ H)).sum(1)
+    wanted, curvature = (step * pull).sum(1), (step * coarse_product(step, H)).sum(1)
     share = torch.where(curvature > 0, wanted / curvature, torch.zeros_like(wanted))
     return share.clamp_(0, 1)[:, None]
 
@@ -85,7 +94,7 @@ def share_of(
     step: Float[Tensor, "out in"], pull: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
 ) -> Float[Tensor, "1 1"]:
     """Return the share of ``step`` that the held-out moments (``pull``, ``H``) confirm for all rows together, within [0, 1]."""
-    curvature = _dot(step, step @ H)
+    curvature = _dot(step, coarse_product(step, H))
     return step.new_full((1, 1), min(max(_dot(step, pull) / curvature, 0.0), 1.0) if curvature > 0 else 0.0)
 
 
@@ -96,7 +105,7 @@ def shares(
 
     The minimum of a quadratic over c ≥ 0 is the unconstrained minimum of some subset of the steps: all are tried.
     """
-    images = [step @ H for step in steps]
+    images = [coarse_product(step, H) for step in steps]
     K = torch.tensor([[_dot(step, image) for image in images] for step in steps], dtype=torch.float64)
     b = torch.tensor([_dot(step, pull) for step in steps], dtype=torch.float64)
     best, result = 0.0, torch.zeros_like(b)

@@ -142,7 +142,7 @@ def test_a_cuda_graph_could_record_the_leaves(levels, dtype):
     nothing = square[:0, :0]
     _round_leaf(levels, *draws, square, square, square)
     _round_leaf(levels, *draws, square, nothing, nothing)
-    _descend_leaf(levels, *draws[:3], square, *(part[0] for part in draws[3:6]))
+    _descend_leaf(levels, *draws[:3], square, *(part[0] for part in draws[3:5]))
     with pytest.raises(RuntimeError):
         bool(draws[0].sum() > 0)
 

@@ -589,17 +589,18 @@ def test_the_grid_is_fitted_to_the_target():
     assert 2 < float((found.scale / plain).mean()) < 4
 
 
-def test_a_certificate_violation_is_not_passed_on(monkeypatch):
-    from nearplane.methods import nearplane
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_certificate_violation_is_not_passed_on(monkeypatch, rounds):
+    from nearplane.core.sweep import _State
 
-    real = nearplane.sweep
+    real = _State.result
 
-    def broken(*args, **options):
-        solved = real(*args, **options)
+    def broken(self):
+        solved = real(self)
         c = solved.certificate
         return solved._replace(certificate=c._replace(loss=c.bound * 2, clipped=torch.zeros_like(c.clipped)))
 
-    monkeypatch.setattr(nearplane, "sweep", broken)
+    monkeypatch.setattr(_State, "result", broken)
     m = layer()
     with pytest.raises(NumericalError, match="bug in the solver"):
-        solve(method_of(), m.W, m.moments, GRID)
+        solve(method_of(rounds=rounds), m.W, m.moments, GRID)
