@@ -26,7 +26,6 @@ from nearplane.evaluation.perplexity import evaluate as evaluate_model
 from nearplane.evaluation.speed import bench
 from nearplane.formats.parts import Writer
 from nearplane.machine.devices import give_memory_back
-from nearplane.machine.products import full_width
 from nearplane.machine.ranks import Ranks, together
 from nearplane.machine.signals import Stop, stoppable
 from nearplane.models.locate import given_path, locate, refuse_loaded
@@ -115,7 +114,7 @@ def _run(
 
     ``own``: samples that the model has written, which OUT keeps until the run is finished.
     """
-    with full_width(plan.device), writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
+    with writer or nullcontext(), stoppable(ranks.most, quiet=ranks.rank > 0) as stop:
         if plan.job.scales_channels:
             plan = _scale(plan, writer, report, ranks, show, stop)
         if plan.undecided:

@@ -6,11 +6,11 @@ instructions for bfloat16 take a quarter of the time for one. NearPlane takes co
 tokens judge, in the slopes of a refinement. No sweep has one.
 """
 
-from functools import cache
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from nearplane.core.products import bfloat16_is_fast, full_width
 
 # Columns of the factor that are formed at a time. Below LEAST_BLOCKED columns LAPACK is as fast.
 BLOCK, LEAST_BLOCKED = 192, 768
@@ -18,13 +18,6 @@ BLOCK, LEAST_BLOCKED = 192, 768
 NEAR = 128
 # Multiply-adds from which a coarse product saves more than turning its factors into bfloat16 costs.
 LEAST_COARSE = 2**24
-
-
-@cache
-def bfloat16_is_fast() -> bool:
-    """Return whether this processor multiplies bfloat16 by instructions of its own."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
 
 
 def coarse(matrix: Float[Tensor, "rows columns"]) -> Tensor:
@@ -93,7 +86,8 @@ def cholesky_(H: Float[Tensor, "in in"], rough: bool = False) -> int:
         if a and far.dtype != H.dtype:
             H[a:, a:b] -= far[a:, :a] @ far[a:b, :a].T
         elif a:
-            H[a:, a:b].addmm_(H[a:, :a], H[a:b, :a].T, alpha=-1)
+            with full_width(H.device):
+                H[a:, a:b].addmm_(H[a:, :a], H[a:b, :a].T, alpha=-1)
         corner = H[a:b, a:b].T.contiguous().T  # in this layout LAPACK works in place
         torch.linalg.cholesky_ex(corner, out=(corner, info))
         if int(info):

@@ -27,6 +27,7 @@ from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
 from nearplane.core.levels import Levels
+from nearplane.core.products import full_width
 
 Carry = Literal["value", "code", "clamped"]
 
@@ -164,7 +165,8 @@ class _State:
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
         self.start, self.value = a, self.target[a:b].clone()
-        self.receive(a, b, 0, a)
+        with full_width(self.target.device):
+            self.receive(a, b, 0, a)
 
     def receive(self, a: int, b: int, since: int, until: int) -> None:
         """Add to columns [a, b) of the panel the error of the solved columns [since, until)."""

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
 from nearplane.core.errors import NearplaneError, SettingError, plain
+from nearplane.core.products import full_width
 from nearplane.data.rows import Rows
 from nearplane.data.samples import check_vocabulary
 from nearplane.data.text import read_text
 from nearplane.data.windows import digest
 from nearplane.evaluation.cache import RoundedCache
 from nearplane.evaluation.protocols import Window, cut, together
-from nearplane.machine.products import full_width
 from nearplane.machine.progress import track
 from nearplane.models.inputs import refuse_unless_causal
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from nearplane.core.errors import SettingError
+from nearplane.core.products import described
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -44,13 +45,14 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions that a result depends on, by name."""
+    """Return the versions, and what of the machine a result depends on, by name."""
     packages = ("nearplane", "torch", "transformers", "safetensors")
     return {
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
+        "products": described(),
     }
 
 

@@ -19,25 +19,22 @@ SHAPES = ((64, 256, 64), (512, 1024, 384))  # (rows, inner, columns) that are co
 
 
 @contextmanager
-def full_width(device: torch.device) -> Iterator[bool]:
+def full_width(device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices on the CPU by oneDNN while the context lasts, where that is faster and as exact.
 
-    Products of one row become slower: this is for many tokens at a time. A setting of the user's own stays.
+    A call of oneDNN takes some 25 microseconds more than one of MKL: this is for large products. A setting of the user's
+    own stays.
 
     Args:
         device: where the products are computed; nothing changes unless it is a CPU.
-
-    Yields:
-        Whether products are computed by oneDNN.
     """
     switch = _switch()
-    used = device.type == "cpu" and switch is not None and switch.fp32_precision == "none" and exact()
-    if not used or switch is None:
-        yield False
+    if switch is None or device.type != "cpu" or switch.fp32_precision != "none" or not exact():
+        yield
         return
     switch.fp32_precision = "bf16"
     try:
-        yield True
+        yield
     finally:
         switch.fp32_precision = "none"
 
@@ -55,9 +52,27 @@ def exact() -> bool:
         switch.fp32_precision = before
 
 
+def capabilities() -> dict[str, Any]:
+    """Return what torch knows of this processor, by name; nothing in a torch that does not tell."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+@cache
+def bfloat16_is_fast() -> bool:
+    """Tell whether this processor multiplies bfloat16 by instructions of its own."""
+    known = capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def described() -> str:
+    """Say how this processor multiplies float32 matrices: what the last digits of a run depend on, beside its threads."""
+    library = "oneDNN" if _switch() is not None and exact() else "torch's default library"
+    return f"float32 by {library}, coarse ones in {'bfloat16' if bfloat16_is_fast() else 'float32'}"
+
+
 def halved() -> bool:
     """Tell whether MKL uses half of this processor's vectors: AMD's with AVX-512, without AMX."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = capabilities()
     return (
         "AMD" in str(known.get("cpu_name")) and bool(known.get("avx512_f")) and not known.get("amx_tile")
         and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]

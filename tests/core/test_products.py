@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import nearplane
-from nearplane.machine import products
+from nearplane.core import products
 
 CPU = torch.device("cpu")
 SWITCH: Any = getattr(torch.backends.mkldnn, "matmul", None)
@@ -26,8 +26,8 @@ def fresh() -> Iterator[None]:
 @needs_switch
 def test_products_stay_float32_on_this_processor() -> None:
     """Of shapes that a walk multiplies, also those that are not compared before: errors as small as MKL's."""
-    with products.full_width(CPU) as used:
-        assert used == (products.halved() and products.exact())
+    with products.full_width(CPU):
+        assert (SWITCH.fp32_precision == "bf16") == (products.halved() and products.exact())
         for shape in ((1, 64, 64), (17, 576, 192), (2048, 576, 576), (576, 2048, 576), (300, 3000, 7)):
             assert products._error(*shape) < products.MOST_ERROR
 
@@ -37,20 +37,23 @@ def test_only_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "halved", lambda: True)
     monkeypatch.setattr(products, "_error", lambda *_: 1e-7)
     before = SWITCH.fp32_precision
-    with pytest.raises(ValueError, match="inside"), products.full_width(CPU) as used:
-        assert used and before == "none" != SWITCH.fp32_precision
+    with pytest.raises(ValueError, match="inside"), products.full_width(CPU):
+        assert before == "none" != SWITCH.fp32_precision
+        with products.full_width(CPU):
+            assert SWITCH.fp32_precision == "bf16"
+        assert SWITCH.fp32_precision == "bf16"
         raise ValueError("inside")
     assert before == SWITCH.fp32_precision
-    with products.full_width(torch.device("meta")) as used:
-        assert not used and before == SWITCH.fp32_precision
+    with products.full_width(torch.device("meta")):
+        assert before == SWITCH.fp32_precision
 
 
 @needs_switch
 def test_products_that_lose_digits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "halved", lambda: True)
     monkeypatch.setattr(products, "_error", lambda *_: 2e-3 if SWITCH.fp32_precision == "bf16" else 1e-7)
-    with products.full_width(CPU) as used:
-        assert not used and SWITCH.fp32_precision == "none"
+    with products.full_width(CPU):
+        assert SWITCH.fp32_precision == "none"
 
 
 @needs_switch
@@ -59,8 +62,8 @@ def test_a_setting_of_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_error", lambda *_: 1e-7)
     SWITCH.fp32_precision = "ieee"
     try:
-        with products.full_width(CPU) as used:
-            assert not used and SWITCH.fp32_precision == "ieee"
+        with products.full_width(CPU):
+            assert SWITCH.fp32_precision == "ieee"
     finally:
         SWITCH.fp32_precision = "none"
 
@@ -78,8 +81,11 @@ def test_another_processor_or_an_older_torch_is_left_alone(monkeypatch: pytest.M
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not products.halved()
     monkeypatch.setattr(products, "_switch", lambda: None)
-    with products.full_width(CPU) as used:
-        assert not used
+    products.bfloat16_is_fast.cache_clear()
+    assert products.described() == "float32 by torch's default library, coarse ones in float32"
+    products.bfloat16_is_fast.cache_clear()
+    with products.full_width(CPU):
+        assert torch.equal(torch.eye(2) @ torch.eye(2), torch.eye(2))
 
 
 @needs_switch
@@ -93,10 +99,11 @@ def test_a_run_and_an_evaluation_ask_for_it_and_give_it_back(tmp_path: Path, mon
     )
     model = tiny.with_text(tmp_path)
     text = tmp_path / "text.txt"
-    nearplane.quantize(
+    report = nearplane.quantize(
         model, tmp_path / "out", dataset=text, nsamples=4, seqlen=16, group_size=32, check=False, progress=False
     )
     assert set(seen) == {"bf16"} and SWITCH.fp32_precision == "none"
+    assert report.versions["products"].startswith("float32 by oneDNN")
     seen.clear()
     nearplane.evaluate(model, dataset=text, seqlen=16, windows=2)
     assert set(seen) == {"bf16"} and SWITCH.fp32_precision == "none"
