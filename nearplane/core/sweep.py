@@ -22,12 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearplane.core.cuda_graph import Replay
-from nearplane.core.dense import coarse
+from nearplane.core.dense import coarse, full_width
 from nearplane.core.errors import SettingError
 from nearplane.core.factor import Factor
 from nearplane.core.grid import Certificate, Grid, Quantized, decode, fit, group_index
 from nearplane.core.levels import Levels
-from nearplane.core.products import full_width
 
 Carry = Literal["value", "code", "clamped"]
 

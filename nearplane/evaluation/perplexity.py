@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
+from nearplane.core.dense import full_width
 from nearplane.core.errors import NearplaneError, SettingError, plain
-from nearplane.core.products import full_width
 from nearplane.data.rows import Rows
 from nearplane.data.samples import check_vocabulary
 from nearplane.data.text import read_text

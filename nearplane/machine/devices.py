@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 import torch
 
+from nearplane.core.dense import described
 from nearplane.core.errors import SettingError
-from nearplane.core.products import described
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
+from nearplane.core.dense import full_width
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
-from nearplane.core.products import full_width
 from nearplane.data.samples import Batch, Samples, as_batch, cut, masks, positions, real
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods.base import Need

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import nearplane
-from nearplane.core import products
+from nearplane.core import dense as products
 
 CPU = torch.device("cpu")
 SWITCH: Any = getattr(torch.backends.mkldnn, "matmul", None)
