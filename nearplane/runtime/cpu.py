@@ -176,7 +176,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int,
         ctypes.c_int,
     ]  # fmt: skip
-    library.nearplane_decode.argtypes = [pointer, pointer, number, number, pointer, pointer, pointer, ctypes.c_int]
+    library.nearplane_decode.argtypes = [pointer, pointer, number, number, *[pointer] * 4, ctypes.c_int]
     library.nearplane_head.argtypes = [pointer, pointer, pointer, ctypes.c_int]
     library.nearplane_read.argtypes = [pointer, number]
     library.nearplane_read.restype = ctypes.c_uint64

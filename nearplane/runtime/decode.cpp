@@ -385,10 +385,11 @@ int nearplane_head(const NearplaneDecoder* decoder, const float* hidden, float* 
 }
 
 // Writes the logits [vocabulary] of the token behind what the memories [blocks] hold, and its keys and values into them.
+// Where `last` is not null, writes there the hidden state [hidden] that the head would read, in float32, and no logits.
 // Each memory has room for `capacity` positions, and `cosine` and `sine` [turned] are those of the token's position.
 // Returns 0; 1 where memory runs out. The arguments are checked by the caller (decode.py).
 int nearplane_decode(const NearplaneDecoder* decoder, const NearplaneMemory* memories, int64_t capacity, int64_t token,
-                     const float* cosine, const float* sine, void* logits, int threads) {
+                     const float* cosine, const float* sine, void* logits, float* last, int threads) {
     static thread_local Scratch s;  // kept from token to token
     const NearplaneDecoder& m = *decoder;
     try {
@@ -401,6 +402,10 @@ int nearplane_decode(const NearplaneDecoder* decoder, const NearplaneMemory* mem
     for (int64_t i = 0; i < m.count; i++)
         if (attend(m, m.blocks[i], memories[i], capacity, cosine, sine, s, threads) || feed(m, m.blocks[i], s, threads)) return 1;
     normalize(m.last, s.x.data(), m.hidden, s.y.data());
+    if (last != nullptr) {
+        memcpy(last, s.y.data(), size_t(m.hidden) * 4);
+        return 0;
+    }
     float* y = m.dtype == F32 ? static_cast<float*>(logits) : s.logits.data();
     if (multiply(m.head, s.y.data(), y, threads)) return 1;
     if (m.divided != 1.f)

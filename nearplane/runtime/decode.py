@@ -109,16 +109,16 @@ class Description:
 class Decoder:
     """A described model as C++ takes it, valid while its tensors stay where they are."""
 
-    def __init__(self, description: Description, arithmetic: str | None = None) -> None:
+    def __init__(self, description: Description, dtype: torch.dtype | None = None) -> None:
         """Prepare a model.
 
         Args:
             description: the model.
-            arithmetic: of packed weights, "exact", "a16" or "a8"; None: that of each linear.
+            dtype: of keys, values and logits; None: that of the model.
         """
         isa = cpu.best()
         assert isa is not None
-        self.description, self.isa, self.arithmetic = description, isa, arithmetic
+        self.description, self.isa, self.dtype = description, isa, dtype or description.dtype
         kernel = cpu.library(isa)
         assert kernel is not None
         self.kernel = kernel
@@ -133,7 +133,7 @@ class Decoder:
         sizes = (len(d.blocks), self.hidden, d.heads, d.shared, d.width, self.cosine.shape[1], inner)
         factors = (d.scale, d.embedded, d.added, d.divided)
         parts = (self._matrix(d.embedding), self._matrix(d.head), _norm(d.last))
-        self.struct = _Decoder(ctypes.addressof(blocks), *parts, *sizes, *factors, cpu.DTYPES[d.dtype])
+        self.struct = _Decoder(ctypes.addressof(blocks), *parts, *sizes, *factors, cpu.DTYPES[self.dtype])
         self.owners.append(blocks)
         self.address = ctypes.addressof(self.struct)
 
@@ -151,18 +151,27 @@ class Decoder:
         Raises:
             MemoryError: no memory for the activations.
         """
+        logits = torch.empty(self.vocabulary, dtype=self.dtype)
+        self._call(token, run, logits.data_ptr(), None, threads)
+        return logits
+
+    def last(self, token: int, run: Run) -> Tensor:
+        """Do what ``step`` does, but for the head: return (hidden,), float32, which the head would read."""
+        hidden = torch.empty(self.hidden)
+        self._call(token, run, None, hidden.data_ptr(), None)
+        return hidden
+
+    def _call(self, token: int, run: Run, logits: int | None, last: int | None, threads: int | None) -> None:
         if run.position >= len(self.cosine):
             self._turn(2 * run.position)
-        logits = torch.empty(self.vocabulary, dtype=self.description.dtype)
         cosine, sine = self.cosine, self.sine
         offset = 4 * run.position * cosine.shape[1]
         if self.kernel.nearplane_decode(
             self.address, run.memories, run.capacity, token, cosine.data_ptr() + offset, sine.data_ptr() + offset,
-            logits.data_ptr(), threads or torch.get_num_threads(),
+            logits, last, threads or torch.get_num_threads(),
         ):  # fmt: skip
             raise MemoryError(f"no memory for the activations of {run.position + 1} positions")
         run.advance()
-        return logits
 
     def head(self, hidden: Tensor, threads: int | None = None) -> Tensor:
         """Multiply the head with a last hidden state (hidden,) in float32; ``step`` does so at its end."""
@@ -190,7 +199,7 @@ class Decoder:
         if isinstance(module, QuantizedLinear):
             handle = cpu.prepare(module.tiles)
             self.owners.append(handle)
-            path = cpu.PATHS[self.arithmetic or cpu.resolve(module.arithmetic, self.isa)]
+            path = cpu.PATHS[cpu.resolve(module.arithmetic, self.isa)]
             packed = ctypes.addressof(handle.weight.contents)
             return _Matrix(packed, None, adds[0], module.out_features, module.in_features, 0, adds[1], path)
         weight = module.weight

@@ -18,14 +18,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nearplane.core.errors import SettingError
 from nearplane.runtime.decode import Decoder, Description
-from nearplane.runtime.growing import hold
+from nearplane.runtime.growing import Run, hold
 from nearplane.runtime.linear import QuantizedLinear
 from nearplane.runtime.standard import GLOBAL_HOOKS, NotStandardError, describe, read_tensors
 
 Decode = Literal["auto", "plain"]
 PROBE = 3  # tokens of the comparison
-# Largest ‖fused - plain‖ / ‖plain - its mean‖ of a token's logits, by dtype: float32 up to the rounding of activations to 16
-# bits, the small dtypes up to the rounding of hidden states, which the plain path alone does.
+# Largest relative error of a token's logits, by dtype, and of hidden states in float32. That is up to the rounding of activations
+# to 16 bits. The small dtypes differ by the rounding of hidden states, too, which the plain path alone does.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Keywords of a forward that change nothing for one token, whatever their value.
 IGNORED = {"logits_to_keep", "num_logits_to_keep"}
@@ -65,6 +65,8 @@ class _Fused:
         watched = self.ready(model)
         if watched is None:
             return None
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in watched.tensors):
+            return None
         decoder, cache = watched.decoder, kwargs.get("past_key_values")
         run = hold(cache, watched.shapes, watched.windows, decoder.description.dtype)
         if run is None or not _next(run.position, kwargs):
@@ -86,11 +88,7 @@ class _Fused:
             return None
         try:
             described = describe(model)
-            error = difference(self.plain, model, described)
-            if not error <= TOLERANCE[described.dtype]:
-                raise NotStandardError(
-                    f"its logits differ by {error:.1g} of their size from {type(model).__name__}'s own"
-                )
+            compare(self.plain, model, described)
             self.decoder = _Watched(model, described)
         except NotStandardError as reason:
             self.reason = str(reason)
@@ -156,9 +154,7 @@ class _Watched:
                 return False
             if inside["arithmetic"] != arithmetic or inside["activations"] is not None:
                 return False
-        return [tensor.data_ptr() for tensor in self.tensors] == self.addresses and not (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
-        )
+        return [tensor.data_ptr() for tensor in self.tensors] == self.addresses
 
 
 def _asks_for_logits(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -199,40 +195,80 @@ def _next(position: int, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def difference(plain: Any, model: Any, found: Description) -> float:
-    """Give the largest relative error of the fused logits of a few tokens, ‖fused - plain‖ / ‖plain - its mean‖.
+def compare(plain: Any, model: Any, found: Description) -> None:
+    """Compare the fused step with the plain forward on a few tokens.
 
-    Rounding to 8 bits is a step function, on which two right sums part; so 8-bit activations are compared in 16 bits.
+    Hidden states behind the last norm are compared in float32, whatever the dtype; then the logits in the model's own. Rounding
+    to 8 bits is a step function, on which two right sums part: linears with 8-bit activations are compared with 16 bits.
+
+    Args:
+        plain: the forward of the model's class.
+        model: the model.
+        found: its description.
+
+    Raises:
+        NotStandardError: they differ by more than ``TOLERANCE``.
     """
     count = int(found.embedding.weight.shape[0])  # type: ignore[index]
     ids = torch.tensor([[(2 * i + 1) * count // (2 * PROBE) for i in range(PROBE)]])
     eight = [part for part in found.modules() if isinstance(part, QuantizedLinear) and part.arithmetic == "a8"]
+    dense = [part for block in found.blocks for part in block.linears if not isinstance(part, QuantizedLinear)]
     for part in eight:
         part.arithmetic = "a16"
     try:
         with torch.no_grad():
-            cache = DynamicCache(config=model.config)
-            first = plain(model, input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
-            run = hold(
-                cache,
-                (len(found.blocks), found.shared, found.width),
-                tuple(b.window for b in found.blocks),
-                found.dtype,
-            )
-            if run is None:
-                raise NotStandardError("its cache is of another kind")
-            decoder = Decoder(found)
-            fused = [decoder.step(int(ids[0, i]), run) for i in range(1, PROBE)]
-            wanted = plain(model, input_ids=ids, use_cache=True).logits[0, 1:].float()
+            if all(part.weight.dtype == torch.float32 for part in dense):
+                embedded = found.embedding(ids).float()
+                error = _hidden_error(model.model, found, ids, embedded)
+                if not error <= TOLERANCE[torch.float32]:
+                    raise NotStandardError(
+                        f"its hidden states differ by {error:.1g} of their size from {_name(model)} own"
+                    )
+            error = _logits_error(plain, model, found, ids)
     finally:
         for part in eight:
             part.arithmetic = "a8"
-    del first
-    got = torch.stack(fused).float()
+    if not error <= TOLERANCE[found.dtype]:
+        raise NotStandardError(f"its logits differ by {error:.1g} of their size from {_name(model)} own")
+
+
+def _name(model: nn.Module) -> str:
+    return f"{type(model).__name__}'s"
+
+
+def _run_behind(found: Description, cache: Any, dtype: torch.dtype) -> Run:
+    """Hold a cache that the plain forward has filled. NotStandardError for one of another kind."""
+    shapes, windows = (len(found.blocks), found.shared, found.width), tuple(block.window for block in found.blocks)
+    run = hold(cache, shapes, windows, dtype)
+    if run is None:
+        raise NotStandardError("its cache is of another kind")
+    return run
+
+
+def _hidden_error(body: Any, found: Description, ids: Tensor, embedded: Tensor) -> float:
+    """Give the largest relative error of a token's last hidden state, in float32."""
+    cache = DynamicCache(config=body.config)
+    body(inputs_embeds=embedded[:, :1], past_key_values=cache, use_cache=True)
+    run, decoder = _run_behind(found, cache, torch.float32), Decoder(found, torch.float32)
+    got = torch.stack([decoder.last(int(token), run) for token in ids[0, 1:]])
+    wanted = body(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, 1:]
+    return _largest(got, wanted, wanted)
+
+
+def _logits_error(plain: Any, model: Any, found: Description, ids: Tensor) -> float:
+    """Give the largest relative error of a token's logits, to their size around their mean, in the model's dtype."""
+    cache = DynamicCache(config=model.config)
+    plain(model, input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    run, decoder = _run_behind(found, cache, found.dtype), Decoder(found)
+    got = torch.stack([decoder.step(int(token), run) for token in ids[0, 1:]]).float()
+    wanted = plain(model, input_ids=ids, use_cache=False).logits[0, 1:].float()
+    return _largest(got, wanted, wanted - wanted.mean(-1, keepdim=True))
+
+
+def _largest(got: Tensor, wanted: Tensor, size: Tensor) -> float:
     if got.shape != wanted.shape:
         return float("inf")
-    size = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-30)
-    return float(((got - wanted).norm(dim=-1) / size).max())
+    return float(((got - wanted).norm(dim=-1) / size.norm(dim=-1).clamp_min(1e-30)).max())
 
 
 def fuse(model: nn.Module, decode: Decode = "auto") -> None:

@@ -1,4 +1,4 @@
-"""Tokens decoded in one call of C++ against transformers' own forward of the same packed model, and where the call must not run."""
+"""Tokens decoded in one call of C++ against transformers' own forward of the same packed model."""
 
 import copy
 import ctypes
@@ -120,7 +120,9 @@ def test_logits_of_standard_models(name: str, monkeypatch: pytest.MonkeyPatch) -
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gelu": ("llama", {"hidden_act": "gelu"}, "not SiLU"),
     "rotation by length": (
-        "llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary embedding is of type dynamic"
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rotary embedding is of type dynamic",
     ),
     "window of 1": ("mistral", {"sliding_window": 1}, "its window is of 1"),
     "gemma": ("gemma", {}, "not SiLU"),
@@ -142,20 +144,20 @@ def test_other_models_decode_as_before_and_say_why(name: str) -> None:
     assert front(model).tokens == 0
 
 
-def test_a_model_that_looks_standard_and_is_not_is_found_by_its_logits() -> None:
+def test_a_model_that_looks_standard_and_is_not_is_found_by_its_outputs() -> None:
     """A norm of the same name and weight that does something else, and attention that does."""
-    ids = tiny.tokens(1, 8, seed=3)
-    for change in ("norm", "attention"):
+    ids, negative = tiny.tokens(1, 8, seed=3), lambda found: (-found[0], *found[1:])
+    for place, change in (("layers.1.input_layernorm", torch.tanh), ("layers.0.self_attn", negative)):
         model = packed()
-        if change == "norm":
-            kind = type("Norm", (type(model.model.norm),), {"forward": lambda self, x: x * self.weight})
-            model.model.layers[1].input_layernorm.__class__ = kind
-        else:
-            attention = type(model.model.layers[0].self_attn)
-            kind = type("Attention", (attention,), {"forward": lambda self, *a, **k: tuple(-1 * y for y in attention.forward(self, *a, **k)[:1]) + (None,)})
-            model.model.layers[0].self_attn.__class__ = kind
-        assert "its logits differ by" in fused.why(model)
+        replace_forward(model.model.get_submodule(place), change)
+        assert "its hidden states differ by" in fused.why(model)
         assert torch.equal(decoded(model, ids, 3), decoded(model, ids, 3, "plain"))
+
+
+def replace_forward(module: nn.Module, change: Any) -> None:
+    """Make a module one of another class, whose outputs are changed."""
+    kind: Any = type(module)
+    module.__class__ = type("Other", (kind,), {"forward": lambda self, *a, **k: change(kind.forward(self, *a, **k))})
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
@@ -163,7 +165,8 @@ def test_small_dtypes(dtype: torch.dtype, bound: float) -> None:
     """The plain path rounds hidden states between all modules, the fused one keys, values and logits alone: closer to float32."""
     ids = tiny.tokens(1, 20, seed=3)
     for settings in ({}, {"attention_bias": True, "tie_word_embeddings": False}):
-        exact, model = (pack(tiny.build("llama", **settings).to(kind).to(last)) for kind, last in ((dtype, torch.float32), (dtype, dtype)))
+        exact = pack(tiny.build("llama", **settings).to(dtype).float())
+        model = pack(tiny.build("llama", **settings).to(dtype))
         got, plain, wanted = decoded(model, ids, 3), decoded(model, ids, 3, "plain"), decoded(exact, ids, 3, "plain")
         assert front(model).tokens == 17
         errors = [float(((part - wanted).norm(dim=-1) / wanted.norm(dim=-1)).mean()) for part in (got, plain)]
@@ -208,7 +211,13 @@ def test_every_instruction_set(isa: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_threads_agree_to_the_bit() -> None:
     """With work large enough that a second thread takes part."""
-    sizes = {"hidden_size": 256, "intermediate_size": 2100, "vocab_size": 4001, "head_dim": 64, "max_position_embeddings": 4096}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 2100,
+        "vocab_size": 4001,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+    }
     model, ids, before = packed(**sizes), tiny.tokens(1, 3006, seed=3), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -243,3 +252,26 @@ def test_words_for_decode() -> None:
     fused.set_decode(model, "plain")
     assert fused.why(model) == "plain decode: asked for"
     assert "not packed" in fused.why(tiny.build("llama"))
+
+
+def test_what_the_head_does_is_compared_too() -> None:
+    model = packed()
+    model.__class__ = type("Other", (type(model),), {"forward": softened})
+    fused.fuse(model)
+    assert "its logits differ by" in fused.why(model) and "from Other's own" in fused.why(model)
+
+
+def softened(self: Any, *args: Any, **kwargs: Any) -> Any:
+    out = super(type(self), self).forward(*args, **kwargs)
+    out.logits = torch.tanh(out.logits)
+    return out
+
+
+def test_small_dtypes_are_compared_in_float32() -> None:
+    """A wrong epsilon is far below what bfloat16 rounds."""
+    model = pack(tiny.build("llama").bfloat16())
+    assert fused.why(model) == "fused decode"
+    for norm in [module for name, module in model.model.named_modules() if name.endswith("norm")]:
+        replace_forward(norm, lambda found: found * 1.01)
+    front(model).decoder = None
+    assert "its hidden states differ by 0.0" in fused.why(model)

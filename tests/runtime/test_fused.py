@@ -23,7 +23,12 @@ def generated(model: Any, way: Any, ids: Tensor = IDS[:, :5], **options: Any) ->
     """Tokens that transformers generates, and how many of them C++ decoded is in ``front(model).tokens``."""
     fused.set_decode(model, way)
     torch.manual_seed(0)
-    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False, "eos_token_id": None} | options
+    given = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": None,
+    } | options
     found: Tensor = model.generate(ids, **given)
     return list(found.tolist())
 
@@ -127,7 +132,9 @@ def test_a_cache_that_a_hand_gave() -> None:
     with torch.no_grad():
         wanted = model(input_ids=IDS[:, :8]).logits[0, -4:]
         for cache in (DynamicCache(), StaticCache(model.config, max_cache_len=16), DynamicCache(config=model.config)):
-            got = [model(input_ids=IDS[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0] for i in range(8)]
+            got = [
+                model(input_ids=IDS[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0] for i in range(8)
+            ]
             assert torch.allclose(torch.cat(got[-4:]), wanted, atol=1e-4, rtol=1e-3)
         assert front(model).tokens == 14
         other = packed(num_hidden_layers=3)(input_ids=IDS[:, :8], use_cache=True).past_key_values
@@ -158,7 +165,7 @@ def test_requests_that_only_the_plain_forward_serves(name: str) -> None:
             asked = {"input_ids": IDS[:, 3:4], "past_key_values": cache} | REQUESTS[name](model)
             out = model(**asked)
         found.append(out[0] if isinstance(out, tuple) or "labels" in asked else out.logits)
-    assert torch.equal(*found) and front(model).tokens == 0
+    assert torch.allclose(*found, atol=0, rtol=0, equal_nan=True) and front(model).tokens == 0
 
 
 def watch(model: Any) -> Any:
@@ -172,7 +179,9 @@ def test_hooks_are_called() -> None:
     free = decoded(model, IDS, 3)
     for register in (
         lambda: watch(model),
-        lambda: model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,)),
+        lambda: model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0] / 2,)
+        ),
         lambda: nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None),
     ):
         before, handle = front(model).tokens, register()
@@ -231,7 +240,9 @@ def test_changes_after_the_first_token_are_followed(change: Callable[[Any], None
     change(model)
     got, wanted = decoded(model, IDS, 3), decoded(model, IDS, 3, "plain")
     bound = 5e-2 if change is change_dtype else 1e-4
-    assert (got - wanted).norm() < bound * wanted.norm() and (change is train or (got - free).norm() > 1e-3 * free.norm())
+    assert (got - wanted).norm() < bound * wanted.norm() and (
+        change is train or (got - free).norm() > 1e-3 * free.norm()
+    )
 
 
 def test_adapters_and_gradients_are_not_passed_by() -> None:
