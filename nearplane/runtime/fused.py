@@ -130,7 +130,7 @@ class _Watched:
             for name, child in module._modules.items()
             if child is not None
         ]
-        self.inner = [vars(child) for _, _, child in self.places]
+        self.inner = [(vars(child), isinstance(child, nn.Linear)) for _, _, child in self.places]
         packed = [module for module in found.modules() if isinstance(module, QuantizedLinear)]
         self.packed = [(vars(m), m._buffers, m._buffers["codes"], m._buffers["scales"], m.arithmetic) for m in packed]
 
@@ -146,8 +146,8 @@ class _Watched:
         for modules, name, child in self.places:
             if modules.get(name) is not child:
                 return False
-        for inside in self.inner:
-            if "forward" in inside or inside["training"]:
+        for inside, linear in self.inner:
+            if "forward" in inside or (inside["training"] and not linear):
                 return False
         for inside, buffers, codes, scales, arithmetic in self.packed:
             if buffers["codes"] is not codes or buffers["scales"] is not scales:

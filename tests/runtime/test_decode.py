@@ -184,7 +184,7 @@ def test_heads_that_are_packed_and_linears_that_are_not() -> None:
     settle(model, "exact")  # nothing packed at all
     assert error(model, ids) < 1e-4
     model = packed()
-    model.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(64, 96).eval())
+    model.set_submodule("model.layers.1.mlp.up_proj", nn.Linear(64, 96))
     assert error(model, ids) < 1e-4
 
 
