@@ -29,6 +29,8 @@ PROBE = 3  # tokens of the comparison
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Keywords of a forward that change nothing for one token, whatever their value.
 IGNORED = {"logits_to_keep", "num_logits_to_keep"}
+# Those that ``_step`` reads, and those that no model reads: transformers' server hands its tokenizer down.
+READ, UNREAD = ("input_ids", "past_key_values", "attention_mask", "position_ids", "cache_position"), ("tokenizer",)
 FLAGS = ("output_attentions", "output_hidden_states")
 
 
@@ -161,7 +163,7 @@ def _asks_for_logits(model: Any, kwargs: dict[str, Any]) -> bool:
     """Tell whether a forward asks for one token's logits over a cache, and for nothing else."""
     config = model.config
     for name, value in kwargs.items():
-        if name in ("input_ids", "past_key_values", "attention_mask", "position_ids", "cache_position"):
+        if name in READ or name in UNREAD:
             continue
         if name in ("use_cache", "return_dict"):
             if value is False:

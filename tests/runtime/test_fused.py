@@ -142,6 +142,13 @@ def test_a_cache_that_a_hand_gave() -> None:
         assert front(model).tokens == 14
 
 
+def test_a_tokenizer_that_is_handed_down_changes_nothing() -> None:
+    """As transformers' server does."""
+    model = packed()
+    wanted = decoded(model, IDS, 3)
+    assert torch.equal(decoded(model, IDS, 3, tokenizer=object()), wanted) and front(model).tokens == 34
+
+
 REQUESTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "hidden states": lambda _: {"output_hidden_states": True},
     "attentions": lambda _: {"output_attentions": True},
