@@ -222,7 +222,7 @@ def load(path: str | Path, **settings: Any) -> nn.Module:
 
     Args:
         path: a transformers folder, a hub id, or "demo".
-        settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, head_bits, revision, trust_remote_code.
+        settings: fields of ``LoadSettings``: device, dtype, packed, arithmetic, decode, head_bits, revision, trust_remote_code.
 
     Returns:
         A ``torch.nn.Module``: the model's transformers class, in evaluation mode.

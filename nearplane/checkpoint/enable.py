@@ -31,10 +31,11 @@ from nearplane.models.experts import unfuse
 from nearplane.models.experts_disk import NUMBER, joins_experts, names_in_model, split_names
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
+from nearplane.runtime.fused import Decode, check_decode
 
 OURS = "nearplane"
 _before: dict[str, Any] = {}  # transformers' classes of configurations, by method, while ours stand in their places
-_chosen: dict[str, Arithmetic] = {"arithmetic": "auto"}
+_chosen: dict[str, Any] = {"arithmetic": "auto", "decode": "auto"}
 
 
 class _Switch(AbstractContextManager[None]):
@@ -44,7 +45,7 @@ class _Switch(AbstractContextManager[None]):
         disable()
 
 
-def enable(arithmetic: Arithmetic = "auto") -> AbstractContextManager[None]:
+def enable(arithmetic: Arithmetic = "auto", decode: Decode = "auto") -> AbstractContextManager[None]:
     """Let transformers' ``from_pretrained``, pipelines and server hold packed linears from now on, in this process.
 
     Reads compressed-tensors (pack-quantized, int-quantized) and GPTQ, whatever the bits, with zero points or without,
@@ -52,19 +53,21 @@ def enable(arithmetic: Arithmetic = "auto") -> AbstractContextManager[None]:
 
     Args:
         arithmetic: how a CPU multiplies packed weights, as ``LoadSettings.arithmetic``.
+        decode: how a CPU decodes one token of one sequence, as ``LoadSettings.decode``.
 
     Returns:
         A context manager that calls ``disable`` at its end; it need not be entered.
 
     Raises:
-        SettingError: an unknown arithmetic.
+        SettingError: an unknown arithmetic or way to decode.
 
     Example:
         >>> with nearplane.enable():  # doctest: +SKIP
         ...     model = AutoModelForCausalLM.from_pretrained("out")
     """
     cpu.check(arithmetic)
-    _chosen["arithmetic"] = arithmetic
+    check_decode(decode)
+    _chosen.update(arithmetic=arithmetic, decode=decode)
     for method, kind in CONFIGURATIONS.items():
         _before.setdefault(method, AUTO_QUANTIZATION_CONFIG_MAPPING[method])
         AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
@@ -200,7 +203,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         turn(model, packing.checkpoint, partly=True)
         if cpu.best() is None and any(value.device.type == "cpu" for value in model.buffers()):
             warn_of_slowness()
-        settle(model, _chosen["arithmetic"])
+        settle(model, **_chosen)
         if places is not None:
             _dispatch(model, places)
 

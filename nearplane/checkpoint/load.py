@@ -29,6 +29,7 @@ from nearplane.models.source import open_skeleton
 from nearplane.models.values import kept_in_float32
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
+from nearplane.runtime.fused import Decode, check_decode
 from nearplane.runtime.linear import quantize_head, rounded
 
 GENERATION = "generation_config.json"
@@ -53,6 +54,9 @@ class LoadSettings:
     arithmetic: Arithmetic = "auto"
     """How a CPU multiplies packed weights: exact (float32), a16 or a8 (activations of 16 or 8 bits); auto: a16 where there
     are vector instructions for it."""
+    decode: Decode = "auto"
+    """How a CPU decodes one token of one sequence: auto, in one call of C++ where the model's blocks are of the standard kind;
+    plain, as transformers does."""
     head_bits: int | None = None
     """Also round the output head to so many bits, in memory."""
     revision: str | None = None
@@ -64,6 +68,7 @@ class LoadSettings:
         plain_numbers(self)
         pick_dtype(self.dtype)
         cpu.check(self.arithmetic)
+        check_decode(self.decode)
         for name in ("packed", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingError(f"{name} must be True or False; got {getattr(self, name)!r}.")
@@ -129,7 +134,7 @@ def load_model(model: str | Path, settings: LoadSettings | None = None) -> nn.Mo
     if holds and device.type == "cpu" and cpu.best() is None:
         warn_of_slowness()
     if holds or head_bits is not None:
-        settle(result, settings.arithmetic)
+        settle(result, settings.arithmetic, settings.decode)
     result.config.name_or_path = str(folder)  # type: ignore[union-attr]  # where its tokenizer is
     result.__dict__["name_or_path"] = str(folder)  # what adapters record as their base
     take_generation(result, folder)

@@ -25,6 +25,7 @@ from nearplane.models.experts import EXPERT, experts_of, unfuse
 from nearplane.models.experts_disk import SplitStore, names_in_model, split
 from nearplane.runtime import cpu
 from nearplane.runtime.cpu import Arithmetic
+from nearplane.runtime.fused import Decode, fuse
 from nearplane.runtime.layout import tile
 from nearplane.runtime.linear import QuantizedLinear, dense_linear, set_arithmetic
 from nearplane.transforms.hooks import turn_inputs, turned_linears
@@ -270,13 +271,14 @@ def warn_of_slowness() -> None:
     say(f"note: packed weights run in plain torch, slowly: {reason}")
 
 
-def settle(model: nn.Module, arithmetic: Arithmetic) -> None:
-    """Make a model with packed linears ready: it asks for no gradients, is not saved, and multiplies as it was asked to."""
+def settle(model: nn.Module, arithmetic: Arithmetic, decode: Decode = "auto") -> None:
+    """Make a model with packed linears ready: no gradients, not saved, and multiplying and decoding as it was asked to."""
     model.requires_grad_(False)  # else every linear would be asked for a gradient
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
             module.__dict__["save_pretrained"] = _Unsaved(module)
     set_arithmetic(model, arithmetic)
+    fuse(model, decode)
 
 
 class _Unsaved:

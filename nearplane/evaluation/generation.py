@@ -14,6 +14,7 @@ from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.memory import peak_resident
 from nearplane.models.inputs import refuse_unless_causal
 from nearplane.models.locate import first_line
+from nearplane.runtime import fused
 from nearplane.runtime.linear import quantized_linears
 
 MOST_THREADS = 1024
@@ -35,7 +36,7 @@ class Generation:
     threads: int = 0
     """CPU threads that worked."""
     kernel: str = ""
-    """How the quantized linears were multiplied."""
+    """How the quantized linears were multiplied, and the tokens decoded."""
 
     def __str__(self) -> str:
         return f"{self.text}\n{self.summary()}"
@@ -107,13 +108,16 @@ def generate(
     streamer = _Streamer(tokenizer, write)
     if temperature > 0:
         torch.manual_seed(seed)
+    packed = list(quantized_linears(model).values())
+    kernel = (
+        f"{packed[0].why()}, {fused.why(model)}" if packed else "dense weights"
+    )  # compares outputs at the first time
     start = time.perf_counter()
     options = {"max_new_tokens": max_new_tokens, "streamer": streamer, **_options(model, tokenizer, temperature)}
     out = _continued(model, ids.to(next(model.parameters()).device), options)
     arrivals = streamer.arrivals[1:]  # the first is the prompt
     if not arrivals:
         raise NearplaneError("the model generated nothing.")
-    packed = list(quantized_linears(model).values())
     return Generation(
         streamer.text,
         ids.shape[1],
@@ -122,7 +126,7 @@ def generate(
         arrivals[-1] - arrivals[0],
         peak_resident(),
         torch.get_num_threads(),
-        packed[0].why() if packed else "dense weights",
+        kernel,
     )
 
 

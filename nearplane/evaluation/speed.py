@@ -16,7 +16,7 @@ from nearplane.evaluation.generation import check_positions, threads_set
 from nearplane.machine.devices import Dtype
 from nearplane.machine.progress import bar, wrapped
 from nearplane.models.inputs import refuse_unless_causal
-from nearplane.runtime import cpu
+from nearplane.runtime import cpu, fused
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.linear import QuantizedLinear, quantized_linears
 
@@ -151,7 +151,7 @@ def _bench(
         raise SettingError(f"{model} is not quantized; there is nothing packed to measure.")
     refuse_unless_causal(packed, "bench")
     check_positions(packed, prompt + new)
-    kernel = next(iter(quantized_linears(packed).values())).why()
+    kernel = f"{next(iter(quantized_linears(packed).values())).why()}, {fused.why(packed)}"
     models = {name: load_model(model, way) for name, way in ways.items()}
     del packed
     rate = None if cpu.best() is None else cpu.read_rate()
@@ -193,9 +193,9 @@ def _once(model: nn.Module, ids: torch.Tensor, prompt: int) -> tuple[float, floa
 def _head_seconds(model: nn.Module, repeats: int = 10) -> float:
     """Seconds that the output head takes for one token."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    run: Callable[[torch.Tensor], Any] = head
-    parameter = next(model.parameters())
-    x = torch.ones(1, 1, head.in_features, dtype=parameter.dtype)
+    decoder = fused.decoder_of(model)
+    run: Callable[[torch.Tensor], Any] = head if decoder is None else decoder.head
+    x = torch.ones(head.in_features, dtype=next(model.parameters()).dtype if decoder is None else torch.float32)
     with torch.inference_mode():
         run(x)
         start = time.perf_counter()

@@ -23,7 +23,7 @@ Isa = Literal["avx512", "avx2", "portable"]
 ISAS: dict[Isa, int] = {"avx512": 2, "avx2": 1, "portable": 0}  # the best first
 PATHS: dict[str, int] = {"exact": 0, "a16": 1, "a8": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ABI = 3  # nearplane_abi() of the kernel.cpp that belongs to this file
+ABI = 4  # nearplane_abi() of the kernel.cpp that belongs to this file
 HOW = (
     "it is built while nearplane is installed, where there is a C++ compiler (g++ or clang++): with one, in a clone, "
     "pip install --force-reinstall --no-deps ."
@@ -176,6 +176,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int,
         ctypes.c_int,
     ]  # fmt: skip
+    library.nearplane_decode.argtypes = [pointer, pointer, number, number, *[pointer] * 4, ctypes.c_int]
+    library.nearplane_head.argtypes = [pointer, pointer, pointer, ctypes.c_int]
     library.nearplane_read.argtypes = [pointer, number]
     library.nearplane_read.restype = ctypes.c_uint64
     return library

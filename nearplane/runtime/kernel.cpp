@@ -795,6 +795,8 @@ struct Job {
     int dtype;
     void* out;
     int64_t tiles, chunk, chunks;
+    void (*call)(void*, int64_t) = nullptr;  // other work than a product, with its context
+    void* context = nullptr;
     struct alignas(64) Part {
         std::atomic<int64_t> next{0};
         int64_t end = 0;
@@ -821,7 +823,8 @@ struct Job {
     void work_on(Part& part) {
         for (int64_t c; (c = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) {
             const int64_t first = c * chunk, last = first + chunk < tiles ? first + chunk : tiles;
-            product(*weight, *activations, rows, bias, dtype, out, first, last);
+            if (call != nullptr) call(context, c);
+            else product(*weight, *activations, rows, bias, dtype, out, first, last);
             if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) {
                 std::lock_guard<std::mutex> lock(mutex);
                 finished.notify_all();
@@ -949,7 +952,7 @@ constexpr int64_t WAKE_PRODUCTS = 1 << 22;   // and less than this before anothe
 
 extern "C" {
 
-int nearplane_abi() { return 3; }
+int nearplane_abi() { return 4; }
 
 // Whether this machine can run an instruction set's library. Asked of the portable one.
 int nearplane_runs(int isa) {
@@ -999,6 +1002,25 @@ int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int6
         } catch (const std::bad_alloc&) {
             return 1;
         }
+    }
+    return 0;
+}
+
+// Calls work(context, chunk) for every chunk, on so many threads. Returns 0; 1 where memory runs out.
+int nearplane_share(void (*work)(void*, int64_t), void* context, int64_t chunks, int threads) {
+    if (threads <= 1 || chunks <= 1) {
+        for (int64_t c = 0; c < chunks; c++) work(context, c);
+        return 0;
+    }
+    try {
+        auto job = std::make_shared<Job>();
+        job->call = work;
+        job->context = context;
+        job->chunks = chunks;
+        job->divide(threads);
+        the_pool().run(job, threads, true);
+    } catch (const std::bad_alloc&) {
+        return 1;
     }
     return 0;
 }

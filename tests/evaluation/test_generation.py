@@ -12,6 +12,7 @@ import transformers
 import nearplane
 from nearplane import RTN, NearplaneError
 from nearplane.cli.main import main
+from nearplane.runtime import cpu, fused
 
 PROMPT, GREEDY = "w7 w8 w9", 8
 
@@ -117,7 +118,41 @@ def test_bench_decodes_all_of_its_tokens(out: Path, monkeypatch: pytest.MonkeyPa
     settings(out, {"eos_token_id": list(range(tiny.VOCABULARY))})
     calls: list[int] = []
     kind = type(nearplane.load(out))
-    true = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda *a, **k: (calls.append(1), true(*a, **k))[1])
+    true = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *a, **k: (calls.append(1), true(*a, **k))[1])
     nearplane.bench(out, prompt_tokens=4, new_tokens=5, rounds=1, against=("fp32",))
     assert len(calls) == 2 * 4 * (1 + 5)  # two rounds of four ways: a prompt, and five tokens
+
+
+@pytest.mark.skipif(cpu.best() is None, reason="no C++ kernel was built (no compiler)")
+def test_text_is_that_of_the_plain_path_and_the_summary_names_the_path(out: Path, tmp_path: Path) -> None:
+    """Through ``generate``, ``bench``, and transformers' own loading and pipeline; a model of another kind says why."""
+    settings(out, {"eos_token_id": 127})
+    for more in ({}, {"temperature": 0.8}, {"head_bits": 8}, {"arithmetic": "exact"}):
+        auto, plain = (
+            nearplane.generate(out, PROMPT, max_new_tokens=30, decode=way, **more) for way in ("auto", "plain")
+        )
+        assert auto.text == plain.text and auto.new_tokens > 20
+        assert "), fused decode; " in auto.summary() and "), plain decode: asked for; " in plain.summary()
+    speed = nearplane.bench(out, prompt_tokens=4, new_tokens=5, rounds=1, against=())
+    assert speed.kernel.endswith(", fused decode") and all(0 < row.head_share < 1 for row in speed.rows)
+    texts = []
+    for way in ("auto", "plain"):
+        with nearplane.enable(decode=way):
+            model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        ids = torch.tensor([[7, 8, 9]])
+        texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY, do_sample=False))
+        assert fused._of(model).tokens == (GREEDY - 1 if way == "auto" else 0)  # type: ignore[union-attr]
+    assert torch.equal(*texts)
+    tiny.save(tiny.build("gemma2"), tmp_path / "model")
+    nearplane.quantize(tmp_path / "model", tmp_path / "out", method=RTN(), bits=4, group_size=32, progress=False)
+    told = nearplane.generate(tmp_path / "out", PROMPT, max_new_tokens=2).summary()
+    assert "), plain decode: Gemma2DecoderLayer has other modules than a standard block; " in told
+
+
+def test_another_word_for_decode_is_a_sentence(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for call in (lambda: nearplane.load(out, decode="fast"), lambda: nearplane.enable(decode="fast")):  # type: ignore[arg-type]
+        with pytest.raises(nearplane.SettingError, match="decode must be auto or plain; got 'fast'"):
+            call()
+    assert main(["generate", str(out), "--prompt", PROMPT, "--decode", "fast"]) == 2
+    assert "decode" in capsys.readouterr().err

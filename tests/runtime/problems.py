@@ -69,7 +69,7 @@ def compiler() -> str | None:
 def emulated(folder: Path) -> ctypes.CDLL:
     """The AVX-512 kernel, compiled over plain arrays (avx512.h)."""
     here, target = Path(__file__).parent, folder / "emulated.so"
-    source = Path(cpu.__file__).parent / "kernel.cpp"
+    sources = [str(Path(cpu.__file__).parent / name) for name in ("kernel.cpp", "decode.cpp")]
     flags = [
         "-std=c++17",
         "-O1",
@@ -80,6 +80,6 @@ def emulated(folder: Path) -> ctypes.CDLL:
         "-DNEARPLANE_EMULATED",
         "-ffp-contract=off",
     ]
-    command = [compiler() or "", *flags, "-include", str(here / "avx512.h"), str(source), "-o", str(target)]
+    command = [compiler() or "", *flags, "-include", str(here / "avx512.h"), *sources, "-o", str(target)]
     subprocess.run(command, check=True)
     return cpu.open_library(target)
