@@ -131,9 +131,13 @@ class QuantizedLinear(nn.Linear):
             destination.update({prefix + name: getattr(tiles, name) for name in TENSORS})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        before = self.packed
+        before, errors = self.packed, rest[-1]
+        found = len(errors)
         self._hold(self.tiles)  # which a state dict has
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) > found:
+            self.shape = before.shape
+            return self._hold(before)
         self._lay_out()
         if isinstance(before, Words):  # graphs that were recorded know the addresses of the tensors
             for name in TENSORS:

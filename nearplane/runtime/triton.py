@@ -52,7 +52,9 @@ def linear(x: Tensor, weight: Words, bias: Tensor | None, choice: Choice | None 
 
     Raises:
         NearplaneError: a CUDA graph is recorded, and no such product has run before.
+        ValueError: the tensors do not match the weight's shape.
     """
+    weight.check()
     flat = x.reshape(-1, weight.shape.columns).resolve_neg().contiguous()
     rows = flat.shape[0]
     if not rows:
@@ -108,7 +110,8 @@ def _launch(x: Tensor, weight: Words, bias: Tensor | None, choice: Choice, recor
         special = {"WIDE": wide, "KIND": DTYPES[x.dtype], "STAGES": choice.stages}
         x = x.view(torch.int64) if wide else x
     else:
-        special = {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
+        plain = not x.is_cuda and x.dtype == torch.bfloat16
+        special = {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32", "PLAIN": plain}
     kernel[(tiles[0], shares, tiles[1])](
         x, *_tensors(weight), y if bias is None else bias.contiguous(), y, partial, counters,
         rows, shape.out, shape.columns, channels, blocks, shape.span, shape.zero, share, shares,

@@ -237,9 +237,12 @@ def many(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, order, bias, y, partial, counters,
     rows, out, columns, channels, blocks, span, zero, share, shares,
     BITS: tl.constexpr, ZEROS: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Compute ROWS rows of CHANNELS channels from one share of the blocks, by ``tl.dot`` in the dtype of ``x``."""
+    """Compute ROWS rows of CHANNELS channels from one share of the blocks, by ``tl.dot`` in the dtype of ``x``.
+
+    PLAIN: the same numbers are multiplied in float32, for Triton's interpreter, which multiplies the bits of bfloat16.
+    """
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     start = tl.program_id(1) * share
@@ -252,7 +255,11 @@ def many(  # type: ignore[no-untyped-def]
         column = tl.load(order + position, mask=real, other=-1) if ORDER else position
         known = (row < rows)[:, None] & (real & (column >= 0) & (column < columns))[None, :]
         part = tl.load(x + row[:, None].to(tl.int64) * columns + column[None, :], mask=known, other=0.0)
-        total = tl.dot(part, weight.to(part.dtype), total, input_precision=PRECISION)
+        weight = weight.to(part.dtype)
+        if PLAIN:
+            total += tl.dot(part.to(tl.float32), weight.to(tl.float32))
+        else:
+            total = tl.dot(part, weight, total, input_precision=PRECISION)
     finish(total, y, bias, partial, counters, rows, out, channels, shares, BIAS, SPLIT, ROWS, CHANNELS)
 
 

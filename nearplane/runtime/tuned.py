@@ -20,7 +20,7 @@ from nearplane.machine.progress import say
 from nearplane.runtime.layout import Shape
 
 VERSION = 1  # of the kernels: another number makes old choices void
-LARGEST = 1024  # rows from which on the weight is unpacked
+LARGEST = 512  # rows; for more the weight is always unpacked
 PROCESSORS = 132  # where no device says its own
 
 
@@ -59,7 +59,7 @@ def candidates(rows: int) -> list[Choice]:
     found = [Choice("many", min(each, 64), *size) for size in sizes]
     if each > 64:
         found += [Choice("many", 128, *size) for size in sizes[1:]]
-    if rows >= LARGEST:
+    if rows > LARGEST:
         return [DENSE]
     return [DENSE, *found] if rows >= 256 else [*found, DENSE] if rows > 32 else found
 
@@ -74,7 +74,7 @@ def split(choice: Choice, blocks: int, tiles: int, device: torch.device) -> tupl
 
 def key(shape: Shape, rows: int, dtype: torch.dtype) -> str:
     """Name products that have a choice in common: rows up to the same power of two, or to 15."""
-    rows = 15 if 8 < rows < 16 else min(LARGEST, 1 << (rows - 1).bit_length())
+    rows = 15 if 8 < rows < 16 else min(2 * LARGEST, 1 << (rows - 1).bit_length())
     zeros = "real" if shape.free else "whole"
     return f"{shape.bits} bits, {shape.out} x {shape.columns}, {zeros} zeros, {rows} rows, {str(dtype)[6:]}"
 
