@@ -249,7 +249,9 @@ def many(  # type: ignore[no-untyped-def]
     last = tl.minimum(start + share, blocks)
     total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     for first in range(start, last, BLOCKS):
-        weight = weight_of(codes, scales, zeros, first, last, channel, channels, span, zero, BITS, ZEROS, BLOCKS, CHANNELS)
+        weight = weight_of(
+            codes, scales, zeros, first, last, channel, channels, span, zero, BITS, ZEROS, BLOCKS, CHANNELS
+        )
         position = first * 32 + tl.arange(0, 32 * BLOCKS)
         real = position < last * 32
         column = tl.load(order + position, mask=real, other=-1) if ORDER else position
