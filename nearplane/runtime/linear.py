@@ -67,8 +67,9 @@ class QuantizedLinear(nn.Linear):
     """A linear layer ``y = x W^T + bias`` with a packed weight, which replaces a ``Linear`` or GPT-2's ``Conv1D``.
 
     The four integer tensors of the weight are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. They are
-    ``Tiles``, and ``Words`` where the Triton kernel runs. A ``state_dict`` has tiles. ``.to(dtype)`` leaves integers alone. Inputs and outputs are float32, float16, bfloat16 or float64. Inputs and the bias
-    have gradients, the weight has none: adapters (LoRA) can be trained beside it.
+    ``Tiles``, and ``Words`` where the Triton kernel runs. A ``state_dict`` has tiles. ``.to(dtype)`` leaves integers alone.
+    Inputs and outputs are float32, float16, bfloat16 or float64. Inputs and the bias have gradients, the weight has none:
+    adapters (LoRA) can be trained beside it.
     """
 
     codes: Tensor
@@ -109,7 +110,7 @@ class QuantizedLinear(nn.Linear):
         return _tiles(self.packed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._lay_out()
         return self
 

@@ -3,11 +3,11 @@
 ``few``: up to 16 rows. A program multiplies some channels by a share of the inputs, in registers, without tensor cores.
 ``many``: tiles of 16 rows and more, by ``tl.dot``. ``unpack``: the weight for a dense product, where that is cheaper.
 
-Where inputs are split into shares, each program stores its float32 sums. The last program of a tile to arrive, which a
-counter knows, adds the shares in their order: one launch, and the same bits in every run.
+Where inputs are split into shares, each program stores its float32 sums. The last program of a tile, known by a counter,
+adds the shares in their order: one launch, and the same bits in every run.
 
-A code becomes a number without a conversion: its bits, at bit ``s`` of a word, are put into the mantissa of the float32
-2^(23 - s), whose bit ``s`` counts 1. Subtracting 2^(23 - s) leaves the code, exactly.
+A code becomes a number without a conversion. Its bits, at bit ``s`` of a word, are put into the mantissa of the float32
+2^(23 - s). Bit ``s`` of that mantissa counts 1. Subtracting 2^(23 - s) leaves the code, exactly.
 """
 
 import triton

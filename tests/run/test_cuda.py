@@ -24,7 +24,7 @@ from nearplane.run.resume import Saver
 from nearplane.runtime.linear import QuantizedLinear, quantized_linears
 from nearplane.runtime.triton import linear as triton_linear
 from nearplane.runtime.tuned import DENSE, candidates
-from nearplane.runtime.words import Words, words
+from nearplane.runtime.words import Words
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from problems import problem
@@ -113,7 +113,7 @@ def test_every_choice_against_float64(bits, shuffled, rows):
         bias = torch.arange(200.0).to(dtype)
         expected = x.double() @ given.dense.T + bias.double()
         # Of many rows in float32 the first choice does: larger tiles do not fit into every device's shared memory.
-        for choice in candidates(rows)[: None if rows < 4 or dtype != torch.float32 else 1] + [DENSE]:
+        for choice in (*candidates(rows)[: None if rows < 4 or dtype != torch.float32 else 1], DENSE):
             got = [triton_linear(x.cuda(), weight, bias.cuda(), choice) for _ in range(3)]
             assert float((got[0].cpu().double() - expected).norm() / expected.norm()) < tolerance, choice
             assert all(torch.equal(other, got[0]) for other in got), choice
