@@ -162,8 +162,8 @@ class Decoder:
     def step(self) -> None:
         """Compute the next token, in place: a graph reads and writes the same memory every time."""
         # A mask of its own: transformers' would ask for the length of the cache, which waits for the device.
-        seen = torch.arange(self.length, device=DEVICE) <= self.position
-        mask = torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)[None, None, None]
+        unseen = torch.arange(self.length, device=DEVICE) > self.position
+        mask = (unseen.to(torch.bfloat16) * torch.finfo(torch.bfloat16).min)[None, None, None]
         found = self.model(
             self.token, attention_mask=mask, past_key_values=self.cache, position_ids=self.position[None],
             cache_position=self.position, use_cache=True,

@@ -59,7 +59,20 @@ SHORT = (
 # Folders with more than 12 files beside __init__.py.
 WIDE_FOLDERS = {"cli": 16, "core": 17, "formats": 14, "models": 14, "run": 22}
 # Their parameters are the operands of a kernel: Triton and torch.library take them one by one.
-OPERANDS = {"_round_leaf", "_linear", "_", "pick", "decoded", "input_of", "finish", "few", "plane", "weight_of", "many", "unpack"}
+OPERANDS = {
+    "_round_leaf",
+    "_linear",
+    "_",
+    "pick",
+    "decoded",
+    "input_of",
+    "finish",
+    "few",
+    "plane",
+    "weight_of",
+    "many",
+    "unpack",
+}
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, settings: set[str]) -> list[str]:

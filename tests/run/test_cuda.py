@@ -23,7 +23,7 @@ from nearplane.run.plan import make_plan
 from nearplane.run.resume import Saver
 from nearplane.runtime.linear import QuantizedLinear, quantized_linears
 from nearplane.runtime.triton import linear as triton_linear
-from nearplane.runtime.tuned import DENSE, candidates
+from nearplane.runtime.tuned import candidates
 from nearplane.runtime.words import Words
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
@@ -101,10 +101,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 9, 17, 64])
-def test_every_choice_against_float64(bits, shuffled, rows):
+@pytest.mark.parametrize("rows", [1, 3, 17, 600])
+def test_choices_against_float64(bits, shuffled, rows):
+    """The first choice of all kinds, and all choices of one kind; each is compiled."""
     given = problem(200, 1000, bits, 64, False, torch.float16, shuffled, free=shuffled)
     weight = QuantizedLinear(given.tiles).cuda().packed
     assert isinstance(weight, Words)
@@ -112,8 +113,8 @@ def test_every_choice_against_float64(bits, shuffled, rows):
         x = torch.randn(rows, 1000, generator=torch.Generator().manual_seed(rows)).to(dtype)
         bias = torch.arange(200.0).to(dtype)
         expected = x.double() @ given.dense.T + bias.double()
-        # Of many rows in float32 the first choice does: larger tiles do not fit into every device's shared memory.
-        for choice in (*candidates(rows)[: None if rows < 4 or dtype != torch.float32 else 1], DENSE):
+        everything = bits == 3 and not shuffled and dtype == torch.bfloat16
+        for choice in candidates(rows)[: None if everything else 1]:
             got = [triton_linear(x.cuda(), weight, bias.cuda(), choice) for _ in range(3)]
             assert float((got[0].cpu().double() - expected).norm() / expected.norm()) < tolerance, choice
             assert all(torch.equal(other, got[0]) for other in got), choice
