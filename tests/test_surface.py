@@ -48,7 +48,6 @@ SHORT = (
         "evaluation/cache.py": "a simulated cache, of which perplexity knows nothing",
         "run/walk.py": "the walk is read by itself",
         "runtime/reference.py": "the kernel in plain torch, which others are tested against",
-        "runtime/triton.py": "what can be asked without importing Triton",
         "checkpoint/engines/others.py": "three engines of which little is known",
         "formats/fused.py": "engines' names, which no format owns",
         "models/values.py": "plain questions about tensors, apart from how they are read",
@@ -60,7 +59,20 @@ SHORT = (
 # Folders with more than 12 files beside __init__.py.
 WIDE_FOLDERS = {"cli": 16, "core": 18, "formats": 14, "models": 14, "run": 22}
 # Their parameters are the operands of a kernel: Triton and torch.library take them one by one.
-OPERANDS = {"_round_leaf", "_linear", "_", "weight_of", "multiply", "unpack"}
+OPERANDS = {
+    "_round_leaf",
+    "_linear",
+    "_",
+    "pick",
+    "decoded",
+    "input_of",
+    "finish",
+    "few",
+    "plane",
+    "weight_of",
+    "many",
+    "unpack",
+}
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, settings: set[str]) -> list[str]:

@@ -132,8 +132,6 @@ def tile(
         codes = torch.where(order >= 0, codes[:, order.clamp_min(0)], 0)
     rows = -out % TILE
     codes = torch.nn.functional.pad(codes, (0, positions - codes.shape[1], 0, rows))
-    # tile, block, step, channel, input
-    blocks = codes.view(-1, TILE, positions // BLOCK, STEPS, 4).permute(0, 2, 3, 1, 4)
     if bool((zero.to(torch.uint8) == zero).all()):
         zero = zero.to(torch.uint8)
     free = zero.is_floating_point()
@@ -146,7 +144,7 @@ def tile(
     zeros = per_group(zero)
     return Tiles(
         shape,
-        _pack(blocks.reshape(*blocks.shape[:3], 64), bits),
+        pack_tiles(codes, bits),
         per_group(scale).view(SCALE_BITS[scale.dtype]),
         zeros.view(torch.int32) if free else zeros[:0].flatten() if same else zeros,
         torch.empty(0, dtype=torch.int32) if trivial else order.int(),
@@ -207,8 +205,11 @@ def _order(columns: int, width: int, group: Tensor | None) -> Int[Tensor, "posit
     return torch.cat(parts)
 
 
-def _pack(codes: UInt8[Tensor, "tiles blocks 8 64"], bits: int) -> UInt8[Tensor, "tiles blocks bytes"]:
-    """Pack every block into planes."""
+def pack_tiles(codes: UInt8[Tensor, "rows positions"], bits: int) -> UInt8[Tensor, "tiles blocks bytes"]:
+    """Pack codes by channel (padded to 16) and position into tiles, every block into planes."""
+    # tile, block, step, channel, input
+    spread = codes.view(-1, TILE, codes.shape[1] // BLOCK, STEPS, 4).permute(0, 2, 3, 1, 4)
+    codes = spread.reshape(*spread.shape[:3], 64)
     if bits == 8:
         return codes.flatten(2).contiguous()
     parts, done = [], 0

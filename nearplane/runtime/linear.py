@@ -18,6 +18,7 @@ from nearplane.core.grid import Grid, by_column, encode, fit_groups
 from nearplane.runtime import cpu, reference, triton
 from nearplane.runtime.cpu import Arithmetic
 from nearplane.runtime.layout import Shape, Tiles, dequantize, tile
+from nearplane.runtime.words import Words, words
 
 TENSORS = ("codes", "scales", "zeros", "order")
 SCALES = (torch.float32, torch.float16, torch.bfloat16)  # by their number among the operator's arguments
@@ -65,9 +66,10 @@ def _questions() -> frozenset[Any]:
 class QuantizedLinear(nn.Linear):
     """A linear layer ``y = x W^T + bias`` with a packed weight, which replaces a ``Linear`` or GPT-2's ``Conv1D``.
 
-    The four integer tensors of the weight (``Tiles``) are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work.
-    ``.to(dtype)`` leaves integers alone. Inputs and outputs are float32, float16, bfloat16 or float64. Inputs and the bias
-    have gradients, the weight has none: adapters (LoRA) can be trained beside it.
+    The four integer tensors of the weight are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. They are
+    ``Tiles``, and ``Words`` where the Triton kernel runs. A ``state_dict`` has tiles. ``.to(dtype)`` leaves integers alone.
+    Inputs and outputs are float32, float16, bfloat16 or float64. Inputs and the bias have gradients, the weight has none:
+    adapters (LoRA) can be trained beside it.
     """
 
     codes: Tensor
@@ -98,9 +100,51 @@ class QuantizedLinear(nn.Linear):
         self._handle: cpu.Handle | None = None
 
     @property
+    def packed(self) -> "Tiles | Words":
+        """The packed weight, as it lies in memory."""
+        return _packed(self.shape, *self._parts())
+
+    @property
     def tiles(self) -> Tiles:
-        """The packed weight."""
-        return Tiles(self.shape, self.codes, self.scales, self.zeros, self.order)
+        """The packed weight in tiles."""
+        return _tiles(self.packed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._lay_out()
+        return self
+
+    def _lay_out(self) -> None:
+        """Lay out the weight as its device wants: words where the Triton kernel runs, else tiles."""
+        wanted = Words if triton.supports(self.shape, self.codes.device, torch.float16) is None else Tiles
+        packed = self.packed
+        if not isinstance(packed, wanted):
+            self._hold(words(packed) if isinstance(packed, Tiles) else packed.tiles)
+
+    def _hold(self, packed: "Tiles | Words") -> None:
+        for name in TENSORS:
+            self._buffers[name] = getattr(packed, name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.packed, Words):
+            tiles = self.tiles
+            destination.update({prefix + name: getattr(tiles, name) for name in TENSORS})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        before, errors = self.packed, rest[-1]
+        found = len(errors)
+        self._hold(self.tiles)  # which a state dict has
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if len(errors) > found:
+            self.shape = before.shape
+            return self._hold(before)
+        self._lay_out()
+        if isinstance(before, Words):  # graphs that were recorded know the addresses of the tensors
+            for name in TENSORS:
+                old, new = getattr(before, name), getattr(self, name)
+                if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
+                    self._buffers[name] = old.copy_(new)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -139,7 +183,7 @@ class QuantizedLinear(nn.Linear):
         if x.device != codes.device:  # type: ignore[union-attr]
             raise ValueError(f"input on {x.device}, weight on {self.codes.device}")
         if cpu.supports(x.device, x.dtype) is not None:
-            return run(x, self.tiles, self.bias, self.arithmetic)
+            return run(x, self.packed, self.bias, self.arithmetic)
         handle = self._handle
         if (
             handle is None
@@ -228,13 +272,22 @@ def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def run(x: Tensor, tiles: Tiles, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor:
+def run(x: Tensor, packed: Tiles | Words, bias: Tensor | None, arithmetic: Arithmetic) -> Tensor:
     """Multiply with the first kernel that supports the input, else with plain torch."""
     if cpu.supports(x.device, x.dtype) is None:
-        return cpu.linear(x, cpu.prepare(tiles), bias, arithmetic)
-    if triton.supports(tiles.shape, x.device, x.dtype) is None:
-        return triton.linear(x, tiles, bias)
-    return reference.linear(x, tiles, bias)
+        return cpu.linear(x, cpu.prepare(_tiles(packed)), bias, arithmetic)
+    if triton.supports(packed.shape, x.device, x.dtype) is None:
+        return triton.linear(x, packed if isinstance(packed, Words) else words(packed), bias)
+    return reference.linear(x, _tiles(packed), bias)
+
+
+def _packed(shape: Shape, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor) -> Tiles | Words:
+    """Return the weight of four tensors, whose dtype tells the layout."""
+    return (Words if codes.dtype == torch.int32 else Tiles)(shape, codes, scales, zeros, order)
+
+
+def _tiles(packed: Tiles | Words) -> Tiles:
+    return packed.tiles if isinstance(packed, Words) else packed
 
 
 def _described(shape: Shape) -> tuple[list[int], int]:
@@ -264,11 +317,11 @@ def _linear(
     scale_dtype: int, arithmetic: str,
 ) -> Tensor:  # fmt: skip
     """Multiply, as an operator that is opaque to compilers and tracers."""
-    tiles = Tiles(_shape(sizes, scale_dtype), codes, scales, zeros, order)
-    tiles.check()
-    if x.shape[-1:] != (tiles.shape.columns,) or x.device != codes.device:
-        raise ValueError(f"expected (..., {tiles.shape.columns}) on {codes.device}, got {list(x.shape)} on {x.device}")
-    return run(x, tiles, bias, cast(Arithmetic, arithmetic))
+    packed = _packed(_shape(sizes, scale_dtype), codes, scales, zeros, order)
+    packed.check()
+    if x.shape[-1:] != (packed.shape.columns,) or x.device != codes.device:
+        raise ValueError(f"expected (..., {packed.shape.columns}) on {codes.device}, got {list(x.shape)} on {x.device}")
+    return run(x, packed, bias, cast(Arithmetic, arithmetic))
 
 
 @_linear.register_fake
@@ -289,7 +342,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the input and the bias. Codes and scales have none."""
     back = bias = None
     if ctx.needs_input_grad[0]:
-        tiles = Tiles(_shape(*ctx.described), *ctx.saved_tensors)
+        tiles = _tiles(_packed(_shape(*ctx.described), *ctx.saved_tensors))
         back = (gradient.float() @ dequantize(tiles).to(gradient.device)).to(ctx.dtype)
     if ctx.needs_input_grad[5]:
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias)

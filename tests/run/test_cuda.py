@@ -21,8 +21,10 @@ from nearplane.run.estimate import CUDA_CONTEXT, estimate
 from nearplane.run.events import BlockDone
 from nearplane.run.plan import make_plan
 from nearplane.run.resume import Saver
-from nearplane.runtime.linear import TENSORS, quantized_linears
+from nearplane.runtime.linear import QuantizedLinear, quantized_linears
 from nearplane.runtime.triton import linear as triton_linear
+from nearplane.runtime.tuned import candidates
+from nearplane.runtime.words import Words
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from problems import problem
@@ -93,18 +95,69 @@ def test_packed_logits_are_the_dense_ones(model, tmp_path, sym, dtype):
     assert float((got - expected).norm() / expected.norm()) < tolerance
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is tuned out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 17, 64, 200])
-def test_compiled_kernel_against_float64(bits, shuffled, rows):
-    given = problem(200, 384, bits, 64, False, torch.float16, shuffled)
-    tiles = dataclasses.replace(given.tiles, **{name: getattr(given.tiles, name).cuda() for name in TENSORS})
+@pytest.mark.parametrize("rows", [1, 3, 17, 600])
+def test_choices_against_float64(bits, shuffled, rows):
+    """The first choice of all kinds, and all choices of one kind; each is compiled."""
+    given = problem(200, 1000, bits, 64, False, torch.float16, shuffled, free=shuffled)
+    weight = QuantizedLinear(given.tiles).cuda().packed
+    assert isinstance(weight, Words)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-        x = torch.randn(rows, 384, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        x = torch.randn(rows, 1000, generator=torch.Generator().manual_seed(rows)).to(dtype)
         bias = torch.arange(200.0).to(dtype)
         expected = x.double() @ given.dense.T + bias.double()
-        got = triton_linear(x.cuda(), tiles, bias.cuda()).cpu().double()
-        assert float((got - expected).norm() / expected.norm()) < tolerance
+        everything = bits == 3 and not shuffled and dtype == torch.bfloat16
+        for choice in candidates(rows)[: None if everything else 1]:
+            got = [triton_linear(x.cuda(), weight, bias.cuda(), choice) for _ in range(3)]
+            assert float((got[0].cpu().double() - expected).norm() / expected.norm()) < tolerance, choice
+            assert all(torch.equal(other, got[0]) for other in got), choice
+
+
+def test_layouts_on_both_devices():
+    given = problem(200, 384, 3, 64, shuffled=True)
+    layer = QuantizedLinear(given.tiles)
+    state = layer.cuda().state_dict()
+    assert all(torch.equal(value.cpu(), getattr(QuantizedLinear(given.tiles), name)) for name, value in state.items()
+               if name != "_extra_state")  # fmt: skip
+    assert torch.equal(layer.dequantized().cpu(), given.dense.float())
+    assert torch.equal(layer.cpu().codes, given.tiles.codes)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_recorded_product_is_the_same():
+    """Split over programs, in a graph, replayed out of turn: the bits of a call without a graph."""
+    layers = [QuantizedLinear(problem(512, 2048, 3, 64, seed=i).tiles).cuda() for i in range(2)]
+    x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
+    expected = [layer(x) for layer in layers]
+    graphs, results = [torch.cuda.CUDAGraph() for _ in layers], []
+    for layer, graph in zip(layers, graphs, strict=True):
+        with torch.cuda.graph(graph):
+            results.append(layer(x))
+    for order in ((1, 0), (0, 1, 1, 0)):
+        for i in order:
+            graphs[i].replay()
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    fresh = torch.randn(40, 2048, device="cuda")
+    with pytest.raises(nearplane.NearplaneError, match="call the model once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        layers[0](fresh)
+
+
+@pytest.mark.usefixtures("cache")
+def test_compiled_with_graphs():
+    layer = QuantizedLinear(problem(512, 2048, 4, 64).tiles).cuda()
+    x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, work = layer(x), torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(work(x), expected)
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(model, tmp_path):
