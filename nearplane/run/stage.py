@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nearplane.core.dense import full_width
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.core.grid import Certificate, Course, Grid, Quantized
 from nearplane.core.moments import MOST_DROPPED, Moments
@@ -61,7 +62,7 @@ def solve_stage(plan: Plan, block: OpenBlock, stage: Stage, ranks: Ranks, clock:
                 some = slice(done, done := done + site.shape[0])
                 weight, quantized = stacked[some], solved.rows(some)
                 block.replace(site, quantized, grid)
-                with clock("measure"):
+                with clock("measure"), full_width(plan.device):
                     spent = seconds * len(weight)
                     row, notes = measure(site.name, weight, quantized, grid, ready.known, seconds=spent, ranks=ranks)
                 rows.append(row)
