@@ -5,9 +5,9 @@
 
 Each runs in a process of its own, in float32, with asymmetric groups, activation order and its default search for scales. Of a
 peer the whole process and its quantize() or oneshot() are stated, of nearplane the whole process, from the start of the
-interpreter to the finished checkpoint, without the check on fresh windows, which no peer has. Other jobs beside lengthen CPU seconds, too: compare what had the same beside it.
-Before a peer is timed it must do a model of two small blocks, which also builds what it compiles on first use. One that is not
-through after --limit seconds is ended, and reported with what it had done.
+interpreter to the finished checkpoint, without the check on fresh windows, which no peer has. Other jobs beside lengthen CPU
+seconds, too: compare what had the same beside it. Before a peer is timed it must do a model of two small blocks, which also
+builds what it compiles on first use. One that is not through after --limit seconds is ended, and reported with what it had done.
 """
 
 import argparse
