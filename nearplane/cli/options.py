@@ -226,10 +226,12 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         SettingError: an unknown option, with the nearest known one; a value of the wrong type; a missing word.
     """
     words = canonical(words)
-    kept = read_config(file) if takes_job(verb) and (file := given_once(words, "--config")) else {}
+    file = given_once(words, "--config") if takes_job(verb) else None
+    kept = read_config(file) if file else {}
     method = (given_once(words, "--method") or _named(kept)) if takes_job(verb) else None
     options = options_of(verb, method)
     _refuse_unknown(verb, words, options, method)
+    _refuse_kept(f"--config {file}", kept, options, method)
     parser = _parser(verb, options)
     several = any(option.by_place and option.kind.many for option in options)
     given, left = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(words)
@@ -276,6 +278,19 @@ def _refuse_unknown(verb: ModuleType, words: Sequence[str], options: list[Option
         near = get_close_matches(flag, [*sorted(shown), *names, *SWITCHES], n=1)
         real = [f"--{ALIASES[names[n]].replace('_', '-')}" if n in names else n for n in near]
         raise SettingError(f"unknown option {flag}{f'; did you mean {real[0]}?' if real else ';'} {advice(verb)}")
+
+
+def _refuse_kept(where: str, kept: dict[str, Any], options: list[Option], method: str | None) -> None:
+    """Raise SettingError, naming the file, for a setting in it that there is not."""
+    known = {option.name for option in options} | {field.name for field in fields_of(JOB)}
+    for name in kept:
+        if name in known:
+            continue
+        others = [other for other in methods() if name in {field.name for field in fields_of(methods()[other])}]
+        if others:
+            raise SettingError(f"{where}: {name} is a setting of method {others[0]}, not of {method or 'nearplane'}.")
+        near = get_close_matches(name, sorted(known), n=1)
+        raise SettingError(f"{where}: unknown setting {name!r}{f'; did you mean {near[0]}?' if near else '.'}")
 
 
 def advice(verb: ModuleType) -> str:

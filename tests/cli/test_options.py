@@ -218,6 +218,28 @@ def test_mistakes_are_one_sentence(words: str, says: str, capsys: pytest.Capture
     assert says in printed.err, printed.err
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"bits": 3, "grup_size": 64}', "unknown setting 'grup_size'; did you mean group_size?"),
+        ("method: gptq\nrounds: 2\n", "rounds is a setting of method nearplane, not of gptq."),
+        ('{"xyzzy": 1}', "unknown setting 'xyzzy'."),
+    ],
+)
+def test_a_setting_that_a_file_cannot_hold(
+    text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named, and nothing is opened before."""
+    path = tmp_path / ("kept.json" if text.startswith("{") else "kept.yaml")
+    path.write_text(text)
+    assert main(["quantize", "no/such/model", "out", "--config", str(path)]) == 2
+    assert capsys.readouterr().err == f"nearplane: --config {path}: {says}\n"
+    path.write_text(
+        '{"bits": 3, "act_bits": 8, "override": ["q_proj=bits=4"], "ignore": ["x"], "rounds": 1, "offload": "d"}'
+    )
+    assert parse(verb("quantize"), ["m", "o", "--config", str(path)])[1]["rounds"] == 1
+
+
 @pytest.mark.parametrize("name", VERBS)
 @pytest.mark.parametrize("columns", ["80", "200", "60"])
 def test_help_fits(
