@@ -1,7 +1,7 @@
 """``nearplane serve``: transformers' own server, its models' linears packed.
 
-Options are transformers': this file describes the common ones, and checks none. It looks at the model that is given, so that what is wrong with it is one
-sentence before a port is opened.
+Options are transformers': this file describes the common ones, and checks none. It looks at the model that is given, so that
+what is wrong with it is one sentence before a port is opened.
 """
 
 from importlib.util import find_spec
