@@ -18,11 +18,12 @@ from torch import nn
 
 from nearplane.api import load, quantize
 from nearplane.core.errors import NearplaneError, SettingError
-from nearplane.formats.store import REPORT, read_json
+from nearplane.formats.store import PAGE, REPORT, read_json
 from nearplane.models.locate import given_path, locate, refuse_loaded, refuse_missing
+from nearplane.page.html import page_or_reason
 from nearplane.run.job import Job
 from nearplane.run.names import settings_of
-from nearplane.run.report import Report
+from nearplane.run.report import Report, recordable
 
 __all__ = ["NearplaneForCausalLM"]
 
@@ -136,8 +137,7 @@ class NearplaneForCausalLM:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SettingError(f"{out} exists and is not an empty folder; give another.")
         try:
-            content = {**read_json(self._made / REPORT), "out": str(out)}
-            (self._made / REPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _say_where(self._made, recordable(str(out), "OUT"))
             out.parent.mkdir(parents=True, exist_ok=True)
             _move(self._made, out)
         except OSError as error:
@@ -156,6 +156,15 @@ def _tokenized(examples: Any) -> bool:
         return False
     first: Any = next(iter(examples), None)  # type: ignore[call-overload]
     return hasattr(first, "keys") and "input_ids" in first
+
+
+def _say_where(folder: Path, out: str) -> None:
+    """Write the report and its page again, with the place that a checkpoint gets; nothing else names the place."""
+    content = {**read_json(folder / REPORT), "out": out}
+    (folder / REPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    page, _ = page_or_reason(content)
+    if page is not None:
+        (folder / PAGE).write_text(page, encoding="utf-8")
 
 
 def _move(folder: Path, out: Path) -> None:

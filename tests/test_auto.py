@@ -1,6 +1,7 @@
 """The form of AutoGPTQ's quick start: the same run as ``quantize``, in other lines."""
 
 import errno
+import html
 import inspect
 import json
 import os
@@ -52,6 +53,18 @@ def test_the_quick_start_of_autogptq(model: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded(ids).logits, nearplane.load(tmp_path / "same")(ids).logits)
     with pytest.raises(SettingError, match=r"saved already, in .*out; copy that folder"):
         wrapped.save_quantized(tmp_path / "again")
+
+
+@pytest.mark.parametrize("settings", [{}, {"format": "gptq_v2"}, {"format": "mlx", "bits": 4}], ids=str)
+def test_no_file_names_the_temporary_folder(settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Commands of the page open the folder that the checkpoint was moved to."""
+    wrapped = NearplaneForCausalLM.from_pretrained(model, CONFIG | settings)
+    made = wrapped.quantize(str(tmp_path / "text.txt"), nsamples=2, progress=False).out
+    wrapped.save_quantized(tmp_path / "my out")
+    for path in (tmp_path / "my out").rglob("*"):
+        assert path.is_dir() or Path(made).parent.name.encode() not in path.read_bytes(), path
+    page = html.unescape((tmp_path / "my out" / "report.html").read_text())
+    assert f"nearplane generate '{tmp_path / 'my out'}'" in page
 
 
 def test_examples_in_the_forms_that_people_have(model: Path, tmp_path: Path) -> None:

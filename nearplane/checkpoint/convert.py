@@ -54,7 +54,7 @@ from nearplane.models.experts_disk import matrices, names_in_model, split_names
 from nearplane.models.inputs import is_causal
 from nearplane.models.locate import given_path, locate, refuse_loaded, without_code
 from nearplane.models.source import open_skeleton
-from nearplane.page.facts import mapping
+from nearplane.page.facts import listing, mapping
 from nearplane.page.html import page_or_reason
 from nearplane.transforms.hooks import KEY as ROTATED
 from nearplane.transforms.hooks import turned_linears
@@ -208,6 +208,8 @@ def _tell(
     run["engines"] = {engine: verdict.as_dict() for engine, verdict in engines.items()}
     size = {"after": quantized + dense, "quantized": quantized, "dense": dense}
     run["bytes"] = {**mapping(run.get("bytes")), **size}
+    if file is not None:
+        run["dense"] = [file.listed(mapping(row)) for row in listing(run.get("dense"))]
     bits = 8 * quantized / sum(prod(shape) for shape in shapes.values())
     run["totals"] = {**mapping(run.get("totals")), "bits_per_weight": bits}
     page, reason = page_or_reason(run)
@@ -282,7 +284,7 @@ def _in_file(rest: Rest, placed: Placed, checkpoint: Checkpoint, target: Format,
         rest,
         dense=[name for name in rest.dense if name not in inside],
         config={**rest.config, "quantization_config": told},
-        file=Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows)),
+        file=Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows), placed.listed),
     )
 
 

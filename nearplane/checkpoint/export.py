@@ -65,6 +65,8 @@ class Written(NamedTuple):
     """Of what it will hold, about."""
     write: Callable[..., None]
     """Writes it under a path; calls the argument ``tick`` after each tensor."""
+    listed: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    """Gives a report's row about a dense matrix as it is in the file."""
 
 
 def export(

@@ -19,7 +19,7 @@ from nearplane.core.errors import NearplaneError, SettingError, some_of
 from nearplane.core.grid import Grid, fit_groups, round_to_nearest
 from nearplane.formats.base import Format
 from nearplane.formats.gguf.blocks import BLOCKS
-from nearplane.formats.gguf.file import FILE_TYPES, STRING, TYPES, UINT32, GGUFFile, scalar, write
+from nearplane.formats.gguf.file import FILE_TYPES, STRING, TYPES, UINT32, GGUFFile, Info, scalar, write
 from nearplane.formats.gguf.format import GGUF, NOT_ROTATED, SUFFIX, record
 from nearplane.formats.gguf.grids import dividing, grid_of, pack
 from nearplane.formats.gguf.template import Mapping as Found
@@ -52,33 +52,50 @@ class Placed:
     """Reads a dense matrix of ours by its name."""
 
     @property
+    def infos(self) -> list[Info]:
+        """Every tensor, in the type that it gets."""
+        typed = {**self.dense, **self.types}
+        return [replace(info, type=typed.get(name, info.type)) for name, info in self.template.tensors.items()]
+
+    @property
     def counts(self) -> dict[str, int]:
         """Count the tensors of each type, the most common first."""
-        infos = self.template.tensors.values()
-        found = Counter(self.types.get(i.name) or self.dense.get(i.name, i.type) for i in infos)
-        return dict(found.most_common())
+        return dict(Counter(info.type for info in self.infos).most_common())
 
     @property
     def label(self) -> str:
         """The type of most weights."""
         sizes: Counter[str] = Counter()
-        for info in self.template.tensors.values():
-            sizes[self.types.get(info.name) or self.dense.get(info.name, info.type)] += prod(info.shape)
+        for info in self.infos:
+            sizes[info.type] += prod(info.shape)
         return sizes.most_common(1)[0][0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        total = 0
-        for info in self.template.tensors.values():
-            type = self.types.get(info.name) or self.dense.get(info.name, info.type)
-            total += replace(info, type=type).nbytes
-        return total
+        return sum(info.nbytes for info in self.infos)
 
     @property
     def stored(self) -> dict[str, list[str]]:
         """Name our matrices that the file will hold whole, by its tensors."""
         return self.found.tensors()
+
+    def listed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a report's row about a dense matrix with the bytes that it takes in the file, and its type there.
+
+        Of a tensor that holds several of our matrices, each takes a share by its rows.
+        """
+        infos, size, kinds = {info.name: info for info in self.infos}, 0, dict[str, None]()
+        for at, pieces in self.found.pieces.items():
+            rows = sum(len(piece.rows) for piece in pieces if piece.name == row.get("name"))
+            if rows:
+                info = infos[at.tensor]
+                size += info.nbytes * rows // (info.matrices * info.rows)
+                kinds[info.type] = None
+        if not kinds:
+            return dict(row)
+        reason = str(row.get("reason")).partition("; the file holds")[0]
+        return {**row, "bytes": size, "reason": f"{reason}; the file holds it as {' and '.join(kinds)}"}
 
     def describe(self) -> str:
         """Tell in words what the file holds."""

@@ -16,12 +16,18 @@ from types import ModuleType
 
 from nearplane.cli.fields import constant, methods
 from nearplane.cli.options import SWITCHES, help_text, options_of, parse, takes_job
+from nearplane.cli.serve import COMMON
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.machine.signals import Interrupted, started
 from nearplane.models.locate import locate, refuse_missing
 from nearplane.run.names import ALIASES
 
 VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "convert", "report", "push")
+# All that may stand behind ``nearplane``: serve has options of transformers, help and completion have none.
+WORDS = (*VERBS, "serve", "help", "completion")
+# What people type for completion where other programs have it.
+INSTALL = ("--install-completion", "--show-completion")
+EVAL = """it is printed: add eval "$(nearplane completion bash)" to ~/.bashrc, or eval "$(nearplane completion zsh)" to ~/.zshrc"""
 USAGE = """nearplane: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT --bits 3     write a quantized checkpoint
@@ -37,7 +43,7 @@ USAGE = """nearplane: quantize transformers by error compensation.
   nearplane serve OUT --port 8000           transformers' server, packed weights
 
   nearplane help VERB                       the options of a verb
-  nearplane completion bash                 completion; bash or zsh
+  nearplane completion bash                 a script for completion; bash or zsh
   nearplane --version
 
 MODEL is a local transformers folder, a hub id, or "demo". Start here:
@@ -94,6 +100,8 @@ def _run(argv: list[str]) -> int:
     if word == "completion":
         print(completion(words[0] if words else ""))
         return 0
+    if word.partition("=")[0] in INSTALL:
+        raise SettingError(f"completion is not installed by nearplane; {EVAL}.")
     if word == "serve" or (word in ("-h", "--help", "help") and words[:1] == ["serve"]):
         from nearplane.cli import serve
 
@@ -125,8 +133,8 @@ def _refuse_missing(model: str, revision: str | None) -> None:
 def verb(name: str) -> ModuleType:
     """The module of a verb. SettingError, with the nearest one, for a word that is none."""
     if name not in VERBS:
-        near = get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(VERBS)}."
+        near = get_close_matches(name, WORDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(WORDS)}."
         raise SettingError(f"unknown command {name!r}; {hint}")
     return importlib.import_module(f"nearplane.cli.{name}")
 
@@ -163,9 +171,10 @@ def _how_to_resume(argv: list[str], condition: str = "") -> None:
 COMPLETION = """# nearplane completion {shell}: source this, or put it where your shell looks for completions
 {start}_nearplane() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
-  if [ "$COMP_CWORD" -eq 1 ]; then words="{verbs} help completion --help --version"
+  if [ "$COMP_CWORD" -eq 1 ]; then words="{words} --help --version"
   else case "${{COMP_WORDS[1]}}:$before" in
-    help:*) words="{verbs}" ;;
+    help:*) words="{words}" ;;
+    completion:*) words="bash zsh" ;;
 {values}
     *) case "${{COMP_WORDS[1]}}" in
 {flags}
@@ -187,8 +196,9 @@ def completion(shell: str) -> str:
         SettingError: another shell.
     """
     if shell not in ("bash", "zsh"):
-        raise SettingError(f"completion is for bash or zsh; got {shell!r}.")
-    flags, values = [], []
+        got = f"got {shell!r}" if shell else "name one of them"
+        raise SettingError(f"completion is for bash or zsh; {got}. For these {EVAL}.")
+    flags, values = [f'        serve) words="{" ".join(COMMON)}" ;;'], []
     for name in VERBS:
         module = verb(name)
         found = options_of(module)
@@ -200,7 +210,7 @@ def completion(shell: str) -> str:
         chosen = {option.flag: option.kind.choices for option in found if option.kind.choices}
         values += [f'    {name}:{flag}) words="{" ".join(words)}" ;;' for flag, words in chosen.items()]
     start = "autoload -U bashcompinit && bashcompinit\n" * (shell == "zsh")
-    parts = {"values": "\n".join(values), "flags": "\n".join(flags), "verbs": " ".join(VERBS)}
+    parts = {"values": "\n".join(values), "flags": "\n".join(flags), "words": " ".join(WORDS)}
     return COMPLETION.format(shell=shell, start=start, **parts)
 
 

@@ -1,14 +1,30 @@
 """``nearplane serve``: transformers' own server, its models' linears packed.
 
-Options are transformers': this file has none. It looks at the model that is given, so that what is wrong with it is one
-sentence before a port is opened.
+Options are transformers': this file describes the common ones, and checks none. It looks at the model that is given, so that
+what is wrong with it is one sentence before a port is opened.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.models.locate import locate, refuse_missing
 
+# Options of transformers' server that completion offers, and help shows where the server's packages are missing.
+COMMON = ("--host", "--port", "--device", "--dtype", "--trust-remote-code", "--log-level", "--help")
+HELP = """usage: nearplane serve [MODEL] [options of transformers serve]
+
+transformers' own OpenAI-compatible server, the linears of its models packed:
+a checkpoint of nearplane, a folder, a hub id, or "demo".
+
+  --host NAME, --port N                 where to listen: localhost, 8000
+  --device NAME                         auto, cpu, cuda:0, ...
+  --dtype NAME                          auto, float32, bfloat16, float16
+  --trust-remote-code                   run Python code that comes with MODEL
+  --log-level NAME                      warning, info, ...
+"""
+# What transformers asks for before it serves (is_serve_available).
+PACKAGES = ("transformers", "pydantic", "fastapi", "uvicorn", "openai")
 EXTRA = "nearplane serve runs transformers' server, which needs further packages; pip install 'nearplane[serve]'."
 
 
@@ -25,10 +41,14 @@ def run(words: list[str]) -> int:
         SettingError: a package of the server is missing.
         NearplaneError: the model cannot be loaded.
     """
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
+    asks = bool({"-h", "--help"} & set(words))
+    if not importable():
+        if asks:
+            print(f"{HELP}\nFor these and transformers' other options: pip install 'nearplane[serve]'.")
+            return 0
         raise SettingError(EXTRA)
+    if asks:
+        words = ["--help"]
     from transformers.cli.transformers import app
 
     from nearplane.checkpoint.enable import enable
@@ -36,6 +56,11 @@ def run(words: list[str]) -> int:
     enable()
     app(["serve", *map(_found, words[:1]), *words[1:]], prog_name="nearplane")
     return 0
+
+
+def importable() -> bool:
+    """Tell whether the server's packages are installed. Imports none of them."""
+    return all(find_spec(name) is not None for name in PACKAGES)
 
 
 def _found(word: str) -> str:

@@ -17,6 +17,9 @@ USUAL: dict[int | str, tuple[float, float]] = {
 # What a note about one linear says, what many of them say together, and what to do.
 NOTHING = "nothing to do"
 MORE = "give more --nsamples"
+SCALED = "have scaled input channels"
+# Kinds of what was not scaled that a line names.
+MOST_LEFT = 3
 NOTES = (
     ("serves its objective worse", "serve their objective worse than rounding to nearest",
      f"{MORE}, or a larger --damp-percent"),
@@ -32,8 +35,8 @@ NOTES = (
      f"{MORE}, or look whether the model uses them at all"),
     (r"\d+ of \d+ experts were shown fewer", "have experts that few tokens reached, damped by count",
      f"{MORE}, or --all-experts"),
-    ("scaled: ", "have scaled input channels", "report.json has the factors' alpha, and what was left out"),
-    ("not scaled: ", "have no scaled input channels", "report.json says why"),
+    ("scaled: ", SCALED, ""),
+    ("not scaled: ", "have no scaled input channels", ""),
     ("the probe forward did not reach it", "were not reached by the probe forward and stay dense", NOTHING),
 )  # fmt: skip
 
@@ -53,8 +56,29 @@ def grouped(events: Iterable[str]) -> list[str]:
         names = [event.partition(": ")[0] for event in same]
         what = "layers" if "experts" in many else "blocks" if "channels" in many else "linears"
         first = f"{len(names)} {what} {many} ({names[0]}, ...)"
-        said.append(f"{first if len(names) > 1 else same[0]}: {advice}")
+        if len(names) == 1 and "not scaled: " in same[0]:  # which says what and why
+            said.append(same[0])
+        else:
+            said.append(f"{first if len(names) > 1 else same[0]}: {advice or unscaled(same)}")
     return said
+
+
+def unscaled(events: Sequence[str]) -> str:
+    """Say what of some blocks was left out of the scaling, and why.
+
+    Args:
+        events: a note about each block, as the scaling writes them (``run/scale.py``).
+    """
+    found: dict[tuple[str, str], int] = {}
+    for event in events:
+        for names, why in re.findall(r"not scaled: (.+?) \((.+?)\)(?=; not scaled: |$)", event):
+            found[names, why] = found.get((names, why), 0) + 1
+    if not found:
+        return "nothing was left out"
+    ranked = sorted(found.items(), key=lambda pair: -pair[1])
+    shown = [f"{names} ({why}) in {many(count, 'block')}" for (names, why), count in ranked[:MOST_LEFT]]
+    more = len(ranked) - MOST_LEFT
+    return f"left out: {'; '.join(shown)}" + (f"; and {more} more, listed in report.json" if more > 0 else "")
 
 
 def check_lines(check: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ A pattern is a regular expression that is searched (``re.search``) in a linear's
 every one of them and "layers\\.0\\." a block. One that is found in no such name is searched in names in the model. Patterns
 in other tools' forms, as "re:...", match from the start (``job.compiled``). Overrides are applied in the order in which they
 are given: of two that match a linear the later one wins, field by field. What is left out is left out whatever an
-override says.
+override says. Rules of GPTQModel's ``dynamic`` exclude those before them (``names.parts_of``).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from nearplane.formats.fused import fused
 from nearplane.models.discover import Block, Site
 from nearplane.models.towers import chosen_towers
 from nearplane.run.job import Job, compiled
+from nearplane.run.names import parts_of
 
 # Of a run that is given no group size, the largest that divides the inputs of all linears.
 GROUP_SIZES = (128, 64, 32)
@@ -36,14 +37,10 @@ def leave_out(
         chosen = chosen_towers(job.towers, list(dict.fromkeys(block.tower for block in blocks)), others)
         rest = [site.name for block in blocks if block.tower not in chosen for site in block.sites]
         ignored = {disk(name): f"towers {', '.join(job.towers)}" for name in rest}
-    sites = [site.name for block in blocks for site in block.sites]
+    sites = {disk(site.name): site.name for block in blocks for site in block.sites}
     for pattern in job.ignore:
-        found = compiled("ignore", pattern)
-        matched = [name for name in sites if found(disk(name))] or [name for name in sites if found(name)]
-        if not matched and not any(found(name) for name in (*others, *dense)):
-            raise SettingError(_nowhere("ignore", pattern, [disk(name) for name in sites]))
-        for name in matched:
-            ignored.setdefault(disk(name), f"ignore {pattern!r}")
+        for name in _found("ignore", pattern, sites, (*others, *dense)):
+            ignored.setdefault(name, f"ignore {pattern!r}")
     if not ignored:
         return blocks, ignored
     kept = []
@@ -105,18 +102,17 @@ def fitting(job: Job, inputs: Mapping[str, int]) -> Grid:
     return replace(job.grid, group_size=next(sizes, job.grid.group_size))
 
 
-def assign(names: Mapping[str, str], grid: Grid, job: Job) -> tuple[dict[str, Grid], frozenset[str]]:
+def assign(
+    names: Mapping[str, str], grid: Grid, job: Job, left: Iterable[str] = ()
+) -> tuple[dict[str, Grid], frozenset[str]]:
     """The grid of each linear by its name on disk, and those whose bits an override gives.
 
-    ``names``: in the model, by name on disk. SettingError for an override whose pattern is found in no name.
+    ``names``: in the model, by name on disk. ``left``: linears that are left out, in which an override may be found if it is a
+    rule behind others. SettingError for an override whose pattern is found in no name.
     """
     grids, fixed = dict.fromkeys(names, grid), set()
     for override in job.override:
-        found = compiled("override", override.pattern)
-        matched = [name for name in grids if found(name)] or [name for name in grids if found(names[name])]
-        if not matched:
-            raise SettingError(_nowhere("override", override.pattern, list(grids)))
-        for name in matched:
+        for name in _found("override", override.pattern, names, left if parts_of(override.pattern)[1:] else ()):
             grids[name] = override.apply(grids[name])
             if override.bits is not None:
                 fixed.add(name)
@@ -150,6 +146,21 @@ def refuse_split(grids: Mapping[str, Grid], ignored: Mapping[str, str], job: Job
             f"{a} {first} and {b} {second}, but engines fuse {some_of(names)}, which must be alike; "
             f"widen {next(partial, 'the patterns')} to match all of them."
         )
+
+
+def _found(what: str, pattern: str, names: Mapping[str, str], others: Iterable[str] = ()) -> list[str]:
+    """The linears whose names a pattern is found in, by name on disk: without those of the rules that came before it.
+
+    ``names``: in the model, by name on disk. ``others``: where it may be found, too. SettingError for one that is found nowhere.
+    """
+    own, *before = (_matched(compiled("", each), names) for each in parts_of(pattern))
+    if not own and not any(map(compiled("", parts_of(pattern)[0]), others)):
+        raise SettingError(_nowhere(what, pattern, list(names)))
+    return [name for name in own if not any(name in some for some in before)]
+
+
+def _matched(found: Callable[[str], object], names: Mapping[str, str]) -> list[str]:
+    return [name for name in names if found(name)] or [name for name, inner in names.items() if found(inner)]
 
 
 def _nowhere(what: str, pattern: str, names: list[str]) -> str:

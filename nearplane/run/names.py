@@ -257,17 +257,50 @@ def _format(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMATS.get(word.lower(), word)}
 
 
+# Comments within a regular expression: between rules that must not match, and behind them, before the rule itself.
+OR, THEN = "(?#or)|", "(?#then)"
+# What counts groups of a pattern, or names them, and means another group in a longer pattern.
+COUNTED = re.compile(r"\\[1-9]|\(\?P[<=]|\(\?\(")
+
+
 def _dynamic(rules: Mapping[str, Any]) -> dict[str, Any]:
-    """GPTQModel's rules by name: ``-:`` leaves linears dense, ``+:`` or nothing changes their grid."""
-    dense = tuple(pattern for pattern in rules if pattern.startswith("-:"))
-    others = {
-        pattern if pattern.startswith("+:") else f"+:{pattern}": {
-            ALIASES.get(key, key): each for key, each in rule.items()
-        }
-        for pattern, rule in rules.items()
-        if not pattern.startswith("-:") and rule
-    }
-    return ({"ignore": dense} if dense else {}) | ({"override": others} if others else {})
+    """GPTQModel's rules by name: ``-:`` leaves linears dense, ``+:`` or nothing changes their grid.
+
+    There the first rule that matches a name counts, alone. Overrides add up here, and the last one wins. So a rule is written
+    as a pattern that none of the rules before it matches.
+    """
+    dense: list[str] = []
+    others: dict[str, dict[str, Any]] = {}
+    before: list[str] = []
+    for pattern, rule in rules.items():
+        form, plain = pattern[:2], _scoped(pattern[2:])
+        if form not in ("-:", "+:"):
+            form, plain = "+:", _scoped(pattern)
+        if len(rules) > 1 and COUNTED.search(plain):
+            raise SettingError(f"the rule {pattern!r} of dynamic refers to a group of its own; write it without.")
+        grouped = f"(?:{plain})" if "|" in plain else plain
+        name = form + (f"(?!{OR.join(before)}){THEN}{grouped}" if before else plain)
+        if form == "-:":
+            dense.append(name)
+        elif rule:
+            others[name] = {ALIASES.get(key, key): each for key, each in rule.items()}
+        before.append(plain)
+    return ({"ignore": tuple(dense)} if dense else {}) | ({"override": others} if others else {})
+
+
+def _scoped(pattern: str) -> str:
+    """Return a pattern whose flags, as of ``(?i)name``, hold for itself alone, so that it may be a part of another."""
+    found = re.match(r"\(\?([aiLmsux]+)\)(.*)", pattern, re.DOTALL)
+    return f"(?{found[1]}:{found[2]})" if found else pattern
+
+
+def parts_of(pattern: str) -> list[str]:
+    """Return a pattern without the rules of ``dynamic`` that came before it, and each of those."""
+    before, then, plain = pattern.partition(THEN)
+    if not then:
+        return [pattern]
+    form, before = pattern[:2], before[2:].removeprefix("(?!").removesuffix(")")
+    return [form + each for each in (plain, *before.split(OR))]
 
 
 # Settings of other toolkits that are no aliases: what each value means here.

@@ -401,7 +401,7 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     sites = [site for block in blocks for site in block.sites]
     grid = fitting(job, {disk[site.name]: site.shape[1] for site in sites})
     grid = format.solved_on(replace(grid, scale_dtype=format.scale_dtype(stored)))
-    grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job)
+    grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job, ignored)
     if not takes_template(format):  # llama.cpp fuses no linears that a file holds apart
         refuse_split(grids, ignored, job, fixed)
     open_bits = set() if job.budget is None else {site.name for site in sites if disk[site.name] not in fixed}

@@ -243,8 +243,9 @@ class Saver:
 
         inside = {name for names in placed.stored.values() for name in names}
         self.report.bytes |= {"after": placed.nbytes, "dense": placed.nbytes - self.report.bytes["quantized"]}
+        self.report.dense = [placed.listed(row) for row in self.report.dense]
         dense = [name for name in rest.dense if name not in inside]
-        written = Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows))
+        written = Written(file, placed.nbytes, partial(write_gguf, placed=placed, rows=rows), placed.listed)
         return replace(rest, dense=dense, file=written)
 
     def _record(self, block: Block) -> dict[str, Any]:

@@ -93,6 +93,13 @@ def scale(plan: Plan, out: Path | None, done: bool, ranks: Ranks, tick: Callable
     if is_causal(plan.source.model):
         error = prove(view, logits(plan.source, plan.device), plan.device, "with scaled channels", "Use --scale none.")
         scales.told.insert(0, f"channels are scaled (awq); the model's logits and the original's agree to {error:.1e}")
+    else:
+        kind = type(plan.source.model).__name__
+        scales.told.insert(
+            0,
+            f"channels are scaled (awq); a {kind} has no next-token logits, and no output of the whole model was compared; "
+            "each block was tried with inputs scaled by powers of two, and computed the same",
+        )
     if out is not None:
         keep(scales, out)
     return replace(plan, source=view), scales.told

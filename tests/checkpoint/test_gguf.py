@@ -72,6 +72,17 @@ def logits(path: Path) -> torch.Tensor:
     return found
 
 
+def listed_as_stored(out: Path, type: str) -> None:
+    """The report lists what stayed dense with the bytes that it takes in the file, which are those of the total."""
+    report = json.loads((out / "report.json").read_text())
+    rows = {row["name"]: row for row in report["dense"]}
+    stored = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(next(out.glob("*.gguf"))).tensors}
+    for ours, theirs in (("model.embed_tokens.weight", "token_embd.weight"), ("lm_head.weight", "output.weight")):
+        assert rows[ours]["bytes"] == stored[theirs], ours
+        assert rows[ours]["reason"] == f"not a linear of a block; the file holds it as {type}"
+    assert sum(row["bytes"] for row in rows.values()) <= report["bytes"]["dense"]
+
+
 def expected(out: Path) -> dict[str, torch.Tensor]:
     """What llama.cpp's converter would write of the model that ``nearplane.load`` gives."""
     return templates.tensors(nearplane.load(out, packed=False))
@@ -230,6 +241,7 @@ def test_a_checkpoint_becomes_a_file(
 def test_a_checkpoint_becomes_a_folder_and_comes_back(small: tuple[Path, Path], plain: Path, tmp_path: Path) -> None:
     done = nearplane.convert(plain, tmp_path / "new", "gguf", template=small[1])
     assert done.after == "gguf" and verify(tmp_path / "new").ok
+    listed_as_stored(tmp_path / "new", by_package(tmp_path / "new")["token_embd.weight"][0])
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())["weight_map"]
     assert Counter(index.values())["out-Q5_0.gguf"] == 14
     held = [name for path in (tmp_path / "new").glob("*.safetensors") for name in load_file(path)]
@@ -255,6 +267,7 @@ def test_embedding_and_head_are_encoded_from_the_originals_values(
         error = float((value - wanted[name]).norm() / wanted[name].norm())
         assert kind == type and error < {"Q8_0": 0.008, "F16": 3e-4, "Q6_K": 0.025}[type]
     assert found["blk.0.attn_norm.weight"][0] == "F32"
+    listed_as_stored(tmp_path / "out", type)
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "out"))  # it loads
     same_values(tmp_path / "out", tmp_path / "out")  # what eval measures is what the file holds
 

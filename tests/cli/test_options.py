@@ -208,7 +208,14 @@ def test_values() -> None:
         ("inspekt m", "unknown command 'inspekt'; did you mean inspect?"),
         ("xyzzy", "unknown command 'xyzzy'; the commands are quantize, plan,"),
         ("help xyzzy", "unknown command 'xyzzy'"),
-        ("completion fish", "completion is for bash or zsh; got 'fish'."),
+        ("xyzzy", "report, push, serve, help, completion."),
+        ("serv", "did you mean serve?"),
+        ("complete bash", "did you mean completion?"),
+        ("completion fish", "completion is for bash or zsh; got 'fish'. For these it is printed: add eval"),
+        ("completion", "completion is for bash or zsh; name one of them."),
+        ("--install-completion", 'add eval "$(nearplane completion bash)" to ~/.bashrc'),
+        ("--install-completion=zsh", 'eval "$(nearplane completion zsh)" to ~/.zshrc'),
+        ("--show-completion bash", "nearplane completion bash"),
     ],
 )
 def test_mistakes_are_one_sentence(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,6 +304,10 @@ def test_completion_completes() -> None:
     assert completed("nearplane", "quantize", "m", "--fit", "m") == ["minmax", "mse"]
     assert completed("nearplane", "quantize", "m") == []
     assert completed("nearplane", "help", "ev") == ["eval"]
+    assert completed("nearplane", "se") == completed("nearplane", "help", "se") == ["serve"]
+    assert completed("nearplane", "comp") == completed("nearplane", "help", "comp") == ["completion"]
+    assert completed("nearplane", "he") == ["help"] and completed("nearplane", "completion", "") == ["bash", "zsh"]
+    assert completed("nearplane", "serve", "out", "--po") == ["--port"] and completed("nearplane", "serve", "ou") == []
     assert completion("zsh").count("bashcompinit") == 2
 
 

@@ -1,7 +1,10 @@
 """``nearplane serve``: an OpenAI client talks to transformers' server, whose model is packed."""
 
+import importlib
+import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -102,6 +105,25 @@ def test_what_is_wrong_is_one_sentence(
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
     with pytest.raises(NearplaneError, match="names no architectures"):
         serve._found(str(tmp_path))
-    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    monkeypatch.setattr(serve, "importable", lambda: False)
     assert main(["serve", str(out)]) == 2
     assert "pip install 'nearplane[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["help serve", "serve --help", "serve -h", "serve OUT --help", "--help serve"])
+def test_help_needs_no_package_of_the_server(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "importable", lambda: False)
+    assert main(words.split()) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: nearplane serve") and "--port" in printed.out and not printed.err
+    assert "pip install 'nearplane[serve]'" in printed.out and max(map(len, printed.out.splitlines())) <= 80
+
+
+def test_what_is_said_of_the_server_is_so() -> None:
+    """Its packages are those that transformers asks for, and help names options that it has."""
+    assert serve.importable() == is_serve_available()
+    taken = inspect.signature(importlib.import_module("transformers.cli.serve").Serve.__init__).parameters
+    flags = {f"--{name.replace('_', '-')}" for name in taken} | {"--help"}
+    assert set(serve.COMMON) <= flags and set(re.findall(r"--[\w-]+", serve.HELP)) <= flags

@@ -31,6 +31,7 @@ def child(code: str, *words: str) -> str:
         (["quantize", "--help"], 0),
         (["help", "eval"], 0),
         (["completion", "bash"], 0),
+        (["--install-completion"], 2),
         (["quantise"], 2),
         (["quantize", "demo", "out", "--bit", "3"], 2),
         (["quantize", "demo", "out", "--bits", "three"], 2),

@@ -44,6 +44,28 @@ def line_of(
     return block_line(done, total, rows, seconds, left, mixed)
 
 
+def test_what_was_not_scaled_is_named_with_its_reason() -> None:
+    """The kinds that most blocks have come first; where there is none, a line says so."""
+    why = "no norm and no linear of its block makes it channel by channel"
+    some = [
+        f"h.{k}: scaled: mlp.fc1 by alpha 0.2 through ln (error x 0.9); not scaled: mlp.fc2, out ({why})"
+        for k in range(3)
+    ]
+    assert grouped(some) == [
+        f"3 blocks have scaled input channels (h.0, ...): left out: mlp.fc2, out ({why}) in 3 blocks"
+    ]
+    more = [f"{some[0]}; not scaled: {name} (best as it is)" for name in "abc"]
+    assert grouped([*some, *more])[0].endswith(
+        "in 6 blocks; a (best as it is) in 1 block; b (best as it is) in 1 block; and 1 more, listed in report.json"
+    )
+    whole = [line.partition("; not")[0] for line in some]
+    assert grouped(whole) == ["3 blocks have scaled input channels (h.0, ...): nothing was left out"]
+    assert grouped(whole[:1]) == [f"{whole[0]}: nothing was left out"] and grouped(some[:1]) == some[:1]
+    none = [f"h.{k}: not scaled: q, k ({why})" for k in range(2)]
+    assert grouped(none[:1]) == none[:1]  # which says what and why
+    assert grouped(none) == [f"2 blocks have no scaled input channels (h.0, ...): left out: q, k ({why}) in 2 blocks"]
+
+
 def test_a_block_line_has_its_mean_and_its_worst_linear() -> None:
     rows = [row("model.layers.3.self_attn.q_proj", 0.002), row("model.layers.3.mlp.down_proj", 0.006)]
     line = line_of("model.layers.3", 4, 30, rows, 6.1, 124.0)
@@ -139,7 +161,6 @@ def test_every_kind_of_note_about_a_linear_has_advice() -> None:
         "2 of 4 experts were reached by no token, or by zeros only, and rounded to nearest: 1, 2",
         "2 of 4 experts were shown fewer tokens than they have inputs, and damped by count: 1 (3) (tokens)",
         "the probe forward did not reach it, stays dense", "scaled: mlp.down_proj by alpha 0.4 through mlp.up_proj (error x 0.9)",
-        "not scaled: mlp.down_proj (best as it is)",
     )  # fmt: skip
     for note in notes:
         one, many = grouped([f"a.0.b: {note}"]), grouped([f"a.{k}.b: {note}" for k in range(3)])

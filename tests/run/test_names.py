@@ -1,6 +1,7 @@
 """Settings from files and dictionaries: of other toolkits, and of a finished run, which they repeat."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import AwqConfig, GPTQConfig
 
 from nearplane import GPTQ, Calibration, Grid, Job, SettingError, quantize
 from nearplane.cli.main import main
+from nearplane.models.discover import Block, Site
+from nearplane.run.mix import assign, leave_out
 from nearplane.run.names import config_of, read_config, settings_of
 
 AUTOGPTQ = {
@@ -46,14 +49,79 @@ def test_rules_by_name_of_gptqmodel() -> None:
     }
     job = Job.read({"bits": 3, "dynamic": rules, "lm_head": True, "method": "gptq", "format": "gptq"})
     assert [str(each) for each in job.override] == [
-        "'+:.*down_proj' bits=8 group_size=32", r"'+:model\\.layers\\.0\\.' bits=4",
+        "'+:.*down_proj' bits=8 group_size=32",
+        r"'+:(?!.*down_proj(?#or)|.*o_proj)(?#then)model\\.layers\\.0\\.' bits=4",
     ]  # fmt: skip
-    assert job.ignore == ("-:.*o_proj",) and job.head_bits == 3 and isinstance(job.method, GPTQ)
+    assert job.ignore == ("-:(?!.*down_proj)(?#then).*o_proj",) and job.head_bits == 3 and isinstance(job.method, GPTQ)
+
+
+def first_rule(rules: dict[str, Any], name: str) -> Any:
+    """GPTQModel's order, restated: the first rule that matches from the name's start counts alone; None: left dense."""
+    for pattern, rule in rules.items():
+        if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+            return None if pattern.startswith("-:") else rule
+    return {}
+
+
+DOWN, FIRST = r".*layers\.0.*down.*", r".*layers\.0\..*"
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {f"+:{FIRST}": {"bits": 8}, "+:.*": {"bits": 3}},
+        {"+:.*": {"bits": 3}, f"+:{FIRST}": {"bits": 8}},  # the second never counts
+        {FIRST: {"group_size": 16}, ".*": {"bits": 3, "group_size": 64}},  # alone: layer 0 keeps its 4 bits
+        {DOWN: {"bits": 8}, f"-:{FIRST}": {}},
+        {f"-:{FIRST}": {}, DOWN: {"bits": 8}, "+:.*": {"bits": 3}},
+        {FIRST: {}, "-:.*(gate|up)_proj|.*down_proj": {}, ".*": {"bits": 8}},  # an empty rule keeps layer 0 as it is
+        {r"+:(?i).*LAYERS\.0\.|.*layers\.2": {"bits": 8}, "(?i).*Q_PROJ|.*[kv]_proj": {"bits": 3}},
+        {"layers": {"bits": 8}, "model": {"bits": 3}},  # from the name's start: the first matches nothing
+    ],
+    ids=str,
+)
+def test_the_first_rule_of_gptqmodel_that_matches_counts_alone(rules: dict[str, Any]) -> None:
+    """In the settings, and again in what a run keeps."""
+    leaves = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    names = {f"model.layers.{k}.{leaf}": f"inner.layers.{k}.{leaf}" for k in range(3) for leaf in leaves}
+    job = Job.read({"bits": 4, "group_size": 32, "dynamic": rules})
+    if "layers" in rules:
+        with pytest.raises(SettingError, match="matches no linear"):
+            given(job, names)
+        return
+    for each in (job, Job.read({"config": json.loads(json.dumps(config_of(job, "demo"))), "linears": []})):
+        assert each.override == job.override and each.ignore == job.ignore
+        found = given(each, names)
+        for name in names:
+            rule = first_rule(rules, name)
+            assert found[name] == (None if rule is None else {"bits": 4, "group_size": 32, **rule}), name
+
+
+def given(job: Job, names: dict[str, str]) -> dict[str, Any]:
+    """What each linear gets of a job, by name on disk; None where it stays dense."""
+    disk = {inner: name for name, inner in names.items()}
+    sites = [Site(inner, (32, 32)) for inner in disk]
+    blocks, ignored = leave_out([Block("", [sites])], job, disk.__getitem__, ())
+    grids, _ = assign({disk[site.name]: site.name for block in blocks for site in block.sites}, job.grid, job, ignored)
+    found = {name: {"bits": grid.bits, "group_size": grid.group_size} for name, grid in grids.items()}
+    return found | dict.fromkeys(ignored)
+
+
+def test_rules_may_be_written_in_names_of_the_model() -> None:
+    """Whose names on disk are others: each rule is looked for in both, so that one before another excludes it."""
+    rules = {r"inner\.layers\.0\.": {"bits": 8}, "-:.*o_proj": {}, ".*": {"bits": 3}}
+    names = {f"disk.{k}.{leaf}": f"inner.layers.{k}.{leaf}" for k in (0, 1) for leaf in ("q_proj", "o_proj")}
+    found = given(Job.read({"dynamic": rules, "group_size": 32}), names)
+    assert {name: grid and grid["bits"] for name, grid in found.items()} == {
+        "disk.0.q_proj": 8, "disk.0.o_proj": 8, "disk.1.q_proj": 3, "disk.1.o_proj": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"dynamic": {"(a)b": {"bits": 3}, r"(q)\1": {"bits": 3}}}, "refers to a group of its own"),
         ({"bits": 3, "wbits": 4}, "bits is said twice"),
         ({"bits": 3, "grupsize": 64}, "did you mean group_size"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),

@@ -13,6 +13,7 @@ import torch
 import nearplane
 from nearplane import AWQ, GPTQ, RTN, Calibration, Grid, Job, NearPlane
 from nearplane.checkpoint.convert import convert
+from nearplane.cli.summary import summary
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats.journal import STATE
 from nearplane.run import scale as scaling
@@ -154,6 +155,17 @@ def test_a_model_without_anything_to_fold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"no input of .* can be scaled \(.*not scaled: .*use --scale none"):
         run(model, tmp_path / "out", ignore="query_key_value|attention.dense|h_to_4h$")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_an_encoder_says_that_its_output_was_not_compared(tmp_path: Path) -> None:
+    """Also in the summary and on the page; a decoder says how near its logits are."""
+    (tmp_path / "text.txt").write_text(tiny.text(2000))
+    model = tiny.save(tiny.build("bert"), tmp_path / "model")
+    tiny.marking(model)
+    report = run(model, tmp_path / "out")
+    told = "no output of the whole model was compared"
+    assert sum(told in event for event in report.events) == 1
+    assert told in (tmp_path / "out" / "report.html").read_text() and told in summary(report)
 
 
 def test_another_model_would_be_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
