@@ -27,7 +27,10 @@ VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "
 WORDS = (*VERBS, "serve", "help", "completion")
 # What people type for completion where other programs have it.
 INSTALL = ("--install-completion", "--show-completion")
-EVAL = """it is printed: add eval "$(nearplane completion bash)" to ~/.bashrc, or eval "$(nearplane completion zsh)" to ~/.zshrc"""
+EVAL = (
+    """it is printed: add eval "$(nearplane completion bash)" to ~/.bashrc, """
+    """or eval "$(nearplane completion zsh)" to ~/.zshrc"""
+)
 USAGE = """nearplane: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT --bits 3     write a quantized checkpoint
