@@ -18,7 +18,7 @@ from typing import Any
 
 from nearplane.cli.fields import NO_DEFAULT, Field, Kind, constant, fields_of, made_by, methods
 from nearplane.core.errors import SettingError
-from nearplane.run.names import ALIASES, read_config
+from nearplane.run.names import ALIASES, model_in, read_config
 
 JOB = "nearplane.run.job:Job"
 # What people use first, in this order; other options follow in groups.
@@ -30,6 +30,8 @@ GROUPS = {"Job": "run", "LoadSettings": "loading", "Grid": "grid"}
 BY_PLACE = ("model", "out", "new", "repo")
 # Flags that may be given several times.
 REPEATED = ("override", "ignore")
+# Settings that a file may name, and that are given as objects in Python: refused with what to give in their place.
+UNFLAGGED = {"grid", "calibration", "activations", "transforms"}
 # Set by the run, not by a user.
 HIDDEN = ("scale_dtype", "given")
 METAVARS = {
@@ -226,19 +228,42 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         SettingError: an unknown option, with the nearest known one; a value of the wrong type; a missing word.
     """
     words = canonical(words)
-    kept = read_config(file) if takes_job(verb) and (file := given_once(words, "--config")) else {}
+    file = given_once(words, "--config") if takes_job(verb) else None
+    kept = read_config(file) if file else {}
     method = (given_once(words, "--method") or _named(kept)) if takes_job(verb) else None
     options = options_of(verb, method)
     _refuse_unknown(verb, words, options, method)
+    _refuse_unknown_in(file or "", kept, options, method)
     parser = _parser(verb, options)
     several = any(option.by_place and option.kind.many for option in options)
-    given, left = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(words)
+    try:
+        given, left = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(words)
+    except SettingError as error:
+        known = model_in(file) if file and "OUT" in str(error).partition(" must be given")[0] else None
+        if known is None:
+            raise
+        raise SettingError(f"{error} MODEL and OUT are both words by place; {file} names the model {known}.") from None
     if left:
         raise SettingError(f"unexpected word {left[0]!r}; {advice(verb)}")
     values = vars(given)
     values |= {o.name: _flat(o, values[o.name]) for o in options if o.name in values}
     own = {option.name: values.pop(option.name) for option in options if option.own and option.name in values}
     return verb.Options(**own), kept | values
+
+
+def _refuse_unknown_in(file: str, kept: dict[str, Any], options: Sequence[Option], method: str | None) -> None:
+    """Refuse a setting of a file that the run does not know: one of another method, or a misspelt one."""
+    known = {option.name for option in options if not option.own} | UNFLAGGED
+    for name in kept:
+        if name in known:
+            continue
+        other = next((each for each in methods() if name in {field.name for field in fields_of(methods()[each])}), None)
+        if other is not None:
+            chosen = f"of {method}" if method else "of the default method"
+            raise SettingError(f"--config {file}: {name} is a setting of method {other}, not {chosen}.")
+        near = get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else "docs/cli.md lists the settings, by names with dashes."
+        raise SettingError(f"--config {file}: unknown setting {name!r}; {hint}")
 
 
 def _named(kept: dict[str, Any]) -> str | None:
