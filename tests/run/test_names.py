@@ -179,8 +179,11 @@ def test_a_setting_that_is_not_known_names_its_file(tmp_path: Path, capsys: pyte
         ({"method": "gptq", "alpha": 0.5}, "alpha is a setting of method gptaq, not of gptq"),
     ):
         path.write_text(json.dumps(content))
-        for verb in (["quantize", str(tmp_path / "model"), str(tmp_path / "out")], ["plan", str(tmp_path / "model")]):
-            assert main([*verb, "--config", str(path)]) == 2
+        for words_of in (
+            ["quantize", str(tmp_path / "model"), str(tmp_path / "out")],
+            ["plan", str(tmp_path / "model")],
+        ):
+            assert main([*words_of, "--config", str(path)]) == 2
             said = capsys.readouterr().err
             assert said.startswith(f"nearplane: --config {path}: {words}") and said.count("\n") == 1
     path.write_text(json.dumps({"grup_size": 64}))
