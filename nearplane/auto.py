@@ -145,6 +145,17 @@ class NearplaneForCausalLM:
         self.report = replace(self.report, out=str(out))
         self._discard()
 
+    def generate(self, *_: Any, **__: Any) -> Any:
+        """Refuse: the run keeps no model in memory. ``from_quantized(out)`` has one that generates.
+
+        Raises:
+            SettingError: always, and says what to do.
+        """
+        raise SettingError(
+            "the model is not in memory after quantize; call save_quantized(out), then "
+            "NearplaneForCausalLM.from_quantized(out).generate(...)."
+        )
+
     def _discard(self) -> None:
         self._work.close()
         self._made = None

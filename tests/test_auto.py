@@ -48,6 +48,8 @@ def test_the_quick_start_of_autogptq(model: Path, tmp_path: Path) -> None:
     assert wrapped.report is not None and wrapped.report.out == str(tmp_path / "sub" / "out") != report.out
     assert nearplane.Report.read(tmp_path / "sub" / "out").out == str(tmp_path / "sub" / "out")
     assert not list((tmp_path / "work").glob("nearplane-*"))
+    with pytest.raises(SettingError, match=r"save_quantized\(out\), then .*from_quantized\(out\).generate"):
+        wrapped.generate(input_ids=torch.arange(8)[None], max_new_tokens=2)
     loaded = NearplaneForCausalLM.from_quantized(tmp_path / "sub" / "out", device="cpu")
     ids = torch.arange(8)[None]
     assert torch.equal(loaded(ids).logits, nearplane.load(tmp_path / "same")(ids).logits)

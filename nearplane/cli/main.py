@@ -27,10 +27,8 @@ VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "
 WORDS = (*VERBS, "serve", "help", "completion")
 # What people type for completion where other programs have it.
 INSTALL = ("--install-completion", "--show-completion")
-EVAL = (
-    """it is printed: add eval "$(nearplane completion bash)" to ~/.bashrc, """
-    """or eval "$(nearplane completion zsh)" to ~/.zshrc"""
-)
+LINE = 'eval "$(nearplane completion {0})" to ~/.{0}rc'
+EVAL = f"it is printed: add {LINE.format('bash')}, or {LINE.format('zsh')}"
 USAGE = """nearplane: quantize transformers by error compensation.
 
   nearplane quantize MODEL OUT --bits 3     write a quantized checkpoint

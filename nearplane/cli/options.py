@@ -18,7 +18,7 @@ from typing import Any
 
 from nearplane.cli.fields import NO_DEFAULT, Field, Kind, constant, fields_of, made_by, methods
 from nearplane.core.errors import SettingError
-from nearplane.run.names import ALIASES, read_config
+from nearplane.run.names import ALIASES, model_in, read_config
 
 JOB = "nearplane.run.job:Job"
 # What people use first, in this order; other options follow in groups.
@@ -30,6 +30,8 @@ GROUPS = {"Job": "run", "LoadSettings": "loading", "Grid": "grid"}
 BY_PLACE = ("model", "out", "new", "repo")
 # Flags that may be given several times.
 REPEATED = ("override", "ignore")
+# Settings that a file may name, and that are given as objects in Python: refused with what to give in their place.
+UNFLAGGED = {"grid", "calibration", "activations", "transforms"}
 # Set by the run, not by a user.
 HIDDEN = ("scale_dtype", "given")
 METAVARS = {
@@ -231,16 +233,37 @@ def parse(verb: ModuleType, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     method = (given_once(words, "--method") or _named(kept)) if takes_job(verb) else None
     options = options_of(verb, method)
     _refuse_unknown(verb, words, options, method)
-    _refuse_kept(f"--config {file}", kept, options, method)
+    _refuse_unknown_in(file or "", kept, options, method)
     parser = _parser(verb, options)
     several = any(option.by_place and option.kind.many for option in options)
-    given, left = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(words)
+    try:
+        given, left = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(words)
+    except SettingError as error:
+        known = model_in(file) if file and "OUT" in str(error).partition(" must be given")[0] else None
+        if known is None:
+            raise
+        raise SettingError(f"{error} MODEL and OUT are both words by place; {file} names the model {known}.") from None
     if left:
         raise SettingError(f"unexpected word {left[0]!r}; {advice(verb)}")
     values = vars(given)
     values |= {o.name: _flat(o, values[o.name]) for o in options if o.name in values}
     own = {option.name: values.pop(option.name) for option in options if option.own and option.name in values}
     return verb.Options(**own), kept | values
+
+
+def _refuse_unknown_in(file: str, kept: dict[str, Any], options: Sequence[Option], method: str | None) -> None:
+    """Refuse a setting of a file that the run does not know: one of another method, or a misspelt one."""
+    known = {option.name for option in options if not option.own} | UNFLAGGED
+    for name in kept:
+        if name in known:
+            continue
+        other = next((each for each in methods() if name in {field.name for field in fields_of(methods()[each])}), None)
+        if other is not None:
+            chosen = f"of {method}" if method else "of the default method"
+            raise SettingError(f"--config {file}: {name} is a setting of method {other}, not {chosen}.")
+        near = get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else "docs/cli.md lists the settings, by names with dashes."
+        raise SettingError(f"--config {file}: unknown setting {name!r}; {hint}")
 
 
 def _named(kept: dict[str, Any]) -> str | None:
@@ -278,19 +301,6 @@ def _refuse_unknown(verb: ModuleType, words: Sequence[str], options: list[Option
         near = get_close_matches(flag, [*sorted(shown), *names, *SWITCHES], n=1)
         real = [f"--{ALIASES[names[n]].replace('_', '-')}" if n in names else n for n in near]
         raise SettingError(f"unknown option {flag}{f'; did you mean {real[0]}?' if real else ';'} {advice(verb)}")
-
-
-def _refuse_kept(where: str, kept: dict[str, Any], options: list[Option], method: str | None) -> None:
-    """Raise SettingError, naming the file, for a setting in it that there is not."""
-    known = {option.name for option in options} | {field.name for field in fields_of(JOB)}
-    for name in kept:
-        if name in known:
-            continue
-        others = [other for other in methods() if name in {field.name for field in fields_of(methods()[other])}]
-        if others:
-            raise SettingError(f"{where}: {name} is a setting of method {others[0]}, not of {method or 'nearplane'}.")
-        near = get_close_matches(name, sorted(known), n=1)
-        raise SettingError(f"{where}: unknown setting {name!r}{f'; did you mean {near[0]}?' if near else '.'}")
 
 
 def advice(verb: ModuleType) -> str:

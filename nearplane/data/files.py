@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,14 @@ def is_file_name(name: str) -> bool:
     path = Path(name)
     known = (*JSON, *LINES, *PARQUET, *TABLES, *PACKED, *RAW, ".arrow", ".zip", ".zst", ".yaml", ".yml")
     return path.suffix.lower() in known or path.is_absolute() or name.startswith(("~", ".")) or len(path.parts) > 2
+
+
+def refuse_words(name: str) -> None:
+    """Refuse a text where a name is meant: no file, and nothing that a dataset on the hub may be called."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise SettingError(
+            f"dataset {name[:60]!r} is no file, and no name of a dataset on the hub; give texts as a list of them, or in a file."
+        )
 
 
 def has_columns(dataset: Any) -> bool:

@@ -207,13 +207,27 @@ def in_memory(dataset: Rows, column: str | None, split: str | None) -> tuple[str
         given = given.to_dict("records")
     elif hasattr(given, "tolist") and _rank(given) == 1 and not _whole(given):  # a column of texts
         given = given.tolist()
-    if _is_list(given) and _whole_numbers(given):  # one stream of token ids
+    if is_stream(given):  # one stream of token ids
         given = [given]
     if isinstance(given, Mapping) or _is_list(given):
         return name, of_object(given, name, column, split)
     if split is not None:
         raise SettingError(f"{name}: there is no split {split!r}; it has no splits.")
     return name, _numbered(given)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset in memory is one flat list of token ids."""
+    return _is_list(dataset) and _whole_numbers(dataset)
+
+
+def refuse_short(dataset: Any, ids: Sequence[Tensor], seqlen: int) -> None:
+    """Refuse a flat list of token ids that is shorter than a window: one example was meant, and such a list is one stream."""
+    if is_stream(dataset) and len(ids[0]) < seqlen:
+        raise SettingError(
+            f"dataset is one list of {len(ids[0])} token ids, fewer than one window of seqlen={seqlen}; put each example into a "
+            "list of its own, as [[1, 2, 3]], or give a smaller seqlen."
+        )
 
 
 def _numbered(rows: Any) -> Iterator[Row]:

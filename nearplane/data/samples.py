@@ -145,7 +145,7 @@ def held_out(
         given = None if batch else dataset
         text = read_text(given, "evaluation", tokenizer, split=dataset_split, column=dataset_column)
         ids, opening = consecutive(tokenizer, text, min(seqlen, longest_input(model) or seqlen), windows, bos=bos)
-        check_vocabulary(ids, model)
+        check_vocabulary(ids, model, tokenized=bool(text.ids))
         batch = {name: value[: len(ids)] for name, value in batch.items()} | {TEXT: ids}
         begun = f", each window begins with {spelled(tokenizer, opening)}" if bos and opening else ""
         origin = f"{origin} and {text.origin}{begun}".removeprefix(" and ")
@@ -199,9 +199,14 @@ def longest_input(model: nn.Module) -> int | None:
     return limit
 
 
-def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
-    """Raise NearplaneError if token ids exceed the model's vocabulary."""
+def check_vocabulary(ids: Tensor, model: nn.Module, *, tokenized: bool = False) -> None:
+    """Raise NearplaneError if token ids exceed the model's vocabulary; ``tokenized``: a dataset held them."""
     size = inputs.vocabulary(model.config)
+    if size is not None and tokenized and int(ids.max()) >= size:
+        raise NearplaneError(
+            f"the dataset holds token id {int(ids.max())}, the model's vocabulary has {size}; tokenize it with the model's own "
+            "tokenizer, or give texts."
+        )
     if size is not None and int(ids.max()) >= size:
         raise NearplaneError(
             f"the tokenizer makes token {int(ids.max())}, the model's vocabulary has {size}: they do not belong together."
@@ -285,7 +290,7 @@ def positions(shapes: list[tuple[int, ...]], samples: Mapping[str, Tensor]) -> i
 def _text(source: Source, calibration: Calibration, own: Tokens | None) -> Samples:
     """Gather windows of text, or sentences."""
     tokens = calibration.load(source.tokenizer, longest_input(source.model), own)
-    check_vocabulary(tokens.ids, source.model)
+    check_vocabulary(tokens.ids, source.model, tokenized=tokens.tokenized)
     batch = {TEXT: tokens.ids}
     if tokens.mask is not None:
         wanted = inputs.reads(source.model)

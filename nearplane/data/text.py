@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nearplane.core.errors import NearplaneError, SettingError, plain, plain_numbers
-from nearplane.data.files import has_columns, has_splits, is_file_name, read_file
-from nearplane.data.rows import MOST_ROWS, Documents, Row, Rows, check, documents, in_memory
+from nearplane.data.files import has_columns, has_splits, is_file_name, read_file, refuse_words
+from nearplane.data.rows import MOST_ROWS, Documents, Row, Rows, check, documents, in_memory, refuse_short
 from nearplane.data.shares import EMBEDDED as EMBEDDED_WORD
 from nearplane.data.shares import Share, alone, counts, seeds, shares_of
 from nearplane.data.windows import Text, Tokens, digest, few, joined, overlapping, padded
@@ -123,7 +123,9 @@ class Calibration:
             part = own
             if not share.own:
                 one = replace(self, dataset=None, nsamples=count, seed=seed)
-                part = one._drawn(self._text(share, tokenizer), tokenizer, longest)
+                text = self._text(share, tokenizer)
+                refuse_short(share.dataset, text.ids, min(self.seqlen, longest or self.seqlen))
+                part = one._drawn(text, tokenizer, longest)._replace(tokenized=bool(text.ids))
             assert part is not None
             if len(shares) > 1 and len(part.ids) != count:
                 raise SettingError(
@@ -388,6 +390,7 @@ def _held(dataset: Any, found: Documents, split: str | None) -> Text:
 
 def _from_hub(name: str, part: Part, tokenizer: Any, split: str | None, column: str | None) -> Text:
     """Read up to ``MOST_ROWS`` rows of a dataset on the hub."""
+    refuse_words(name)
     try:
         import datasets
     except ImportError as error:

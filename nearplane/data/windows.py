@@ -40,6 +40,8 @@ class Tokens(NamedTuple):
     """Of a mix, the number of each window's source."""
     parts: tuple[dict[str, Any], ...] = ()
     """Of a mix, what the report says of each source."""
+    tokenized: bool = False
+    """Whether a dataset held token ids, and no tokenizer made them."""
     recipe: dict[str, Any] | None = None
     """How the model has written the text itself."""
 
@@ -97,6 +99,7 @@ def joined(shares: Sequence[Share], seeds: Sequence[int], parts: Sequence[Tokens
         notes=tuple(f"{share.name}: {note}" for share, part in zip(shares, parts, strict=True) for note in part.notes),
         sources=tuple(source for source, _ in order),
         parts=records,
+        tokenized=any(part.tokenized for part in parts),
     )
 
 

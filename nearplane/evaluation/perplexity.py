@@ -109,7 +109,7 @@ def evaluate(
     text = read_text(dataset, "evaluation", tokenizer, split=dataset_split, column=dataset_column)
     made = cut(protocol, model, tokenizer, text, seqlen=seqlen, windows=windows, bos=bos)
     ids = together(made.windows)
-    check_vocabulary(ids, model)
+    check_vocabulary(ids, model, tokenized=bool(text.ids))
     if reference is not None:
         _check_pair(model, reference, ids)
     count = len(made.windows)

@@ -66,7 +66,7 @@ def tiles(run: Run) -> list[Tile]:
     if after is not None:
         change = f"from {before:.4g} ({100 * (after / before - 1):+.1f}%)" if before else ""
         found.append(Tile("perplexity", f"{after:.4g}", change))
-    error, rtn = run.checked("error"), run.checked("rtn_error")
+    error, rtn = run.checked("error"), _rounding(run)
     if kl is None and error is not None:
         found.append(
             Tile("error behind the last block", number_of(error), f"rounding: {number_of(rtn)}" if rtn else "")
@@ -85,7 +85,7 @@ def tiles(run: Run) -> list[Tile]:
 def verdict(run: Run) -> list[str]:
     """Say whether a run is good, in sentences."""
     said = _answers(run)
-    error, rtn, block = run.checked("error"), run.checked("rtn_error"), text((run.check or {}).get("block"))
+    error, rtn, block = run.checked("error"), _rounding(run), text((run.check or {}).get("block"))
     if error is not None:
         line = f"Behind {block or 'the last block'}, the hidden state moved by {percent(error)} of its energy."
         if rtn and error > 0:
@@ -95,6 +95,12 @@ def verdict(run: Run) -> list[str]:
         said.append(line)
     said += _linears(run)
     return said
+
+
+def _rounding(run: Run) -> float | None:
+    """Return the error of rounding to nearest; None for a run that did only that, and would be compared with itself."""
+    changed = mapping(run.settings.get("scale")) or mapping(run.settings.get("rotate"))
+    return run.checked("rtn_error") if run.method != "RTN" or changed else None
 
 
 def measured_by(run: Run) -> Measured | None:

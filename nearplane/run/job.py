@@ -259,7 +259,13 @@ class Job:
         Raises:
             SettingError: a name or a value that has no meaning here.
         """
-        return cls.of(settings=settings_of(config))
+        settings = settings_of(config)
+        try:
+            return cls.of(settings=settings)
+        except SettingError as error:
+            if isinstance(config, str | Path):
+                raise SettingError(f"{config}: {error}") from error
+            raise
 
     @classmethod
     def of(cls, job: "Job | None" = None, settings: Mapping[str, Any] | None = None, **more: Any) -> "Job":

@@ -127,6 +127,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise SettingError(f"{where} is neither JSON nor YAML ({line}).") from error
 
 
+def model_in(path: str | Path) -> str | None:
+    """Return the model that a file names, which ``read_config`` has read: the ``report.json`` of a run does."""
+    found = _parsed(Path(path), Path(path).read_text(encoding="utf-8"))
+    found = found.get(ENTRY, found)
+    named = found.get("model") if isinstance(found, Mapping) else None
+    return named if isinstance(named, str) else None
+
+
 def config_of(job: "Job", model: str) -> dict[str, Any]:
     """Return what repeats a run: its model, the version, and the settings that were given, as JSON holds them.
 

@@ -230,7 +230,7 @@ def test_mistakes_are_one_sentence(words: str, says: str, capsys: pytest.Capture
     [
         ('{"bits": 3, "grup_size": 64}', "unknown setting 'grup_size'; did you mean group_size?"),
         ("method: gptq\nrounds: 2\n", "rounds is a setting of method nearplane, not of gptq."),
-        ('{"xyzzy": 1}', "unknown setting 'xyzzy'."),
+        ('{"xyzzy": 1}', "unknown setting 'xyzzy'; docs/cli.md lists the settings, by names with dashes."),
     ],
 )
 def test_a_setting_that_a_file_cannot_hold(

@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.data.samples import check_vocabulary
 from nearplane.data.text import Calibration, Text, read_text
 from nearplane.models.source import load_tokenizer
 
@@ -351,3 +352,41 @@ def test_names_on_the_hub(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(NearplaneError, match=says):
             read_text("some/one", "calibration", **choice)
+
+
+@pytest.mark.parametrize("flat", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), torch.tensor([1, 2, 3])], ids=str)
+def test_one_short_list_of_token_ids_is_refused(flat: Any, tokenizer: Any) -> None:
+    """It is one stream; rows in a list, and a long stream, are samples as before."""
+    with pytest.raises(
+        SettingError, match=r"one list of 3 token ids, fewer than one window of seqlen=8; .* \[\[1, 2, 3\]\]"
+    ):
+        Calibration(dataset=flat, nsamples=2, seqlen=8).load(tokenizer, None)
+    assert Calibration(dataset=[list(flat)], nsamples=2, seqlen=8).load(tokenizer, None).ids.tolist() == [[1, 2, 3]]
+    assert Calibration(dataset=[3] * 20, nsamples=2, seqlen=8).load(tokenizer, None).ids.shape == (2, 8)
+
+
+@pytest.mark.parametrize("words", ["hello w1 w2", "one sentence. And more", "why?"])
+def test_a_text_in_place_of_a_name_is_refused(words: str, tokenizer: Any) -> None:
+    with pytest.raises(
+        SettingError, match="is no file, and no name of a dataset on the hub; give texts as a list of them"
+    ):
+        read_text(words, "calibration", tokenizer)
+
+
+def test_token_ids_beyond_the_vocabulary_are_the_datasets() -> None:
+    """And the tokenizer's, where it made them."""
+    model = tiny.build("llama")
+    large = torch.full((1, 4), model.config.vocab_size)
+    with pytest.raises(NearplaneError, match=f"the dataset holds token id {model.config.vocab_size}, the model's"):
+        check_vocabulary(large, model, tokenized=True)
+    with pytest.raises(NearplaneError, match="the tokenizer makes token"):
+        check_vocabulary(large, model)
+
+
+def test_windows_know_whether_a_tokenizer_made_them(tokenizer: Any) -> None:
+    def tokenized(dataset: Any) -> bool:
+        return Calibration(dataset=dataset, nsamples=2, seqlen=4).load(tokenizer, None).tokenized
+
+    ids, texts = [[5000, 3, 4]] * 4, ["w5 w6 w7 w8 w9 w10"] * 4
+    assert tokenized(ids) and tokenized([3] * 20) and tokenized([{"input_ids": ids[0]}]) and not tokenized(texts)
+    assert tokenized([(ids, 1), (texts, 1)]) and not tokenized([(texts, 1), (texts[:3], 1)])

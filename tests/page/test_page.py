@@ -53,6 +53,17 @@ def test_usual_in_words(error: float, words: str) -> None:
     assert "usual" not in " ".join(quality.verdict(facts(content)))
 
 
+def test_rounding_is_not_compared_with_itself() -> None:
+    """It is, where scales of channels came before it."""
+    content = report(1)
+    content["settings"]["method"] = {"name": "RTN"}
+    assert "Rounding every weight" not in page(content) and "moved by 5% of its energy" in page(content)
+    content["check"].pop("kl")
+    assert "rounding: " not in page(content)
+    content["settings"]["scale"] = {"search": "awq"}
+    assert "Rounding every weight" in page(content) and "rounding: " in page(content)
+
+
 def test_the_worst_come_first_with_what_helps_them() -> None:
     run = facts(report(3))
     bad = quality.worst(run)

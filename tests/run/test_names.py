@@ -11,7 +11,8 @@ import torch
 from transformers import AwqConfig, GPTQConfig
 
 from nearplane import GPTQ, Calibration, Grid, Job, SettingError, quantize
-from nearplane.cli.main import main
+from nearplane.cli.main import main, verb
+from nearplane.cli.options import parse
 from nearplane.models.discover import Block, Site
 from nearplane.run.mix import assign, leave_out
 from nearplane.run.names import config_of, read_config, settings_of
@@ -168,6 +169,39 @@ def test_files(tmp_path: Path) -> None:
             read_config(tmp_path / name)
 
 
+def test_a_setting_that_is_not_known_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the model is opened; in Python, too."""
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "bad.json"
+    for content, words in (
+        ({"bits": 3, "grup_size": 64}, "unknown setting 'grup_size'; did you mean group_size?"),
+        ({"bits": 3, "xyzzy": 64}, "unknown setting 'xyzzy'; docs/cli.md lists"),
+        ({"method": "gptq", "alpha": 0.5}, "alpha is a setting of method gptaq, not of gptq"),
+    ):
+        path.write_text(json.dumps(content))
+        for words_of in (
+            ["quantize", str(tmp_path / "model"), str(tmp_path / "out")],
+            ["plan", str(tmp_path / "model")],
+        ):
+            assert main([*words_of, "--config", str(path)]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"nearplane: --config {path}: {words}") and said.count("\n") == 1
+    path.write_text(json.dumps({"grup_size": 64}))
+    with pytest.raises(SettingError, match=r"bad.json: unknown setting 'grup_size'"):
+        Job.read(path)
+
+
+def test_one_word_beside_a_report_says_which_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"linears": [], "config": {"model": "demo", "bits": 3}}))
+    assert main(["quantize", "NEW", "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"--help says how. MODEL and OUT are both words by place; {path} names the model demo." in said
+    path.write_text(json.dumps({"bits": 3}))
+    assert main(["quantize", "NEW", f"--config={path}"]) == 2
+    assert capsys.readouterr().err.endswith("--help says how.\n")
+
+
 JOBS = [
     Job(),
     Job.of(bits=3, group_size=32, sym=False, method="gptaq", alpha=0.5),
@@ -187,8 +221,13 @@ JOBS = [
 
 
 @pytest.mark.parametrize("job", JOBS, ids=range(len(JOBS)))
-def test_what_a_run_keeps_makes_the_same_job(job: Job) -> None:
+def test_what_a_run_keeps_makes_the_same_job(job: Job, tmp_path: Path) -> None:
     kept = json.loads(json.dumps(config_of(job, "demo")))
+    (tmp_path / "kept.json").write_text(json.dumps(kept))
+    assert (
+        parse(verb("quantize"), ["m", "o", "--config", str(tmp_path / "kept.json")])[1].keys()
+        == settings_of(kept).keys()
+    )
     again = Job.read({"linears": [], "settings": {}, "config": kept})
     for name in Job.__dataclass_fields__:
         if name != "given":
