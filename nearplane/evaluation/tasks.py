@@ -5,7 +5,9 @@ the harness's results is kept, and what is said when a task cannot run. Data is 
 """
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from math import isfinite
@@ -14,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
-from huggingface_hub import errors
+from huggingface_hub import errors, get_session
 
 from nearplane.checkpoint.load import LoadSettings, load_model
 from nearplane.core.errors import NearplaneError, SettingError, plain
@@ -28,6 +30,7 @@ PAPER = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "boolq"
 WORD = "paper"
 FROM = "GPTAQ, arXiv 2504.02692"
 # What a task's data, read by other libraries, may fail with.
+PATIENCE = 3.0  # seconds that the hub has to answer
 UNREAD = (OSError, ValueError, RuntimeError, errors.HTTPError)
 
 
@@ -126,7 +129,8 @@ def evaluate_tasks(
         refuse_loaded(some)
     harness = _harness()
     chosen = LoadSettings.of(settings)
-    built = _built(names, None if include_path is None else given_path("include_path", include_path))
+    with _without_bars(), _one_try():
+        built = _built(names, None if include_path is None else given_path("include_path", include_path))
     found = []
     for some, how in ((model, chosen), (reference, chosen.of_original())):
         if some is not None:
@@ -135,7 +139,8 @@ def evaluate_tasks(
             folder = locate(some, revision=how.revision)
             tokenizer = load_tokenizer(folder, trust_remote_code=how.trust_remote_code)
             lm = _wrapped(loaded, tokenizer, batch_size)
-            found.append(_run(harness, lm, built, limit, num_fewshot))
+            with _without_bars():
+                found.append(_run(harness, lm, built, limit, num_fewshot))
     made = [_metrics(one["results"]) for one in found]
     shots = {name: int(count) for name, count in found[0]["n-shot"].items()}
     differ = [name for name, count in shots.items() if num_fewshot not in (None, count)]
@@ -196,6 +201,47 @@ def _harness() -> ModuleType:
         )
     module: ModuleType = lm_eval
     return module
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Have the harness and its libraries draw no bars where standard error is no terminal: a log would keep each step."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from tqdm.std import tqdm
+
+    made = tqdm.__init__
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = quiet
+    try:
+        yield
+    finally:
+        tqdm.__init__ = made
+
+
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Ask once whether the hub answers. Where it does not, the libraries read their caches alone, and retry nothing."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        if not any(before):
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except UNREAD:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _built(names: list[str], folder: Path | None) -> list[Any]:

@@ -1,8 +1,10 @@
 """Tasks of lm-evaluation-harness: with the harness where it is installed, our own side with a small stand-in everywhere."""
 
+import io
 import json
 import math
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +17,7 @@ import torch
 import nearplane
 from nearplane import NearplaneError, SettingError, evaluate_tasks
 from nearplane.cli.main import main
+from nearplane.evaluation import tasks
 from nearplane.evaluation.tasks import PAPER
 
 with_harness = pytest.mark.skipif(
@@ -180,7 +183,10 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
         "lm_eval.tasks": {"TaskManager": Manager},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": SimpleNamespace},
-        "datasets": {"exceptions": SimpleNamespace(DatasetsError=LookupError)},
+        "datasets": {
+            "exceptions": SimpleNamespace(DatasetsError=LookupError),
+            "config": SimpleNamespace(HF_HUB_OFFLINE=True),  # no network is asked for
+        },
     }
     for name, content in parts.items():
         module = ModuleType(name)
@@ -272,3 +278,43 @@ def test_an_old_harness(folder: Path, harness: type[Fake], monkeypatch: pytest.M
     monkeypatch.delattr(Manager, "load")
     with pytest.raises(NearplaneError, match=r"lm-evaluation-harness 9\.9 is too old"):
         evaluate_tasks(folder / "out", "piqa")
+
+
+def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere a log would keep each step of them. Afterwards other bars are drawn as ever."""
+    from tqdm.auto import tqdm
+
+    def drawn(terminal: bool, inside: bool) -> str:
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with tasks._without_bars() if inside else nullcontext():
+            list(tqdm([1, 2, 3], mininterval=0))
+        return stream.getvalue()
+
+    assert drawn(False, True) == "" and "\r" in drawn(True, True) and "\r" in drawn(False, False)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then caches alone are read, without the retries of each file; afterwards all is as it was."""
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    def offline(answers: bool) -> tuple[bool, bool]:
+        def head(address: str, timeout: float) -> None:
+            asked.append(address)
+            if not answers:
+                raise OSError("no network")
+
+        monkeypatch.setattr(tasks, "get_session", lambda: SimpleNamespace(head=head))
+        with tasks._one_try():
+            return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+
+    for place in (constants, datasets.config):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    assert offline(answers=True) == (False, False) and offline(answers=False) == (True, True) and len(asked) == 2
+    assert constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is False
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert offline(answers=False)[0] and len(asked) == 2
