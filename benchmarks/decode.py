@@ -175,6 +175,10 @@ def set_up(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Round], di
     return rounds, size
 
 
+class LeftOutError(Exception):
+    """A contender cannot run as it was asked to."""
+
+
 def chosen(model: Any, arithmetic: Any, decode: Any, once: Round) -> Round:
     """The same, with an arithmetic and a way to decode that are set, and checked, before the clock starts."""
 
@@ -183,7 +187,7 @@ def chosen(model: Any, arithmetic: Any, decode: Any, once: Round) -> Round:
         fused.set_decode(model, decode)
         said = fused.why(model)
         if said.startswith("fused") != (decode == "auto"):
-            sys.exit(said)
+            raise LeftOutError(said)
         return once(prompt, new)
 
     return set_first
@@ -224,8 +228,13 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in rounds}
         tokens: dict[str, list[int]] = {}
         for number in range(args.rounds + 1):  # the first warms up
-            for name, once in rounds.items():
-                seconds, tokens[name] = once(prompt, args.new)
+            for name, once in list(rounds.items()):
+                try:
+                    seconds, tokens[name] = once(prompt, args.new)
+                except LeftOutError as reason:
+                    print(f"{name}: left out, {reason}", file=sys.stderr)
+                    del rounds[name], times[name]
+                    continue
                 if number:
                     times[name].append(seconds)
     median = {name: statistics.median(found) for name, found in times.items()}

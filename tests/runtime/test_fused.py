@@ -237,7 +237,29 @@ def train(model: Any) -> None:
     model.train()
 
 
-CHANGES = [change_weight, change_in_place, change_codes, change_forward, change_module, change_dtype, train]
+def change_one_scaling(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling *= 3
+
+
+def change_every_scaling(model: Any) -> None:
+    for block in model.model.layers:
+        block.self_attn.scaling *= 3
+
+
+def change_epsilon(model: Any) -> None:
+    model.model.norm.variance_epsilon = 5.0
+
+
+def change_frequencies(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.3)
+
+
+def change_rotation(model: Any) -> None:
+    model.model.rotary_emb.attention_scaling = 1.5
+
+
+NUMBERS = [change_one_scaling, change_every_scaling, change_epsilon, change_frequencies, change_rotation]
+CHANGES = [change_weight, change_in_place, change_codes, change_forward, change_module, change_dtype, train, *NUMBERS]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -250,6 +272,16 @@ def test_changes_after_the_first_token_are_followed(change: Callable[[Any], None
     assert (got - wanted).norm() < bound * wanted.norm() and (
         change is train or (got - free).norm() > 1e-3 * free.norm()
     )
+
+
+def test_a_forward_that_a_class_was_given_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed()
+    free = decoded(model, IDS, 3)
+    kind = type(model.model.layers[0].mlp)
+    before = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * before(self, x))
+    got, wanted = decoded(model, IDS, 3), decoded(model, IDS, 3, "plain")
+    assert (got - wanted).norm() < 1e-4 * wanted.norm() and (got - free).norm() > 1e-3 * free.norm()
 
 
 def test_adapters_and_gradients_are_not_passed_by() -> None:
