@@ -172,23 +172,29 @@ def slope(widths: list[int], values: list[float]) -> float:
     return sum((a - middle) * b for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
 
 
+SHAPES, GROWTH = ("1024x1024", "2048x5632", "4096x4096"), ("512x512", "1024x1024", "2048x2048", "4096x4096")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", nargs="+", default=["1024x1024", "2048x5632", "4096x4096"], metavar="OUTxIN")
+    parser.add_argument("--shapes", nargs="+", metavar="OUTxIN", help="of --growth, square ones")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="what each part takes")
     parser.add_argument("--growth", action="store_true", help="square linears of 512, 1024, 2048 and 4096 inputs")
     parser.add_argument("--json")
     args = parser.parse_args()
+    args.shapes = args.shapes or (GROWTH if args.growth else SHAPES)
     torch.set_num_threads(args.threads)
     if args.parts or args.growth:
         shapes = [(int(out), int(columns)) for out, columns in (shape.split("x") for shape in args.shapes)]
+        if args.growth and any(out != columns for out, columns in shapes):
+            parser.error("--growth takes square --shapes, such as 512x512")
         rows = (
             print_parts(shapes, args.methods, args.rounds)
             if args.parts
-            else print_growth([512, 1024, 2048, 4096], args.methods, args.rounds)
+            else print_growth([columns for _, columns in shapes], args.methods, args.rounds)
         )
         if args.json:
             record(args.json, rows, args.threads)

@@ -10,6 +10,7 @@ order of columns. Then a position is a column's place in the layout, and ``order
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
@@ -48,6 +49,32 @@ class Shape:
         return -(-self.out // TILE)
 
 
+def match_shape(
+    weight: Any, codes: tuple[torch.dtype, tuple[int, ...]], per_group: tuple[int, ...], on: str = ""
+) -> None:
+    """Raise ValueError unless the four tensors of a packed weight match its shape.
+
+    Args:
+        weight: ``Tiles``, or another layout with the same names.
+        codes: dtype and sizes of the codes.
+        per_group: sizes of the scales, and of zeros that differ.
+        on: where the layout is for, in the error.
+    """
+    shape: Shape = weight.shape
+    zeros = per_group if shape.free or weight.zeros.numel() else (0,)
+    wanted = {
+        "codes": codes,
+        "scales": (SCALE_BITS[shape.scale_dtype], per_group),
+        "zeros": (torch.int32 if shape.free else torch.uint8, zeros),
+        "order": (torch.int32, (shape.positions,) if weight.order.numel() else (0,)),
+    }
+    for name, (dtype, sizes) in wanted.items():
+        tensor: Tensor = getattr(weight, name)
+        if tensor.dtype != dtype or tuple(tensor.shape) != sizes or not tensor.is_contiguous():
+            got = f"{list(tensor.shape)} of {tensor.dtype}" + ", not contiguous" * (not tensor.is_contiguous())
+            raise ValueError(f"a packed weight's {name}{on} must be {list(sizes)} of {dtype}; got {got}")
+
+
 @dataclass(frozen=True)
 class Tiles:
     """A packed weight."""
@@ -64,21 +91,8 @@ class Tiles:
     def check(self) -> None:
         """Raise ValueError unless the tensors match the shape: a kernel addresses memory by the shape."""
         shape = self.shape
-        per_group = (shape.tiles, shape.groups, TILE)
-        wanted = {
-            "codes": (torch.uint8, (shape.tiles, shape.positions // BLOCK, 64 * shape.bits)),
-            "scales": (SCALE_BITS[shape.scale_dtype], per_group),
-            "zeros": (
-                torch.int32 if shape.free else torch.uint8,
-                per_group if shape.free or self.zeros.numel() else (0,),
-            ),
-            "order": (torch.int32, (shape.positions,) if self.order.numel() else (0,)),
-        }
-        for name, (dtype, sizes) in wanted.items():
-            tensor: Tensor = getattr(self, name)
-            if tensor.dtype != dtype or tuple(tensor.shape) != sizes or not tensor.is_contiguous():
-                got = f"{list(tensor.shape)} of {tensor.dtype}" + ", not contiguous" * (not tensor.is_contiguous())
-                raise ValueError(f"a packed weight's {name} must be {list(sizes)} of {dtype}; got {got}")
+        codes = torch.uint8, (shape.tiles, shape.positions // BLOCK, 64 * shape.bits)
+        match_shape(self, codes, (shape.tiles, shape.groups, TILE))
         if self.order.numel() and not -1 <= int(self.order.min()) <= int(self.order.max()) < shape.columns:
             raise ValueError(f"a packed weight's order names columns outside 0 to {shape.columns - 1}")
 

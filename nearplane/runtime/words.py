@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int, Int32, UInt8
 from torch import Tensor
 
-from nearplane.runtime.layout import BLOCK, PLANES, SCALE_BITS, TILE, Shape, Tiles, codes_of, pack_tiles
+from nearplane.runtime.layout import BLOCK, PLANES, TILE, Shape, Tiles, codes_of, match_shape, pack_tiles
 
 PART = 1 << 22  # codes that are laid out at a time, some 12 bytes each
 
@@ -37,20 +37,8 @@ class Words:
     def check(self) -> None:
         """Raise ValueError unless the tensors match the shape. Nothing is read from the device: a graph may be recorded."""
         shape, channels = self.shape, self.shape.tiles * TILE
-        wanted = {
-            "codes": (torch.int32, (shape.positions // BLOCK, shape.bits, channels)),
-            "scales": (SCALE_BITS[shape.scale_dtype], (shape.groups, channels)),
-            "zeros": (
-                torch.int32 if shape.free else torch.uint8,
-                (shape.groups, channels) if shape.free or self.zeros.numel() else (0,),
-            ),
-            "order": (torch.int32, (shape.positions,) if self.order.numel() else (0,)),
-        }
-        for name, (dtype, sizes) in wanted.items():
-            tensor: Tensor = getattr(self, name)
-            if tensor.dtype != dtype or tuple(tensor.shape) != sizes or not tensor.is_contiguous():
-                got = f"{list(tensor.shape)} of {tensor.dtype}" + ", not contiguous" * (not tensor.is_contiguous())
-                raise ValueError(f"a packed weight's {name} on a GPU must be {list(sizes)} of {dtype}; got {got}")
+        codes = torch.int32, (shape.positions // BLOCK, shape.bits, channels)
+        match_shape(self, codes, (shape.groups, channels), " on a GPU")
 
     @property
     def numbers(self) -> Tensor:
