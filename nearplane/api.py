@@ -94,6 +94,7 @@ def quantize(
             if not job.force:
                 plan = without_check(plan, job.offload, ranks.world, ranks.machine)
                 counted = refuse(plan, out, job.offload, ranks)
+                give_memory_back(plenty=counted["plenty"])
             _ = plan.settings  # refused here where report.json cannot hold one of them
         own = ranks.tell(ranks.first(partial(own_text, plan, out, told.counting)))
         with told.waiting(f"reading {model}: the tensors that are copied, and the calibration data"):

@@ -19,7 +19,12 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 # Freed blocks of this size go back to the system. glibc raises its own threshold up to 32 MiB as a program runs; smaller
 # blocks stay in the process while a block above them lives.
 GIVEN_BACK = 4 << 20
-M_MMAP_THRESHOLD = -3  # malloc.h
+# The same where memory is plenty; glibc takes no more. A page that the system gives anew costs 2 microseconds: activations
+# of 4 to 32 MiB then took a fifth of a run.
+REUSED = 32 << 20
+# Free bytes above the last block that stay in the process then.
+KEPT_FREE = 256 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,9 +61,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def give_memory_back() -> None:
-    """Let freed blocks of ``GIVEN_BACK`` bytes leave the process. Other allocators than glibc's are left alone."""
+def give_memory_back(plenty: bool = False) -> None:
+    """Let large freed blocks leave the process. Other allocators than glibc's are left alone.
+
+    Args:
+        plenty: let blocks below ``REUSED`` bytes be used again instead, which is faster, and holds up to a third more.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
+            mallopt(M_MMAP_THRESHOLD, REUSED if plenty else GIVEN_BACK)
+            mallopt(M_TRIM_THRESHOLD, KEPT_FREE if plenty else GIVEN_BACK)

@@ -63,6 +63,8 @@ SAMPLE = 100_000
 THIN = 3
 # Seconds after which nothing is timed again.
 LONG = 0.3
+# Freed blocks of memory stay in the process where so many times the planned peak is available.
+PLENTY = 2
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,8 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     a generous guess (``Ample``) does not fit.
 
     Returns:
-        For the report: bytes of the CPU's memory that were counted on (planned) and that there were (available), and
-        whether the method was probed for them (close).
+        For the report: bytes of the CPU's memory that were counted on (planned) and that there were (available), whether
+        the method was probed for them (close), and whether there is so much that freed blocks may stay (plenty).
     """
     world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
     found = shared(plan, offload, world, machine, ample(plan))
@@ -241,7 +243,9 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     memory = found.memory[0]
     have = found.available(memory)
     close = not isinstance(found.probe, Ample)
-    return {"planned": memory.peak, "close": close, "available": None if have is None else have + memory.base}
+    available = None if have is None else have + memory.base
+    plenty = available is not None and available >= PLENTY * memory.peak
+    return {"planned": memory.peak, "close": close, "available": available, "plenty": plenty}
 
 
 @dataclass(frozen=True)

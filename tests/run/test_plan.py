@@ -236,10 +236,11 @@ def test_nothing_is_probed_where_memory_is_plenty(model: Path, tmp_path: Path, m
     close = estimate.estimate(plan).memory[0]
     need = close.need
     assert guessed["planned"] > close.peak and guessed["available"] > guessed["planned"]
+    assert guessed["plenty"] == (guessed["available"] >= 2 * guessed["planned"])
     probed.clear()
     monkeypatch.setattr(estimate, "available_memory", lambda: need + 10_000)
     counted = forecast.refuse(plan, out)
-    assert probed and counted["close"]
+    assert probed and counted["close"] and not counted["plenty"]
     assert counted["planned"] == pytest.approx(close.peak, rel=0.05)  # the process has grown a little meanwhile
 
 
@@ -365,28 +366,37 @@ def test_a_model_that_reads_a_weight_itself_is_checked_once_its_weights_are_ther
         nearplane.quantize(model, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
 
 
-# 20 blocks of 20 MB, of which the last, which lies highest, is kept: MB that remain.
+# 20 blocks of 20 MB, of which the last, which lies highest, is kept: MB that remain, and MB of pages that such a block costs
+# afterwards.
 FREED = """
-import sys
+import resource, sys
 from nearplane.machine.devices import give_memory_back
 from nearplane.machine.memory import resident
-if sys.argv[1] == "asked":
+if sys.argv[1] != "never":
     give_memory_back()
+if sys.argv[1] == "plenty":
+    give_memory_back(plenty=True)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 del_first = bytearray(30_000_000)
 del del_first
 before, blocks = resident(), [bytearray(b"x") * 20_000_000 for _ in range(20)]
 del blocks[:-1]
-print((resident() - before) // 1_000_000)
+left, seen = resident() - before, faults()
+bytearray(20_000_000)
+print(left // 1_000_000, (faults() - seen) * resource.getpagesize() // 1_000_000)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_blocks_of_memory_leave_the_process() -> None:
-    left = {
-        word: int(subprocess.run([sys.executable, "-c", FREED, word], stdout=subprocess.PIPE, check=True).stdout)
-        for word in ("asked", "not")
-    }
-    assert left["asked"] < 40 and left["not"] > 300
+    found = {}
+    for word in ("asked", "plenty", "never"):
+        ran = subprocess.run([sys.executable, "-c", FREED, word], stdout=subprocess.PIPE, text=True, check=True)
+        found[word] = [int(figure) for figure in ran.stdout.split()]
+    assert found["asked"][0] < 40 and found["asked"][1] >= 19
+    for word in ("plenty", "never"):
+        assert found[word][0] > 300 and found[word][1] < 2
 
 
 @pytest.fixture
