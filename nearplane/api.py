@@ -94,7 +94,7 @@ def quantize(
             if not job.force:
                 plan = without_check(plan, job.offload, ranks.world, ranks.machine)
                 counted = refuse(plan, out, job.offload, ranks)
-                give_memory_back(plenty=counted["plenty"])
+                give_memory_back(plenty=not counted["close"])
             _ = plan.settings  # refused here where report.json cannot hold one of them
         own = ranks.tell(ranks.first(partial(own_text, plan, out, told.counting)))
         with told.waiting(f"reading {model}: the tensors that are copied, and the calibration data"):

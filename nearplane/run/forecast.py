@@ -63,8 +63,6 @@ SAMPLE = 100_000
 THIN = 3
 # Seconds after which nothing is timed again.
 LONG = 0.3
-# Freed blocks of memory stay in the process where so many times the planned peak is available.
-PLENTY = 2
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,8 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     a generous guess (``Ample``) does not fit.
 
     Returns:
-        For the report: bytes of the CPU's memory that were counted on (planned) and that there were (available), whether
-        the method was probed for them (close), and whether there is so much that freed blocks may stay (plenty).
+        For the report: bytes of the CPU's memory that were counted on (planned) and that there were (available), and
+        whether the method was probed for them (close).
     """
     world, machine = (1, 1) if ranks is None else (ranks.world, ranks.machine)
     found = shared(plan, offload, world, machine, ample(plan))
@@ -243,9 +241,7 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
     memory = found.memory[0]
     have = found.available(memory)
     close = not isinstance(found.probe, Ample)
-    available = None if have is None else have + memory.base
-    plenty = available is not None and available >= PLENTY * memory.peak
-    return {"planned": memory.peak, "close": close, "available": available, "plenty": plenty}
+    return {"planned": memory.peak, "close": close, "available": None if have is None else have + memory.base}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from nearplane.core.dense import full_width
+from nearplane.core.attention import forwards
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.run.check import Check
 from nearplane.run.events import BlockDone, Compared, Event, Noted, Solved
@@ -39,7 +39,7 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
         if block is None:
             return
         if plan.checked is not None:
-            with clock("check"), full_width(plan.device):
+            with clock("check"), forwards(plan.device):
                 check = check or Check(plan, plan.checked)
                 check.open(block)
         rows: list[LinearRow] = []
@@ -53,7 +53,7 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
             yield from map(Noted, told(rows))
         behind = None
         if check is not None:
-            with clock("check"), full_width(plan.device):
+            with clock("check"), forwards(plan.device):
                 behind = check.close(block)
                 record = check.finish(block) if number == len(plan.walked) - 1 else None
             if record is not None:
