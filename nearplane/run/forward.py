@@ -137,7 +137,8 @@ class Forward(greenlet):
         self.routes: dict[str, Tensor] = {}  # by the module of experts
         self.stream, self.k, self.batch = stream, k, batch
         self.wanted: str | None = None
-        self.input: Tensor | None = None  # (tokens, in), input of the module where the forward is paused
+        self.behind = False  # pause behind that module, not before it
+        self.input: Tensor | None = None  # (tokens, in), input of the module where the forward is paused, or its output
         self.inputs: list[Tensor] = []  # the same of every call of the block, where there are several
         self.leading = torch.Size()  # the input's leading dimensions: mostly (sequences, positions)
         self.shape = torch.Size()  # of the hidden state that goes into the block
@@ -148,23 +149,25 @@ class Forward(greenlet):
         self.calls = 0  # of the block, as far as they are through
         self.caller = getcurrent()
 
-    def until(self, module: str | None) -> Tensor | None:
+    def until(self, module: str | None, behind: bool = False) -> Tensor | None:
         """Run on to ``module`` and return its input (tokens, in); None where this batch never reaches the module.
 
-        With ``module`` None, run to the end of the block and return its hidden state.
+        With ``behind`` run the module, too, and return its output (tokens, out). With ``module`` None, run to the end of the
+        block and return its hidden state.
         """
-        self.wanted, self.input, self.caller = module, None, getcurrent()
+        self.wanted, self.behind, self.input, self.caller = module, behind, None, getcurrent()
         with record.patched(self.stream.model, self.stream.names, _block):
             self.switch()
         return self.input if module is not None else self.output
 
-    def reach(self, module: str) -> list[Tensor]:
+    def reach(self, module: str, behind: bool = False) -> list[Tensor]:
         """Return the inputs (tokens, in) of ``module`` in each call of the block; none where this batch never reaches it.
 
-        A forward through a block that is called once pauses at the module. Any other runs to its end, and is of no more use.
+        With ``behind``, its outputs (tokens, out). A forward through a block that is called once pauses there. Any other runs
+        to its end, and is of no more use.
         """
         self.inputs = []
-        x = self.until(module)
+        x = self.until(module, behind)
         return self.inputs or ([] if x is None else [x])
 
     def close(self) -> None:
@@ -211,14 +214,23 @@ class Forward(greenlet):
         """Round the input of ``module``, pause there if the caller asked for it, and return the input to use."""
         if self.stream.activations is not None:
             x = round_tokens(x, self.stream.activations)
-        if module == self.wanted:
-            self.input, self.leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-            if self.stream.calls[self.k] > 1:
-                self.inputs.append(self.input)
-            else:
-                self.wanted = None
-                self.caller.switch()
+        if module == self.wanted and not self.behind:
+            self._stop(x)
         return x
+
+    def passed(self, module: str, output: Tensor) -> None:
+        """Pause behind ``module`` if the caller asked for that."""
+        if module == self.wanted and self.behind:
+            self._stop(output)
+
+    def _stop(self, seen: Tensor) -> None:
+        """Keep what is seen, and give control back; in a block that is called several times, go on."""
+        self.input, self.leading = seen.reshape(-1, seen.shape[-1]), seen.shape[:-1]
+        if self.stream.calls[self.k] > 1:
+            self.inputs.append(self.input)
+        else:
+            self.wanted = None
+            self.caller.switch()
 
 
 def same(a: Any, b: Any) -> bool:
@@ -243,7 +255,7 @@ def hooked(
     """Hook a model for the time inside, so that forwards can pause.
 
     Args:
-        pauses: names of modules where a forward may pause, and whose inputs it rounds.
+        pauses: names of modules before and behind which a forward may pause, and whose inputs it rounds.
         points: names of modules whose inputs a forward keeps.
         experts: modules that take their routing from the forward, by name.
     """
@@ -252,6 +264,14 @@ def hooked(
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
             current = getcurrent()
             return (current.pause(name, args[0]), *args[1:]) if isinstance(current, Forward) else None
+
+        return hook
+
+    def passed(name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            current = getcurrent()
+            if isinstance(current, Forward):
+                current.passed(name, output)
 
         return hook
 
@@ -277,6 +297,7 @@ def hooked(
     # Points first: a module may be both, and a paused forward must have kept what it saw.
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in points]
     handles += [model.get_submodule(name).register_forward_pre_hook(pause(name)) for name in pauses]
+    handles += [model.get_submodule(name).register_forward_hook(passed(name)) for name in pauses]
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ class Measuring:
             batch: (sequences, positions).
             first: number of the batch's first sequence.
             xhat, x: (tokens, in), inputs in the quantized and in the reference stream.
-            residual: (tokens, out), the drift of the residual stream.
+            residual: (tokens, out), the drift of the residual stream, and the linear's output in the reference stream.
             real: (tokens,), false at padding; None: no padding.
             weight: (tokens,), where a norm follows.
         """
@@ -98,6 +98,18 @@ class Measuring:
             mask = part == number
             rows = _rows(mask, xhat.device) if real is None else mask.to(xhat.device) & real
             moments.add(xhat[rows], *(None if each is None else each[rows] for each in (x, residual, weight)))
+
+    def subtract(self, weight: Tensor) -> None:
+        """Subtract ``W H`` from R, to which tokens were added with what the original linear makes of the reference stream.
+
+        ``r + W X - r̂ - W X̂`` by X̂ᵀ: the last term needs no product of its own with the tokens.
+
+        Args:
+            weight: (out, in), the original W.
+        """
+        for moments in (self.fit, *self.held):
+            assert moments.R is not None
+            moments.R.addmm_(weight, moments.H, alpha=-1)
 
     def misses(self, seen: int) -> bool:
         """Tell whether other tokens would be held out if ``seen`` rows came before."""

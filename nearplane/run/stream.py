@@ -134,11 +134,14 @@ class OpenBlock:
         original = self.original.get(site.name)
         weight = self.weight(site) if original is None else original.to(walk.solve_dtype)
         norm = self._norm(site, weight) if passage_of(stage, needs) else None
+        bias = _bias(walk.source.model, site)
         out = site.shape[0] if point else None
         gain = None if norm is None else norm.gain
         measuring = Measuring(needs, site.shape[1], out, weight, walk.sequences, seen, gain)
         if walk.quarters is not None:
             measuring.split(walk.quarters)
+        # R takes what the linear makes of the reference: that stream's own output, where it has all digits.
+        behind = point is not None and walk.dtype == walk.solve_dtype
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)
             given = current.reach(site.name)
@@ -146,7 +149,7 @@ class OpenBlock:
             others: list[Tensor] = []
             if reference is not None:
                 with self._reference_weights():
-                    others = reference.reach(site.name)
+                    others = reference.reach(site.name, behind)
             for call, xhat in enumerate(given):  # several, if the block is called several times
                 # of an expert: other tokens are its router's own
                 x = others[call][: len(xhat)] if call < len(others) else None
@@ -156,13 +159,18 @@ class OpenBlock:
                 if point is not None and reference is not None and x is not None:
                     drift = residual_drift(reference.points[point], current.points[point], mask).to(weight.dtype)
                     drift = drift if norm is None or scale is None else before_norm(drift, norm.gain, scale)
-                    drift.addmm_((x - xhat).to(weight.dtype), weight.T)
+                    if behind:
+                        drift += x if bias is None else x - bias
+                    else:
+                        drift.addmm_(x.to(weight.dtype), weight.T)
                     x = None
                 shape, first = walk.layout(batch, current), walk.firsts[batch]
                 weights = None if scale is None else scale.square()
                 measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask, weights)
             if not self.keep:
                 self._drop(batch)
+        if point is not None:
+            measuring.subtract(weight)
         self.reached = number if self.keep else -1
         return measuring
 
@@ -170,8 +178,7 @@ class OpenBlock:
         """Return the norm behind a site; ``weight``: the site's original."""
         assert site.passage is not None
         model = self.walk.source.model
-        bias = model.get_submodule(site.name).bias
-        return Norm(model.get_submodule(site.passage.norm), weight, bias if isinstance(bias, Tensor) else None)
+        return Norm(model.get_submodule(site.passage.norm), weight, _bias(model, site))
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""
@@ -238,6 +245,12 @@ class OpenBlock:
         finally:
             for parameter, data in zip(parameters, current, strict=True):
                 parameter.data = data
+
+
+def _bias(model: nn.Module, site: Site) -> Tensor | None:
+    """Return the bias (out,) of a site; None where it has none."""
+    bias = model.get_submodule(site.name).bias
+    return bias if isinstance(bias, Tensor) else None
 
 
 class Norm:

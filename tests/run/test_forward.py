@@ -253,6 +253,30 @@ def test_moments_are_those_of_two_whole_models(kind: str, models: Any, keep: boo
     assert_clean(source.model)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_a_bias_is_no_drift(kind: str, dtype: torch.dtype, tolerance: float, models: Any, tmp_path: Path) -> None:
+    """R of linears with biases; in few digits, the drift behind the linear is a product in float32."""
+    folder, ids = tmp_path / "biased", ids_of(10)
+    model = nearplane.load(models(kind))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+    source, brute, count = open_source(folder), Reference(folder, ids), 0
+    for opened in opened_blocks(source, ids, dtype):
+        for stage in opened.stages:
+            site, found = stage[0], opened.observe(stage, ALL)
+            if found.R is not None:
+                x, xhat = (torch.cat(part) for part in brute.inputs(site.name))
+                drift = torch.cat([without_sinks(*pair)[0] for pair in zip(*brute.inputs(site.adds_to), strict=True)])
+                wanted = (drift + (x - xhat) @ opened.weight(site).double().T).T @ xhat / len(x)
+                assert float((found.R - wanted).norm()) < tolerance * float(wanted.norm())
+                count += 1
+            brute.replace(put(opened, stage), transposed=site.transposed)
+    assert count == 4
+
+
 def test_no_residual_drift_where_none_is_asked_for(models: Any) -> None:
     for needs in ({"H"}, {"H", "D"}, {"H", "held_out"}, {"H", "R"}, {"H", "D", "R"}):
         found = walk(models("llama"), ids_of(4), frozenset(needs))
