@@ -251,7 +251,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure perplexity; with ``reference`` also KL divergence per token and top-1 agreement.
 
-    A quantized checkpoint is measured as it will run: packed.
+    A quantized checkpoint is measured as it will run: packed. With glibc, freed blocks below 32 MiB stay in this process
+    from now on.
 
     Args:
         model: a transformers folder, a hub id, or "demo".
@@ -278,6 +279,7 @@ def evaluate(
     check_windows(seqlen, windows)
     for some in (model, reference):
         refuse_loaded(some)
+    give_memory_back(plenty=True)
     chosen = LoadSettings.of(settings)
     loaded = load_model(model, chosen)
     original = None if reference is None else load_model(reference, chosen.of_original())

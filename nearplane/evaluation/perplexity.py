@@ -29,8 +29,8 @@ from nearplane.evaluation.protocols import Window, cut, together
 from nearplane.machine.progress import track
 from nearplane.models.inputs import refuse_unless_causal
 
-# Logits are compared this many positions at a time: vocabularies are large, memory is not.
-CHUNK = 256
+# Logits that are compared at a time, of whole positions: 16 MB, which the allocator uses again.
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _read(
             if reference is not None and k < compared:
                 expected = _logits(reference, window.ids)
                 reference_nll += _nll(expected, window)
-                for part in _chunks(window.first - 1, len(window.ids) - 1):
+                for part in _chunks(window.first - 1, len(window.ids) - 1, expected.shape[1]):
                     divergence.add(expected[part], logits[part])
     return nll, reference_nll, divergence
 
@@ -184,16 +184,17 @@ def _nll(logits: Tensor, window: Window) -> float:
     """Sum the negative log-likelihoods of a window's scored tokens, as far as the window weighs."""
     total = 0.0
     target = window.ids[1:].to(logits.device)
-    for part in _chunks(window.first - 1, len(target)):
+    for part in _chunks(window.first - 1, len(target), logits.shape[1]):
         loss = nn.functional.cross_entropy(logits[part].float(), target[part], reduction="sum")
         total += float(loss)
     return total * (window.weight / window.scored)
 
 
-def _chunks(first: int, last: int) -> Iterator[slice]:
-    """Yield the positions from ``first`` on and before ``last``, ``CHUNK`` at a time."""
-    for a in range(first, last, CHUNK):
-        yield slice(a, min(a + CHUNK, last))
+def _chunks(first: int, last: int, vocabulary: int) -> Iterator[slice]:
+    """Yield the positions from ``first`` on and before ``last``, ``CHUNK`` logits at a time."""
+    step = max(1, CHUNK // vocabulary)
+    for a in range(first, last, step):
+        yield slice(a, min(a + step, last))
 
 
 def _exp(value: float) -> float:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+import nearplane.evaluation.perplexity
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.evaluation.perplexity import Divergence, evaluate
 from nearplane.models.source import load_tokenizer
@@ -123,6 +124,20 @@ def test_divergence_from_itself_is_zero_and_from_another_is_not(text: str) -> No
     assert same.reference_perplexity == same.perplexity
     other = evaluate(b, Words(), dataset=text, seqlen=40, reference=a)
     assert other.kl is not None and other.kl > 0.01 and other.top1 is not None and other.top1 < 1
+
+
+@pytest.mark.parametrize("positions", [1, 7, 39])
+def test_logits_are_compared_in_parts_of_any_size(positions: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = tiny.build("llama"), tiny.build("llama", seed=1)
+    whole = evaluate(model, Words(), dataset=text, seqlen=40, reference=other)
+    sizes: list[int] = []
+    add = Divergence.add
+    monkeypatch.setattr(Divergence, "add", lambda self, p, q: sizes.append(len(p)) or add(self, p, q))
+    monkeypatch.setattr(nearplane.evaluation.perplexity, "CHUNK", positions * model.config.vocab_size + 1)
+    parts = evaluate(model, Words(), dataset=text, seqlen=40, reference=other)
+    assert max(sizes) == positions and sum(sizes) == parts.tokens == whole.tokens
+    assert (parts.perplexity, parts.kl) == pytest.approx((whole.perplexity, whole.kl), rel=1e-5)
+    assert parts.top1 == whole.top1
 
 
 def test_kl_has_the_reference_first() -> None:
