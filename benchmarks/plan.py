@@ -49,12 +49,12 @@ if threads == 1:
     time.perf_counter = time.process_time
 from nearplane.cli.main import main
 from nearplane.machine.memory import peak_resident
-from nearplane.run import estimate, forecast
+from nearplane.run import estimate
 start = time.perf_counter()
 held, resident = [], estimate.resident
 estimate.resident = lambda: held.append(resident()) or held[-1]
 if tight:
-    forecast.PLENTY = float("inf")
+    estimate.PLENTY = float("inf")
 status = main(sys.argv[3:])
 spent = time.perf_counter() - start
 print()

@@ -71,8 +71,6 @@ SAMPLE = 100_000
 THIN = 3
 # Seconds after which nothing is timed again.
 LONG = 0.3
-# Freed blocks of memory stay in the process where so many times the planned peak is available.
-PLENTY = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ class Forecast:
             **{key: value for key, value in plan.settings.items() if key != "calibration"},
             **found.as_dict(),
             "sources": self.sources,
+            "plenty": found.plenty(),
             "free_disk": free_disk(Path.cwd()),
             "seconds": self.seconds | {"total": sum(self.seconds.values())},
             "lacking": self.lacking(),
@@ -131,6 +130,9 @@ class Forecast:
             lines.append(f"{found.ranks} ranks share the samples; of each, if every one has cores or a GPU of its own:")
         for memory in found.memory:
             lines += _table(memory, found.available(memory))
+        lines += [
+            "        plenty is free: freed blocks below 32 MB stay, so that up to a third more is held"
+        ] * found.plenty()
         kept = "" if found.kept or not windows else "; too many tokens to let forwards wait, each stage is reached anew"
         if windows:
             lines.append(f"{('one stream', 'two streams')[found.streams == 2]} of hidden states{kept}")
@@ -250,10 +252,8 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
             raise SettingError(f"{'; '.join(lacks)}; {advice + '; ' if advice else ''}--force runs anyway.")
     memory = found.memory[0]
     have = found.available(memory)
-    close = not isinstance(found.probe, Ample)
-    available = None if have is None else have + memory.base
-    plenty = available is not None and available >= PLENTY * memory.peak
-    return {"planned": memory.peak, "close": close, "available": available, "plenty": plenty}
+    close, available = not isinstance(found.probe, Ample), None if have is None else have + memory.base
+    return {"planned": memory.peak, "close": close, "available": available, "plenty": found.plenty()}
 
 
 @dataclass(frozen=True)

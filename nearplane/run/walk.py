@@ -55,7 +55,13 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
         if check is not None:
             with clock("check"), full_width(plan.device):
                 behind = check.close(block)
-                record = check.finish(block) if number == len(plan.walked) - 1 else None
+                if last := number == len(plan.walked) - 1:
+                    for (
+                        forward
+                    ) in block.paused.values():  # nothing goes on behind the last block, and logits take memory
+                        forward.close()
+                    block.paused.clear()
+                record = check.finish(block) if last else None
             if record is not None:
                 yield Compared(record)
         yield BlockDone(block.block, number, clock.take(), number < len(done), behind)
