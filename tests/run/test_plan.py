@@ -374,6 +374,21 @@ def test_a_model_that_reads_a_weight_itself_is_checked_once_its_weights_are_ther
         nearplane.quantize(model, tmp_path / "out", method=RTN(), grid=Grid(group_size=32), progress=False)
 
 
+def test_plenty_of_memory_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the run decides it: twice the peak that is planned, what the process holds already among it."""
+    plan = planned(model, GPTQ())
+    memory = estimate.estimate(plan).memory[0]
+    for factor, plenty in ((1.8, False), (2.5, True)):
+        monkeypatch.setattr(estimate, "available_memory", lambda: int(factor * memory.peak - memory.base))  # noqa: B023
+        assert estimate.estimate(plan).plenty() == plenty
+        found = Forecast(plan, estimate.estimate(plan), {"solve": 1.0})
+        assert ("plenty is free" in str(found)) == plenty == found.as_dict()["plenty"]
+    monkeypatch.setattr(estimate, "available_memory", lambda: None)
+    assert not estimate.estimate(plan).plenty()
+
+
 # 20 blocks of 20 MB, of which the last, which lies highest, is kept: MB that remain, and MB of pages that such a block costs
 # afterwards.
 FREED = """
@@ -393,6 +408,9 @@ del blocks[:-1]
 left, seen = resident() - before, faults()
 bytearray(20_000_000)
 print(left // 1_000_000, (faults() - seen) * resource.getpagesize() // 1_000_000)
+before, small = resident(), [bytearray(b"x") * 2_000_000 for _ in range(100)]
+del small[:-1]
+print((resident() - before) // 1_000_000)
 """
 
 
@@ -402,7 +420,7 @@ def test_freed_blocks_of_memory_leave_the_process() -> None:
     for word in ("asked", "plenty", "never"):
         ran = subprocess.run([sys.executable, "-c", FREED, word], stdout=subprocess.PIPE, text=True, check=True)
         found[word] = [int(figure) for figure in ran.stdout.split()]
-    assert found["asked"][0] < 40 and found["asked"][1] >= 19
+    assert found["asked"][0] < 40 and found["asked"][1] >= 19 and found["asked"][2] < 10
     for word in ("plenty", "never"):
         assert found[word][0] > 300 and found[word][1] < 2
 
