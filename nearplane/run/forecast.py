@@ -361,8 +361,7 @@ def rates(plan: Plan, found: Estimate) -> Rates:
         gram = timed(lambda: observed.add(torch.Size([8, TOKENS // 8]), 0, y, y if "D" in needs else None, None))
         taken = timed(lambda: measure("", judged, solved, grid, Knowledge(few)))
         attention = attending(plan, timed)
-    few_digits = coarse(y), coarse(weight)
-    rough = timed(lambda: few_digits[0] @ few_digits[1].T)
+    rough = timed(partial(torch.matmul, coarse(y), coarse(weight).T))
     solver = Products(*(seconds / (2 * TOKENS * m * n) for seconds in (plain, wide, rough)))
     taken -= judging(solver, "D" in needs) * MEASURED[0] * MEASURED[1] ** 2 if needs else 0.0
     stored = torch.zeros(1 << 22, dtype=plan.source.dtype)
