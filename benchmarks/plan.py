@@ -158,6 +158,8 @@ def print_growth(settings: list[str], sizes: dict[str, list[int]], threads: int,
                     cells += [*_pair(row, "bytes beyond the base", 1e6, 0)]
                     cells += [f"{row['bytes beyond the base where memory is plenty'] / 1e6:.0f}", f"{row['load']:.1f}"]
                     print("| " + " | ".join(cells) + " |", flush=True)
+                    if path:
+                        record(path, rows, threads)
     print("| over | setting | seconds, exponent | of the plan | theory | bytes, exponent | of the plan | theory |")
     print("|---|---|---|---|---|---|---|---|")
     for axis, values in sizes.items():
