@@ -1,7 +1,8 @@
 """``nearplane plan``: what a run will need, before any compute."""
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ class Options:
 def run(options: Options, settings: dict[str, Any]) -> int:
     """Print the forecast; returns 1 where the run does not fit."""
     with waiting("measuring this machine, about ten seconds"):
+        start = time.perf_counter()
         from nearplane.api import plan
 
+        loading = time.perf_counter() - start  # of libraries, which quantize loads, too
         found = plan(options.model, ranks=options.ranks, **settings)
+        found = replace(found, seconds=found.seconds | {"start": found.seconds["start"] + loading})
     printed(found) if not options.json else print(json.dumps(found.as_dict()))
     return 1 if found.lacking() else 0

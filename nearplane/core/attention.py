@@ -25,7 +25,7 @@ NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @contextmanager
-def forwards(device: torch.device) -> Iterator[None]:
+def fast_forwards(device: torch.device) -> Iterator[None]:
     """Run forwards under ``full_width`` while the context lasts, and their attention by ``attention`` where that is faster.
 
     Args:

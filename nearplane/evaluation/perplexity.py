@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.attention import forwards
+from nearplane.core.attention import fast_forwards
 from nearplane.core.errors import NearplaneError, SettingError, plain
 from nearplane.data.rows import Rows
 from nearplane.data.samples import check_vocabulary
@@ -142,7 +142,7 @@ def _read(
 ) -> tuple[float, float, "Divergence"]:
     """Run both models over the windows, the reference over the first ``compared``: their losses, and how far they are apart."""
     nll, reference_nll, divergence = 0.0, 0.0, Divergence()
-    with forwards(next(model.parameters()).device), torch.inference_mode():
+    with fast_forwards(next(model.parameters()).device), torch.inference_mode():
         for k in track(torch.arange(len(windows)), "eval", enabled=progress):
             window = windows[int(k)]
             logits = _logits(model, window.ids, kv_bits)

@@ -5,8 +5,9 @@ The peak of memory is the largest sum of these parts over the steps of all stage
     outside  modules outside the blocks, without an output head of its own
     block    parameters of the open block in the compute dtype, its linears twice with a reference stream
     streams  tokens x hidden size for each of one or two streams; of one batch where they are offloaded
-    paused   forwards that wait at a stage of n inputs: tokens x (n + 2 hidden) per stream, and the outputs of the
-             block's first stage (q, k, v) until its second; of one batch only where nothing is kept (``stream.kept``)
+    paused   forwards that wait at a stage of n inputs: tokens x (n + 2 hidden) per stream, behind the first block the
+             model's own embeddings, too, and the outputs of the block's first stage (q, k, v) until its second; of one
+             batch only where nothing is kept (``stream.kept``)
     moments  H n², D n² or R m n, the same again of held-out tokens
     factor   the state that ``prepare`` leaves (``run/probe.py``)
     solver   the stage's weight as one matrix m n, and the arrays of ``prepare``, ``solve`` and the report
@@ -52,6 +53,9 @@ from nearplane.run.student import moving, needed, written_fresh
 # Tokenizer and text, buffers of kernels, and memory that the allocator keeps, measured on the demo model
 # (benchmarks/plan.py).
 LATER = 80 << 20
+# The same of a method with two streams, beyond that: its products have more shapes, and oneDNN keeps a kernel of some 0.1 MB
+# for each.
+LATER_SECOND = 64 << 20
 # The method that is suggested where two streams do not fit.
 ONE_STREAM = "gptq"
 # The step in which a model writes samples itself.
@@ -154,11 +158,12 @@ def estimate(plan: Plan, offload: Path | None = None, probe: Probe | None = None
     walk = _Walk(plan, offload is not None, probe)
     where, parts = max(walk.moments(), key=lambda moment: sum(moment[1].values()))
     base, memory = resident(), []
+    start_with = base + LATER + (walk.streams == 2) * LATER_SECOND
     if plan.device.type == "cpu":
-        memory.append(Memory("cpu", where, {"base": base + LATER} | parts, base))
+        memory.append(Memory("cpu", where, {"base": start_with} | parts, base))
     else:
         start, held = max(walk.beside(), key=lambda moment: sum(moment[1].values()))
-        memory.append(Memory("cpu", start, {"base": base + LATER} | held, base))
+        memory.append(Memory("cpu", start, {"base": start_with} | held, base))
         parts.pop("pending")
         memory.append(Memory(str(plan.device), where, {"base": CUDA_CONTEXT} | parts, 0))
     stage = max((s for b in plan.blocks for s in b.stages), key=lambda s: prod(size_of(s, walk.needs)[:2]))
@@ -296,7 +301,10 @@ class _Walk:
         for number, (stage, size) in enumerate(zip(block.stages, sizes, strict=True)):
             turned = getattr(self.plan.format, "online", False) and stage[0].adds_to is not None
             copies = (self.plan.activations is not None) + turned  # beside what was rounded, and what was turned
-            wide = size.n * (1 + copies) + 2 * self.hidden + (first if number == 1 else 0)
+            held = (
+                3 if len(self.plan.walked) > 1 else 2
+            ) * self.hidden  # state, residual, and what the model began with
+            wide = size.n * (1 + copies) + held + (first if number == 1 else 0)
             paused = int(self.size * (self.tokens if self.kept else self.batch) * self.streams * wide)
             # While a batch runs on from the stage before: its outputs, activated and multiplied, and their product.
             before = sizes[max(0, number - 1)].m + size.n * (4 if turned else 1)

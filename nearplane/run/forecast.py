@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from nearplane.checkpoint.engines import Verdict, verdicts
+from nearplane.core.attention import fast_forwards
+from nearplane.core.dense import coarse
 from nearplane.core.errors import SettingError
 from nearplane.core.moments import all_finite
 from nearplane.data.own import own_memory, wanted
@@ -48,21 +49,26 @@ from nearplane.run.measure import Knowledge, measure, measured_rows
 from nearplane.run.mix import JUDGED
 from nearplane.run.observe import Measuring
 from nearplane.run.plan import Plan, draft
-from nearplane.run.probe import Ample, Size, made_up
+from nearplane.run.probe import Ample, Products, Size, made_up, median_seconds
 from nearplane.run.scale import searching
+from nearplane.run.stream import BATCH_TOKENS, batch_rows
 from nearplane.run.student import written_fresh
 from nearplane.run.tune import forwards, refuse_ranks
 
 MOST_RANKS = 4096
 PHASES = ("start", "forward", "observe", "prepare", "solve", "measure", "write")
-# This machine is measured by a problem (out, in) and its tokens, a file of so many bytes, so many characters of the text.
-PROBLEM, TOKENS = (512, 1024), 1024
+# This machine is measured by a problem (out, in) and its tokens, one of few inputs for the report, whose products count
+# apart, a file of so many bytes, so many characters of the text.
+PROBLEM, TOKENS, MEASURED = (512, 1024), 1024, (512, 256)
+# What small operations cost, in units of reading and writing a number: between the linears of a stage each of its inputs,
+# its outputs and twice the stream, and in a check each logit. Measured on SmolLM2.
+PASSES, LOGIT_PASSES = 44, 250
+# Inputs of an attention head, of which the time of attention depends little.
+HEAD = 64
 DISK_BYTES = 32 << 20
 SAMPLE = 100_000
 # Products of a few dozen tokens take so many times as long a FLOP as those of many.
 THIN = 3
-# Seconds after which nothing is timed again.
-LONG = 0.3
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,11 @@ class Forecast:
         """Give what each engine makes of such a checkpoint."""
         return verdicts(self.plan.described())
 
+    @property
+    def plenty(self) -> bool:
+        """Whether even a generous guess of the memory fits, so that freed blocks stay in the process."""
+        return not short(shared(self.plan, self.estimate.offload, self.ranks, self.ranks, ample(self.plan)))
+
     def lacking(self) -> list[str]:
         """Return why the run does not fit here; nothing if it does."""
         return self.estimate.lacking(Path.cwd())
@@ -90,6 +101,7 @@ class Forecast:
             **{key: value for key, value in plan.settings.items() if key != "calibration"},
             **found.as_dict(),
             "sources": self.sources,
+            "plenty": self.plenty,
             "free_disk": free_disk(Path.cwd()),
             "seconds": self.seconds | {"total": sum(self.seconds.values())},
             "lacking": self.lacking(),
@@ -121,6 +133,9 @@ class Forecast:
             lines.append(f"{found.ranks} ranks share the samples; of each, if every one has cores or a GPU of its own:")
         for memory in found.memory:
             lines += _table(memory, found.available(memory))
+        lines += [
+            "        plenty is free: freed blocks below 32 MiB stay, so that up to a third more is held"
+        ] * self.plenty
         kept = "" if found.kept or not windows else "; too many tokens to let forwards wait, each stage is reached anew"
         if windows:
             lines.append(f"{('one stream', 'two streams')[found.streams == 2]} of hidden states{kept}")
@@ -134,11 +149,9 @@ class Forecast:
         lines.append(f"time    {clock(sum(self.seconds.values()))} at the rates measured now: {spent}")
         lines += [f"{engine:<12} {judged}" for engine, judged in self.engines().items() if not judged.foreign]
         foreign = [engine for engine, judged in self.engines().items() if judged.foreign]
-        lines += (
-            [f"{', '.join(foreign)} {'does' if len(foreign) == 1 else 'do'} not know the format {plan.format.name}"]
-            if foreign
-            else []
-        )
+        if foreign:
+            does = "does" if len(foreign) == 1 else "do"
+            lines.append(f"{', '.join(foreign)} {does} not know the format {plan.format.name}")
         lines += [f"note: {note}" for note in plan.warnings()]
         return "\n".join([*lines, self.verdict()])
 
@@ -248,9 +261,10 @@ def refuse(plan: Plan, out: Path, offload: Path | None = None, ranks: Ranks | No
 class Rates:
     """Seconds per unit of work."""
 
-    flop: float  # of a matrix product in the compute dtype
-    solver_flop: float  # of one in float32
-    element: float  # a number through an activation
+    flop: float  # of a matrix product in the compute dtype, in ``full_width``
+    solver: Products  # of one in the solver's dtype: as torch does it, in ``full_width``, coarse
+    attention: float  # a position that a token looks at, a number of the hidden size
+    element: float  # a number of a batch's hidden state, once read and written
     load: float  # a stored number, checked and widened
     gram: float  # a FLOP of moments
     measure: float  # a weight, for the report
@@ -275,26 +289,36 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
         reached, costs = 0.0, []  # seconds of a token's forward up to each stage
         for place, (m, n, _) in enumerate(sizes):
             if place == 1:
-                reached += rates.flop * 2 * seqlen * hidden
+                reached += rates.attention * seqlen * hidden
             costs.append(reached)
-            reached += rates.flop * 2 * m * n + rates.element * (m + n + 2 * hidden)
+            reached += rates.flop * 2 * m * n + rates.element * between(m, n, hidden)
         behind = 0.0 if number == len(plan.walked) - 1 else reached
         phases["forward"] += tokens * found.streams * (max([behind, *costs]) if found.kept else behind + sum(costs))
         for stage, size in zip(block.stages, sizes, strict=True):
             for phase, work in zip(("prepare", "solve"), probe.work(size), strict=True):
-                phases[phase] += rates.call * work.calls + rates.number * work.numbers + rates.solver_flop * work.flops
+                phases[phase] += work.seconds(rates.call, rates.number, rates.solver)
             phases["observe"] += rates.gram * tokens * observing(needs, size)
             judged = sum(len(range(site.shape[0])[measured_rows(site.shape[0])]) for site in stage) if needs else 0
-            products = 3 + ("D" in needs and not size.adds)
             phases["measure"] += rates.measure * size.m * size.n
-            phases["measure"] += rates.solver_flop * products * 2 * judged * size.n**2
+            phases["measure"] += judging(rates.solver, "D" in needs and not size.adds) * judged * size.n**2
             phases["write"] += rates.pack * size.m * size.n
     phases["write"] += rates.disk * sum(found.disk.values())
     if plan.job.check:
-        passed = STREAMS * sum(2 * s.shape[0] * s.shape[1] for b in plan.walked for s in b.sites)
-        head = 2 * 2 * hidden * (vocabulary(plan.source.model.config) or 0) if predicts(plan.source.model) else 0
-        phases["check"] = rates.flop * checked_tokens(plan) * (passed + head) + rates.measure * inside
+        phases["check"] = checked_tokens(plan) * checking(plan, rates) + rates.measure * inside
     return phases | ({"tune": rates.flop * forwards(plan) * 2 * stored} if plan.job.tune else {})
+
+
+def between(m: int, n: int, hidden: int) -> float:
+    """Return the numbers that pass between the linears of a stage, per token: norms, rotation, activation, sums."""
+    return PASSES * (m + n + 2 * hidden)
+
+
+def checking(plan: Plan, rates: Rates) -> float:
+    """Return the seconds of the check, per token of its windows: its streams through all blocks, and two heads' logits."""
+    sizes = [size_of(stage, plan.method.needs) for block in plan.walked for stage in block.stages]
+    logits = (vocabulary(plan.source.model.config) or 0) if predicts(plan.source.model) else 0
+    through = sum(rates.flop * 2 * m * n + rates.element * between(m, n, plan.hidden) for m, n, _ in sizes)
+    return STREAMS * through + (rates.flop * 2 * 2 * plan.hidden + rates.element * LOGIT_PASSES) * logits
 
 
 def writing(plan: Plan, rates: Rates) -> float:
@@ -308,10 +332,15 @@ def writing(plan: Plan, rates: Rates) -> float:
     return rates.load * weights * len(drafts) + THIN * rates.flop * 2 * weights * tokens
 
 
+def judging(flop: Products, drifts: bool) -> float:
+    """Return the seconds of the report's products, for each measured row and n²: three, and a coarse one of the drift."""
+    return 2 * (3 * flop.wide + drifts * flop.coarse)
+
+
 def observing(needs: frozenset[Need], size: Size) -> float:
     """Return the FLOPs of the moments, per token."""
     m, n, adds = size
-    return float(n**2 + (4 * m * n if adds else 2 * n**2 if "D" in needs else 0))
+    return float(n**2 + (2 * m * n if adds else 2 * n**2 if "D" in needs else 0))
 
 
 def rates(plan: Plan, found: Estimate) -> Rates:
@@ -322,41 +351,44 @@ def rates(plan: Plan, found: Estimate) -> Rates:
     m, n, _ = problem = Size(*PROBLEM)
     for size in {size_of(stage, method.needs) for stage in plan.blocks[0].stages}:
         probe.work(size)
-    weight, moments = made_up(needs, problem, dtype, device)
+    weight, _ = made_up(needs, problem, dtype, device)
     x, y = (torch.ones(TOKENS, n, device=device, dtype=kind) for kind in (plan.compute, dtype))
-    flop = timed(lambda: x @ weight.T.to(plan.compute)) / (2 * TOKENS * m * n)
-    solver_flop = flop if plan.compute == dtype else timed(lambda: y @ weight.T) / (2 * TOKENS * m * n)
     observed = Measuring(needs, n, None, y, 8)
-    gram = timed(lambda: observed.add(torch.Size([8, TOKENS // 8]), 0, y, y if "D" in needs else None, None))
-    solved = method.solve(weight, method.prepare(moments) if needs else None, grid)
-    taken = timed(lambda: measure("", weight, solved, grid, Knowledge(moments)))
-    taken -= solver_flop * 6 * m * n**2 if needs else 0.0
+    judged, few = made_up(needs, Size(*MEASURED), dtype, device)
+    solved = method.solve(judged, method.prepare(few) if needs else None, grid)
+    plain = timed(lambda: y @ weight.T)
+    with fast_forwards(device):  # as a walk runs its forwards, its moments and its report
+        flop, wide = timed(lambda: x @ weight.T.to(plan.compute)), timed(lambda: y @ weight.T)
+        gram = timed(lambda: observed.add(torch.Size([8, TOKENS // 8]), 0, y, y if "D" in needs else None, None))
+        taken = timed(lambda: measure("", judged, solved, grid, Knowledge(few)))
+        attention = attending(plan, timed)
+    rough = timed(partial(torch.matmul, coarse(y), coarse(weight).T))
+    solver = Products(*(seconds / (2 * TOKENS * m * n) for seconds in (plain, wide, rough)))
+    taken -= judging(solver, "D" in needs) * MEASURED[0] * MEASURED[1] ** 2 if needs else 0.0
     stored = torch.zeros(1 << 22, dtype=plan.source.dtype)
-    call, number = probe.rates(timed, solver_flop, device)
+    batch = torch.ones(BATCH_TOKENS, plan.hidden, device=device, dtype=plan.compute)
+    call, number = probe.rates(timed, solver, device)
     return Rates(
-        flop=flop,
-        solver_flop=solver_flop,
-        element=timed(lambda: torch.nn.functional.silu(x).mul_(x)) / x.numel(),
+        flop=flop / (2 * TOKENS * m * n),
+        solver=solver,
+        attention=attention,
+        element=timed(lambda: torch.mul(batch, batch, out=batch)) / batch.numel(),
         load=timed(lambda: all_finite(stored) and stored.to(device, plan.compute)) / stored.numel(),
         gram=gram / (TOKENS * observing(needs, problem)) if needs else 0.0,
-        measure=max(0.0, taken) / (m * n),
-        pack=timed(lambda: plan.format.pack("x", solved, grid)) / (m * n),
+        measure=max(0.0, taken) / judged.numel(),
+        pack=timed(lambda: plan.format.pack("x", solved, grid)) / judged.numel(),
         disk=_disk(),
         call=call,
         number=number,
     )
 
 
-def median_seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    """Return the median seconds of three runs after a first one; those of the first if it is long."""
-    times: list[float] = []
-    while len(times) < 4 and sum(times) < LONG:
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return median(times[1:] or times)
+def attending(plan: Plan, timed: Callable[[Callable[[], Any]], float]) -> float:
+    """Return the seconds of causal attention over a window, by token, position and number of the hidden size."""
+    heads, positions = max(1, plan.hidden // HEAD), max(1, min(plan.windows[1], BATCH_TOKENS))
+    q = torch.ones(batch_rows(positions), heads, positions, HEAD, device=plan.device, dtype=plan.compute)
+    spent = timed(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    return spent / (q.numel() * positions)
 
 
 def reading(plan: Plan) -> float:

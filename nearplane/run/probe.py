@@ -14,6 +14,7 @@ each kind is probed by itself. A stage no larger than the first probe is probed 
 """
 
 import sys
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
 from math import log
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,12 +37,15 @@ from nearplane.core.moments import Moments
 from nearplane.methods.base import Method, Need
 from nearplane.run.observe import Measuring
 
-# Rows and inputs of the probed stages, in units: the first, one with other rows, one with other inputs, one more for the
-# polynomials.
-TALL = ((4, 2), (3, 2), (4, 3), (4, 1))
-WIDE = ((2, 3), (1, 3), (2, 4), (2, 2))
+# Seconds after which nothing is timed again.
+LONG = 0.3
 # At 256 panels, chunks and samples of rows have their fixed size; a slow method gets the small unit.
 UNIT, SMALL_UNIT = 256, 64
+# Rows and inputs of the probed stages, in units: the first, one with other rows, one with other inputs, one more for the
+# polynomials.
+TALL, WIDE = ((4, 2), (3, 2), (4, 1), (3, 1)), ((2, 3), (1, 3), (2, 4), (2, 2))
+# The same from BLOCKED units of 256 inputs on, where factors are formed in blocks (``core/dense.py``) and products are others.
+BLOCKED, BLOCKED_TALL, BLOCKED_WIDE = 3, ((5, 3), (4, 3), (5, 4), (6, 4)), ((2, 3), (1, 3), (2, 4), (1, 4))
 # A method is slow if it makes more calls, or reads more numbers, on a stage of 64 x 64.
 MOST_CALLS, MOST_NUMBERS = 16384, 3e7
 TOKENS = 512
@@ -48,6 +53,16 @@ TOKENS = 512
 AMPLE = 1000
 # Stages that are timed, the smallest among them.
 TIMED = 5
+
+
+class Products(NamedTuple):
+    """FLOPs by how a processor does them, or the seconds of one of each."""
+
+    plain: float  # of torch's default library, and all of linear algebra beside products
+    wide: float  # of products in ``full_width``
+    coarse: float  # of products in 16 bits
+
+
 # FLOPs beside those of matrix products: a share of (numbers of one argument) x (order of another).
 LINEAR_ALGEBRA = {
     "linalg_cholesky_ex": (1 / 3, 0, 0),
@@ -61,7 +76,7 @@ LINEAR_ALGEBRA = {
 TERMS: dict[str, Callable[[int, int], list[float]]] = {
     "calls": lambda m, n: [1, n, m, m * n],
     "numbers": lambda m, n: [m * n, n**2, m * n**2, n**3, m * n**3],
-    "flops": lambda m, n: [m * n, n**2, m * n**2, n**3],
+    **dict.fromkeys(Products._fields, lambda m, n: [m * n, n**2, m * n**2, n**3]),
 }
 
 
@@ -87,7 +102,22 @@ class Work(NamedTuple):
 
     calls: float
     numbers: float
-    flops: float
+    plain: float  # FLOPs, as in ``Products``
+    wide: float
+    coarse: float
+
+    @property
+    def flops(self) -> float:
+        """Return all FLOPs, of whatever kind."""
+        return self.plain + self.wide + self.coarse
+
+    def seconds(self, call: float, number: float, flop: Products) -> float:
+        """Return the seconds of this work, given those of a call, of a number and of a FLOP of each kind."""
+        return call * self.calls + number * self.numbers + self.busy(flop)
+
+    def busy(self, flop: Products) -> float:
+        """Return the seconds of its FLOPs alone."""
+        return sum(rate * count for rate, count in zip(flop, self[2:], strict=True))
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,8 +126,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int]] = []  # place, and bytes made there, or freed, below 0
-        self.calls = self.numbers = self.flops = 0
+        self.calls = self.numbers = 0
+        self.flops = Counter[str]()  # as in ``Products``
         self._live: dict[int, tuple[int, int]] = {}
+
+    @property
+    def work(self) -> "Work":
+        """Return the work that was counted."""
+        return Work(self.calls, self.numbers, *(self.flops[kind] for kind in Products._fields))
 
     def most(self) -> dict[int, int]:
         """Return the most bytes of each place that live at once."""
@@ -124,7 +160,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         self.numbers += max((value.numel() for value in (*given, *made)), default=0)
         if flops is not None:
-            self.flops += int(flops(*args, **kwargs, out_val=result))
+            self.flops[_sort(given)] += int(flops(*args, **kwargs, out_val=result))
         known = {value.untyped_storage()._cdata for value in given}
         for storage in [] if in_place else [value.untyped_storage() for value in made]:
             key = storage._cdata
@@ -137,6 +173,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int) -> None:
         place, size = self._live.pop(key)
         self.events.append((place, -size))
+
+
+def _sort(given: list[Tensor]) -> str:
+    """Return which of ``Products`` an operation on these tensors belongs to."""
+    if any(value.dtype in (torch.bfloat16, torch.float16) for value in given):
+        return "coarse"
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    return "wide" if getattr(setting, "fp32_precision", "none") == "bf16" else "plain"
 
 
 @cache
@@ -231,9 +275,9 @@ class Probe:
         return prepare, solve
 
     def rates(
-        self, clock: Callable[[Callable[[], Any]], float], flop: float, device: torch.device | str = "cpu"
+        self, clock: Callable[[Callable[[], Any]], float], flop: Products, device: torch.device | str = "cpu"
     ) -> tuple[float, float]:
-        """Return the seconds of a call and of a number, where a FLOP takes ``flop`` seconds.
+        """Return the seconds of a call and of a number, where FLOPs take the seconds ``flop``.
 
         Args:
             clock: returns the seconds of a function, given the function. It gets ``prepare`` and ``solve`` of stages that
@@ -249,14 +293,16 @@ class Probe:
                 if done.calls:
                     seconds = max(1e-9, clock(step))
                     rows.append([done.calls / seconds, done.numbers / seconds])
-                    left.append(max(0.0, 1 - flop * done.flops / seconds))
+                    left.append(max(0.0, 1 - done.work.busy(flop) / seconds))
         call, number = non_negative(rows, left)
         return call, number
 
     def _like(self, size: Size) -> tuple[list[Size], Grid]:
         """Return the stages to probe in place of one of this size, and their grid."""
-        kinds = TALL if size.m > size.n else WIDE
         unit = UNIT if size.m * size.n <= SMALL_UNIT**2 else self._unit()
+        blocked = unit == UNIT and size.n >= BLOCKED * UNIT
+        tall, wide = (BLOCKED_TALL, BLOCKED_WIDE) if blocked else (TALL, WIDE)
+        kinds = tall if size.m > size.n else wide
         first = Size(kinds[0][0] * unit, kinds[0][1] * unit)
         if size.m * size.n <= first.m * first.n and size.n <= first.n:
             return [size], self.grid
@@ -298,12 +344,13 @@ def _extrapolated(traces: list[Trace], sizes: list[Size], real: Size) -> Work:
     """Return the work of the ``real`` stage, by polynomials through that of the probed ones."""
     found = []
     for key, terms in TERMS.items():
-        counted = np.array([getattr(done, key) for done in traces], dtype=float)
+        counted = np.array([getattr(done.work, key) for done in traces], dtype=float)
         if len(traces) > 1 and counted.any():
             weight = 1 / np.maximum(counted, 1e-6 * counted.max())
             rows = np.array([terms(m, n) for m, n, _ in sizes]) * weight[:, None]
             # The first panel of a sweep looks back at nothing, so that lower terms of FLOPs may be below 0.
-            fitted = non_negative(rows, counted * weight) if key != "flops" else least_squares(rows, counted * weight)
+            fit = least_squares if key in Products._fields else non_negative
+            fitted = fit(rows, counted * weight)
             counted = np.array([max(0.0, float(np.dot(fitted, terms(real.m, real.n))))])
         found.append(float(counted[0]))
     return Work(*found)
@@ -322,3 +369,15 @@ def least_squares(rows: Any, wanted: Any) -> Any:
     """Return the x of least ``‖rows x - wanted‖``, with columns brought to one length."""
     length = np.linalg.norm(rows, axis=0)
     return np.linalg.lstsq(rows / length, wanted, rcond=None)[0] / length
+
+
+def median_seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """Return the median seconds of three runs after a first one; those of the first if it is long."""
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < LONG:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return median(times[1:] or times)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
-from nearplane.core.attention import forwards
+from nearplane.core.attention import fast_forwards
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
@@ -113,7 +113,7 @@ class OpenBlock:
         ranks, sequences = self.walk.ranks, self.walk.sequences
         # Where sequences are few, runs of tokens are held out: their place in the whole text follows from the sequence.
         few = sequences < HELD_OUT and bool(self.walk.firsts)
-        with forwards(self.walk.device):
+        with fast_forwards(self.walk.device):
             measuring = self._measure(stage, needs, self.walk.firsts[0] * self.walk.positions if few else 0)
             if "held_out" in needs and ranks.world > 1:
                 seen = sum(ranks.values(measuring.seen - measuring.before)[: ranks.rank])
@@ -192,7 +192,7 @@ class OpenBlock:
 
     def output(self, batch: int) -> Tensor:
         """Run one of this rank's batches through the block, with its weights as they are now, and return the hidden state."""
-        with forwards(self.walk.device):
+        with fast_forwards(self.walk.device):
             output = Forward(self.walk.streams[0], self.k, batch).until(None)
         assert output is not None
         return output
@@ -205,7 +205,7 @@ class OpenBlock:
         streams = self.walk.streams
         for batch in range(len(streams[0].batches) if streams else 0):
             for i, stream in enumerate(streams):
-                with forwards(self.walk.device), self._reference_weights() if i == 1 else nullcontext():
+                with fast_forwards(self.walk.device), self._reference_weights() if i == 1 else nullcontext():
                     stream.hidden[self.block.tower][batch] = self._forward(i, batch).until(None)
             for i in range(len(streams)):
                 self.paused.pop((i, batch))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from nearplane.core.attention import forwards
+from nearplane.core.attention import fast_forwards
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.run.check import Check
 from nearplane.run.events import BlockDone, Compared, Event, Noted, Solved
@@ -39,7 +39,7 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
         if block is None:
             return
         if plan.checked is not None:
-            with clock("check"), forwards(plan.device):
+            with clock("check"), fast_forwards(plan.device):
                 check = check or Check(plan, plan.checked)
                 check.open(block)
         rows: list[LinearRow] = []
@@ -53,9 +53,15 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
             yield from map(Noted, told(rows))
         behind = None
         if check is not None:
-            with clock("check"), forwards(plan.device):
+            with clock("check"), fast_forwards(plan.device):
                 behind = check.close(block)
-                record = check.finish(block) if number == len(plan.walked) - 1 else None
+                if last := number == len(plan.walked) - 1:
+                    for (
+                        forward
+                    ) in block.paused.values():  # nothing goes on behind the last block, and logits take memory
+                        forward.close()
+                    block.paused.clear()
+                record = check.finish(block) if last else None
             if record is not None:
                 yield Compared(record)
         yield BlockDone(block.block, number, clock.take(), number < len(done), behind)

@@ -76,7 +76,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_calls_of_torch_are_taken(taken: list[Any], causal: bool) -> None:
     given = operands((2, 6, 2, 33, 33, 8, 8))
     wanted = scaled_dot_product_attention(*given, is_causal=causal, enable_gqa=True, scale=0.2)
-    with ours.forwards(CPU), torch.no_grad():
+    with ours.fast_forwards(CPU), torch.no_grad():
         found = scaled_dot_product_attention(*given, is_causal=causal, enable_gqa=True, scale=0.2)
         query, key, value = given
         named = scaled_dot_product_attention(
@@ -106,18 +106,18 @@ def test_other_calls_stay_torchs(taken: list[Any], monkeypatch: pytest.MonkeyPat
         torch.manual_seed(0)
         wanted = scaled_dot_product_attention(*given, **options)
         torch.manual_seed(0)
-        with ours.forwards(CPU):
+        with ours.fast_forwards(CPU):
             found = scaled_dot_product_attention(*given, **options)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    with ours.forwards(CPU):
+    with ours.fast_forwards(CPU):
         scaled_dot_product_attention(query.clone().requires_grad_(), key, value).sum().backward()
         with pytest.raises(RuntimeError):  # without enable_gqa torch refuses fewer keys than heads
             scaled_dot_product_attention(query.repeat(1, 2, 1, 1), key, value)
     assert not taken
     monkeypatch.setattr(ours, "exact", lambda: False)
-    with ours.forwards(CPU):
+    with ours.fast_forwards(CPU):
         scaled_dot_product_attention(query, key, value)
     monkeypatch.setattr(ours, "exact", lambda: True)
-    with ours.forwards(torch.device("meta")):
+    with ours.fast_forwards(torch.device("meta")):
         scaled_dot_product_attention(query, key, value)
     assert not taken

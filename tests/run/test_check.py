@@ -21,7 +21,7 @@ from nearplane.data.samples import gather
 from nearplane.evaluation.perplexity import evaluate
 from nearplane.models.source import load_tokenizer, open_source
 from nearplane.run import check
-from nearplane.run.check import nearest
+from nearplane.run.check import Check, nearest
 from nearplane.run.estimate import estimate
 from nearplane.run.plan import make_plan
 from nearplane.run.report import Report
@@ -104,6 +104,19 @@ def test_kl_and_perplexities_are_the_evaluations(llama: Path, tmp_path: Path) ->
     assert report.check["kl"] == approx(measured.kl, rel=1e-3) and report.check["top1"] == measured.top1
     assert report.check["perplexity"] == approx(measured.perplexity, rel=1e-4)
     assert report.check["reference_perplexity"] == approx(measured.reference_perplexity, rel=1e-4)
+
+
+def test_no_forward_waits_while_logits_are_compared(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits takes more memory than logits do; behind the last block nothing goes on."""
+    waiting: list[int] = []
+    for name in ("close", "finish"):
+        known = getattr(Check, name)
+        watched = lambda self, block, known=known: waiting.append(len(block.paused)) or known(self, block)  # noqa: E731
+        monkeypatch.setattr(Check, name, watched)
+    nearplane.quantize(llama, tmp_path / "out", **given(llama, method="gptq"))
+    assert waiting[-1] == 0 and min(waiting[:-1]) > 0
 
 
 def test_methods_are_compared_on_the_same_windows(llama: Path) -> None:
