@@ -165,6 +165,30 @@ INLINE float total(const Real& v) {
         for (int i = 0; i < n; i++) a[i] += a[i + n];
     return a[0];
 }
+// The same of several vectors, in the same order of sums.
+template <int COUNT> INLINE void totals(const Real (&v)[COUNT], float* y) {
+#if HALVES
+    if constexpr (COUNT == 4) {
+        __m128 quarters[4];
+        for (int i = 0; i < 4; i++) {
+#if HALVES == 2
+            const __m512 whole = get<__m512>(&v[i]);
+            const __m256 low = _mm512_castps512_ps256(whole);
+            const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(whole), 1));
+#else
+            const __m256 low = get<__m256>(&v[i]), high = get<__m256>(reinterpret_cast<const float*>(&v[i]) + 8);
+#endif
+            const __m256 half = _mm256_add_ps(low, high);
+            quarters[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        }
+        const __m128 a = _mm_add_ps(_mm_unpacklo_ps(quarters[0], quarters[1]), _mm_unpackhi_ps(quarters[0], quarters[1]));
+        const __m128 b = _mm_add_ps(_mm_unpacklo_ps(quarters[2], quarters[3]), _mm_unpackhi_ps(quarters[2], quarters[3]));
+        _mm_storeu_ps(y, _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)));
+        return;
+    }
+#endif
+    for (int i = 0; i < COUNT; i++) y[i] = total(v[i]);
+}
 
 INLINE Real exponential(const Real& of) {  // within 2e-7 of the value; 0 far below
     const Real low = all(-87.f), high = all(88.f);
@@ -201,8 +225,10 @@ template <int DTYPE, int ROWS> INLINE void dots(const void* w, int64_t stride, c
             }
     for (; i + LANES <= n; i += LANES)
         for (int r = 0; r < ROWS; r++) sums[r][0] += wide<DTYPE>(p + (r * stride + i) * SIZE) * get<Real>(x + i);
+    Real both[ROWS];
+    for (int r = 0; r < ROWS; r++) both[r] = sums[r][0] + sums[r][1];
+    totals(both, y);
     for (int r = 0; r < ROWS; r++) {
-        y[r] = total(sums[r][0] + sums[r][1]);
         for (int64_t j = i; j < n; j++) y[r] += element(p, r * stride + j, DTYPE) * x[j];
     }
 }
@@ -285,6 +311,11 @@ void gate(const float* g, float* up, int64_t n) {  // up = silu(g) * up, both pa
     }
 }
 
+INLINE Real greater(const Real& a, const Real& b) {  // NaN where either is
+    const Int over = (a > b) | (a != a);
+    return over ? a : b;
+}
+
 // One head of attention over positions in memory, and one more that comes from elsewhere.
 template <int DTYPE> struct Head {
     const void *keys, *values, *key, *value;
@@ -296,9 +327,11 @@ template <int DTYPE> struct Head {
         for (; t + 4 < n; t += 4) dots<DTYPE, 4>(from(keys, t * width, DTYPE), width, q, width, score + t);
         for (; t + 1 < n; t++) dots<DTYPE, 1>(from(keys, t * width, DTYPE), width, q, width, score + t);
         dots<DTYPE, 1>(key, width, q, width, score + t);
-        float most = score[0];
-        for (t = 1; t < n; t++) most = score[t] > most || score[t] != score[t] ? score[t] : most;
         for (t = n; t % LANES != 0; t++) score[t] = -INFINITY;
+        Real greatest = get<Real>(score);
+        for (t = LANES; t < n; t += LANES) greatest = greater(get<Real>(score + t), greatest);
+        float most = greatest[0];
+        for (int i = 1; i < LANES; i++) most = greatest[i] > most || greatest[i] != greatest[i] ? greatest[i] : most;
         Real sums{};
         for (t = 0; t < n; t += LANES) {
             const Real e = exponential((get<Real>(score + t) - most) * scale);
@@ -316,12 +349,21 @@ template <int DTYPE> struct Head {
         }
     }
     template <int PARTS> INLINE void columns(const float* score, int64_t i, float by, float* y) const {
-        Real sums[PARTS] = {};
-        for (int64_t t = 0; t < n; t++) {
-            const void* row = t + 1 < n ? from(values, t * width, DTYPE) : value;
-            for (int p = 0; p < PARTS; p++) sums[p] += wide<DTYPE>(from(row, i + p * LANES, DTYPE)) * score[t];
-        }
-        for (int p = 0; p < PARTS; p++) put(y + i + p * LANES, sums[p] * by);
+        Real sums[2][PARTS] = {};  // of even and odd positions: a sum alone waits for itself
+        int64_t t = 0;
+        for (; t + 2 < n; t += 2)
+            for (int odd = 0; odd < 2; odd++)
+                for (int p = 0; p < PARTS; p++) {
+                    const void* at = from(values, (t + odd) * width + i + p * LANES, DTYPE);
+                    __builtin_prefetch(static_cast<const char*>(at) + AHEAD / 4);
+                    sums[odd][p] += wide<DTYPE>(at) * score[t + odd];
+                }
+        for (; t < n; t++)
+            for (int p = 0; p < PARTS; p++) {
+                const void* row = t + 1 < n ? from(values, t * width, DTYPE) : value;
+                sums[0][p] += wide<DTYPE>(from(row, i + p * LANES, DTYPE)) * score[t];
+            }
+        for (int p = 0; p < PARTS; p++) put(y + i + p * LANES, (sums[0][p] + sums[1][p]) * by);
     }
 };
 
