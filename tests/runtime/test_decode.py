@@ -209,13 +209,26 @@ def test_every_instruction_set(isa: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         assert error(model, tiny.tokens(1, 20, seed=3)) < {torch.float32: 1e-4, torch.float16: 1e-2}.get(kind, 6e-2)
 
 
-LARGE = {"hidden_size": 256, "intermediate_size": 2100, "vocab_size": 20001, "head_dim": 64, "max_position_embeddings": 4096}
+LARGE = {
+    "hidden_size": 256,
+    "intermediate_size": 2100,
+    "vocab_size": 20001,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
 SHARED_OUT: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "odd rows": ("llama", torch.float32, {"vocab_size": 20003, "intermediate_size": 2107}),
     "heads of 20, three to a head of keys": (
         "llama",
         torch.bfloat16,
-        {"hidden_size": 288, "head_dim": 20, "num_attention_heads": 9, "num_key_value_heads": 3, "attention_bias": True, "mlp_bias": True},
+        {
+            "hidden_size": 288,
+            "head_dim": 20,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
     ),
     "one head of keys": ("mistral", torch.float16, {"num_key_value_heads": 1, "sliding_window": 700}),
     "norms of heads": ("qwen3", torch.float32, {"num_key_value_heads": 2}),

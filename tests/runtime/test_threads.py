@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_helpers_stay_for_all_steps_and_each_has_a_part_of_its_own(threads: int)
     for step in range(1, 6):  # they have come by then
         order = [by[step, chunk] for chunk in range(12)]
         assert len(set(order)) == threads
-        assert sum(a != b for a, b in zip(order, order[1:], strict=False)) <= threads + 1
+        assert sum(a != b for a, b in pairwise(order)) <= threads + 1
     assert len(set(by.values())) == threads and threading.get_ident() in by.values()
 
 
