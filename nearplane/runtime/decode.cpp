@@ -241,16 +241,19 @@ template <int DTYPE> void dense_rows(const NearplaneMatrix& w, const float* x, f
     for (row = first; w.bias != nullptr && row < last; row++) y[row] += element(w.bias, row, w.bias_dtype);
 }
 
-constexpr int64_t LEAST_BYTES = 1 << 13, MOST_BYTES = 1 << 17;  // of weights in a chunk: some 0.3 and 5 microseconds
+constexpr int64_t LEAST_BYTES = 1 << 14, MOST_BYTES = 1 << 17;  // of weights in a chunk: some 0.5 and 5 microseconds
 constexpr int64_t CHUNKS = 64;                                  // of a weight, within those bounds
 
-// Rows of a chunk, the same for any number of threads: a multiple of 16.
+INLINE int64_t parts_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
+
+struct Cut {  // of a weight into chunks, the same for any number of threads
+    int64_t rows, chunks;  // rows: of a chunk, a multiple of 16
+};
 int64_t rows_of(const NearplaneMatrix& w) {
     const int64_t tile = w.packed != nullptr ? nearplane_tile_bytes(w.packed) : w.in * TILE * (w.dtype == F32 ? 4 : 2);
     const int64_t bytes = std::clamp((w.out + TILE - 1) / TILE * tile / CHUNKS, LEAST_BYTES, MOST_BYTES);
     return TILE * std::max<int64_t>(1, bytes / tile);
 }
-INLINE int64_t parts_of(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
 // What a thread keeps for itself while it takes part in a step.
 struct Mine {
@@ -372,10 +375,12 @@ INLINE int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 // What a token needs on its way.
 struct Scratch {
     std::vector<float> x, y, q, k, v, mixed, gate, up, scores, logits;
-    std::vector<int64_t> chunks;
+    std::vector<int64_t> chunks;  // of each step
+    std::vector<Cut> cuts;        // q, k, v, o, gate with up, down of each block; head
 
     void fit(const NearplaneDecoder& m, int64_t positions) {
         chunks.resize(size_t(5 * m.count + 1));
+        cuts.resize(size_t(6 * m.count + 1));
         const int64_t q_width = m.heads * m.width, k_width = m.shared * m.width;
         for (auto* part : {&x, &y}) part->resize(size_t(whole(m.hidden)));
         for (auto* part : {&q, &mixed}) part->resize(size_t(whole(q_width)));
@@ -388,6 +393,7 @@ struct Scratch {
 };
 
 enum Step { QKV, ATTENTION, OUTPUT, GATE, DOWN, STEPS };  // of a block
+constexpr int64_t CUTS = 6;
 
 struct Token {
     const NearplaneDecoder& m;
@@ -403,22 +409,27 @@ struct Token {
     float divided;
     uint64_t number;
 
-    // Fills in the chunks of every step. Returns the multiplications of all.
+    // Fills in cuts and chunks of every step. Returns the multiplications of all.
     int64_t plan(bool head) {
         int64_t products = head ? m.head.out * m.head.in : 0;
         for (int64_t i = 0; i < blocks; i++) {
             const NearplaneBlock& b = m.blocks[i];
-            int64_t* chunks = s.chunks.data() + STEPS * i;
-            chunks[QKV] = 0;
-            for (const NearplaneMatrix* w : {&b.q, &b.k, &b.v}) chunks[QKV] += parts_of(w->out, rows_of(*w));
-            chunks[ATTENTION] = m.heads;
-            chunks[OUTPUT] = parts_of(m.hidden, rows_of(b.o));
-            chunks[GATE] = parts_of(m.inner, std::min(rows_of(b.gate), rows_of(b.up)));
-            chunks[DOWN] = parts_of(m.hidden, rows_of(b.down));
-            for (const NearplaneMatrix* w : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) products += w->out * w->in;
+            Cut* cut = s.cuts.data() + CUTS * i;
+            for (const NearplaneMatrix* w : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.down}) {
+                const int64_t rows = w == &b.gate ? std::min(rows_of(b.gate), rows_of(b.up)) : rows_of(*w);
+                *cut++ = {rows, parts_of(w->out, rows)};
+                products += w->out * w->in * (w == &b.gate ? 2 : 1);
+            }
             products += 2 * m.heads * m.width * seen(i);
+            int64_t* chunks = s.chunks.data() + STEPS * i;
+            cut -= CUTS;
+            chunks[QKV] = cut[0].chunks + cut[1].chunks + cut[2].chunks;
+            chunks[ATTENTION] = m.heads;
+            for (int step = OUTPUT; step < STEPS; step++) chunks[step] = cut[step + 1].chunks;
         }
-        if (head) s.chunks[size_t(STEPS * blocks)] = parts_of(m.head.out, rows_of(m.head));
+        const int64_t rows = rows_of(m.head);
+        s.cuts[size_t(CUTS * blocks)] = {rows, parts_of(m.head.out, rows)};
+        if (head) s.chunks[size_t(STEPS * blocks)] = parts_of(m.head.out, rows);
         return products;
     }
     int64_t seen(int64_t block) const {  // positions, with the token's own
@@ -448,12 +459,13 @@ struct Token {
             else mine.x = kind == OUTPUT ? s.mixed.data() : s.up.data();
             mine.token = number, mine.step = step;
         }
-        if (head) return last(mine, chunk);
+        const Cut* cuts = s.cuts.data() + CUTS * block;
+        if (head) return last(mine, *cuts, chunk);
         const NearplaneBlock& b = m.blocks[block];
-        if (kind == QKV) return one_of_three(mine, b, chunk);
-        if (kind == OUTPUT) return sum(mine, b.o, chunk);
-        if (kind == GATE) return activate(mine, b, chunk);
-        if (kind == DOWN) return sum(mine, b.down, chunk);
+        if (kind == QKV) return one_of_three(mine, b, cuts, chunk);
+        if (kind == OUTPUT) return sum(mine, b.o, cuts[3], chunk);
+        if (kind == GATE) return activate(mine, b, cuts[4], chunk);
+        if (kind == DOWN) return sum(mine, b.down, cuts[5], chunk);
         return m.dtype == F32 ? attend<F32>(mine, block, chunk)
                               : m.dtype == F16 ? attend<F16>(mine, block, chunk) : attend<BF16>(mine, block, chunk);
     }
@@ -462,24 +474,22 @@ struct Token {
         normalize(by, s.x.data(), m.hidden, mine.normed.data());
         return mine.normed.data();
     }
-    int one_of_three(Mine& mine, const NearplaneBlock& b, int64_t chunk) const {
+    int one_of_three(Mine& mine, const NearplaneBlock& b, const Cut* cut, int64_t chunk) const {
         const NearplaneMatrix* const linears[] = {&b.q, &b.k, &b.v};
         float* const outputs[] = {s.q.data(), s.k.data(), s.v.data()};
-        for (int i = 0;; i++) {
-            const NearplaneMatrix& w = *linears[i];
-            const int64_t rows = rows_of(w), chunks = parts_of(w.out, rows);
-            if (chunk < chunks) return mine.multiply(w, outputs[i], chunk * rows, std::min(w.out, (chunk + 1) * rows));
-            chunk -= chunks;
-        }
+        int i = 0;
+        for (; chunk >= cut[i].chunks; i++) chunk -= cut[i].chunks;
+        const NearplaneMatrix& w = *linears[i];
+        return mine.multiply(w, outputs[i], chunk * cut[i].rows, std::min(w.out, (chunk + 1) * cut[i].rows));
     }
-    int sum(Mine& mine, const NearplaneMatrix& w, int64_t chunk) const {
-        const int64_t rows = rows_of(w), first = chunk * rows, end = std::min(w.out, first + rows);
+    int sum(Mine& mine, const NearplaneMatrix& w, const Cut& cut, int64_t chunk) const {
+        const int64_t first = chunk * cut.rows, end = std::min(w.out, first + cut.rows);
         if (mine.multiply(w, s.y.data(), first, end)) return 1;
         for (int64_t i = first; i < end; i++) s.x[size_t(i)] += s.y[size_t(i)] * m.added;
         return 0;
     }
-    int activate(Mine& mine, const NearplaneBlock& b, int64_t chunk) const {
-        const int64_t rows = std::min(rows_of(b.gate), rows_of(b.up)), first = chunk * rows, end = std::min(m.inner, first + rows);
+    int activate(Mine& mine, const NearplaneBlock& b, const Cut& cut, int64_t chunk) const {
+        const int64_t first = chunk * cut.rows, end = std::min(m.inner, first + cut.rows);
         if (mine.multiply(b.gate, s.gate.data(), first, end) || mine.multiply(b.up, s.up.data(), first, end)) return 1;
         gate(s.gate.data() + first, s.up.data() + first, end - first);
         return 0;
@@ -511,9 +521,9 @@ struct Token {
         head.attend(q, s.scores.data() + number_of_head * whole(n), s.mixed.data() + number_of_head * width);
         return 0;
     }
-    int last(Mine& mine, int64_t chunk) const {
+    int last(Mine& mine, const Cut& cut, int64_t chunk) const {
         const NearplaneMatrix& w = m.head;
-        const int64_t rows = rows_of(w), first = chunk * rows, end = std::min(w.out, first + rows);
+        const int64_t first = chunk * cut.rows, end = std::min(w.out, first + cut.rows);
         if (mine.multiply(w, y, first, end)) return 1;
         if (divided != 1.f)
             for (int64_t i = first; i < end; i++) y[i] /= divided;

@@ -251,19 +251,22 @@ def test_threads_agree_to_the_bit(name: str, arithmetic: Any) -> None:
         torch.set_num_threads(1)
         with torch.no_grad():
             filled = model(input_ids=ids[:, :800], use_cache=True).past_key_values
-        found, helped = [], []
+        found, tokens = list[tuple[Tensor, ...]](), 0
         for threads in (1, 2, 3, 1, 2):
             torch.set_num_threads(threads)
-            cache, first = copy.deepcopy(filled), library.nearplane_helped()
-            with torch.no_grad():
-                logits = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(800, 820)]
-            found.append((torch.cat(logits), cache.layers[0].keys, cache.layers[1].values))
-            helped.append(library.nearplane_helped() - first)
+            for _ in range(100):  # a busy machine may not run a helper at once
+                cache, first = copy.deepcopy(filled), library.nearplane_helped()
+                with torch.no_grad():
+                    logits = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(800, 820)]
+                found.append((torch.cat(logits), cache.layers[0].keys, cache.layers[1].values))
+                tokens += 20
+                if threads == 1 or library.nearplane_helped() > first:
+                    break
+            assert (library.nearplane_helped() > first) == (threads > 1)
     finally:
         torch.set_num_threads(before)
-    assert front(model).tokens == 100
+    assert front(model).tokens == tokens
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-    assert [count > 0 for count in helped] == [False, True, True, False, True]
 
 
 def test_the_structs_are_the_librarys() -> None:
