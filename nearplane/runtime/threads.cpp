@@ -53,6 +53,7 @@ template <class F> bool spin_until(Microseconds most, F&& f) {
 }
 
 using Work = int (*)(void*, int64_t, int64_t);
+std::atomic<int64_t> helped{0};  // chunks that were not done by callers
 
 class Job {
   public:
@@ -67,17 +68,16 @@ class Job {
         parts_ = int(std::min<int64_t>({threads, most, MOST_PARTS}));
     }
 
-    // Takes part until nothing is left to be claimed; the caller until everything is done. Returns how many chunks it did.
-    int64_t take_part(bool caller) {
+    // Takes part until nothing is left to be claimed; the caller until everything is done.
+    void take_part(bool caller) {
         const int mine = joined_.fetch_add(1, std::memory_order_relaxed) % parts_;
         const int64_t steps = int64_t(before_.size()) - 1;
-        int64_t all = 0;
         for (int64_t step = 0; step < steps; step++) {
             const int64_t end = before_[size_t(step) + 1];
             if (done_.load(std::memory_order_acquire) >= end) continue;
             int64_t did = 0;
             for (int p = 0; p < parts_; p++) did += claim(step, (mine + p) % parts_);
-            all += did;
+            if (!caller && did > 0) helped.fetch_add(did, std::memory_order_relaxed);
             if (did > 0 && done_.fetch_add(did) + did == end) {
                 if (asleep_.load() > 0) {
                     std::lock_guard<std::mutex> lock(mutex_);
@@ -87,7 +87,6 @@ class Job {
                 wait(end);
             }
         }
-        return all;
     }
     int failed() const { return failed_.load(std::memory_order_relaxed); }
     bool done() const { return done_.load(std::memory_order_acquire) == before_.back(); }
@@ -175,7 +174,6 @@ class Pool {
         }
         for (auto& worker : workers) worker.join();
     }
-    std::atomic<int64_t> helped{0};  // chunks that were not done by callers
 
   private:
     void loop(int mine) {
@@ -192,7 +190,7 @@ class Pool {
                 jobs_.pop_front();
                 waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
             }
-            if (!job->done()) helped.fetch_add(job->take_part(false), std::memory_order_relaxed);
+            if (!job->done()) job->take_part(false);
         }
     }
     std::mutex mutex_;
@@ -248,7 +246,7 @@ int nearplane_steps(int (*work)(void*, int64_t, int64_t), void* context, const i
 }
 
 // Chunks that other threads than callers have done so far: tells tests that some have come.
-int64_t nearplane_helped() { return the_pool().helped.load(std::memory_order_relaxed); }
+int64_t nearplane_helped() { return helped.load(std::memory_order_relaxed); }
 
 // Joins the workers; the next call that needs them starts new ones.
 void nearplane_shut_down() {
