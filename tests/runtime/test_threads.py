@@ -86,7 +86,11 @@ def test_after_an_error_nothing_more_is_begun_and_nobody_waits(threads: int) -> 
         failing = step == 2 and (threads == 1 or threading.get_ident() != caller)  # in a helper, where there is one
         return 7 if failing else 0
 
-    assert steps([8, 8, 8, 8, 8], work, threads) == 7
+    for _ in range(50):  # a busy machine may not run a helper in time
+        begun.clear()
+        if code := steps([8, 8, 8, 8, 8], work, threads):
+            break
+    assert code == 7
     assert set(begun) == {0, 1, 2}
     assert steps([8, 8], lambda *_: 0, threads) == 0  # and the helpers are there for the next job
 
