@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py [--threads 1] [--rounds 5] [--prompt 128] [--new 64] [--model CHECKPOINT] [--gguf FILE]
         [--llama PYTHON] [--json benchmarks/results/decode.json]
+    python benchmarks/decode.py --scaling [--rounds 10] [--prompt 128] [--new 16] [--model CHECKPOINT] [--json FILE]
 
 Without --model the demo model is rounded to nearest at 4 bits, symmetric, in groups of 32: codes that Q4_0 holds as they are.
 --gguf is the same checkpoint by ``nearplane convert``, and is made where it is not given. llama.cpp runs in an environment with
@@ -12,6 +13,9 @@ Bytes: of the weights that one token reads.
 By default the model's forward is called token by token; "generate" is transformers' ``generate``. Two empty models tell what
 Python costs alone: a forward that gives the same logits at once, and one that calls as many modules as the model has, which do
 nothing.
+
+--scaling measures two threads against one instead, of fused decoding: wall time of single tokens, sampling included, in short
+rounds of --new tokens that alternate in one process. Medians of all tokens count. "others": cores that other processes used.
 """
 
 import argparse
@@ -144,16 +148,24 @@ class LlamaCpp:
         return answer["cpu" if self.threads == 1 else "clock"] / new, answer["tokens"]
 
 
+WAYS: dict[str, Any] = {"": {}, ", head 8 bits": {"head_bits": 8}, ", bfloat16": {"dtype": "bfloat16"}}
+
+
+def quantized(args: argparse.Namespace, folder: Path) -> str:
+    """Give the checkpoint, which is made where none is given."""
+    if args.model is not None:
+        return str(args.model)
+    grid, checkpoint = nearplane.Grid(bits=4, group_size=32), str(folder / "out")
+    nearplane.quantize("demo", checkpoint, method=nearplane.RTN(), grid=grid, progress=False)
+    return checkpoint
+
+
 def set_up(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Round], dict[str, int]]:
     """Load every contender; give them, and the bytes that a token of each reads."""
-    checkpoint = args.model or str(folder / "out")
-    if args.model is None:
-        grid = nearplane.Grid(bits=4, group_size=32)
-        nearplane.quantize("demo", checkpoint, method=nearplane.RTN(), grid=grid, progress=False)
+    checkpoint = quantized(args, folder)
     rounds: dict[str, Round] = {}
     size: dict[str, int] = {}
-    ways = {"": {}, ", head 8 bits": {"head_bits": 8}, ", bfloat16": {"dtype": "bfloat16"}}
-    for name, settings in ways.items():
+    for name, settings in WAYS.items():
         model = nearplane.load(checkpoint, device="cpu", **settings)
         for arithmetic in ("a16", "a8"):
             for decode in ("plain", "auto"):
@@ -173,6 +185,47 @@ def set_up(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Round], di
             nearplane.convert(checkpoint, gguf, progress=False)
         rounds["llama.cpp"], size["llama.cpp"] = LlamaCpp(args.llama, gguf, args.threads), tensor_bytes(gguf)
     return rounds, size
+
+
+def used() -> float:
+    """Seconds of all processors that were not idle so far, as Linux counts them."""
+    fields = [int(field) for field in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def scaling(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Two threads against one, of each way to load the model."""
+    checkpoint, found = quantized(args, folder), []
+    print(
+        "| | ms a token, 1 thread | 2 threads | ratio | of the fastest twentieth | others |\n|---|---|---|---|---|---|"
+    )
+    for name, settings in WAYS.items():
+        model: Any = nearplane.load(checkpoint, device="cpu", **settings)
+        if (said := fused.why(model)) != "fused decode":
+            raise SystemExit(said)
+        times: dict[int, list[float]] = {1: [], 2: []}
+        spent, start, own = used(), time.perf_counter(), time.process_time()
+        with torch.inference_mode():
+            out = model(input_ids=words(checkpoint, args.prompt), use_cache=True, logits_to_keep=1)
+            for number in range(args.rounds + 1):  # the first warms up
+                for threads, each in times.items():
+                    torch.set_num_threads(threads)
+                    for _ in range(args.new):
+                        begin = time.perf_counter()
+                        token = out.logits[0, -1].argmax()
+                        out = model(input_ids=token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+                        if number:
+                            each.append(time.perf_counter() - begin)
+        torch.set_num_threads(args.threads)
+        others = (used() - spent - (time.process_time() - own)) / (time.perf_counter() - start)
+        row: dict[str, Any] = {"name": name[2:] or "as loaded", "others": others}
+        for part, kind in ((0.5, "median"), (0.05, "fastest")):
+            one, two = (sorted(tokens)[int(part * len(tokens))] for tokens in times.values())
+            row |= {f"{kind} ms, 1": 1e3 * one, f"{kind} ms, 2": 1e3 * two, f"{kind} ratio": one / two}
+        found.append(row)
+        cells = f"{row['median ms, 1']:.2f} | {row['median ms, 2']:.2f} | {row['median ratio']:.2f}"
+        print(f"| {row['name']} | {cells} | {row['fastest ratio']:.2f} | {others:.2f} |", flush=True)
+    return found
 
 
 class LeftOutError(Exception):
@@ -212,16 +265,30 @@ def tensor_bytes(gguf: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="5; 10 with --scaling")
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, help="tokens of a round: 64; 16 with --scaling")
     parser.add_argument("--model")
     parser.add_argument("--gguf")
     engines = os.environ.get("NEARPLANE_ENGINES")
     parser.add_argument("--llama", metavar="PYTHON", default=engines and f"{engines}/llama/bin/python")
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.rounds, args.new = args.rounds or (10 if args.scaling else 5), args.new or (16 if args.scaling else 64)
+    if args.scaling:
+        with tempfile.TemporaryDirectory() as made:
+            alternated = scaling(args, Path(made))
+        print(f"\n{cpu.best()}, load {os.getloadavg()[0]:.1f}")
+        if args.json:
+            record(args.json, alternated, 2, isa=cpu.best(), load=os.getloadavg())
+        return
+    compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """All contenders beside each other."""
     with tempfile.TemporaryDirectory() as folder:
         rounds, size = set_up(args, Path(folder))
         prompt = words(args.model or f"{folder}/out", args.prompt)

@@ -25,6 +25,8 @@ from nearplane.run.names import ALIASES
 VERBS = ("quantize", "plan", "eval", "inspect", "generate", "bench", "verify", "convert", "report", "push")
 # All that may stand behind ``nearplane``: serve has options of transformers, help and completion have none.
 WORDS = (*VERBS, "serve", "help", "completion")
+# Those that decode token by token in this process, beside serve.
+DECODING = ("generate", "bench")
 # What people type for completion where other programs have it.
 INSTALL = ("--install-completion", "--show-completion")
 LINE = 'eval "$(nearplane completion {0})" to ~/.{0}rc'
@@ -106,6 +108,7 @@ def _run(argv: list[str]) -> int:
     if word == "serve" or (word in ("-h", "--help", "help") and words[:1] == ["serve"]):
         from nearplane.cli import serve
 
+        _rest_soon()
         return serve.run(words if word == "serve" else ["--help"])
     asks = word in ("-h", "--help", "help")
     if asks and (not words or words[0] in ("help", "completion")):
@@ -118,6 +121,8 @@ def _run(argv: list[str]) -> int:
         print(help_text(module, words), end="")
         return 0
     options, settings = parse(module, words)
+    if word in DECODING:
+        _rest_soon()
     if not getattr(module, "LOCAL", False):
         _refuse_missing(getattr(options, "model", None) or options.out, {**vars(options), **settings}.get("revision"))
     _quiet_transformers()
@@ -145,6 +150,15 @@ def _quiet_transformers() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:
         sys.modules["transformers"].logging.set_verbosity_error()
+
+
+def _rest_soon() -> None:
+    """Have torch's threads sleep 0.05 ms after an operation, if torch is still to be imported; a user's own choice stays.
+
+    GNU's OpenMP lets them spin for several ms. Between two tokens they would hold the cores that the next token needs.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _left_something(argv: list[str]) -> bool:

@@ -23,7 +23,7 @@ Isa = Literal["avx512", "avx2", "portable"]
 ISAS: dict[Isa, int] = {"avx512": 2, "avx2": 1, "portable": 0}  # the best first
 PATHS: dict[str, int] = {"exact": 0, "a16": 1, "a8": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ABI = 4  # nearplane_abi() of the kernel.cpp that belongs to this file
+ABI = 5  # nearplane_abi() of the kernel.cpp that belongs to this file
 HOW = (
     "it is built while nearplane is installed, where there is a C++ compiler (g++ or clang++): with one, in a clone, "
     "pip install --force-reinstall --no-deps ."

@@ -1,6 +1,6 @@
 // y = x W^T + bias with W packed in 2 to 8 bits, on a CPU. Compiled once per instruction set (NEARPLANE_ISA); a C ABI.
 //
-// Decides: how codes are multiplied without being turned into floats, and who does which part of the work.
+// Decides: how codes are multiplied without being turned into floats. threads.cpp decides who does which part of the work.
 // layout.py says how W lies in memory: tiles of 16 output channels, blocks of 32 inputs; a block has 8 steps, and the
 // bytes of a dword are one channel's codes for the 4 inputs of a step. So one vector holds 16 channels x 4 inputs, an
 // activation dword is broadcast to all of them, and every lane sums its own channel: no sum across lanes, ever.
@@ -10,21 +10,10 @@
 // codes exactly. The zero point enters once per run, through the run's activation sum.
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <deque>
-#include <memory>
-#include <mutex>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
 
 #define ISA_PORTABLE 0
 #define ISA_AVX2 1
@@ -375,6 +364,9 @@ extern "C" struct NearplaneWeight {  // the twin of this struct is in cpu.py
     int64_t out, in, positions, groups, span;  // span: positions of a group; the last may have fewer
     int32_t bits, zero, scale_dtype, free;
 };
+
+extern "C" int nearplane_steps(int (*work)(void*, int64_t, int64_t), void* context, const int64_t* chunks, int64_t steps,
+                               int64_t products, int threads);  // of threads.cpp
 
 namespace {
 
@@ -780,13 +772,24 @@ Form form_of(int bits, int path) {
     return path == EXACT ? FLOATS : path == A16 ? a16[bits - 2] : BYTES;
 }
 
-// ------------------------------------------------------------------------------------------------ threads
-//
-// A job is cut into chunks that are claimed one by one. The caller claims like everyone else, and at the end waits for
-// chunks that somebody claimed, never for a worker: one that the system has not woken yet has claimed nothing.
-// Each thread begins with a part of its own, so that it reads on where it has read, and then helps with the other parts.
+constexpr int64_t CHUNK_BYTES = 1 << 16;  // of codes: some 5 microseconds of one row
+constexpr int64_t ROWS_PREPARED = 512;    // of x at a time, which bounds what is kept
 
-struct Job {
+void fill(const Weight& w, const void* x, int64_t rows, int64_t stride, int dtype, Form form, Activations& a) {
+    const auto by_form = form == FLOATS   ? prepare<FLOATS>
+                         : form == BYTES  ? prepare<BYTES>
+                         : form == DIGITS ? prepare<DIGITS>
+                                          : prepare<WORDS>;
+    by_form(w, x, rows, stride, dtype, a);
+}
+
+// Kept: allocating it anew costs as much as a small product.
+Activations& of_this_thread() {
+    static thread_local Activations activations;
+    return activations;
+}
+
+struct Shared {  // a product that threads share out by tiles
     const Weight* weight;
     const Activations* activations;
     Product product;
@@ -794,157 +797,15 @@ struct Job {
     Bias bias;
     int dtype;
     void* out;
-    int64_t tiles, chunk, chunks;
-    void (*call)(void*, int64_t) = nullptr;  // other work than a product, with its context
-    void* context = nullptr;
-    struct alignas(64) Part {
-        std::atomic<int64_t> next{0};
-        int64_t end = 0;
-    };
-    static constexpr int MOST_PARTS = 16;
-    Part parts[MOST_PARTS];
-    int number = 1;  // of parts
-    std::atomic<int> joined{0};
-    std::atomic<int64_t> done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
+    int64_t tiles, chunk;
 
-    void divide(int threads) {
-        number = int(std::max<int64_t>(1, std::min<int64_t>({threads, chunks, MOST_PARTS})));
-        for (int p = 0; p < number; p++) {
-            parts[p].next.store(chunks * p / number, std::memory_order_relaxed);
-            parts[p].end = chunks * (p + 1) / number;
-        }
+    static int work(void* context, int64_t, int64_t number) {
+        const Shared& s = *static_cast<Shared*>(context);
+        const int64_t first = number * s.chunk, last = std::min(first + s.chunk, s.tiles);
+        s.product(*s.weight, *s.activations, s.rows, s.bias, s.dtype, s.out, first, last);
+        return 0;
     }
-    void work() {
-        const int mine = joined.fetch_add(1, std::memory_order_relaxed) % number;
-        for (int p = 0; p < number; p++) work_on(parts[(mine + p) % number]);
-    }
-    void work_on(Part& part) {
-        for (int64_t c; (c = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) {
-            const int64_t first = c * chunk, last = first + chunk < tiles ? first + chunk : tiles;
-            if (call != nullptr) call(context, c);
-            else product(*weight, *activations, rows, bias, dtype, out, first, last);
-            if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) {
-                std::lock_guard<std::mutex> lock(mutex);
-                finished.notify_all();
-            }
-        }
-    }
-    bool claimed() const {
-        for (int p = 0; p < number; p++)
-            if (parts[p].next.load(std::memory_order_relaxed) < parts[p].end) return false;
-        return true;
-    }
-    bool complete() const { return done.load(std::memory_order_acquire) == chunks; }
 };
-
-INLINE void breathe() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-constexpr auto SPIN = std::chrono::microseconds(20);  // less than waking a thread takes
-
-template <class F> bool spin_until(F&& f) {
-    const auto until = std::chrono::steady_clock::now() + SPIN;
-    do {
-        for (int i = 0; i < 64; i++) {
-            if (f()) return true;
-            breathe();
-        }
-    } while (std::chrono::steady_clock::now() < until);
-    return f();
-}
-
-class Pool {
-  public:
-    void run(const std::shared_ptr<Job>& job, int threads, bool wake) {  // else only those that are awake are asked
-        int64_t helpers, sleepers;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            const int64_t awake = int64_t(workers_.size()) - sleeping_;
-            const int64_t wanted = std::min<int64_t>({threads - 1, job->chunks - 1, wake ? threads : awake});
-            try {
-                while (int64_t(workers_.size()) < wanted) workers_.emplace_back([this, mine = generation_] { loop(mine); });
-            } catch (const std::system_error&) {  // no thread to be had: those that are there, and the caller, do it
-            }
-            helpers = std::min<int64_t>(wanted, int64_t(workers_.size()));
-            jobs_.insert(jobs_.end(), size_t(helpers), job);  // once for each helper that may join
-            sleepers = wake ? std::min<int64_t>(helpers, sleeping_) : 0;
-        }
-        // Only now: who is called while the lock is held runs into it, and is put to sleep.
-        if (helpers > 0) waiting_.store(helpers, std::memory_order_release);
-        for (int64_t i = 0; i < sleepers; i++) wake_.notify_one();
-        job->work();
-        {  // whoever has not come by now is not needed
-            std::lock_guard<std::mutex> lock(mutex_);
-            jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end());
-            waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
-        }
-        if (!job->complete() && !spin_until([&] { return job->complete(); })) {
-            std::unique_lock<std::mutex> lock(job->mutex);
-            job->finished.wait(lock, [&] { return job->complete(); });
-        }
-    }
-    void shut_down() {
-        std::vector<std::thread> workers;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            workers.swap(workers_);
-            generation_++;
-            waiting_.store(1, std::memory_order_release);
-            wake_.notify_all();
-        }
-        for (auto& worker : workers) worker.join();
-    }
-
-  private:
-    void loop(int mine) {
-        for (;;) {
-            std::shared_ptr<Job> job;
-            spin_until([&] { return waiting_.load(std::memory_order_acquire) > 0; });
-            {
-                std::unique_lock<std::mutex> lock(mutex_);
-                sleeping_++;
-                wake_.wait(lock, [&] { return generation_ != mine || !jobs_.empty(); });
-                sleeping_--;
-                if (generation_ != mine) return;
-                job = jobs_.front();
-                jobs_.pop_front();
-                waiting_.store(int64_t(jobs_.size()), std::memory_order_release);
-            }
-            if (!job->claimed()) job->work();
-        }
-    }
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::deque<std::shared_ptr<Job>> jobs_;
-    std::vector<std::thread> workers_;
-    std::atomic<int64_t> waiting_{0};
-    int sleeping_ = 0;
-    int generation_ = 0;  // workers of an earlier one leave
-};
-
-// On the heap and never freed: a forked child inherits a pool whose threads did not come along, and takes a new one.
-std::atomic<Pool*> pool{nullptr};
-
-Pool& the_pool() {
-    static const bool once = [] {
-        pool.store(new Pool);
-#if !defined(_WIN32)
-        pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
-#endif
-        return true;
-    }();
-    (void)once;
-    return *pool.load();
-}
-
-constexpr int64_t CHUNK_BYTES = 1 << 16;    // of codes: some 5 microseconds of one row
-constexpr int64_t ROWS_PREPARED = 512;       // of x at a time, which bounds what is kept
-constexpr int64_t ALONE_PRODUCTS = 1 << 19;  // less work than this is done before another thread has come
-constexpr int64_t WAKE_PRODUCTS = 1 << 22;   // and less than this before another thread has woken
 
 }  // namespace
 
@@ -952,7 +813,7 @@ constexpr int64_t WAKE_PRODUCTS = 1 << 22;   // and less than this before anothe
 
 extern "C" {
 
-int nearplane_abi() { return 4; }
+int nearplane_abi() { return 5; }
 
 // Whether this machine can run an instruction set's library. Asked of the portable one.
 int nearplane_runs(int isa) {
@@ -972,33 +833,17 @@ int nearplane_runs(int isa) {
 // Returns 0; 1 where memory runs out. The arguments are checked by the caller (cpu.py).
 int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int64_t stride, int dtype, const void* bias,
                      int bias_dtype, void* y, int path, int threads) {
-    static thread_local Activations activations;  // kept: allocating it anew costs as much as a small product
-    const Form form = form_of(w->bits, path);
-    const auto fill = form == FLOATS   ? prepare<FLOATS>
-                      : form == BYTES  ? prepare<BYTES>
-                      : form == DIGITS ? prepare<DIGITS>
-                                       : prepare<WORDS>;
     const int64_t tiles = (w->out + TILE - 1) / TILE, bytes = w->positions / BLOCK * 64 * w->bits;
     const int64_t chunk = rows > 1 ? 4 : std::max<int64_t>(1, CHUNK_BYTES / bytes), size = dtype == F32 ? 4 : 2;
+    const int64_t chunks = (tiles + chunk - 1) / chunk;
     for (int64_t top = 0; top < rows; top += ROWS_PREPARED) {
         const int64_t count = std::min(rows - top, ROWS_PREPARED);
         try {
-            fill(*w, static_cast<const char*>(x) + top * stride * size, count, stride, dtype, activations);
-            auto job = std::make_shared<Job>();
-            job->weight = w;
-            job->activations = &activations;
-            job->product = product_of(w->bits, path);
-            job->rows = count;
-            job->bias = {bias, bias_dtype};
-            job->dtype = dtype;
-            job->out = static_cast<char*>(y) + top * w->out * size;
-            job->tiles = tiles;
-            job->chunk = chunk;
-            job->chunks = (tiles + chunk - 1) / chunk;
-            job->divide(threads);
-            const int64_t products = w->out * w->positions * count;
-            if (threads <= 1 || job->chunks <= 1 || products < ALONE_PRODUCTS) job->work();
-            else the_pool().run(job, threads, products >= WAKE_PRODUCTS);
+            Activations& activations = of_this_thread();
+            fill(*w, static_cast<const char*>(x) + top * stride * size, count, stride, dtype, form_of(w->bits, path), activations);
+            void* out = static_cast<char*>(y) + top * w->out * size;
+            Shared shared{w, &activations, product_of(w->bits, path), count, {bias, bias_dtype}, dtype, out, tiles, chunk};
+            if (nearplane_steps(Shared::work, &shared, &chunks, 1, w->out * w->positions * count, threads)) return 1;
         } catch (const std::bad_alloc&) {
             return 1;
         }
@@ -1006,29 +851,28 @@ int nearplane_linear(const NearplaneWeight* w, const void* x, int64_t rows, int6
     return 0;
 }
 
-// Calls work(context, chunk) for every chunk, on so many threads. Returns 0; 1 where memory runs out.
-int nearplane_share(void (*work)(void*, int64_t), void* context, int64_t chunks, int threads) {
-    if (threads <= 1 || chunks <= 1) {
-        for (int64_t c = 0; c < chunks; c++) work(context, c);
-        return 0;
-    }
+// The same for one row of float32 in two parts, for a thread that has its own share of a product's tiles of 16 outputs.
+// The first part prepares x; the second takes what this thread prepared last, and writes outputs [16 first, 16 last).
+int nearplane_prepare(const NearplaneWeight* w, const float* x, int path) {
     try {
-        auto job = std::make_shared<Job>();
-        job->call = work;
-        job->context = context;
-        job->chunks = chunks;
-        job->divide(threads);
-        the_pool().run(job, threads, true);
+        fill(*w, x, 1, w->in, F32, form_of(w->bits, path), of_this_thread());
     } catch (const std::bad_alloc&) {
         return 1;
     }
     return 0;
 }
-
-// Joins the workers; the next call that needs them starts new ones.
-void nearplane_shut_down() {
-    if (pool.load() != nullptr) the_pool().shut_down();
+void nearplane_tiles(const NearplaneWeight* w, int path, const void* bias, int bias_dtype, float* y, int64_t first, int64_t last) {
+    product_of(w->bits, path)(*w, of_this_thread(), 1, {bias, bias_dtype}, F32, y, first, last);
 }
+
+// Whether two weights of as many inputs take the same prepared x.
+int nearplane_alike(const NearplaneWeight* a, int path_a, const NearplaneWeight* b, int path_b) {
+    return form_of(a->bits, path_a) == form_of(b->bits, path_b) && a->in == b->in && a->positions == b->positions &&
+           a->groups == b->groups && a->span == b->span && a->order == b->order;
+}
+
+// Bytes of codes in a tile.
+int64_t nearplane_tile_bytes(const NearplaneWeight* w) { return w->positions / BLOCK * 64 * w->bits; }
 
 // Reads memory as the kernel reads codes; what a benchmark divides by.
 uint64_t nearplane_read(const uint8_t* p, int64_t bytes) {

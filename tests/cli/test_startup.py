@@ -58,3 +58,31 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     words = ["-m", "nearplane", "quantize", str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
     assert done.stderr == f"opening {tmp_path / 'model'}\ntorch is imported\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted"),
+    [({}, "2000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "active"}, "None active")],
+)
+def test_threads_of_torch_rest_soon_where_tokens_are_decoded(tmp_path: Path, own: dict[str, str], wanted: str) -> None:
+    """The OpenMP library reads this when torch is imported. A user's own choice stays, and quantize changes nothing."""
+    code = "import os; raise SystemExit(f\"{os.environ.get('GOMP_SPINCOUNT')} {os.environ.get('OMP_WAIT_POLICY')}\")"
+    (tmp_path / "torch.py").write_text(code)
+    (tmp_path / "model").mkdir()
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    kept = " ".join(str(own.get(name)) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"))
+    for words, said in (
+        (["generate", model, "--prompt", "x"], wanted),
+        (["bench", model], wanted),
+        (["quantize", model, out], kept),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "nearplane", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=others | own | {"PYTHONPATH": path},
+        )
+        assert done.stderr.splitlines()[-1] == said, words

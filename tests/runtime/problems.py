@@ -69,7 +69,7 @@ def compiler() -> str | None:
 def emulated(folder: Path) -> ctypes.CDLL:
     """The AVX-512 kernel, compiled over plain arrays (avx512.h)."""
     here, target = Path(__file__).parent, folder / "emulated.so"
-    sources = [str(Path(cpu.__file__).parent / name) for name in ("kernel.cpp", "decode.cpp")]
+    sources = [str(Path(cpu.__file__).parent / name) for name in ("kernel.cpp", "decode.cpp", "threads.cpp")]
     flags = [
         "-std=c++17",
         "-O1",
