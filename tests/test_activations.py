@@ -143,10 +143,10 @@ def test_a_resumed_run_is_the_same_and_a_changed_rounding_is_refused(model, tmp_
     run(model, whole, activations=TokenGrid(8))
     until = Forward.until
 
-    def stops(self: Forward, module: str | None) -> Any:
+    def stops(self: Forward, module: str | None, behind: bool = False) -> Any:
         if self.k == 1:
             raise KeyboardInterrupt
-        return until(self, module)
+        return until(self, module, behind)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Forward, "until", stops)

@@ -22,6 +22,7 @@ from nearplane.cli.main import main
 from nearplane.data.samples import _decoded, gather
 from nearplane.models.source import load_tokenizer, open_source
 from nearplane.run import forecast
+from nearplane.run.probe import Products
 
 SMALL: dict[str, Any] = {"bits": 3, "group_size": 32, "method": "gptq", "nsamples": 4, "seqlen": 24, "progress": False}
 
@@ -152,7 +153,9 @@ def test_the_command_line(model: Path, content: str, tmp_path: Path, capsys: pyt
 
 
 def test_plan_takes_the_same_datasets(model: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "rates", lambda _plan, _found: forecast.Rates(*[1e-6] * 10))
+    monkeypatch.setattr(
+        forecast, "rates", lambda _plan, _found: forecast.Rates(1e-6, Products(*[1e-6] * 3), *[1e-6] * 9)
+    )
     settings = {**SMALL}
     settings.pop("progress")
     for dataset in ([content], model.parent / "text.txt", torch.arange(3, 99)):

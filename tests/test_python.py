@@ -11,6 +11,7 @@ import nearplane
 from nearplane import Job, LoadSettings, SettingError
 from nearplane.models.source import load_tokenizer
 from nearplane.run import forecast
+from nearplane.run.probe import Products
 
 SETTINGS: dict[str, Any] = {"bits": 3, "group_size": 32, "sym": False, "method": "gptq", "nsamples": 4, "seqlen": 32}
 
@@ -49,7 +50,9 @@ def test_silent_if_asked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "rates", lambda _plan, _found: forecast.Rates(*[1e-6] * 10))
+    monkeypatch.setattr(
+        forecast, "rates", lambda _plan, _found: forecast.Rates(1e-6, Products(*[1e-6] * 3), *[1e-6] * 9)
+    )
     found = nearplane.plan(model, **SETTINGS)
     assert found.plan.grid.bits == 3 and "14 linears in 2 blocks" in repr(found)
     assert type(found).__repr__ is type(found).__str__  # their words hold how much memory is free at the moment
