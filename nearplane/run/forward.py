@@ -227,7 +227,8 @@ class Forward(greenlet):
         """Keep what is seen, and give control back; in a block that is called several times, go on."""
         self.input, self.leading = seen.reshape(-1, seen.shape[-1]), seen.shape[:-1]
         if self.stream.calls[self.k] > 1:
-            self.inputs.append(self.input)
+            # The model goes on at once, and may change an output in place.
+            self.inputs.append(self.input.clone() if self.behind else self.input)
         else:
             self.wanted = None
             self.caller.switch()
