@@ -1,7 +1,7 @@
 """The whole solver, beside its arithmetic floor: GPTQ (Hessian, factor, sweep) and NearPlane (target, sweep, refinement).
 
     python benchmarks/solver.py [--threads 1] [--shapes 1024x1024 2048x5632 4096x4096] [--methods GPTQ NearPlane]
-        [--rounds 3] [--parts] [--growth] [--json solver.json]
+        [--rounds 3] [--parts] [--growth] [--scaling] [--json solver.json]
 
 One linear, 4 bits, static groups of 128, min-max fit (the search for scales is no part of the floor), 4096 tokens. The
 floor of GPTQ in multiply-adds, at the rate of a 2048-cube float32 GEMM measured in the same run: tokens·in²/2 for the
@@ -10,12 +10,14 @@ rounds. Memory is the peak of what the solver allocates beyond its inputs (weigh
 
 ``--parts`` prints what each part of a solver takes: CPU seconds, FLOPs, and the rate that it reaches beside the GEMM's.
 ``--growth`` solves square linears of 512 to 4096 inputs, and prints the exponents that fit their cost and memory.
+``--scaling`` measures one thread against two instead: wall time of prepare and solve, in turn, on an idle machine.
 """
 
 import argparse
 import math
 import os
 import statistics
+import time
 import weakref
 from typing import Any
 
@@ -64,14 +66,15 @@ class Peak(TorchDispatchMode):
 
 
 def calibration(out: int, columns: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """A weight, and batches of X̂, X and the drift of the stream before the linear, with correlated features."""
+    """A weight, and batches of X̂, X and r - r̂ + W X (drift of the stream, the reference's output); features correlate."""
     torch.manual_seed(0)
-    mix = torch.randn(columns // 8, columns)
+    mix, weight = torch.randn(columns // 8, columns), torch.randn(out, columns)
     batches = []
     for _ in range(TOKENS // BATCH):
         x = torch.randn(BATCH, columns // 8) @ mix + torch.randn(BATCH, columns)
-        batches.append((x + 0.1 * torch.randn(BATCH, columns), x, 0.1 * torch.randn(BATCH, out)))
-    return torch.randn(out, columns), batches
+        shift = 0.1 * torch.randn(BATCH, out)
+        batches.append((x + 0.1 * torch.randn(BATCH, columns), x, torch.addmm(shift, x, weight.T)))
+    return weight, batches
 
 
 def observe(
@@ -82,9 +85,10 @@ def observe(
     residual = out if "R" in method.needs else None
     drift = "D" in method.needs and residual is None  # as in the walk: where there is R it stands in for D
     made = [Moments.zeros(columns, drift=drift, residual=residual) for _ in batches]
-    for part, (xhat, x, shift) in zip(made, batches, strict=True):
-        behind = None if residual is None else torch.addmm(shift, x - xhat, weight.T)
-        part.add(xhat, x if drift else None, behind)
+    for part, (xhat, x, behind) in zip(made, batches, strict=True):
+        part.add(xhat, x if drift else None, None if residual is None else behind)
+        if part.R is not None:
+            part.R.addmm_(weight, part.H, alpha=-1)  # as the walk does it
     return made[0].join(made[1]) if "held_out" in method.needs else made[0].merge(made[1])
 
 
@@ -165,6 +169,30 @@ def print_growth(widths: list[int], methods: list[str], rounds: int) -> list[dic
     return rows
 
 
+def print_scaling(shapes: list[tuple[int, int]], methods: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Print and return the wall seconds of a solver with one thread and with two, in turn; the machine must be idle."""
+    print("| out x in | method | one thread, wall s | two | times faster | load |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for out, columns in shapes:
+        weight, batches = calibration(out, columns)
+        for name in methods:
+            method, spent = METHODS[name], {1: list[float](), 2: list[float]()}
+            moments = observe(method, weight, batches)
+            for _ in range(rounds):
+                for threads, times in spent.items():
+                    torch.set_num_threads(threads)
+                    start = time.perf_counter()
+                    method.solve(weight, method.prepare(moments), GRID)
+                    times.append(time.perf_counter() - start)
+            one, two = (statistics.median(times) for times in spent.values())
+            rows.append({"out": out, "in": columns, "method": name, "one": one, "two": two, "load": os.getloadavg()[0]})
+            print(
+                f"| {out} x {columns} | {name} | {one:.2f} | {two:.2f} | {one / two:.2f} | {os.getloadavg()[0]:.1f} |"
+            )
+    return rows
+
+
 def slope(widths: list[int], values: list[float]) -> float:
     """The exponent of the power of the width that fits the values best, by least squares of logarithms."""
     x, y = [math.log(w) for w in widths], [math.log(v) for v in values]
@@ -183,19 +211,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="what each part takes")
     parser.add_argument("--growth", action="store_true", help="square linears of 512, 1024, 2048 and 4096 inputs")
+    parser.add_argument("--scaling", action="store_true", help="one thread against two")
     parser.add_argument("--json")
     args = parser.parse_args()
     args.shapes = args.shapes or (GROWTH if args.growth else SHAPES)
     torch.set_num_threads(args.threads)
-    if args.parts or args.growth:
+    if args.parts or args.growth or args.scaling:
         shapes = [(int(out), int(columns)) for out, columns in (shape.split("x") for shape in args.shapes)]
         if args.growth and any(out != columns for out, columns in shapes):
             parser.error("--growth takes square --shapes, such as 512x512")
-        rows = (
-            print_parts(shapes, args.methods, args.rounds)
-            if args.parts
-            else print_growth([columns for _, columns in shapes], args.methods, args.rounds)
-        )
+        if args.growth:
+            rows = print_growth([columns for _, columns in shapes], args.methods, args.rounds)
+        else:
+            rows = (print_parts if args.parts else print_scaling)(shapes, args.methods, args.rounds)
         if args.json:
             record(args.json, rows, args.threads)
         return
