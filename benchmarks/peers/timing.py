@@ -13,6 +13,7 @@ builds what it compiles on first use. One that is not through after --limit seco
 import argparse
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -122,7 +123,9 @@ def main() -> None:
         "| | wall s | CPU s | quantize: wall s | CPU s | quantize / nearplane, CPU | whole / nearplane, CPU | linears |"
     )
     print("|---" * 8 + "|", flush=True)
-    results: dict[str, Any] = {"threads": args.threads, "limit": args.limit}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    results: dict[str, Any] = {"threads": args.threads, "limit": args.limit, "commit": commit.stdout.strip()}
+    results |= {"machine": platform.platform(), "load": os.getloadavg()[0]}
     for name in args.peers:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
