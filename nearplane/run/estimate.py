@@ -301,9 +301,8 @@ class _Walk:
         for number, (stage, size) in enumerate(zip(block.stages, sizes, strict=True)):
             turned = getattr(self.plan.format, "online", False) and stage[0].adds_to is not None
             copies = (self.plan.activations is not None) + turned  # beside what was rounded, and what was turned
-            held = (
-                3 if len(self.plan.walked) > 1 else 2
-            ) * self.hidden  # state, residual, and what the model began with
+            # The state, the residual, and behind the first block what the model began with.
+            held = self.hidden * (3 if len(self.plan.walked) > 1 else 2)
             wide = size.n * (1 + copies) + held + (first if number == 1 else 0)
             paused = int(self.size * (self.tokens if self.kept else self.batch) * self.streams * wide)
             # While a batch runs on from the stage before: its outputs, activated and multiplied, and their product.

@@ -120,7 +120,7 @@ class OpenBlock:
                 if measuring.misses(
                     seen
                 ):  # a module that is shown some tokens only: how many, ranks before this one knew
-                    self._drop()
+                    self.drop()
                     measuring = self._measure(stage, needs, seen)
         return ranks.reduce(measuring.result())
 
@@ -128,7 +128,7 @@ class OpenBlock:
         """Run this rank's batches up to a stage; ``seen`` as in ``Measuring``."""
         walk, number, site = self.walk, self.stages.index(stage), stage[0]
         if number <= self.reached:
-            self._drop()
+            self.drop()
         point = point_of(stage, needs)
         # The drift behind a linear is the original's, also where a loop observes it again after its weight was replaced.
         original = self.original.get(site.name)
@@ -168,7 +168,7 @@ class OpenBlock:
                 weights = None if scale is None else scale.square()
                 measuring.add(shape, first, xhat, x if "D" in needs else None, drift, mask, weights)
             if not self.keep:
-                self._drop(batch)
+                self.drop(batch)
         if point is not None:
             measuring.subtract(weight)
         self.reached = number if self.keep else -1
@@ -188,7 +188,7 @@ class OpenBlock:
             part = slice(first, first + step)
             weight[part] = dequantize(quantized.rows(part), grid).to(weight.dtype)
         if any(site in stage for stage in self.stages[: max(self.reached, 0)]):
-            self._drop()  # the paused forwards have passed it with its former weight
+            self.drop()  # the paused forwards have passed it with its former weight
 
     def output(self, batch: int) -> Tensor:
         """Run one of this rank's batches through the block, with its weights as they are now, and return the hidden state."""
@@ -212,7 +212,7 @@ class OpenBlock:
 
     def close(self) -> None:
         """Free the block."""
-        self._drop()
+        self.drop()
         self.hooks.close()
         self.walk.source.unload(self.block.name)
 
@@ -225,7 +225,7 @@ class OpenBlock:
             self.paused[i, batch] = forward
         return forward
 
-    def _drop(self, batch: int | None = None) -> None:
+    def drop(self, batch: int | None = None) -> None:
         """Give up the paused forwards, of one batch or of all."""
         for key in [key for key in self.paused if batch is None or key[1] == batch]:
             self.paused.pop(key).close()

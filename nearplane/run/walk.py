@@ -55,12 +55,9 @@ def walk(plan: Plan, done: Sequence[Done] = (), ranks: Ranks = ALONE) -> Iterato
         if check is not None:
             with clock("check"), fast_forwards(plan.device):
                 behind = check.close(block)
-                if last := number == len(plan.walked) - 1:
-                    for (
-                        forward
-                    ) in block.paused.values():  # nothing goes on behind the last block, and logits take memory
-                        forward.close()
-                    block.paused.clear()
+                last = number == len(plan.walked) - 1
+                if last:
+                    block.drop()  # nothing goes on behind the last block, and logits take memory
                 record = check.finish(block) if last else None
             if record is not None:
                 yield Compared(record)
