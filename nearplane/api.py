@@ -59,7 +59,8 @@ def quantize(
     """Quantize every linear of the model's blocks and write a checkpoint that engines load.
 
     Under torchrun all ranks call ``quantize`` alike (docs/large_models.md): they share the samples and the solving, rank 0
-    writes, and each returns the report. With glibc, large freed blocks of memory leave this process from now on.
+    writes, and each returns the report. With glibc, large freed blocks of memory leave this process from now on;
+    where even a generous guess of the memory fits, only those of 32 MiB and more.
 
     Args:
         model: a transformers folder, a hub id, or "demo".

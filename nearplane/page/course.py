@@ -95,7 +95,7 @@ def memory(run: Run) -> list[str]:
     else:
         said.append(
             f"The run was let start because even a generous guess, {size_of(planned)}{of}, fitted; nearplane plan "
-            "counts closely. So freed blocks of memory stayed in the process, which is faster."
+            "counts closely. So with glibc freed blocks below 32 MiB stayed in the process, which is faster."
         )
     return said
 

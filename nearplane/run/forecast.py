@@ -134,7 +134,7 @@ class Forecast:
         for memory in found.memory:
             lines += _table(memory, found.available(memory))
         lines += [
-            "        plenty is free: freed blocks below 32 MiB stay, so that up to a third more is held"
+            "        plenty is free: with glibc, freed blocks below 32 MiB stay, and up to a third more is held"
         ] * self.plenty
         kept = "" if found.kept or not windows else "; too many tokens to let forwards wait, each stage is reached anew"
         if windows:
@@ -297,7 +297,7 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
         for stage, size in zip(block.stages, sizes, strict=True):
             for phase, work in zip(("prepare", "solve"), probe.work(size), strict=True):
                 phases[phase] += work.seconds(rates.call, rates.number, rates.solver)
-            phases["observe"] += rates.gram * tokens * observing(needs, size)
+            phases["observe"] += rates.gram * tokens * observing(needs, size, plan.compute == solver_dtype(plan))
             judged = sum(len(range(site.shape[0])[measured_rows(site.shape[0])]) for site in stage) if needs else 0
             phases["measure"] += rates.measure * size.m * size.n
             phases["measure"] += judging(rates.solver, "D" in needs and not size.adds) * judged * size.n**2
@@ -337,10 +337,10 @@ def judging(flop: Products, drifts: bool) -> float:
     return 2 * (3 * flop.wide + drifts * flop.coarse)
 
 
-def observing(needs: frozenset[Need], size: Size) -> float:
-    """Return the FLOPs of the moments, per token."""
+def observing(needs: frozenset[Need], size: Size, same: bool = True) -> float:
+    """Return the FLOPs of the moments, per token; R takes a product more where forwards are not in the solver's dtype."""
     m, n, adds = size
-    return float(n**2 + (2 * m * n if adds else 2 * n**2 if "D" in needs else 0))
+    return float(n**2 + ((2 if same else 4) * m * n if adds else 2 * n**2 if "D" in needs else 0))
 
 
 def rates(plan: Plan, found: Estimate) -> Rates:
