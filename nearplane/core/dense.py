@@ -6,9 +6,9 @@ oneDNN where a program allows bfloat16 inside of float32 products. oneDNN takes 
 without AMX the products stay in float32. Both are checked here before a run relies on them.
 
 A *coarse product* keeps 8 binary digits of its factors and of its result, and sums in float32. Processors with
-instructions for bfloat16 take a quarter of MKL's time for one. NearPlane takes coarse products where a relative error of
-2^-8 is small beside what calibration noise does to the same number: in steps of the target, in shares that held-out
-tokens judge, in the slopes of a refinement. No sweep has one.
+instructions for bfloat16 take a quarter to a half of float32's time for one. NearPlane takes coarse products where a relative
+error of 2^-8 is small beside what calibration noise does to the same number: in the linears of its reference stream, in D, in
+steps of the target, in shares that held-out tokens judge, in the slopes of a refinement. No sweep has one.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 # The relative error of a product in float32 is below, that in bfloat16 (2e-3) or tf32 (3e-4) far above.
 MOST_ERROR = 2e-6
@@ -107,7 +109,7 @@ def _error(rows: int, inner: int, columns: int) -> float:
     return float(((a @ b).double() - wanted).norm() / wanted.norm())
 
 
-def coarse(matrix: Float[Tensor, "rows columns"]) -> Tensor:
+def coarse(matrix: Float[Tensor, "*batch rows columns"]) -> Tensor:
     """Return a matrix as a factor of coarse products: in bfloat16 where that is faster, itself elsewhere.
 
     Only float32 on a CPU is ever coarse: float64 is asked for by those who want all digits.
@@ -121,6 +123,43 @@ def coarse_product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner colum
     if a.shape[0] * a.shape[1] * b.shape[1] < LEAST_COARSE:
         return a @ b
     return (coarse(a) @ coarse(b)).to(a.dtype)
+
+
+@contextmanager
+def coarse_linears(device: torch.device) -> Iterator[None]:
+    """Let the linears of forwards be coarse products while the context lasts, where that gains. Biases are added in float32.
+
+    Args:
+        device: where the model runs; nothing changes unless it is a CPU whose coarse products are in bfloat16.
+    """
+    if device.type == "cpu" and bfloat16_is_fast():
+        with _CoarseLinears():
+            yield
+    else:
+        yield
+
+
+class _CoarseLinears(TorchFunctionMode):
+    """Takes calls of torch's linear, and of the product that GPT-2's Conv1D makes, for coarse products."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is linear and len(args) >= 2:
+            (x, weight), bias = args[:2], args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            if _large(x, weight, len(weight)):
+                product = linear(coarse(x), coarse(weight)).to(x.dtype)
+                return product if bias is None else product.add_(bias)
+        elif func is torch.addmm and len(args) == 3 and not kwargs:
+            bias, x, weight = args
+            if _large(x, weight, weight.shape[-1]) and bias.dim() == 1:
+                return (coarse(x) @ coarse(weight)).to(x.dtype).add_(bias)
+        return func(*args, **(kwargs or {}))
+
+
+def _large(x: Tensor, weight: Tensor, out: int) -> bool:
+    """Tell whether a product of an input (..., in) is in float32, without gradients, and gains by being coarse."""
+    dtypes = x.dtype == weight.dtype == torch.float32
+    graded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return dtypes and not graded and x.numel() * out >= LEAST_COARSE
 
 
 def unit_solve(B: Float[Tensor, "rows in"], T: Float[Tensor, "in in"]) -> Float[Tensor, "rows in"]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nearplane.core.dense import coarse_product
 from nearplane.core.errors import NumericalError, SettingError
 
 # A stage that loses a larger share of its tokens to NaN or Inf is an error.
@@ -42,6 +43,7 @@ class Moments:
     mass: float | None = None  # sum of the tokens' weights; None: each weighs 1
     gain: Float[Tensor, "out"] | None = None  # what an error of each output is multiplied by; None: 1
     magnitude: Float[Tensor, "in"] | None = None  # the mean of |x̂|
+    coarse: bool = False  # whether D is summed from coarse products (core/dense.py)
 
     @classmethod
     def zeros(
@@ -52,6 +54,7 @@ class Moments:
         residual: int | None = None,
         weighted: bool = False,
         magnitude: bool = False,
+        coarse: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "Moments":
@@ -63,13 +66,15 @@ class Moments:
             residual: Width of the residual stream, to keep R.
             weighted: Whether tokens come with weights.
             magnitude: Whether to keep the mean of |x̂|.
+            coarse: Whether D may be summed from coarse products.
             dtype: Of the moments.
             device: Of the moments.
         """
         H = torch.zeros(n, n, dtype=dtype, device=device)
         R = None if residual is None else H.new_zeros(residual, n)
         size = H.new_zeros(n) if magnitude else None
-        return cls(H, torch.zeros_like(H) if drift else None, R=R, mass=0.0 if weighted else None, magnitude=size)
+        D = torch.zeros_like(H) if drift else None
+        return cls(H, D, R=R, mass=0.0 if weighted else None, magnitude=size, coarse=coarse)
 
     def add(
         self,
@@ -123,8 +128,18 @@ class Moments:
             sizes = xhat.abs() if weight is None else xhat.abs().mul_(root[finite])
             self.magnitude.mul_(keep).add_(sizes.sum(0), alpha=step)
         for moment, left in sides:
-            torch.addmm(moment, left.T, xhat, beta=keep, alpha=step, out=moment)
+            self._add_side(moment, left, xhat, keep, step)
         self.tokens += kept
+
+    def _add_side(self, moment: Tensor, left: Tensor, xhat: Tensor, keep: float, step: float) -> None:
+        """Update ``moment ← keep moment + step leftᵀ xhat``, by a coarse product for D where that is allowed.
+
+        A drift is small, and so are the errors of its products. What R sums holds W X, which is not small.
+        """
+        if self.coarse and moment is self.D:
+            moment.mul_(keep).add_(coarse_product(left.T, xhat), alpha=step)
+        else:
+            torch.addmm(moment, left.T, xhat, beta=keep, alpha=step, out=moment)
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of tokens together: their weighted mean, so shards combine exactly."""
@@ -135,6 +150,7 @@ class Moments:
         sources = tuple(mine.merge(its) for mine, its in zip(self.sources, other.sources, strict=True))
         D, R, size = (None if moment is None else moment.clone() for moment in (self.D, self.R, self.magnitude))
         whole = Moments(self.H.clone(), D, self.tokens, self.dropped, R, mass=self.mass, gain=self.gain, magnitude=size)
+        whole.coarse = self.coarse
         whole._absorb(other)
         whole.held, whole.sources = held, sources
         return whole

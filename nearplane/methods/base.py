@@ -13,7 +13,7 @@ from nearplane.core.grid import Grid, Quantized, fit_groups
 from nearplane.core.moments import Moments
 from nearplane.core.sweep import Push, sweep
 
-Need = Literal["H", "D", "R", "held_out", "norm", "magnitude"]
+Need = Literal["H", "D", "R", "held_out", "norm", "magnitude", "coarse"]
 
 
 @runtime_checkable
@@ -35,7 +35,8 @@ class Method(Protocol):
         """Moments that calibration must measure: of H, D and R (``core/moments.py``; R takes the place of D), and held_out.
 
         With norm, tokens and outputs are weighted where a norm follows the linear, which may have an R there, too.
-        With magnitude, the mean of |x̂| is measured, too.
+        With magnitude, the mean of |x̂| is measured, too. With coarse, the reference stream's linears and the sums of D may be
+        coarse products (``core/dense.py``), which calibration noise must hide.
         """
         ...
 

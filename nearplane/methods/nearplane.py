@@ -102,7 +102,7 @@ class NearPlane:
     def needs(self) -> frozenset[Need]:
         needs: set[Need] = {"H"}
         if self.target:
-            needs |= {"D", "R"} if self.residual else {"D"}
+            needs |= {"D", "R", "coarse"} if self.residual else {"D", "coarse"}
         if self.sandwich:
             needs.add("norm")
         if (self.target and self.shrink != "none") or self.damping == "held_out" or (self.gate and self.rounds):

@@ -326,9 +326,11 @@ class _Walk:
         moments = number * (n**2 + drift) * parts if needs else 0
         weight, state = number * m * n, int(held.state)
         if needs:
-            # The rows of a batch, split for the held-out tokens; the difference of streams; the drift behind the linear.
-            rows = n * (2 * bool(needs & {"D", "R"}) + ("held_out" in needs)) + 3 * m * adds
-            yield moments, 0, running + number * self.batch * rows
+            # The rows of a batch, split for the held-out tokens; the difference of streams; the drift behind the linear. Two
+            # factors of a coarse product in half the bytes, and the product.
+            rough = "coarse" in needs and not adds
+            rows = n * (2 * bool(needs & {"D", "R"}) + ("held_out" in needs) + rough) + 3 * m * adds
+            yield moments, 0, running + number * (self.batch * rows + rough * n**2 * 3 // 2)
             yield moments, 0, int(held.prepare)
         codes = m * n * len(self.plan.job.widths) if self.plan.undecided else 0  # of the widths solved before
         yield moments, state, weight + int(held.solve) + codes

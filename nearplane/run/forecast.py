@@ -266,7 +266,7 @@ class Rates:
     attention: float  # a position that a token looks at, a number of the hidden size
     element: float  # a number of a batch's hidden state, once read and written
     load: float  # a stored number, checked and widened
-    gram: float  # a FLOP of moments
+    gram: float  # of H, a token and an entry of H: by its symmetry a FLOP and more
     measure: float  # a weight, for the report
     pack: float  # a weight
     disk: float  # a byte
@@ -286,18 +286,19 @@ def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
     phases["forward"] = rates.load * inside
     for number, block in enumerate(plan.walked):
         sizes = [size_of(stage, needs) for stage in block.stages]
-        reached, costs = 0.0, []  # seconds of a token's forward up to each stage
-        for place, (m, n, _) in enumerate(sizes):
-            if place == 1:
-                reached += rates.attention * seqlen * hidden
-            costs.append(reached)
-            reached += rates.flop * 2 * m * n + rates.element * between(m, n, hidden)
-        behind = 0.0 if number == len(plan.walked) - 1 else reached
-        phases["forward"] += tokens * found.streams * (max([behind, *costs]) if found.kept else behind + sum(costs))
+        for flop in (rates.flop, linears(plan, rates))[: found.streams]:
+            reached, costs = 0.0, []  # seconds of a token's forward up to each stage
+            for place, (m, n, _) in enumerate(sizes):
+                if place == 1:
+                    reached += rates.attention * seqlen * hidden
+                costs.append(reached)
+                reached += flop * 2 * m * n + rates.element * between(m, n, hidden)
+            behind = 0.0 if number == len(plan.walked) - 1 else reached
+            phases["forward"] += tokens * (max([behind, *costs]) if found.kept else behind + sum(costs))
         for stage, size in zip(block.stages, sizes, strict=True):
             for phase, work in zip(("prepare", "solve"), probe.work(size), strict=True):
                 phases[phase] += work.seconds(rates.call, rates.number, rates.solver)
-            phases["observe"] += rates.gram * tokens * observing(needs, size, plan.compute == solver_dtype(plan))
+            phases["observe"] += tokens * observing(rates, needs, size, plan.compute == solver_dtype(plan))
             judged = sum(len(range(site.shape[0])[measured_rows(site.shape[0])]) for site in stage) if needs else 0
             phases["measure"] += rates.measure * size.m * size.n
             phases["measure"] += judging(rates.solver, "D" in needs and not size.adds) * judged * size.n**2
@@ -337,10 +338,17 @@ def judging(flop: Products, drifts: bool) -> float:
     return 2 * (3 * flop.wide + drifts * flop.coarse)
 
 
-def observing(needs: frozenset[Need], size: Size, same: bool = True) -> float:
-    """Return the FLOPs of the moments, per token; R takes a product more where forwards are not in the solver's dtype."""
+def observing(rates: Rates, needs: frozenset[Need], size: Size, same: bool) -> float:
+    """Return the seconds of the moments, per token; R takes a product more where forwards are not in the solver's dtype."""
     m, n, adds = size
-    return float(n**2 + ((2 if same else 4) * m * n if adds else 2 * n**2 if "D" in needs else 0))
+    drift = (rates.solver.coarse if "coarse" in needs else rates.solver.wide) * 2 * n**2 if "D" in needs else 0.0
+    return rates.gram * n**2 + (rates.solver.wide * (2 if same else 4) * m * n if adds else drift)
+
+
+def linears(plan: Plan, rates: Rates) -> float:
+    """Return the seconds of a FLOP of the reference stream's linears."""
+    rough = "coarse" in plan.method.needs and plan.device.type == "cpu" and plan.compute == torch.float32
+    return rates.solver.coarse if rough else rates.flop
 
 
 def rates(plan: Plan, found: Estimate) -> Rates:
@@ -353,13 +361,13 @@ def rates(plan: Plan, found: Estimate) -> Rates:
         probe.work(size)
     weight, _ = made_up(needs, problem, dtype, device)
     x, y = (torch.ones(TOKENS, n, device=device, dtype=kind) for kind in (plan.compute, dtype))
-    observed = Measuring(needs, n, None, y, 8)
+    observed = Measuring(needs - {"D"}, n, None, y, 8)
     judged, few = made_up(needs, Size(*MEASURED), dtype, device)
     solved = method.solve(judged, method.prepare(few) if needs else None, grid)
     plain = timed(lambda: y @ weight.T)
     with fast_forwards(device):  # as a walk runs its forwards, its moments and its report
         flop, wide = timed(lambda: x @ weight.T.to(plan.compute)), timed(lambda: y @ weight.T)
-        gram = timed(lambda: observed.add(torch.Size([8, TOKENS // 8]), 0, y, y if "D" in needs else None, None))
+        gram = timed(lambda: observed.add(torch.Size([8, TOKENS // 8]), 0, y, None, None))
         taken = timed(lambda: measure("", judged, solved, grid, Knowledge(few)))
         attention = attending(plan, timed)
     rough = timed(partial(torch.matmul, coarse(y), coarse(weight).T))
@@ -374,7 +382,7 @@ def rates(plan: Plan, found: Estimate) -> Rates:
         attention=attention,
         element=timed(lambda: torch.mul(batch, batch, out=batch)) / batch.numel(),
         load=timed(lambda: all_finite(stored) and stored.to(device, plan.compute)) / stored.numel(),
-        gram=gram / (TOKENS * observing(needs, problem)) if needs else 0.0,
+        gram=gram / (TOKENS * n**2),
         measure=max(0.0, taken) / judged.numel(),
         pack=timed(lambda: plan.format.pack("x", solved, grid)) / judged.numel(),
         disk=_disk(),

@@ -177,7 +177,7 @@ class Job:
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
-    """What dense tensors and scales are stored in; auto: as in MODEL. On CPU the computation is always float32."""
+    """What dense tensors and scales are stored in; auto: as in MODEL. On CPU hidden states are always float32."""
     offload: Path | None = None
     """Keep hidden states in files below this folder, not in memory."""
     resume: bool = False

@@ -51,6 +51,7 @@ class Measuring:
                 residual=residual,
                 weighted=gain is not None,
                 magnitude="magnitude" in needs,
+                coarse="coarse" in needs,
                 dtype=like.dtype,
                 device=like.device,
             )

@@ -184,7 +184,7 @@ class Plan:
             self.source,
             self.blocks,
             self.samples if self.method.needs else None,
-            reference=bool(self.method.needs & {"D", "R"}),
+            reference=bool(self.method.needs & {"D", "R"}) and ("coarse" if "coarse" in self.method.needs else True),
             activations=self.activations,
             also=None if self.checked is None else self.checked.batch,
             place=Place(self.device, self.compute, self.job.offload, ranks),

@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nearplane.core.activations import TokenGrid
 from nearplane.core.attention import fast_forwards
+from nearplane.core.dense import coarse_linears
 from nearplane.core.errors import NearplaneError
 from nearplane.core.grid import Grid, Quantized, dequantize
 from nearplane.core.moments import Moments
@@ -85,6 +87,8 @@ class OpenBlock:
         model = walk.source.model
         self.original = {s.name: s.weight(model).clone() for s in self.block.sites} if len(walk.streams) == 2 else {}
         self.keep = walk.keep and self.block.calls == 1  # forwards pause, and go on when a stage is solved
+        # Settled here: a resumed run puts weights in place before any forward, an uninterrupted one between two stages.
+        self.coarse = walk.coarse and walk.replaced
         self.reached = -1  # the stage that the paused forwards stand at
         self.paused: dict[tuple[int, int], Forward] = {}  # by stream and batch
         self.hooks = ExitStack()
@@ -182,6 +186,7 @@ class OpenBlock:
 
     def replace(self, site: Site, quantized: Quantized, grid: Grid) -> None:
         """Put the rounded weight in place: later stages and blocks see it."""
+        self.walk.replaced = True
         weight = site.weight(self.walk.source.model)
         step = max(1, PLACED_AT_ONCE // site.shape[1])
         for first in range(0, site.shape[0], step):
@@ -241,7 +246,8 @@ class OpenBlock:
             original = self.original[site.name]
             parameter.data = original.T if site.transposed else original
         try:
-            yield
+            with coarse_linears(self.walk.device) if self.coarse else nullcontext():
+                yield
         finally:
             for parameter, data in zip(parameters, current, strict=True):
                 parameter.data = data
@@ -277,12 +283,13 @@ class Walk:
         blocks: list[Block],
         samples: Tensor | Mapping[str, Tensor] | Samples | None,
         place: Place,
-        reference: bool,
+        reference: bool | Literal["coarse"],
         activations: TokenGrid | None,
         also: Batch | None = None,
     ) -> None:
         device, dtype, offload = place.device, place.dtype, place.offload
         self.ranks, self.activations = place.ranks, activations
+        self.coarse, self.replaced = reference == "coarse", False  # replaced: any weight, so that the streams differ
         self.source, self.blocks, self.device, self.dtype = source, blocks, device, dtype
         self.solve_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.streams: list[Stream] = []
@@ -326,7 +333,7 @@ def stream(
     blocks: list[Block],
     samples: Tensor | Mapping[str, Tensor] | Samples | None,
     *,
-    reference: bool = False,
+    reference: bool | Literal["coarse"] = False,
     activations: TokenGrid | None = None,
     also: Batch | None = None,
     place: Place = Place(),
@@ -339,7 +346,8 @@ def stream(
         samples: arguments of the model's forward, or token ids (samples, seqlen) alone, or both with the sources of a mix;
             None when the method reads no data. An argument called attention_mask says which positions are real: padding
             enters no moment.
-        reference: keep the second stream, through the original weights.
+        reference: keep the second stream, through the original weights. Its linears are exact, or coarse products in blocks
+            behind the first one with a replaced weight: until then both streams are equal.
         activations: how inputs of sites are rounded in the quantized stream.
         also: arguments of other forwards that pass the open blocks (``run/check.py``).
         place: device, dtype, folder for the streams, ranks.

@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from nearplane.core import dense
-from nearplane.core.dense import BLOCK, LEAST_BLOCKED, cholesky_, coarse, coarse_product, unit_solve
+from nearplane.core.dense import (
+    BLOCK,
+    LEAST_BLOCKED,
+    LEAST_COARSE,
+    cholesky_,
+    coarse,
+    coarse_linears,
+    coarse_product,
+    unit_solve,
+)
 from nearplane.core.factor import factorize
 from nearplane.core.grid import Grid, dequantize, fit_groups
+from nearplane.core.moments import Moments
 from nearplane.core.refine import Refinement, refine
 from nearplane.core.sweep import sweep, sweep_with_slope
 
@@ -137,3 +148,71 @@ def test_coarse_rounds_lower_the_objective_as_plain_ones_do(monkeypatch):
         assert losses[0] > losses[1] > losses[2]
         found.append(losses[2])
     assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("conv", [True, False])
+def test_linears_are_coarse_while_it_lasts(fast, bias, conv):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(96, 40, bias=bias)
+    module, x = plain, torch.randn(2, 5, 96)
+    if conv:
+        module = Conv1D(40, 96)
+        module.weight.copy_(plain.weight.T)
+        module.bias.copy_(plain.bias if bias else torch.zeros(40))
+    exact = module(x)
+    with coarse_linears(CPU):
+        rough = module(x)
+    assert rough.dtype == torch.float32 and torch.equal(rough, exact) != fast
+    # Factors and the product are rounded to 8 digits; the bias, which may be large, is not.
+    size = (x.abs() @ plain.weight.abs().T) * 2**-7
+    assert ((rough - exact).abs() <= size).all()
+    assert torch.equal(module(x), exact)
+    wanted = module.double()(x.double())
+    with coarse_linears(CPU):
+        assert torch.equal(module(x.double()), wanted)
+
+
+@torch.no_grad()
+def test_a_large_bias_stays_whole(fast):
+    module = torch.nn.Linear(8, 4)
+    module.bias.fill_(1000.001)
+    with coarse_linears(CPU):
+        assert torch.equal(module(torch.zeros(1, 8)), module.bias[None])
+
+
+def test_what_is_small_or_learns_is_not_coarse(monkeypatch):
+    monkeypatch.setattr(dense, "bfloat16_is_fast", lambda: True)
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(64, 64), torch.randn(LEAST_COARSE // 64**2, 64)
+    exact, fewer = module(x), module(x[1:])
+    with coarse_linears(CPU):
+        assert torch.equal(module(x), exact)  # gradients are on
+        with torch.no_grad():
+            assert not torch.equal(module(x), exact)
+            assert torch.equal(module(x[1:]), fewer)
+    module.requires_grad_(False)
+    with coarse_linears(CPU):
+        assert torch.equal(module(x.requires_grad_()), exact)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_only_D_is_summed_coarsely(fast, weighted):
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(50, 24, generator=g) for _ in range(3)]
+    found = []
+    for rough in (True, False):
+        moments = Moments.zeros(24, drift=True, residual=8, weighted=weighted, coarse=rough)
+        for xhat in parts:
+            x = xhat + 0.05 * torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
+            moments.add(xhat, x, (x - xhat)[:, :8], xhat[:, 0].square() if weighted else None)
+        found.append(moments)
+    rough, exact = found
+    assert torch.equal(rough.H, exact.H) and torch.equal(rough.R, exact.R)
+    error = float((rough.D - exact.D).norm() / exact.D.norm())
+    assert 2**-11 < error < 2**-7 if fast else error < 1e-6
+    assert rough.merge(rough).coarse and not exact.merge(exact).coarse

@@ -66,7 +66,7 @@ SWITCHES = product(
 def test_needs_is_what_is_read(target, residual, shrink, damping, rounds, gate):
     method = method_of(target=target, residual=residual, shrink=shrink, damping=damping, rounds=rounds, gate=gate)
     judged = [target and shrink != "none", damping == "held_out", gate and rounds > 0]
-    expected = {"H", "norm"} | ({"D"} if target else set()) | ({"R"} if target and residual else set())
+    expected = {"H", "norm"} | ({"D", "coarse"} if target else set()) | ({"R"} if target and residual else set())
     assert method.needs == expected | ({"held_out"} if any(judged) else set())
     m = layer(3, 12, 40, residual=residual)
     whole = m.moments

@@ -12,6 +12,7 @@ from greenlet import getcurrent
 import nearplane
 import nearplane.run.stream
 from nearplane import RTN, Calibration, Grid, Moments, NearPlane
+from nearplane.core import dense
 from nearplane.core.grid import dequantize
 from nearplane.models.discover import discover
 from nearplane.models.source import open_source
@@ -535,3 +536,29 @@ def test_a_batch_that_never_reaches_a_stage(skipped: int, models: Any, keep: boo
             # The fourth sequence is in the second batch, and is held out at every stage or missing.
             assert found.held.tokens == (0 if missing and skipped == 1 else 16)
             brute.replace(put(opened, stage))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_coarse_reference_begins_behind_the_first_replaced_weight(
+    kind: str, keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then both streams are equal, to the last bit; and only the linears of the reference stream change."""
+    monkeypatch.setattr(dense, "bfloat16_is_fast", lambda: True)
+    monkeypatch.setattr(dense, "LEAST_COARSE", 1)
+    layers = {"num_hidden_layers": 4} | ({"n_layer": 4} if kind == "gpt2" else {})
+    folder = tiny.save(tiny.build(kind, **layers), tmp_path / "model")
+    found: dict[Any, list[list[torch.Tensor]]] = {"coarse": [], True: []}
+    for reference, before in found.items():  # the streams in front of each block
+        source = open_source(folder)
+        place = Place(torch.device("cpu"), torch.float32)
+        for k, opened in enumerate(stream(source, discover(source), ids_of(4), place=place, reference=reference)):
+            before.append([torch.cat(each.hidden[opened.block.tower]) for each in opened.walk.streams] if k else [])
+            for stage in opened.stages if k == 1 else ():
+                opened.observe(stage, ALL)
+                put(opened, stage)
+    for k in (1, 2, 3):  # weights are replaced in block 1
+        (xhat, x), (same_xhat, same_x) = (before[k] for before in found.values())
+        assert torch.equal(xhat, same_xhat)
+        assert torch.equal(xhat, x) == (k == 1)
+        assert torch.equal(x, same_x) == (k < 3)
+        torch.testing.assert_close(x, same_x, rtol=0, atol=0.05 * float(same_x.std()))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import nearplane
 from nearplane import GPTQ, RTN, Calibration, Grid, NearPlane
 from nearplane.cli.main import main
+from nearplane.core import dense
 from nearplane.core.errors import NearplaneError, NumericalError, SettingError
 from nearplane.formats import parts as write
 from nearplane.formats.journal import STATE, Journal
@@ -30,6 +31,7 @@ from nearplane.run.forward import Forward, OnDisk
 
 TIMES = ("seconds", "resumed", "memory")
 GRID = Grid(bits=3, group_size=16, sym=False)
+DENSE = [r"re:model\.layers\.0\.(self_attn\.[qkv]|mlp\.(gate|up))_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +397,21 @@ def interrupted(model: Path, out: Path, after: int, method: NearPlane | None = N
     stopping = NearPlaneThatStops(**dataclasses.asdict(method or NearPlane()))
     with pytest.raises(KeyboardInterrupt):
         run(model, out, method=stopping, **options)
+
+
+@pytest.mark.parametrize("after", [2, 4, 6])
+def test_a_coarse_reference_goes_on_in_the_same_bytes(
+    after: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its linears are rounded does not depend on when weights are put in place: q, k, v and up of block 0 stay dense."""
+    monkeypatch.setattr(dense, "bfloat16_is_fast", lambda: True)
+    exact = run(model, tmp_path / "exact", ignore=DENSE)
+    monkeypatch.setattr(dense, "LEAST_COARSE", 1)
+    coarse = run(model, tmp_path / "whole", ignore=DENSE)
+    assert coarse.totals["mean_error"] != exact.totals["mean_error"]
+    interrupted(model, tmp_path / "out", after, ignore=DENSE)
+    run(model, tmp_path / "out", ignore=DENSE, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_changed_setting_is_refused_by_name(model: Path, tmp_path: Path) -> None:
