@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp nearplane/runtime/decode.cpp nearplane/runtime/threads.cpp
+$(VENV)/installed: pyproject.toml constraints.txt nearplane/runtime/kernel.cpp nearplane/runtime/decode.cpp nearplane/runtime/threads.cpp nearplane/core/columns.cpp
 	@echo "making $(VENV): downloads torch, transformers and the demo model, compiles the CPU kernel; two to four minutes"
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=compat --editable '.[test,demo,triton,docs]'

@@ -35,6 +35,7 @@ from ggml import Ggml, installed
 from sweep import record
 from torch.nn import functional
 
+from nearplane.core import compiled
 from nearplane.runtime import cpu
 from nearplane.runtime.layout import Tiles, tile
 
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 128])
     parser.add_argument("--paths", nargs="+", default=["a16", "a8", "exact"])
     parser.add_argument("--rotate", type=int, default=300, help="MB of weights that one round reads")
-    parser.add_argument("--isa", choices=list(cpu.ISAS), default=cpu.best(), help="instruction set; the fastest")
+    parser.add_argument("--isa", choices=list(compiled.ISAS), default=cpu.best(), help="instruction set; the fastest")
     parser.add_argument("--ggml", metavar="PREFIX", help="where ggml is installed (include and lib); GGML_PREFIX")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--json")
@@ -342,7 +343,7 @@ def main() -> None:
     args.onnx = bool(find_spec("onnxruntime") and find_spec("onnx"))
     args.openvino = bool(find_spec("openvino"))
     if cpu.best() is None:
-        raise SystemExit(f"there is no C++ kernel to measure; {cpu.HOW}.")
+        raise SystemExit(f"there is no C++ kernel to measure; {compiled.HOW}.")
     with tempfile.TemporaryDirectory() as folder:
         prefix = installed(args.ggml)
         ggml = None if prefix is None or args.scaling else Ggml(prefix, Path(folder))

@@ -98,6 +98,8 @@ class Flops(TorchDispatchMode):
             flops = float(args[1].numel() * args[0].shape[-1])
         elif name == "cholesky_inverse":
             flops = args[0].shape[-1] ** 3 * 2 / 3
+        elif name == "columns":
+            flops = args[0].numel() * (len(args[0]) - 1.0)
         self.clock.flops[self.clock.stack[-1]] += flops
         return function(*args, **(kwargs or {}))
 

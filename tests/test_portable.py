@@ -25,9 +25,9 @@ def hidden(name, globals=None, *more, **named):
 
 builtins.__import__ = hidden
 from nearplane.cli.main import main
-from nearplane.runtime import cpu
+from nearplane.core import compiled
 
-cpu.library_path = lambda isa: None
+compiled.library_path = lambda isa: None
 model, out, text = sys.argv[1:]
 words = ["--dataset", text, "--seqlen", "32"]
 assert main(["plan", model, "--bits", "3", *words, "--nsamples", "4"]) == 0

@@ -57,10 +57,12 @@ SHORT = (
     | {f"methods/{name}.py": "one file a method" for name in METHODS}
 )
 # Folders with more than 12 files beside __init__.py.
-WIDE_FOLDERS = {"cli": 16, "core": 19, "formats": 14, "models": 14, "run": 22}
+WIDE_FOLDERS = {"cli": 16, "core": 21, "formats": 14, "models": 14, "run": 22}
 # Their parameters are the operands of a kernel: Triton and torch.library take them one by one.
 OPERANDS = {
     "_round_leaf",
+    "sweep_columns",
+    "_columns",
     "_linear",
     "_",
     "pick",

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from nearplane.core import compiled
+
 # The relative error of a product in float32 is below, that in bfloat16 (2e-3) or tf32 (3e-4) far above.
 MOST_ERROR = 2e-6
 SHAPES = ((64, 256, 64), (512, 1024, 384))  # (rows, inner, columns) that are compared
@@ -80,9 +82,10 @@ def bfloat16_is_fast() -> bool:
 
 
 def described() -> str:
-    """Say how this processor multiplies float32 matrices: what the last digits of a run depend on, beside its threads."""
+    """Say how this processor multiplies matrices and runs a solver's loops: what the last digits of a run depend on."""
     library = "oneDNN" if _switch() is not None and exact() else "torch's default library"
-    return f"float32 by {library}, coarse ones in {'bfloat16' if bfloat16_is_fast() else 'float32'}"
+    loops = f"loops compiled for {isa}" if (isa := compiled.best()) else "loops by torch"
+    return f"float32 by {library}, coarse ones in {'bfloat16' if bfloat16_is_fast() else 'float32'}, {loops}"
 
 
 def halved() -> bool:

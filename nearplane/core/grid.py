@@ -22,7 +22,7 @@ Fit = Literal["auto", "minmax", "mse", "hessian"]
 
 # Weights per chunk of rows in the search: few enough for a core's caches, enough to outweigh the cost of a call.
 # A GPU needs more to be busy.
-CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 17, 1 << 23
+CHUNK_WEIGHTS, CHUNK_WEIGHTS_GPU = 1 << 19, 1 << 23
 
 
 class Certificate(NamedTuple):

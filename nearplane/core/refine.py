@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearplane.core import columns
 from nearplane.core.cuda_graph import Replay
 from nearplane.core.dense import coarse
 from nearplane.core.grid import Grid, Quantized
@@ -164,6 +165,7 @@ class _Descent:
 
     def __init__(self, grid: Grid) -> None:
         self.levels, self.leaf = grid.levels, Replay(partial(_descend_leaf, grid.levels), written=2)
+        self.compiled = partial(columns.descend_columns, grid.levels)
 
     def __call__(self, steps: Tensor, slope: Tensor, A: Tensor, scale: Tensor, zero: Tensor) -> None:
         """Move ``steps`` in place; ``slope`` is used up."""
@@ -172,15 +174,16 @@ class _Descent:
         wanted = slope.div_(scale).div_(pivots).add_(steps)  # the minimum of f, in steps
         moved = torch.empty_like(steps)  # steps before, less steps after
         coupling = A / pivots.T
+        width, leaf_of = (columns.MOST, self.compiled) if columns.fits(self.levels, steps) else (DESCENT, self.leaf)
         for panel in range(0, len(steps), PANEL):
             stop = min(panel + PANEL, len(steps))
             if panel:
                 wanted[panel:stop].addmm_(coupling[:panel, panel:stop].T, moved[:panel])
-            for leaf in range(panel, stop, DESCENT):
-                here = slice(leaf, min(leaf + DESCENT, stop))
+            for leaf in range(panel, stop, width):
+                here = slice(leaf, min(leaf + width, stop))
                 if leaf > panel:
                     wanted[here].addmm_(coupling[panel:leaf, here].T, moved[panel:leaf])
-                self.leaf(wanted[here], moved[here], steps[here], coupling[here, here], low, high)
+                leaf_of(wanted[here], moved[here], steps[here], coupling[here, here], low, high)
         steps.copy_(wanted)
 
 

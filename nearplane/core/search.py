@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearplane.core import columns
 from nearplane.core.levels import Levels
 from nearplane.core.line import Line
 from nearplane.core.scales import Scales
@@ -58,23 +59,24 @@ class _Best:
         self.scale, self.zero = start
         self.error, self.p = torch.full_like(self.scale, torch.inf), torch.ones_like(self.scale)
 
-    def consider(self, p: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Take scale and zero where they lose less; return the levels of their codes, and values minus weights.
-
-        Where offsets are not free, both returned tensors are used up.
-        """
-        level = self.levels.decode(self.levels.encode_(self.rows / scale[:, None], zero[:, None]), self.rows.dtype)
-        code = level.clone() if self.scales.free else level
-        missed = level.sub_(zero[:, None]).mul_(scale[:, None]).sub_(self.rows)
-        wrong = missed.clone() if self.scales.free else missed
-        if self.importance is None:  # |error|**2.4, in a third of the time that pow takes
-            error = missed.abs_().log2_().mul_(MSE_NORM).exp2_().sum(1)
-        else:
-            error = missed.square_().mul_(self.importance).sum(1)
+    def consider(self, p: Tensor, scale: Tensor, zero: Tensor) -> None:
+        """Take scale and zero where they lose less."""
+        error = self._loss(scale, zero)
         better = error < self.error
         for kept, new in ((self.error, error), (self.p, p), (self.scale, scale), (self.zero, zero)):
             torch.where(better, new, kept, out=kept)
-        return code, wrong
+
+    def _loss(self, scale: Tensor, zero: Tensor) -> Tensor:
+        if self.importance is not None and columns.fits(self.levels, self.rows):
+            return columns.weighted_errors(self.levels, self.rows, scale, zero, self.importance)
+        missed = self._level(scale, zero).sub_(zero[:, None]).mul_(scale[:, None]).sub_(self.rows)
+        if self.importance is None:  # |error|**2.4, in a third of the time that pow takes
+            return missed.abs_().log2_().mul_(MSE_NORM).exp2_().sum(1)
+        return missed.square_().mul_(self.importance).sum(1)
+
+    def _level(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the levels of the nearest codes."""
+        return self.levels.decode(self.levels.encode_(self.rows / scale[:, None], zero[:, None]), self.rows.dtype)
 
     def other_zero(self, low: Tensor, high: Tensor) -> None:
         """Try the other integer beside the exact zero, with scales around the best: one side of the range gets more.
@@ -91,8 +93,8 @@ class _Best:
         self.consider(self.p, *of_range(low.clamp(max=0), high.clamp(min=0), self.levels, self.scales))
         weight = torch.ones_like(self.rows) if self.importance is None else self.importance
         for _ in range(POLISH):
-            code, wrong = self.consider(self.p, self.scale.clone(), self.zero.clone())
-            line = Line.of(wrong.neg_(), code, weight)
+            code = self._level(self.scale, self.zero)
+            line = Line.of(self.rows - (code - self.zero[:, None]) * self.scale[:, None], code, weight)
             scale = self.scale + line.scale()
             scale = self.scales.nearest(torch.where(scale > 0, scale, self.scale))
             offset = self.scale * self.zero + line.offset(scale - self.scale)
@@ -101,8 +103,7 @@ class _Best:
     def refit(self) -> None:
         """Solve for the scale by turns with the codes."""
         for _ in range(POLISH):
-            level = self.levels.encode_(self.rows / self.scale[:, None], self.zero[:, None])
-            steps = self.levels.decode(level, self.rows.dtype).sub_(self.zero[:, None])
+            steps = self._level(self.scale, self.zero).sub_(self.zero[:, None])
             wanted = (steps * self.rows).sum(1) / steps.square().sum(1)
             wanted = torch.where(wanted * self.scale > 0, wanted, self.scale)
             self.consider(self.p, self.scales.nearest(wanted), self.zero.clone())

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearplane.core import columns
 from nearplane.core.cuda_graph import Replay
 from nearplane.core.dense import coarse, full_width
 from nearplane.core.errors import SettingError
@@ -160,6 +161,7 @@ class _State:
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)
         self.missed: Tensor | None = None  # where d_j (v_j - q_j) is to be kept, (in, out)
         self.leaf = Replay(partial(_round_leaf, grid.levels), written=5)
+        self.compiled = push is None and columns.fits(grid.levels, target)
 
     def look_back(self, a: int, b: int) -> None:
         """Bring panel [a, b) up to date with every column before it."""
@@ -210,10 +212,17 @@ class _State:
         low, high = self.grid.levels.reach(zero)
         steps = torch.empty_like(scale)
         nothing = self.target[:0, :0]
-        for leaf in range(a, b, LEAF):
-            end = min(leaf + LEAF, b)
+        width = columns.MOST if self.compiled else LEAF
+        for leaf in range(a, b, width):
+            end = min(leaf + width, b)
             self.receive(leaf, end, a, leaf)
             here, there = slice(leaf, end), slice(leaf - a, end - a)
+            if self.compiled:
+                columns.sweep_columns(
+                    self.grid.levels, self.value[there], steps[there], self.error[here], scale[there], low[there], high[there],
+                    self.factor.feedback[here, here],
+                )  # fmt: skip
+                continue
             moving = (self.push.matrix, self.push.shift) if self.push else (None, None)
             pushes = [nothing if m is None else m[here, here] for m in moving]
             self.leaf(*_Leaf(
@@ -272,8 +281,8 @@ class _Leaf(NamedTuple):
 def _round_leaf(levels: Levels, *tensors: Tensor) -> None:
     """Round the columns of a ``_Leaf``, each after receiving the error of those before it."""
     value, target, error, steps, source, weight, scale, low, high, feedback, push, shift = _Leaf(*tensors)
-    columns = zip(*(part.unbind() for part in (value, steps, scale, low, high)), strict=True)
-    for j, (v, step, s, least, greatest) in enumerate(columns):
+    each = zip(*(part.unbind() for part in (value, steps, scale, low, high)), strict=True)
+    for j, (v, step, s, least, greatest) in enumerate(each):
         if j and len(push):
             moved = push[:j, j : j + 1].T @ source[:j]
             if len(shift):

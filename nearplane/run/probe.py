@@ -73,6 +73,10 @@ LINEAR_ALGEBRA = {
     "_linalg_eigh": (9.0, 0, 0),
     "_linalg_svd": (20.0, 0, 0),
 }
+# The same of the operations of ``core/columns.py``.
+COMPILED: dict[str, Callable[..., float]] = {
+    "nearplane::columns": lambda value, *_, **__: value.numel() * (len(value) - 1.0),
+}
 TERMS: dict[str, Callable[[int, int], list[float]]] = {
     "calls": lambda m, n: [1, n, m, m * n],
     "numbers": lambda m, n: [m * n, n**2, m * n**2, n**3, m * n**3],
@@ -189,7 +193,7 @@ def _kind(function: Any) -> tuple[bool, bool, Callable[..., float] | None]:
     schema = function._schema
     aliases = any(value.alias_info is not None for value in schema.returns)
     name = schema.name.removeprefix("aten::").rstrip("_")
-    flops = flop_registry.get(getattr(torch.ops.aten, name, None))
+    flops = COMPILED.get(name) or flop_registry.get(getattr(torch.ops.aten, name, None))
     if name in LINEAR_ALGEBRA:
         share, numbers, order = LINEAR_ALGEBRA[name]
         flops = lambda *args, **_: share * args[numbers].numel() * args[order].shape[-1]  # noqa: E731

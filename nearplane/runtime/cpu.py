@@ -1,33 +1,25 @@
 """Call the C++ kernel (kernel.cpp) on packed weights.
 
-The package's build makes one library per instruction set, if there is a compiler. The fastest one that this machine can run
-is chosen. Arithmetic "auto" means 16-bit activations where there are vector instructions for them, else float32.
+Arithmetic "auto" means 16-bit activations where there are vector instructions for them, else float32.
 """
 
 import ctypes
 import time
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nearplane.core.errors import NearplaneError, SettingError
+from nearplane.core import compiled
+from nearplane.core.compiled import HOW, Isa
+from nearplane.core.errors import SettingError
 from nearplane.runtime.layout import Shape, Tiles
 
 Arithmetic = Literal["auto", "exact", "a16", "a8"]
-Isa = Literal["avx512", "avx2", "portable"]
 
-ISAS: dict[Isa, int] = {"avx512": 2, "avx2": 1, "portable": 0}  # the best first
 PATHS: dict[str, int] = {"exact": 0, "a16": 1, "a8": 2}
+best, library = compiled.best, compiled.library
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ABI = 5  # nearplane_abi() of the kernel.cpp that belongs to this file
-HOW = (
-    "it is built while nearplane is installed, where there is a C++ compiler (g++ or clang++): with one, in a clone, "
-    "pip install --force-reinstall --no-deps ."
-)
 
 
 class _Weight(ctypes.Structure):
@@ -143,44 +135,6 @@ def resolve(arithmetic: Arithmetic, isa: Isa) -> Literal["exact", "a16", "a8"]:
         return "exact" if isa == "portable" else "a16"
     check(arithmetic)
     return arithmetic
-
-
-@cache
-def best() -> Isa | None:
-    """Return the fastest instruction set that can be used here; None if there is no kernel."""
-    return next((isa for isa in ISAS if library(isa) is not None), None)
-
-
-@cache
-def library(isa: Isa) -> ctypes.CDLL | None:
-    """Return the kernel for an instruction set; None if it was not built, or this machine cannot run it."""
-    portable, path = library_path("portable"), library_path(isa)
-    if portable is None or path is None or not open_library(portable).nearplane_runs(ISAS[isa]):
-        return None
-    return open_library(path)
-
-
-def library_path(isa: Isa) -> Path | None:
-    """Return the path of a library that the package's build made; None if it made none."""
-    paths = (Path(__file__).parent / f"_kernel_{isa}{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in paths if path.exists()), None)
-
-
-def open_library(path: Path) -> ctypes.CDLL:
-    """Open a built kernel. NearplaneError for one that belongs to another version of this package."""
-    library = ctypes.CDLL(str(path))
-    if library.nearplane_abi() != ABI:
-        raise NearplaneError(f"{path} was built for another version of nearplane; {HOW}.")
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.nearplane_linear.argtypes = [
-        ctypes.POINTER(_Weight), pointer, number, number, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int,
-        ctypes.c_int,
-    ]  # fmt: skip
-    library.nearplane_decode.argtypes = [pointer, pointer, number, number, *[pointer] * 4, ctypes.c_int]
-    library.nearplane_head.argtypes = [pointer, pointer, pointer, ctypes.c_int]
-    library.nearplane_read.argtypes = [pointer, number]
-    library.nearplane_read.restype = ctypes.c_uint64
-    return library
 
 
 def read_rate(megabytes: int = 400) -> float:

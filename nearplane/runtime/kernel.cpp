@@ -813,7 +813,7 @@ struct Shared {  // a product that threads share out by tiles
 
 extern "C" {
 
-int nearplane_abi() { return 5; }
+int nearplane_abi() { return 6; }
 
 // Whether this machine can run an instruction set's library. Asked of the portable one.
 int nearplane_runs(int isa) {

@@ -82,7 +82,9 @@ def test_another_processor_or_an_older_torch_is_left_alone(monkeypatch: pytest.M
     assert not products.halved()
     monkeypatch.setattr(products, "_switch", lambda: None)
     products.bfloat16_is_fast.cache_clear()
-    assert products.described() == "float32 by torch's default library, coarse ones in float32"
+    for isa, loops in (("avx2", "loops compiled for avx2"), (None, "loops by torch")):
+        monkeypatch.setattr(products.compiled, "best", lambda isa=isa: isa)
+        assert products.described() == f"float32 by torch's default library, coarse ones in float32, {loops}"
     products.bfloat16_is_fast.cache_clear()
     with products.full_width(CPU):
         assert torch.equal(torch.eye(2) @ torch.eye(2), torch.eye(2))

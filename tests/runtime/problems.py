@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nearplane.runtime import cpu
+from nearplane.core import compiled
 from nearplane.runtime.layout import Tiles, tile
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -69,7 +69,8 @@ def compiler() -> str | None:
 def emulated(folder: Path) -> ctypes.CDLL:
     """The AVX-512 kernel, compiled over plain arrays (avx512.h)."""
     here, target = Path(__file__).parent, folder / "emulated.so"
-    sources = [str(Path(cpu.__file__).parent / name) for name in ("kernel.cpp", "decode.cpp", "threads.cpp")]
+    names = ("runtime/kernel.cpp", "runtime/decode.cpp", "runtime/threads.cpp", "core/columns.cpp")
+    sources = [str(compiled.FOLDER.parent / name) for name in names]
     flags = [
         "-std=c++17",
         "-O1",
@@ -82,4 +83,4 @@ def emulated(folder: Path) -> ctypes.CDLL:
     ]
     command = [compiler() or "", *flags, "-include", str(here / "avx512.h"), *sources, "-o", str(target)]
     subprocess.run(command, check=True)
-    return cpu.open_library(target)
+    return compiled.open_library(target)

@@ -16,6 +16,7 @@ import torch
 from problems import SCALES, Problem, compiler, emulated, problem
 from torch import Tensor
 
+from nearplane.core import compiled
 from nearplane.core.errors import NearplaneError, SettingError
 from nearplane.runtime import cpu, reference
 
@@ -222,9 +223,9 @@ def test_callers_in_many_threads_and_a_fork_between() -> None:
 def test_the_best_instruction_set_is_chosen_and_auto_means_a16_on_vectors() -> None:
     best = cpu.best()
     assert best is not None and cpu.library(best) is not None
-    better = list(cpu.ISAS)[: list(cpu.ISAS).index(best)]
+    better = list(compiled.ISAS)[: list(compiled.ISAS).index(best)]
     assert all(cpu.library(isa) is None for isa in better)
-    assert [cpu.resolve("auto", isa) for isa in cpu.ISAS] == ["a16", "a16", "exact"]
+    assert [cpu.resolve("auto", isa) for isa in compiled.ISAS] == ["a16", "a16", "exact"]
     with pytest.raises(SettingError, match="a17"):
         cpu.resolve("a17", best)  # type: ignore[arg-type]
 
@@ -232,15 +233,15 @@ def test_the_best_instruction_set_is_chosen_and_auto_means_a16_on_vectors() -> N
 @pytest.mark.skipif(compiler() is None or platform.machine() != "x86_64", reason="no compiler, or not x86-64")
 def test_the_build_left_nothing_out() -> None:
     """A library that does not compile is left out of the install without an error: it must be noticed here."""
-    assert [isa for isa in cpu.ISAS if cpu.library_path(isa) is None] == []
+    assert [isa for isa in compiled.ISAS if compiled.library_path(isa) is None] == []
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = cpu.library_path("portable")
+    path = compiled.library_path("portable")
     assert path is not None
-    monkeypatch.setattr(cpu, "ABI", cpu.ABI + 1)
+    monkeypatch.setattr(compiled, "ABI", compiled.ABI + 1)
     with pytest.raises(NearplaneError, match="another version"):
-        cpu.open_library(path)
+        compiled.open_library(path)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
