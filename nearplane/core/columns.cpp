@@ -55,8 +55,17 @@ template <class T> struct Lanes {  // a run's part of one column
     }
 };
 
+#if defined(__x86_64__) && NEARPLANE_ISA == 0  // there rounding would be a call of the library
+template <class T> INLINE T whole_by(T x, T large) {  // from `large` on all numbers are whole
+    const T size = x < 0 ? -x : x, rounded = (size + large) - large;
+    return size < large ? (x < 0 ? -rounded : rounded) : x;
+}
+INLINE float whole(float x) { return whole_by(x, 0x1p23f); }
+INLINE double whole(double x) { return whole_by(x, 0x1p52); }
+#else
 INLINE float whole(float x) { return __builtin_nearbyintf(x); }
 INLINE double whole(double x) { return __builtin_nearbyint(x); }
+#endif
 
 template <class T, bool FULL> struct Run {
     using L = Lanes<T>;
@@ -99,7 +108,7 @@ template <class T, bool FULL> struct Run {
         memcpy(v, &sum, sizeof sum), memcpy(low, &lows, sizeof sum), memcpy(high, &highs, sizeof sum);
         memcpy(from, &before, sizeof sum), memcpy(scale, &scales, sizeof sum);
         for (int l = 0; l < L::COUNT; l++) {
-            T x = DESCENT ? v[l] : v[l] / scale[l];  // not a number stays what it is: the certificate finds it
+            T x = DESCENT ? v[l] : v[l] / scale[l];  // a value that is no number stays none: the certificate finds it
             const T least = SHIFTED ? T(0) : low[l], most = SHIFTED ? high[l] - low[l] : high[l];
             x = whole(SHIFTED ? x - low[l] : x);
             x = x < least ? least : x;

@@ -7,6 +7,7 @@ the search for scales (``core/search.py``). Threads share outputs and rows; no r
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -105,22 +106,36 @@ def _columns(
 ) -> None:
     if not all(part.is_contiguous() for part in (value, steps, passed)):
         raise ValueError("columns that are written to must lie one behind the other in memory.")
+    columns, out = value.shape
+    one = (out,) if descent else value.shape
+    _check(value, (steps, value.shape), (passed, value.shape), (low, one), (high, one), (feedback, (columns, columns)))
+    if not descent:
+        _check(value, (scale, value.shape))
     held = [None if part is None else part.contiguous() for part in (value, steps, passed, scale, low, high, feedback)]
     where = (None if part is None else part.data_ptr() for part in held)
-    columns = _Columns(*where, *value.shape, value.dtype == torch.float64, shifted, descent)
-    if _library().nearplane_columns(ctypes.byref(columns), torch.get_num_threads()):
-        raise ValueError(f"at most {MOST} columns can be rounded at a time; got {len(value)}.")
+    given = _Columns(*where, columns, out, value.dtype == torch.float64, shifted, descent)
+    if _library().nearplane_columns(ctypes.byref(given), torch.get_num_threads()):
+        raise ValueError(f"at most {MOST} columns can be rounded at a time; got {columns}.")
 
 
 @impl(_OPERATIONS, "weighted_errors", "CPU")
 def _weighted_errors(
     rows: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, least: int, greatest: int, shifted: bool
 ) -> Tensor:
+    _check(rows, (importance, rows.shape), (scale, rows.shape[:1]), (zero, rows.shape[:1]))
     error, doubles = torch.empty_like(scale), rows.dtype == torch.float64
     held = [part.contiguous() for part in (rows, importance, scale, zero)]
     where = (part.data_ptr() for part in (*held, error))
     _library().nearplane_errors(*where, *rows.shape, least, greatest, doubles, shifted, torch.get_num_threads())
     return error
+
+
+def _check(like: Tensor, *given: tuple[Tensor | None, Sequence[int]]) -> None:
+    """Raise ValueError for a tensor of another dtype, or of another shape than stands beside it: C++ sees addresses only."""
+    for part, shape in given:
+        if part is None or part.dtype != like.dtype or part.shape != torch.Size(shape):
+            found = "none" if part is None else f"{list(part.shape)} in {part.dtype}"
+            raise ValueError(f"a tensor must be {list(shape)} in {like.dtype}; got {found}.")
 
 
 def _library() -> ctypes.CDLL:

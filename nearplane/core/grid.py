@@ -281,7 +281,7 @@ def fit(
         raise SettingError("fit='hessian' weights errors by what they cost, and this method reads no calibration data.")
     if importance is not None:
         weighted = grid.fit in ("hessian", "auto")
-        importance = importance.expand_as(weight).reshape(rows.shape) if weighted else None
+        importance = importance.to(rows.dtype).expand_as(weight).reshape(rows.shape) if weighted else None
     low, high = grid.scales.span(rows.amin(1), rows.amax(1))
     if not bool((high - low).isfinite().all()):
         raise NumericalError("the weights to be quantized hold NaN or Inf.")

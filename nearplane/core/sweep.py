@@ -155,7 +155,7 @@ class _State:
         self.groups: list[int] = self.group.tolist()
         self.importance = importance
         shape = (grid.group_count(n), out)
-        self.scale = target.new_ones(shape) if scales is None else scales[0].T.contiguous()
+        self.scale = target.new_ones(shape) if scales is None else scales[0].T.to(target.dtype).contiguous()
         self.zero = target.new_zeros(shape) if scales is None else scales[1].T.to(target.dtype).contiguous()
         self.loss, self.bound = target.new_zeros(out), target.new_zeros(out)
         self.clipped = torch.zeros(out, dtype=torch.long, device=target.device)

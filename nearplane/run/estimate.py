@@ -188,7 +188,7 @@ class _Walk:
     def __init__(self, plan: Plan, offload: bool = False, probe: Probe | None = None) -> None:
         self.plan, source, store, self.offload = plan, plan.source, plan.source.store, offload
         self.probe = probe or probe_of(plan)
-        self.needs = plan.method.needs
+        self.needs = plan.needs
         self.size = plan.compute.itemsize
         self.streams = 0 if not self.needs else 2 if self.needs & {"D", "R"} else 1
         windows, seqlen = plan.windows if self.needs else (0, 0)
@@ -326,11 +326,13 @@ class _Walk:
         moments = number * (n**2 + drift) * parts if needs else 0
         weight, state = number * m * n, int(held.state)
         if needs:
-            # The rows of a batch, split for the held-out tokens; the difference of streams; the drift behind the linear. Two
-            # factors of a coarse product in half the bytes, and the product.
-            rough = "coarse" in needs and not adds
+            # The rows of a batch, split for the held-out tokens; the difference of streams; the drift behind the linear. Of
+            # coarse products two factors in half the bytes, and the product; and a copy of the original weight.
+            coarse = "coarse" in needs
+            rough = coarse and not adds
             rows = n * (2 * bool(needs & {"D", "R"}) + ("held_out" in needs) + rough) + 3 * m * adds
-            yield moments, 0, running + number * (self.batch * rows + rough * n**2 * 3 // 2)
+            copied = coarse * max(site.shape[0] for site in stage) * n // 2
+            yield moments, 0, running + number * (self.batch * rows + rough * n**2 * 3 // 2 + copied)
             yield moments, 0, int(held.prepare)
         codes = m * n * len(self.plan.job.widths) if self.plan.undecided else 0  # of the widths solved before
         yield moments, state, weight + int(held.solve) + codes

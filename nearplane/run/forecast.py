@@ -276,7 +276,7 @@ class Rates:
 
 def seconds(plan: Plan, found: Estimate, rates: Rates) -> dict[str, float]:
     """Return the seconds of each phase at these rates."""
-    needs, probe = plan.method.needs, found.probe or probe_of(plan)
+    needs, probe = plan.needs, found.probe or probe_of(plan)
     windows, seqlen = found.windows
     hidden, tokens = plan.hidden, float(windows * seqlen)
     phases = dict.fromkeys(PHASES, 0.0)
@@ -347,7 +347,7 @@ def observing(rates: Rates, needs: frozenset[Need], size: Size, same: bool) -> f
 
 def linears(plan: Plan, rates: Rates) -> float:
     """Return the seconds of a FLOP of the reference stream's linears."""
-    rough = "coarse" in plan.method.needs and plan.device.type == "cpu" and plan.compute == torch.float32
+    rough = "coarse" in plan.needs and plan.device.type == "cpu" and plan.compute == torch.float32
     return rates.solver.coarse if rough else rates.flop
 
 

@@ -8,7 +8,7 @@ tensors that are copied.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from nearplane.formats.gguf.format import GGUF
 from nearplane.machine.devices import pick_device, pick_dtype
 from nearplane.machine.ranks import ALONE, Ranks
 from nearplane.methods import Method
+from nearplane.methods.base import Need
 from nearplane.models.discover import Block, Site, Stage, discover, head_name
 from nearplane.models.experts import show_all
 from nearplane.models.head import head_block, head_site, untie
@@ -41,19 +42,9 @@ from nearplane.models.inputs import MEDIA, reads
 from nearplane.models.sketch import Unsketchable
 from nearplane.models.source import Source, open_source
 from nearplane.models.towers import linears_besides
+from nearplane.run import mix
 from nearplane.run.job import Job, Override
-from nearplane.run.mix import (
-    Unit,
-    allowed,
-    assign,
-    check_budget,
-    counted,
-    fitting,
-    leave_out,
-    refuse_split,
-    units,
-    wants_head,
-)
+from nearplane.run.observe import needed
 from nearplane.run.remarks import check_scales, remarks
 from nearplane.run.report import recordable
 from nearplane.run.stream import OpenBlock, Place, stream, up_to_last
@@ -78,7 +69,7 @@ class Plan:
     """The grid of each site by name."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Linears left dense, by name on disk, with the setting that left them out."""
-    units: Sequence[Unit] = ()
+    units: Sequence[mix.Unit] = ()
     """With a budget, the linears whose bits it chooses; until then ``grids`` holds the widest grid of each."""
     choices: list[dict[str, Any]] | None = None
     """The bits that a budget has chosen."""
@@ -122,6 +113,11 @@ class Plan:
         """Return the plan with some fields of its job changed; nothing is read again."""
         return replace(self, job=replace(self.job, **settings))
 
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """What is measured for the method."""
+        return needed(self.method, min((self.grid_of(site).levels.bits for site in self.sites), default=0))
+
     @property
     def sites(self) -> list[Site]:
         """All sites, in the order in which they are solved."""
@@ -135,7 +131,7 @@ class Plan:
     @property
     def counted(self) -> list[Site]:
         """The sites that a budget counts."""
-        return counted(self.blocks, self.units)
+        return mix.counted(self.blocks, self.units)
 
     @property
     def undecided(self) -> bool:
@@ -171,7 +167,7 @@ class Plan:
             return total
         known = set(self.counted)
         beside = sum(self.format.nbytes(s.shape, self.grid_of(s)) for s in self.sites if s not in known)
-        return min(total, allowed(self.counted, self.job) + beside)
+        return min(total, mix.allowed(self.counted, self.job) + beside)
 
     @property
     def mixed(self) -> bool:
@@ -184,7 +180,7 @@ class Plan:
             self.source,
             self.blocks,
             self.samples if self.method.needs else None,
-            reference=bool(self.method.needs & {"D", "R"}) and ("coarse" if "coarse" in self.method.needs else True),
+            reference=bool(self.needs & {"D", "R"}) and ("coarse" if "coarse" in self.needs else True),
             activations=self.activations,
             also=None if self.checked is None else self.checked.batch,
             place=Place(self.device, self.compute, self.job.offload, ranks),
@@ -340,7 +336,7 @@ def draft(model: str | Path, job: Job, *, reads: bool = False) -> Plan:
         blocks = discover(source)
     linears = [source.names[f"{site.name}.weight"].removesuffix(".weight") for b in blocks for site in b.sites]
     head = head_name(source) or "lm_head"
-    if wants_head(job, head, linears):
+    if mix.wants_head(job, head, linears):
         site = head_site(source)
         untie(source, site.name)
         blocks = [*blocks, head_block(blocks, site)]
@@ -397,13 +393,15 @@ def _settle(source: Source, blocks: list[Block], job: Job, format: Format, devic
     stored = pick_dtype(job.dtype) or source.dtype
     disk = {site.name: source.names[site.name + ".weight"].removesuffix(".weight") for b in blocks for site in b.sites}
     rest = {name.removesuffix(".weight") for pair in source.names.items() for name in pair} - {*disk, *disk.values()}
-    blocks, ignored = leave_out(blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest))
+    blocks, ignored = mix.leave_out(
+        blocks, job, disk.__getitem__, linears_besides(source.model, set(disk)), sorted(rest)
+    )
     sites = [site for block in blocks for site in block.sites]
-    grid = fitting(job, {disk[site.name]: site.shape[1] for site in sites})
+    grid = mix.fitting(job, {disk[site.name]: site.shape[1] for site in sites})
     grid = format.solved_on(replace(grid, scale_dtype=format.scale_dtype(stored)))
-    grids, fixed = assign({disk[site.name]: site.name for site in sites}, grid, job, ignored)
+    grids, fixed = mix.assign({disk[site.name]: site.name for site in sites}, grid, job, ignored)
     if not takes_template(format):  # llama.cpp fuses no linears that a file holds apart
-        refuse_split(grids, ignored, job, fixed)
+        mix.refuse_split(grids, ignored, job, fixed)
     open_bits = set() if job.budget is None else {site.name for site in sites if disk[site.name] not in fixed}
     _refuse(job, format, {disk[site.name]: (site, grids[disk[site.name]]) for site in sites}, open_bits)
     if (together := format.together(grids, str(getattr(source.config, "model_type", "")))) is not None:
@@ -443,8 +441,8 @@ def _refuse(job: Job, format: Format, sites: Mapping[str, tuple[Site, Grid]], le
 
 def _open_bits(plan: Plan, fixed: frozenset[str]) -> Plan:
     """Leave the bits of all linears but the ``fixed`` ones to the budget."""
-    free = units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.job, plan.format)
-    check_budget(free, counted(plan.blocks, free), plan.grids, plan.job, plan.format)
+    free = mix.units(plan.blocks, plan.disk_name, plan.grids, fixed, plan.job, plan.format)
+    mix.check_budget(free, mix.counted(plan.blocks, free), plan.grids, plan.job, plan.format)
     widest = {site.name: unit.widths[-1] for unit in free for site in unit.sites}
     grids = {n: replace(grid, bits=widest[n]) if n in widest else grid for n, grid in plan.grids.items()}
     return replace(plan, units=free, grids=grids)

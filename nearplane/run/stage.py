@@ -99,7 +99,7 @@ def prepare_stage(plan: Plan, block: OpenBlock, stage: Stage, clock: Clock) -> R
     if not method.needs:
         return Ready(method, None, Knowledge())
     with clock("observe"):
-        moments = block.observe(stage, method.needs)
+        moments = block.observe(stage, plan.needs)
     if unseen(moments):
         return Ready(method, None, Knowledge(rounded=True))
     power = moments.rescale()

@@ -144,7 +144,7 @@ class OpenBlock:
         measuring = Measuring(needs, site.shape[1], out, weight, walk.sequences, seen, gain)
         if walk.quarters is not None:
             measuring.split(walk.quarters)
-        # R takes what the linear makes of the reference: that stream's own output, where it has all digits.
+        # R takes what the linear makes of the reference: that stream's own output, where forwards are in the solver's dtype.
         behind = point is not None and walk.dtype == walk.solve_dtype
         for batch in range(len(walk.batches)):
             current = self._forward(0, batch)

@@ -127,6 +127,67 @@ def test_what_cannot_be_done_is_refused(isa):
         )
 
 
+@pytest.mark.parametrize("wrong", ["dtype", "shape"])
+def test_tensors_that_do_not_belong_together_are_refused(isa, wrong):
+    """C++ sees addresses only."""
+    value, target, scale, low, high, feedback = problem(9, 8, torch.float32, UNIFORM)
+    given = [torch.empty_like(value), target, scale, low, high, feedback]
+    for i in range(len(given)):
+        other = [part.double() if wrong == "dtype" else part[:, :-1].contiguous() for part in given[i : i + 1]]
+        with pytest.raises(ValueError, match=r"a tensor must be \[9, \d\] in torch.float32"):
+            columns.sweep_columns(UNIFORM, value, *given[:i], *other, *given[i + 1 :])
+    rows = [value, scale[:, 0], low[:, 0], target.abs()]  # scale, zero, importance
+    assert columns.weighted_errors(UNIFORM, *rows).shape == (9,)
+    for i in (1, 2, 3):
+        other = rows[i].double() if wrong == "dtype" else rows[i][:1]
+        with pytest.raises(ValueError, match="a tensor must be"):
+            columns.weighted_errors(UNIFORM, *rows[:i], other, *rows[i + 1 :])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_scales_and_importance_of_another_dtype_are_taken(isa, dtypes):
+    own, other = dtypes
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(80, 48, generator=g, dtype=own), torch.randn(12, 48, generator=g, dtype=own)
+    H, importance = x.T @ x, torch.rand(48, generator=g).to(other)
+    grid = Grid(bits=3, group_size=16, sym=False, fit="hessian")
+    scale, zero = fit_groups(W, grid, importance)
+    same = fit_groups(W, grid, importance.to(own))
+    assert scale.dtype == own and torch.equal(scale, same[0]) and torch.equal(zero, same[1])
+    factor = factorize(H, damp_percent=0.1)
+    narrow = scale.float(), zero.float()  # float32 holds the scales of a float64 weight, but for their last digits
+    found, same = sweep(W, factor, grid, narrow), sweep(W, factor, grid, tuple(part.to(own) for part in narrow))
+    assert torch.equal(found.codes, same.codes) and torch.equal(found.scale, same.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_steps_are_rounded_to_even(isa, dtype):
+    """Also where the instruction set has no rounding of its own."""
+    wide = 2.0**23 if dtype == torch.float32 else 2.0**52
+    wanted = [
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        -2.5,
+        0.49999997,
+        wide / 2 + 0.5,
+        wide / 2 + 1.5,
+        -wide / 2 - 0.5,
+        wide,
+        wide + 1,
+        -3 * wide,
+    ]
+    value = torch.tensor([wanted], dtype=dtype)
+    low, high = torch.full_like(value, -4 * wide), torch.full_like(value, 4 * wide)
+    expected, steps, target = value.round(), torch.empty_like(value), torch.zeros_like(value)
+    columns.sweep_columns(
+        UNIFORM, value, steps, target, torch.ones_like(value), low, high, torch.zeros(1, 1, dtype=dtype)
+    )
+    assert torch.equal(steps, expected)
+
+
 def test_which_levels_fit(monkeypatch):
     class Other(Uniform):
         """Rounds in its own way, perhaps."""

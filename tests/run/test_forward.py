@@ -1,6 +1,7 @@
 """Forwards that pause: what is measured is what whole models would show, however a stage was reached."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -562,3 +563,26 @@ def test_a_coarse_reference_begins_behind_the_first_replaced_weight(
         assert torch.equal(xhat, x) == (k == 1)
         assert torch.equal(x, same_x) == (k < 3)
         torch.testing.assert_close(x, same_x, rtol=0, atol=0.05 * float(same_x.std()))
+
+
+@pytest.mark.parametrize("bits, coarse", [(3, True), (5, True), (6, False), (8, False)])
+def test_a_reference_is_coarse_where_bits_are_few(
+    bits: int, coarse: bool, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 8 bits its rounding is half of what rounding the weights is."""
+    monkeypatch.setattr(dense, "bfloat16_is_fast", lambda: True)
+    monkeypatch.setattr(nearplane.run.stream, "coarse_linears", lambda _: lasting.append(1) or nullcontext())
+    lasting: list[int] = []
+    summed, zeros = [], Moments.zeros.__func__  # type: ignore[attr-defined]
+
+    def seen(cls: Any, *args: Any, **named: Any) -> Moments:
+        summed.append(named["coarse"])
+        return zeros(cls, *args, **named)
+
+    monkeypatch.setattr(Moments, "zeros", classmethod(seen))
+    calibration = Calibration(dataset=str(models("llama").parent / "text.txt"), nsamples=4, seqlen=16)
+    grid = Grid(bits=bits, group_size=32)
+    nearplane.quantize(
+        models("llama"), tmp_path / "out", method=NearPlane(), grid=grid, calibration=calibration, progress=False
+    )
+    assert bool(lasting) == coarse and summed and set(summed[-4:]) == {coarse}
