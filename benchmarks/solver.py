@@ -225,7 +225,7 @@ def main() -> None:
         else:
             rows = (print_parts if args.parts else print_scaling)(shapes, args.methods, args.rounds)
         if args.json:
-            record(args.json, rows, args.threads)
+            record(args.json, rows, [1, 2] if args.scaling else args.threads)
         return
     print(f"{args.threads} thread(s), CPU seconds, median of {args.rounds}; peak memory beyond weight and moments")
     print(

@@ -95,7 +95,7 @@ def compare(out: int, columns: int, rounds: int) -> dict[str, Any]:
             "times faster": published / total, "times floor": total / floor, "differing codes": mismatch}  # fmt: skip
 
 
-def record(path: str, rows: list[dict[str, Any]], threads: int, **more: Any) -> None:
+def record(path: str, rows: list[dict[str, Any]], threads: int | list[int], **more: Any) -> None:
     """Write the rows with what they depend on, and more of it."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found = {"rows": rows, "commit": commit.stdout.strip(), "machine": platform.platform(), "threads": threads, **more}

@@ -36,7 +36,7 @@ class Method(Protocol):
 
         With norm, tokens and outputs are weighted where a norm follows the linear, which may have an R there, too.
         With magnitude, the mean of |x̂| is measured, too. With coarse, the reference stream's linears and the sums of D may be
-        coarse products (``core/dense.py``), which calibration noise must hide.
+        coarse products (``core/dense.py``) where weights get at most 5 bits.
         """
         ...
 
