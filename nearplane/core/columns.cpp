@@ -5,7 +5,6 @@
 // a vector is one output. What a run of outputs passed on stays in the cache of its core.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
